@@ -1,0 +1,100 @@
+"""Configuration of the data room: which shards, which text encoder, which autoencoder (stdlib only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+SYNTHETIC = "synthetic"
+NONE = "none"
+
+
+class DataError(ValueError):
+    """Bad input of the data room: names the file or key, what was expected and what to do."""
+
+
+def _check(condition: bool, key: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{key} must be {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are read.
+
+    shards: a folder of .tar files, a .tar path, a pattern of paths with commas, braces or wildcards
+        (`dir/train-{000000..000004}.tar`), or `synthetic`.
+    val_shards: the same for validation; None validates on the training shards.
+    resolution: side of the square images in pixels.
+    num_workers: reader processes a rank; 0 reads in the training process.
+    flip: probability of a horizontal flip.
+    epochs: how often the set is read; None repeats it for ever.
+    max_bad_share: the run stops when more than this share of samples is unreadable.
+    max_image_pixels: larger images are not decoded.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    shards: str = SYNTHETIC
+    val_shards: str | None = None
+    resolution: int = 256
+    num_workers: int = 2
+    flip: float = 0.5
+    epochs: int | None = None
+    max_bad_share: float = 0.01
+    max_image_pixels: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        _check(self.shards.strip() != "", "data.shards", "a folder, .tar files or 'synthetic'", self.shards)
+        _check(self.resolution >= 1, "data.resolution", "at least 1 (pixels)", self.resolution)
+        _check(self.num_workers >= 0, "data.num_workers", "at least 0", self.num_workers)
+        _check(0.0 <= self.flip <= 1.0, "data.flip", "between 0 and 1", self.flip)
+        _check(self.epochs is None or self.epochs >= 1, "data.epochs", "at least 1, or null", self.epochs)
+        _check(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", "between 0 and 1", self.max_bad_share)
+        _check(self.max_image_pixels >= 1, "data.max_image_pixels", "at least 1", self.max_image_pixels)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """The frozen text encoder.
+
+    path: a local folder or hub id; `none` where text states come with the data.
+    subfolder: folder below path, as in a diffusers pipeline (`text_encoder_3`).
+    max_length: tokens a caption; longer captions are cut.
+    dropout: probability that a caption is replaced by the empty one, before it is encoded.
+    width: hidden size of the encoder, checked against the one that is loaded.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    path: str = NONE
+    subfolder: str | None = None
+    max_length: int = 256
+    dropout: float = 0.1
+    width: int = 4096
+
+    def __post_init__(self) -> None:
+        _check(self.max_length >= 1, "text_encoder.max_length", "at least 1 (tokens)", self.max_length)
+        _check(0.0 <= self.dropout <= 1.0, "text_encoder.dropout", "between 0 and 1", self.dropout)
+        _check(self.width >= 1, "text_encoder.width", "at least 1", self.width)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The frozen image autoencoder.
+
+    path: a local folder or hub id of a diffusers AutoencoderKL; `none` trains on pixels.
+    subfolder: folder below path (`vae`).
+    channels: latent channels; downsample: pixels a latent side. Both are checked against the one loaded.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    path: str = NONE
+    subfolder: str | None = None
+    channels: int = 3
+    downsample: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.channels >= 1, "autoencoder.channels", "at least 1", self.channels)
+        _check(self.downsample >= 1, "autoencoder.downsample", "at least 1", self.downsample)

@@ -1,0 +1,276 @@
+"""Frozen encoders: captions -> text states, images <-> latents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    MT5EncoderModel,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from .config import NONE, AutoencoderConfig, DataError, TextEncoderConfig
+
+# Of an encoder-decoder only the encoder is wanted; every other kind is loaded whole by AutoModel.
+_ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
+# fmt: off
+_TEXT_FIELDS = (
+    "model_type", "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "hidden_size",
+    "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance",
+    "max_position_embeddings", "layer_norm_epsilon", "layer_norm_eps",
+)
+_VAE_FIELDS = (
+    "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
+    "norm_num_groups", "act_fn", "scaling_factor", "shift_factor", "use_quant_conv",
+    "use_post_quant_conv", "mid_block_add_attention",
+)
+# fmt: on
+_PROBE_TEXT = "The 2 quick brown foxes; \u00b5 'caf\u00e9' \u732b"  # tells tokenizers apart
+
+
+class Moments(NamedTuple):
+    """Posterior of scaled latents: mean [b, C, h, w]; logvar of the same shape, or None (a point)."""
+
+    mean: torch.Tensor
+    logvar: torch.Tensor | None
+
+
+def quieten() -> None:
+    """Load without progress bars and advice; rank 0's own messages are the user's log."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    # Reader processes are forked after the tokenizer was used; its threads would print a warning in each.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _load_error(key: str, path: str, subfolder: str | None, error: Exception) -> DataError:
+    where = f"{path}/{subfolder}" if subfolder else path
+    if Path(path).is_dir():
+        detail = str(error).strip().splitlines()[0]
+        return DataError(
+            f"{key}: {where!r} cannot be loaded ({detail}); expected config.json and *.safetensors there"
+        )
+    return DataError(
+        f"{key}: there is no folder {where!r}, and no model of that name can be had from the hub; give a local "
+        "folder with config.json and *.safetensors, or a hub id that this machine can reach"
+    )
+
+
+def _fingerprint(config: Mapping[str, Any], names: Sequence[str], module: nn.Module, extra: object) -> str:
+    """sha256 of architecture fields and of every parameter's name, shape and first 16 values.
+
+    Values are compared as bf16, so that the precision of a run does not change the identity of its encoder.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps([{n: config.get(n) for n in names}, extra], sort_keys=True).encode())
+    for name, parameter in sorted(module.named_parameters()):
+        values = parameter.detach().reshape(-1)[:16].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class TextEncoder:
+    """A frozen Hugging Face text encoder.
+
+    model: called with input_ids and attention_mask. width: its hidden size D. max_length: L, tokens a caption.
+    fingerprint: identity of weights and tokenizer, whatever the path.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str
+    ) -> None:
+        self.model = model
+        self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
+        self._tokenizer = tokenizer
+        self._empty: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Captions -> (states [b, L, D] in the encoder's dtype, zeros past a caption's end; mask bool [b, L]).
+
+        Equal captions are encoded once, the empty caption once for ever.
+        """
+        parameter = next(self.model.parameters())
+        if self._empty is None:
+            self._empty = self._encode([""])[0]
+        distinct = [c for c in dict.fromkeys(captions) if c]
+        if parameter.dtype == torch.float64:
+            # T5 takes its norms and softmax in fp32, which turns the last bits of a padded batch into 1e-8.
+            # One by one, a caption's states do not depend on what else is in the batch.
+            encoded = [self._encode([c])[0] for c in distinct]
+        else:
+            encoded = self._encode(distinct) if distinct else []
+        states_of = dict(zip(distinct, encoded, strict=True)) | {"": self._empty}
+
+        states = torch.zeros(
+            len(captions), self.max_length, self.width, dtype=parameter.dtype, device=parameter.device
+        )
+        mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool, device=parameter.device)
+        for i, caption in enumerate(captions):
+            length = len(states_of[caption])
+            states[i, :length] = states_of[caption]
+            mask[i, :length] = True
+        return states, mask
+
+    def _encode(self, captions: list[str]) -> list[torch.Tensor]:
+        """States [true length, D] of each caption, from one forward at the longest true length."""
+        device = next(self.model.parameters()).device
+        tokens = self._tokenizer(
+            captions, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        ids, attention = tokens["input_ids"], tokens["attention_mask"]  # [b, longest]
+        output = self.model(input_ids=ids.to(device), attention_mask=attention.to(device))
+        states = output.last_hidden_state  # [b, longest, D]
+        return [row[keep.to(device)] for row, keep in zip(states, attention.bool(), strict=True)]
+
+
+def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+    """Load the encoder of a T5 model, or any other Hugging Face encoder, from safetensors only.
+
+    Raises DataError where it cannot be loaded or its width or length is not what the config says.
+    """
+    if cfg.path == NONE:
+        raise DataError("text_encoder.path is 'none': give the folder or hub id of a text encoder")
+    quieten()
+    where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
+    # A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3.
+    tokenizer_where = (
+        {"subfolder": cfg.subfolder.replace("text_encoder", "tokenizer")} if cfg.subfolder else {}
+    )
+    try:
+        config = AutoConfig.from_pretrained(cfg.path, **where)
+        model_class = _ENCODERS.get(config.model_type, AutoModel)
+        model = model_class.from_pretrained(cfg.path, dtype=dtype, use_safetensors=True, **where)
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path, **tokenizer_where)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
+
+    width = int(config.hidden_size)
+    if width != cfg.width:
+        raise DataError(
+            f"text_encoder.width is {cfg.width}, but {cfg.path!r} has width {width}: set it to {width}"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and cfg.max_length > longest:
+        raise DataError(
+            f"text_encoder.max_length is {cfg.max_length}, but {cfg.path!r} has {longest} positions: set at most that"
+        )
+    model.requires_grad_(False).eval().to(device)
+    probe = tokenizer(_PROBE_TEXT)["input_ids"]
+    fingerprint = _fingerprint(config.to_dict(), _TEXT_FIELDS, model, probe)
+    return TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
+
+
+def _unit_range(images: torch.Tensor, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 images -> [-1, 1] in dtype."""
+    return images.to(device).to(dtype) / 127.5 - 1.0
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+class PixelAutoencoder:
+    """No autoencoder: the latents are the pixels in [-1, 1]."""
+
+    channels, downsample = 3, 1
+    fingerprint = "pixels"
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, _at_least_float32(dtype)
+
+    def encode(self, images: torch.Tensor) -> Moments:
+        """uint8 [b, 3, R, R] -> pixels [b, 3, R, R], fp32 (fp64 where the dtype is), no variance."""
+        return Moments(_unit_range(images, self._device, self._dtype), None)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [b, 3, R, R] -> images [b, 3, R, R], clamped to [-1, 1]."""
+        return latents.to(self._dtype).clamp(-1.0, 1.0)
+
+
+class Autoencoder:
+    """A frozen diffusers AutoencoderKL whose latents are (z - shift) * scale.
+
+    channels: C; downsample: pixels a latent side; fingerprint: identity of the weights, whatever the path.
+    """
+
+    def __init__(self, model: AutoencoderKL, scale: float, shift: float, fingerprint: str) -> None:
+        self.model, self.scale, self.shift, self.fingerprint = model, scale, shift, fingerprint
+        self.channels = int(model.config["latent_channels"])
+        self.downsample = 2 ** (len(model.config["block_out_channels"]) - 1)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> Moments:
+        """uint8 [b, 3, R, R] -> Moments [b, C, R / downsample, R / downsample], fp32 (fp64 where the dtype is)."""
+        wide = _at_least_float32(self.model.dtype)
+        pixels = _unit_range(images, self.model.device, wide).to(self.model.dtype)
+        posterior = self.model.encode(pixels).latent_dist  # type: ignore[union-attr]
+        mean = (posterior.mean.to(wide) - self.shift) * self.scale
+        return Moments(mean, posterior.logvar.to(wide) + 2.0 * math.log(self.scale))
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [b, C, h, w] -> images [b, 3, R, R], clamped to [-1, 1]; fp32 (fp64 where the dtype is)."""
+        wide = _at_least_float32(self.model.dtype)
+        z = latents.to(self.model.device, wide) / self.scale + self.shift
+        images = self.model.decode(z.to(self.model.dtype)).sample  # type: ignore[union-attr]
+        return images.to(wide).clamp(-1.0, 1.0)
+
+
+def load_autoencoder(
+    cfg: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype
+) -> Autoencoder | PixelAutoencoder:
+    """Load an AutoencoderKL from safetensors with the scale and shift of its own config.json, or none.
+
+    Raises DataError where it cannot be loaded, names no scaling_factor, or has other channels or downsampling
+    than the config says.
+    """
+    if cfg.path == NONE:
+        loaded: Autoencoder | PixelAutoencoder = PixelAutoencoder(device, dtype)
+    else:
+        quieten()
+        where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
+        try:
+            # The file itself: the model's config fills a missing scaling_factor with that of SD 1.
+            stored = AutoencoderKL.load_config(cfg.path, **where)
+            model = AutoencoderKL.from_pretrained(cfg.path, torch_dtype=dtype, use_safetensors=True, **where)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise _load_error("autoencoder.path", cfg.path, cfg.subfolder, error) from error
+        assert isinstance(stored, dict)
+        scale, shift = stored.get("scaling_factor"), stored.get("shift_factor")
+        if scale is None:
+            raise DataError(
+                f"autoencoder.path: config.json of {cfg.path!r} has no scaling_factor; add the value that belongs "
+                "to these weights (SD 0.18215, SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609)"
+            )
+        model.requires_grad_(False).eval().to(device)
+        fingerprint = _fingerprint(stored, _VAE_FIELDS, model, "AutoencoderKL")
+        loaded = Autoencoder(model, float(scale), float(shift or 0.0), fingerprint)
+    for name, wanted, found in (
+        ("channels", cfg.channels, loaded.channels),
+        ("downsample", cfg.downsample, loaded.downsample),
+    ):
+        if wanted != found:
+            raise DataError(
+                f"autoencoder.{name} is {wanted}, but the autoencoder at path {cfg.path!r} has {found}: "
+                f"set it to {found}"
+            )
+    return loaded

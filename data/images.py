@@ -1,0 +1,113 @@
+"""Bytes of an image file -> uint8 pixels of one square size; hostile files are refused before decoding."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# Decode JPEG at no less than this multiple of the target: below it DCT scaling shows (PIL's thumbnail uses 2 too).
+_REDUCING_GAP = 2.0
+
+
+class SampleError(Exception):
+    """A sample that cannot be used; the message is the reason under which holes are counted."""
+
+
+@contextmanager
+def _open(data: bytes) -> Iterator[Image.Image]:
+    """Open lazily (header only) with PIL's own size limit off: the room checks data.max_image_pixels itself."""
+    if not data:
+        raise SampleError("image: empty")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            yield image
+    except SampleError:
+        raise
+    except UnidentifiedImageError as error:
+        raise SampleError("image: unreadable") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
+        reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
+        raise SampleError(f"image: {reason}") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _is_transposed(image: Image.Image) -> bool:
+    # PNG is left out: PIL decodes the whole picture to look for EXIF after the pixels.
+    if image.format == "PNG" or not image.info.get("exif"):
+        return False
+    return image.getexif().get(_ORIENTATION_TAG) in _TRANSPOSED
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels as shown, from the header alone; SampleError where it cannot be read."""
+    with _open(data) as image:
+        width, height = image.size
+        return (height, width) if _is_transposed(image) else (width, height)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB; transparency is composited on white, 16-bit grey is scaled to 8."""
+    if image.mode.startswith("I"):  # 16-bit PNG: PIL's own conversion clips instead of scaling
+        return Image.fromarray(
+            (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_rgb(data: bytes, max_pixels: int, at_least: int | None = None) -> Image.Image:
+    """Decode to an upright RGB image.
+
+    data: a JPEG, PNG or WebP file. max_pixels: larger images raise SampleError before they are decoded.
+    at_least: the shorter side that the caller needs; a JPEG may come back smaller than stored, never below it.
+    """
+    with _open(data) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise SampleError("image: too large")
+        if at_least is not None:
+            scale = _REDUCING_GAP * at_least / min(width, height)
+            image.draft(None, (int(width * scale), int(height * scale)))
+        image.load()
+        upright = ImageOps.exif_transpose(image) if image.info.get("exif") else image
+        return _to_rgb(upright)
+
+
+def decode_image(
+    data: bytes, resolution: int, max_pixels: int, crop: tuple[float, float] | None, flip: bool
+) -> np.ndarray:
+    """Decode, crop to a square, resize.
+
+    data: a JPEG, PNG or WebP file.
+    crop: where the square lies along x and y, in [0, 1); None takes the centre.
+    Returns uint8 [3, resolution, resolution]. Raises SampleError.
+    """
+    image = load_rgb(data, max_pixels, at_least=resolution)
+    side = min(image.size)
+    spare_x, spare_y = image.width - side, image.height - side
+    if crop is None:
+        x, y = spare_x // 2, spare_y // 2
+    else:
+        x, y = int(crop[0] * (spare_x + 1)), int(crop[1] * (spare_y + 1))
+    # Cropping before resizing bounds the work: a 1 x 100000 image would grow to 256 x 25600000.
+    box = (x, y, x + side, y + side)
+    if side == resolution:
+        square = image.crop(box)
+    else:
+        square = image.resize(
+            (resolution, resolution), Image.Resampling.BICUBIC, box=box, reducing_gap=_REDUCING_GAP
+        )
+    pixels = np.asarray(square).transpose(2, 0, 1)  # [3, R, R]
+    return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)

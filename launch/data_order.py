@@ -1,0 +1,47 @@
+"""What each step will see, read through the same per-rank readers as training: one JSON line a step.
+
+    python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-step 0 --to-step 10
+"""
+
+import argparse
+import itertools
+import json
+
+import torch.distributed as dist
+
+from launch.common import run
+from trainer.build import Source
+from trainer.config import load_config, resolve
+from trainer.parallel.mesh import init_world
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a path, or a name under configs/")
+    parser.add_argument("--world-size", type=int, default=1, help="processes of the run that is asked about")
+    parser.add_argument("--from-step", type=int, default=0)
+    parser.add_argument("--to-step", type=int, required=True, help="first step that is not shown")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    first, last, size = arguments.from_step, arguments.to_step, arguments.world_size
+    if size < 1 or not 0 <= first <= last:
+        parser.error("needs --world-size of at least 1 and 0 <= --from-step <= --to-step")
+    config = load_config(arguments.config, arguments.overrides)
+    resolved = resolve(config, size)
+    world = init_world(1)
+    try:
+        source = Source(config, resolved, world)
+        readers = [source.reader(rank, size).batches(first) for rank in range(size)]
+        for step in range(first, last):
+            keys: list[str] = []
+            for reader in readers:  # ranks own contiguous slots, so this is the order of the global batch
+                _, batches = next(reader)
+                keys += itertools.chain.from_iterable(filter(None, batch.names) for batch in batches)
+            print(json.dumps({"step": step, "keys": keys}))
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,46 @@
+"""Images from the EMA weights of a checkpoint (or of a run folder's newest one).
+
+    python launch/sample.py --checkpoint runs/demo --prompt "a red apple on a teal background" --output apple.png
+"""
+
+import argparse
+from pathlib import Path
+
+import torch.distributed as dist
+
+from launch.common import run
+from trainer.build import build_sampler
+from trainer.checkpoint import find_checkpoint, read_meta
+from trainer.config import parse, resolve
+from trainer.evaluate.generate import save_grid
+from trainer.parallel.mesh import init_world, rank, world_size
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint or a run folder")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--output", type=Path, required=True, help="PNG file; several images make a grid")
+    parser.add_argument("--count", type=int, default=1, help="images a prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. sample.guidance=3")
+    arguments = parser.parse_args()
+    if arguments.count < 1:
+        parser.error("--count must be at least 1")
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    config = parse(read_meta(checkpoint)["config"], f"the config of {checkpoint}", arguments.overrides)
+    world = init_world(resolve(config, world_size()).shard)
+    try:
+        sampler = build_sampler(config, checkpoint, world)
+        prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.count)]
+        images = sampler(prompts, arguments.seed)
+        if rank() == 0:
+            save_grid(images, arguments.output)
+            print(f"{len(images)} images from the EMA weights of {checkpoint}: {arguments.output}")
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

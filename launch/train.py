@@ -1,0 +1,38 @@
+"""Train a config, or resume its run folder: the same command again continues from the newest checkpoint.
+
+    torchrun --nproc-per-node 2 launch/train.py --config mmdit_demo_mup.yaml [section.key=value ...]
+    python launch/train.py --config mmdit_debug_mup.yaml
+"""
+
+import argparse
+
+import torch.distributed as dist
+
+from launch.common import run
+from trainer.build import build_run
+from trainer.config import load_config, resolve
+from trainer.loop import train
+from trainer.parallel.mesh import init_world, world_size
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a path, or a name under configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    world = init_world(resolve(config, world_size()).shard)
+    try:
+        job = build_run(config, world)
+        try:
+            outcome = train(job)
+        finally:
+            job.metrics.close()
+        job.metrics.say(f"{outcome} at step {job.state.step}: {job.folder}")
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

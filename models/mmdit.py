@@ -1,0 +1,184 @@
+"""MMDiT (Stable Diffusion 3, arXiv 2403.03206, Figure 2): image and text tokens in two streams, one attention.
+
+Both streams have their own weights and meet in the attention only. The conditioning vector (time + pooled text)
+scales, shifts and gates each stream (adaLN). The last block has no text output, so no weight there is dead.
+
+Shapes: B batch, N image tokens, L text tokens, D width, H heads, K head_dim, C channels, P patch size, E text width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configs import MMDiTConfig
+from .layers import (
+    MLP,
+    NORM_EPS,
+    TIME_FEATURES,
+    Declaration,
+    OutputLinear,
+    TextCondition,
+    axis_sinusoids,
+    crop_positions,
+    modulate,
+    patchify,
+    time_sinusoids,
+    unpatchify,
+)
+
+
+class Stream(nn.Module):
+    """One stream's weights in a block: modulation, qkv with QK-RMSNorm, output projection, MLP."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.head_dim = config.head_dim
+        self.modulation = nn.Linear(d, 6 * d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.norm_q = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
+        self.norm_k = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
+        self.out = nn.Linear(d, d)
+        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"))
+
+    def before_attention(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """x [B, N, D], c [B, D] (after SiLU) -> q, k, v [B, H, N, K] and what `after_attention` needs."""
+        shift, scale, gate, *rest = self.modulation(c).chunk(6, dim=-1)  # 6 x [B, D]
+        qkv = self.qkv(modulate(x, shift, scale))  # [B, N, 3 D]
+        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x [B, H, N, K]
+        return self.norm_q(q), self.norm_k(k), v, (gate, *rest)
+
+    def after_attention(self, x: Tensor, attended: Tensor, gates: tuple[Tensor, ...]) -> Tensor:
+        """x, attended [B, N, D] -> [B, N, D]."""
+        gate_attention, shift, scale, gate_mlp = gates  # 4 x [B, D]
+        x = x + gate_attention[:, None] * self.out(attended)  # [B, N, D]
+        return x + gate_mlp[:, None] * self.mlp(modulate(x, shift, scale))  # [B, N, D]
+
+
+class LastTextStream(nn.Module):
+    """The text stream of the last block: only keys and values, since nothing reads its output."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.head_dim = config.head_dim
+        self.modulation = nn.Linear(d, 2 * d)
+        self.kv = nn.Linear(d, 2 * d)
+        self.norm_k = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, L, D], c [B, D] -> k, v [B, H, L, K]."""
+        scale, shift = self.modulation(c).chunk(2, dim=-1)  # 2 x [B, D], scale first as in SD3
+        kv = self.kv(modulate(x, shift, scale))  # [B, L, 2 D]
+        k, v = kv.unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 2 x [B, H, L, K]
+        return self.norm_k(k), v
+
+
+class Block(nn.Module):
+    """Joint attention of both streams, then an MLP in each."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.image = Stream(config)
+        self.text = Stream(config)
+
+    def forward(self, x: Tensor, y: Tensor, c: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, N, D], y [B, L, D], c [B, D], mask [B, 1, 1, N + L] -> x, y."""
+        q_x, k_x, v_x, gates_x = self.image.before_attention(x, c)
+        q_y, k_y, v_y, gates_y = self.text.before_attention(y, c)
+        q, k, v = (torch.cat(pair, dim=2) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))  # [B, H, N + L, K]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N + L, K]
+        attended_x, attended_y = attended.transpose(1, 2).flatten(2).split([x.shape[1], y.shape[1]], dim=1)
+        x = self.image.after_attention(x, attended_x, gates_x)  # [B, N, D]
+        y = self.text.after_attention(y, attended_y, gates_y)  # [B, L, D]
+        return x, y
+
+
+class LastBlock(nn.Module):
+    """The image attends to both streams; the text goes no further."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.image = Stream(config)
+        self.text = LastTextStream(config)
+
+    def forward(self, x: Tensor, y: Tensor, c: Tensor, mask: Tensor) -> tuple[Tensor, None]:
+        """As Block, without a text output."""
+        q, k_x, v_x, gates = self.image.before_attention(x, c)  # [B, H, N, K]
+        k_y, v_y = self.text(y, c)  # [B, H, L, K]
+        k, v = torch.cat([k_x, k_y], dim=2), torch.cat([v_x, v_y], dim=2)  # [B, H, N + L, K]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, K]
+        return self.image.after_attention(x, attended.transpose(1, 2).flatten(2), gates), None
+
+
+class MMDiT(nn.Module):
+    """Velocity (or noise) of an image given time and text.
+
+    in_channels: C of the image or latent. text_width: E, the features of a text state.
+    """
+
+    axis_table: Tensor
+
+    def __init__(self, config: MMDiTConfig, in_channels: int, text_width: int) -> None:
+        super().__init__()
+        d, patch = config.width, config.patch_size
+        self.config = config
+        self.patch_embed = nn.Linear(in_channels * patch * patch, d)
+        self.time_embed = MLP(TIME_FEATURES, d, d, nn.SiLU())
+        self.pooled_embed = MLP(text_width, d, d, nn.SiLU())
+        self.text_embed = nn.Linear(text_width, d)
+        self.blocks = nn.ModuleList([*(Block(config) for _ in range(config.depth - 1)), LastBlock(config)])
+        self.final_modulation = nn.Linear(d, 2 * d)
+        self.final = OutputLinear(d, patch * patch * in_channels)
+        self.register_buffer("axis_table", torch.empty(config.pos_embed_max_size, d // 2), persistent=False)
+        self.fill_buffers()
+
+    def fill_buffers(self) -> None:
+        """Compute the position table; called again after the model has left the meta device."""
+        c = self.config
+        self.axis_table = axis_sinusoids(
+            c.width, c.pos_embed_max_size, c.pos_embed_base_size, self.axis_table.device
+        )
+
+    def shard_units(self) -> list[nn.Module]:
+        """The parts that are gathered, and compiled, one at a time."""
+        return list(self.blocks)
+
+    @staticmethod
+    def declarations(config: MMDiTConfig) -> tuple[Declaration, ...]:
+        """Init of each parameter at the base width, and the roles that its shape cannot tell."""
+        adaln = Declaration("*modulation.weight", "zeros" if config.adaln_init == "zero" else "fan_in")
+        return (
+            Declaration("final.weight", "zeros", role="output"),
+            Declaration("*.bias", "zeros"),
+            Declaration("*.norm_[qk].weight", "ones"),
+            Declaration("time_embed.*.weight", "normal", std=0.02),
+            adaln,
+            Declaration("*.weight", "fan_in"),
+        )
+
+    def forward(
+        self, x: Tensor, t: Tensor, condition: TextCondition, features_at: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, C, h P, w P], t [B] in [0, 1] -> prediction like x, and the image tokens after block `features_at`."""
+        config, dtype = self.config, self.patch_embed.weight.dtype
+        height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
+        states, mask = condition.states.to(dtype), condition.mask  # [B, L, E], [B, L]
+
+        tokens = self.patch_embed(patchify(x, config.patch_size).to(dtype))  # [B, N, D]
+        tokens = (tokens + crop_positions(self.axis_table, height, width)).to(dtype)  # [B, N, D]
+        weights = mask[..., None].to(dtype) / mask.sum(1)[:, None, None].to(dtype)  # [B, L, 1]
+        pooled = (states * weights).sum(1)  # [B, E], masked mean
+        c = self.time_embed(time_sinusoids(t, config.time_freq_shift).to(dtype)) + self.pooled_embed(pooled)
+        c = F.silu(c)  # [B, D]
+        y = self.text_embed(states)  # [B, L, D]
+        attended = torch.cat([mask.new_ones(mask.shape[0], tokens.shape[1]), mask], dim=1)[:, None, None]
+
+        features = None
+        for number, block in enumerate(self.blocks):
+            tokens, y = block(tokens, y, c, attended)  # [B, N, D], [B, L, D]
+            if number == features_at:
+                features = tokens
+        scale, shift = self.final_modulation(c).chunk(2, dim=-1)  # 2 x [B, D], scale first as in SD3
+        patches = self.final(modulate(tokens, shift, scale))  # [B, N, P P C]
+        return unpatchify(patches, config.patch_size, height, width), features

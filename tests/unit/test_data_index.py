@@ -1,0 +1,170 @@
+"""Shards, their index, and what plain webdataset makes of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from data.config import DataError
+from data.index import ABSENT, ImageTextIndex, index_path, load_index, open_shards
+from data.write import write_shards
+
+
+def png(colour: str = "red", size: tuple[int, int] = (6, 4)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(count: int) -> list[tuple[str, bytes, str, str]]:
+    return [(f"{i:04d}", png(size=(i + 1, 4)), "png", f"caption {i}") for i in range(count)]
+
+
+def test_written_shards_are_indexed_and_plain_webdataset_reads_them(tmp_path: Path) -> None:
+    paths = write_shards(samples(5), tmp_path / "train", per_shard=2)
+    assert [p.name for p in paths] == [f"train-00000{i}.tar" for i in range(3)]
+    index = ImageTextIndex(paths)
+    assert index.shard_sizes == [2, 2, 1]
+    assert index.name(1, 1) == "train-000001/0003"
+    assert index.locate(index.row(2, 0)) == (2, 0)
+    assert index.width.tolist() == [1, 2, 3, 4, 5]
+    assert index.caption_length.tolist() == [9] * 5
+
+    read = list(webdataset.WebDataset([str(p) for p in paths], shardshuffle=False))
+    assert [(s["__key__"], s["png"], s["txt"].decode()) for s in read] == [(k, d, c) for k, d, _, c in samples(5)]
+
+
+def test_shards_are_the_same_bytes_each_time_and_carry_no_folder(tmp_path: Path) -> None:
+    first = write_shards(samples(3), tmp_path / "a" / "train", 10)
+    second = write_shards(samples(3), tmp_path / "b" / "train", 10)
+    assert first[0].read_bytes() == second[0].read_bytes()
+    assert ImageTextIndex(first).fingerprint == ImageTextIndex(second).fingerprint
+    third = write_shards(samples(4), tmp_path / "c" / "train", 10)
+    assert ImageTextIndex(third).fingerprint != ImageTextIndex(first).fingerprint
+
+
+def test_a_failure_leaves_nothing_and_older_shards_are_kept(tmp_path: Path) -> None:
+    def broken():  # noqa: ANN202
+        yield from samples(3)
+        raise RuntimeError("gone")
+
+    with pytest.raises(RuntimeError):
+        write_shards(broken(), tmp_path / "train", 2)
+    assert list(tmp_path.iterdir()) == []
+    write_shards(samples(1), tmp_path / "train", 2)
+    with pytest.raises(DataError, match=r"train-000000\.tar exists"):
+        write_shards(samples(1), tmp_path / "train", 2)
+
+
+def test_webdataset_layout_and_odd_members(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "odd.tar",
+        {
+            "a/b.JPG": png(),
+            "a/b.txt": b"text",
+            "a/b.json": b'{"caption": "longer text"}',
+            "c.d.png": png(),  # key "c", extension "d.png": no image of ours
+            "e.webp": b"",
+            "e.json": b'{"caption": "hello"}',
+            "f.png": png(),
+            "../../g.txt": b"\xff\xfe",
+            "h.cls": b"3",
+        },
+    )
+    index = ImageTextIndex([path])
+    assert [index.name(0, i) for i in range(4)] == ["odd/a/b", "odd/e", "odd/f", "odd/../../g"]
+    assert index.caption_length.tolist() == [4, 5, ABSENT, ABSENT]
+    assert index.width.tolist() == [6, 0, 6, 0]
+    assert index.caption_is_json.tolist() == [False, True, False, False]
+    assert index.image_offset[3] == ABSENT
+
+
+def test_a_stale_or_damaged_index_is_built_again(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", {"a.png": png(), "a.txt": b"one"})
+    size = path.stat().st_size
+    assert load_index(path).table.column("key").to_pylist() == ["a"]
+    stored = index_path(path).stat().st_mtime_ns
+    load_index(path)
+    assert index_path(path).stat().st_mtime_ns == stored
+
+    write_tar(path, {"b.png": png("blue"), "b.txt": b"two"})
+    assert path.stat().st_size == size  # tars are padded: the size alone does not tell
+    assert load_index(path).table.column("key").to_pylist() == ["b"]
+    index_path(path).write_bytes(b"PAR1 nonsense")
+    assert load_index(path).table.column("key").to_pylist() == ["b"]
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def test_an_index_that_cannot_be_stored_is_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tar(tmp_path / "s.tar", {"a.png": png(), "a.txt": b"one"})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert load_index(path).table.num_rows == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["s.tar"]
+
+
+def test_a_truncated_tar_keeps_its_first_samples(tmp_path: Path) -> None:
+    [path] = write_shards(samples(3), tmp_path / "t", 10)
+    whole = load_index(path).table
+    end = whole.column("image_offset")[2].as_py() + 10
+    path.write_bytes(path.read_bytes()[:end])
+    assert load_index(path).table.num_rows == 3
+
+
+def test_open_shards(tmp_path: Path) -> None:
+    write_shards(samples(5), tmp_path / "train", 2)
+    names = [f"train-00000{i}.tar" for i in range(3)]
+    for spec in (
+        str(tmp_path),
+        f"{tmp_path}/train-{{000000..000002}}.tar",
+        f"{tmp_path}/train-*.tar",
+        f"{tmp_path}/train-00000{{0,1}}.tar, {tmp_path}/train-000002.tar",
+    ):
+        assert [p.name for p in open_shards(spec)] == names
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("DIR/train-{000000..000003}.tar", r"train-000001\.tar does not exist"),
+        ("DIR/nothing", "nothing does not exist"),
+        ("DIR/empty", r"no \.tar file matches"),
+        ("DIR/val-*.tar", r"no \.tar file matches"),
+    ],
+)
+def test_missing_shards_are_named(tmp_path: Path, spec: str, message: str) -> None:
+    write_shards(samples(1), tmp_path / "train", 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        open_shards(spec.replace("DIR", str(tmp_path)))
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
+def test_a_file_that_is_no_shard_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.tar"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"bad\.tar"):
+        load_index(path)
+    path = write_tar(tmp_path / "text.tar", {"a.txt": b"only text"})
+    with pytest.raises(DataError, match="holds no image"):
+        load_index(path)

@@ -1,0 +1,454 @@
+"""The composition root: config -> everything that a run needs. The only module that imports across the rooms."""
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.batch import Batch
+from data.config import SYNTHETIC, DataError
+from data.debug import ensure_debug_assets
+from data.encoders import load_autoencoder, load_text_encoder
+from data.index import ImageTextIndex, open_shards
+from data.reader import ImageTextReader, SyntheticReader, validation_batches
+from models.configs import ModelConfig
+from models.flops import forward_flops
+from models.layers import TextCondition
+from models.registry import build_model, declarations
+
+from .checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    check_same_model,
+    find_checkpoint,
+    read_meta,
+    write_atomically,
+)
+from .config import ConfigError, Resolved, TrainConfig, check_resume, plain, resolve, to_yaml
+from .diffusion.flow import RectifiedFlow
+from .diffusion.random import normal
+from .ema import EMA
+from .evaluate.generate import images_from_prompts, save_grid
+from .evaluate.val_loss import validation
+from .loop import restore
+from .metrics import Metrics, peak_flops
+from .mup.apply import apply_multipliers, build_table, init_parameters, param_groups
+from .mup.rules import Settings
+from .mup.table import MuTable
+from .optim import lr_factor
+from .parallel.fsdp import FSDP2Engine, Precision
+from .parallel.mesh import World
+from .state import Encoded, Plan, Run, TrainState
+
+_VALIDATION_SEED = 0x5EED  # of synthetic data: differs from any that a user is likely to train with
+_DEBUG_ASSETS = ".cache/debug"
+_PACKAGES = ("torch", "transformers", "diffusers", "numpy")
+
+
+def build_mup_table(config: TrainConfig) -> MuTable:
+    """The muP table of a config, from three models on the meta device; no weights are made."""
+    model = config.model
+
+    def factory(width: int) -> torch.nn.Module:
+        shape: ModelConfig = dataclasses.replace(model, width=width)
+        return build_model(shape, config.autoencoder.channels, config.text_encoder.width)
+
+    settings = Settings(config.mup.parametrization, config.mup.wd_rule, config.mup.eps_rule, config.optim.decay)
+    return build_table(
+        factory, config.mup.base_width, model.width, model.head_dim, declarations(model), settings
+    )
+
+
+def precision_of(config: TrainConfig, world: World) -> Precision:
+    return config.parallel.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+
+
+def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:
+    """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
+    optim = config.optim
+    with torch.device("meta"):
+        model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
+    apply_multipliers(model, table)
+
+    def initialise(materialised: torch.nn.Module) -> None:
+        materialised.fill_buffers()  # pyright: ignore[reportCallIssue] (every backbone has it)
+        init_parameters(materialised, table, config.train.seed)
+
+    engine = FSDP2Engine(
+        model,
+        units=model.shard_units(),  # pyright: ignore[reportCallIssue] (every backbone has it)
+        world=world,
+        precision=precision_of(config, world),
+        compile_units=config.parallel.compile,
+        initialise=initialise,
+        groups=lambda named: param_groups(named, table, optim.lr, optim.weight_decay, optim.eps),
+        betas=optim.betas,
+        clip_norm=optim.clip_norm,
+    )
+    for name, settings in engine.optimizer_settings().items():
+        row = table.rows[name]
+        expected = (optim.lr * row.lr, optim.weight_decay * row.weight_decay, optim.eps * row.eps)
+        assert settings == expected, f"{name}: the optimizer has (lr, wd, eps) {settings}, the table {expected}"
+    return engine
+
+
+class FrozenParts:
+    """Autoencoder and text encoder: what turns a Batch into tensors that the model sees, and back.
+
+    With synthetic data neither is loaded: latents and text states come with the batch.
+    """
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        precision = precision_of(config, world)
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
+        self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
+        self._device = world.device
+        self.synthetic = config.data.shards == SYNTHETIC
+        if not self.synthetic:
+            self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
+            self._text_encoder = load_text_encoder(config.text_encoder, world.device, dtype)
+
+    def fingerprints(self) -> dict[str, str]:
+        if self.synthetic:
+            return {}
+        return {"autoencoder": self._autoencoder.fingerprint, "text_encoder": self._text_encoder.fingerprint}
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Encoded:
+        """A micro-batch on the device."""
+        keys = batch.keys.to(self._device, non_blocking=True)
+        weight = batch.weight.to(self._device, non_blocking=True)
+        if batch.latents is not None:
+            x0 = batch.latents.to(self._device, self.x0_dtype, non_blocking=True)
+        else:
+            assert batch.images is not None
+            mean, logvar = self._autoencoder.encode(batch.images.to(self._device, non_blocking=True))
+            x0 = mean.to(self.x0_dtype)
+            if logvar is not None:
+                noise = normal(keys, tuple(x0.shape[1:]), "posterior").to(x0.dtype)
+                x0 = x0 + (0.5 * logvar.to(x0.dtype)).exp() * noise
+        if batch.text_states is not None and batch.text_mask is not None:
+            condition = TextCondition(
+                batch.text_states.to(self._device, non_blocking=True),
+                batch.text_mask.to(self._device, non_blocking=True),
+            )
+        else:
+            condition = self.encode_text(batch.captions)
+        tokens = (condition.mask.sum(1) * weight).sum()
+        return Encoded(x0, condition, keys, weight, tokens)
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> TextCondition:
+        states, mask = self._text_encoder.encode(captions)
+        return TextCondition(states, mask)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._autoencoder.decode(latents)
+
+
+class Source:
+    """Training and validation data of a config: readers per rank, and what identifies the data."""
+
+    def __init__(self, config: TrainConfig, resolved: Resolved, world: World) -> None:
+        self._config, self._resolved, self._world = config, resolved, world
+        self._index: ImageTextIndex | None = None
+        if config.data.shards != SYNTHETIC:
+            self._index = first_on_rank_0(world, lambda: _open_index(config.data.shards))
+            self._check_length(self._index)
+        reader = self.reader(world.rank, world.size)
+        self.batches, self.fingerprint = reader.batches, reader.fingerprint
+
+    def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
+        """The reader of one rank in a world of `size`."""
+        c, rows = self._config, self._resolved.micro_batch_rows
+        seed, batch = c.train.seed, c.train.global_batch_size
+        if self._index is None:
+            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, rank, size, rows)
+        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, rank, size, rows)
+
+    def validation(self) -> list[Batch]:
+        """This rank's part of the fixed bank."""
+        c, world, count = self._config, self._world, self._config.validation.samples
+        rows = max(1, min(self._resolved.micro_batch_rows, 64))
+        if self._index is None:
+            text = dataclasses.replace(c.text_encoder, dropout=0.0)
+            reader = SyntheticReader(
+                c.data, text, c.autoencoder, _VALIDATION_SEED, count, world.rank, world.size, rows
+            )
+            return next(reader.batches(0))[1]
+        return list(validation_batches(self._validation_index(), c.data, count, world.rank, world.size, rows))
+
+    def validation_captions(self, count: int) -> list[str]:
+        """Captions of the first `count` samples of the bank, the same on all ranks."""
+        batches = validation_batches(self._validation_index(), self._config.data, count, 0, 1, count)
+        return [caption for batch in batches for caption in batch.full_captions if caption]
+
+    def _validation_index(self) -> ImageTextIndex:
+        shards = self._config.data.val_shards
+        if shards is None:
+            assert self._index is not None
+            return self._index
+        return first_on_rank_0(self._world, lambda: _open_index(shards))
+
+    def _check_length(self, index: ImageTextIndex) -> None:
+        c = self._config
+        most = len(index) * (c.data.epochs or 0) // c.train.global_batch_size
+        if c.data.epochs is not None and c.train.steps > most:
+            raise ConfigError(
+                f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {len(index)} samples: "
+                f"at most {most} steps of {c.train.global_batch_size}"
+            )
+
+
+def _is_debug(path: str) -> bool:
+    """Whether a path is one of the debug configs', whose content is made on first use."""
+    return Path(path).is_relative_to(_DEBUG_ASSETS)
+
+
+def _open_index(shards: str) -> ImageTextIndex:
+    if _is_debug(shards):
+        ensure_debug_assets()
+    return ImageTextIndex(open_shards(shards))
+
+
+T = TypeVar("T")
+
+
+def first_on_rank_0(world: World, make: Callable[[], T]) -> T:
+    """make() on rank 0, then on the others, so that files are built once; an error of rank 0 is raised on all."""
+    result: list[T] = []
+    error: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            result.append(make())
+        except DataError as caught:
+            error[0] = caught
+    dist.broadcast_object_list(error, src=0, group=world.control)
+    if error[0] is not None:
+        raise error[0]
+    return result[0] if result else make()
+
+
+def build_run(config: TrainConfig, world: World) -> Run:
+    """Everything for the loop. User's mistakes raise ConfigError, DataError or CheckpointError before the run
+    folder is written."""
+    resolved = resolve(config, world.size)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if _is_debug(config.text_encoder.path):
+        first_on_rank_0(world, ensure_debug_assets)
+    source = Source(config, resolved, world)
+    frozen = FrozenParts(config, world)
+    table = build_mup_table(config)
+    fingerprints = {"data": source.fingerprint, **frozen.fingerprints()}
+    assert config.run.name is not None
+    folder = Path(config.run.dir) / config.run.name
+
+    resumed = _find_resumed(config, folder, table, fingerprints, world)
+    initial = None
+    if resumed is None and config.run.init_from is not None:
+        initial = find_checkpoint(Path(config.run.init_from))
+        check_same_model(read_meta(initial), table.to_json(), initial, rules=False)
+
+    engine = build_engine(config, table, world)
+    state = TrainState.start(world.device)
+    if initial is not None:
+        engine.load_weights(initial)
+    ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
+    checkpointer = Checkpointer(folder, engine, world.checkpoint, config.run.keep_last)
+    notes = [table.describe(), f"{folder}: {_count(table):.3g} B parameters, {world.size} processes"]
+    if resumed is not None:
+        checkpoint, meta, changes = resumed
+        checkpointer.load(checkpoint, {**ema.tensors(), "totals": state.totals})
+        restore(state, meta, world.rank)
+        notes = [f"resuming {checkpoint}", *(f"changed: {change}" for change in changes)]
+    elif initial is not None:
+        notes.append(f"weights from {initial}")
+
+    bank = [frozen.encode(batch) for batch in source.validation()] if config.train.validate_every else []
+    objective = RectifiedFlow(config.objective.timestep_mean, config.objective.timestep_std, resolved.time_shift)
+    average = ema.shards[config.ema.decays[0]]
+
+    def swapped() -> Any:
+        return engine.swapped(average)
+
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", to_yaml(config))
+        write_atomically(folder / "mup.json", json.dumps(table.to_json(), indent=1))
+    metrics = Metrics(folder, world.rank == 0, config.train.steps, state.step)
+    if config.wandb.project is not None:
+        metrics.start_wandb(config.wandb.project, config.wandb.mode, config.run.name, plain(config))
+    for note in notes:
+        metrics.say(note)
+
+    return Run(
+        plan=_plan(config, frozen.synthetic, world, metrics),
+        world=world,
+        folder=folder,
+        engine=engine,
+        ema=ema,
+        objective=objective,
+        lr=lambda step: config.optim.lr * _lr_factor(config, step),
+        batches=source.batches,
+        encode=frozen.encode,
+        validate=lambda: validation(engine.model, objective, bank, swapped),
+        sample=_grid_writer(config, source, frozen, engine, swapped, resolved, world),
+        metrics=metrics,
+        checkpointer=checkpointer,
+        meta={
+            "config": plain(config),
+            "mup": table.to_json(),
+            "fingerprints": fingerprints,
+            "versions": {name: version(name) for name in _PACKAGES},
+            "commit": _commit(),
+        },
+        state=state,
+    )
+
+
+def _find_resumed(
+    config: TrainConfig, folder: Path, table: MuTable, fingerprints: dict[str, str], world: World
+) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """(checkpoint, its meta, changed keys) if the run folder has one that this config may continue."""
+    answer: list[Path | None] = [None]
+    if world.rank == 0:
+        try:
+            answer[0] = find_checkpoint(folder)
+        except CheckpointError:
+            answer[0] = None
+    dist.broadcast_object_list(answer, src=0, group=world.control)
+    checkpoint = answer[0]
+    if checkpoint is None:
+        return None
+    if not config.run.resume:
+        raise ConfigError(f"run.resume is false, but {folder} has checkpoints: use another run.name or remove them")
+    meta = read_meta(checkpoint)
+    check_same_model(meta, table.to_json(), checkpoint, rules=False)
+    changes = check_resume(meta["config"], config)
+    check_same_model(meta, table.to_json(), checkpoint, rules=True)
+    for part, fingerprint in fingerprints.items():
+        if meta["fingerprints"].get(part) != fingerprint:
+            raise CheckpointError(
+                f"{checkpoint} was trained with other {part.replace('_', ' ')} contents than {part} has now; "
+                "use another run.name for a new run"
+            )
+    return checkpoint, meta, changes
+
+
+def _grid_writer(
+    config: TrainConfig,
+    source: Source,
+    frozen: FrozenParts,
+    engine: FSDP2Engine,
+    swapped: Callable[[], Any],
+    resolved: Resolved,
+    world: World,
+) -> Callable[[Path], None]:
+    prompts = list(config.sample.prompts[: config.sample.count])
+    if not prompts and config.train.sample_every and not frozen.synthetic:
+        prompts = source.validation_captions(config.sample.count)
+
+    def write(path: Path) -> None:
+        with swapped():
+            images = sample_images(config, engine, frozen, resolved, world, prompts)
+        if world.rank == 0:
+            save_grid(images, path)
+            write_atomically(path.parent / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
+
+    return write
+
+
+def sample_images(
+    config: TrainConfig,
+    engine: FSDP2Engine,
+    frozen: FrozenParts,
+    resolved: Resolved,
+    world: World,
+    prompts: Sequence[str],
+    seed: int = 0,
+) -> np.ndarray:
+    """uint8 [len(prompts), H, W, 3] from the weights that the engine's model has now, on every rank."""
+    return images_from_prompts(
+        engine.model,
+        frozen.encode_text,
+        frozen.decode,
+        prompts,
+        (config.autoencoder.channels, config.latent_size, config.latent_size),
+        seed=seed,
+        steps=config.sample.steps,
+        guidance=config.sample.guidance,
+        shift=resolved.time_shift,
+        device=world.device,
+        group=world.control,
+    )
+
+
+def build_sampler(
+    config: TrainConfig, checkpoint: Path, world: World
+) -> Callable[[Sequence[str], int], np.ndarray]:
+    """(prompts, seed) -> uint8 images [n, H, W, 3] from the EMA weights of a checkpoint of this config."""
+    if config.data.shards == SYNTHETIC:
+        raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
+    resolved = resolve(config, world.size)
+    table = build_mup_table(config)
+    check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
+    frozen = FrozenParts(config, world)
+    engine = build_engine(config, table, world)
+    engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}")
+    return lambda prompts, seed: sample_images(config, engine, frozen, resolved, world, prompts, seed)
+
+
+def _plan(config: TrainConfig, synthetic: bool, world: World, metrics: Metrics) -> Plan:
+    train = config.train
+    if synthetic and train.sample_every:
+        metrics.say("no sample grids: synthetic data have no captions")
+
+    def image_flops(text_tokens: float) -> float:
+        forward = forward_flops(
+            config.model,
+            config.autoencoder.channels,
+            config.text_encoder.width,
+            config.image_tokens,
+            round(text_tokens),
+        )
+        return 3.0 * forward
+
+    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    return Plan(
+        steps=train.steps,
+        global_batch_size=train.global_batch_size,
+        log_every=train.log_every,
+        validate_every=train.validate_every,
+        checkpoint_every=train.checkpoint_every,
+        sample_every=0 if synthetic else train.sample_every,
+        max_bad_share=config.data.max_bad_share,
+        image_flops=image_flops,
+        peak_flops=None if peak is None else peak * world.size,
+    )
+
+
+def _lr_factor(config: TrainConfig, step: int) -> float:
+    optim = config.optim
+    return lr_factor(step, optim.schedule, optim.warmup_steps, optim.decay_steps, config.train.steps)
+
+
+def _count(table: MuTable) -> float:
+    return sum(float(np.prod(row.shape)) for row in table.rows.values()) / 1e9
+
+
+def _commit() -> str:
+    """Commit of the code, "" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()

@@ -1,0 +1,480 @@
+"""TrainConfig: everything a run is told, frozen and strict. No torch: a wrong key stops before a device is touched.
+
+A value goes one way: YAML file (with at most one `extends:` a file) -> `key=value` overrides -> TrainConfig ->
+`resolve(world size)`. Nothing changes it afterwards.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
+from models.configs import MMDiTConfig, ModelConfig
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+MODEL_KINDS: dict[str, type] = {"mmdit": MMDiTConfig}
+
+KeyClass = Literal["identity", "schedule", "runtime"]
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a config file, an override or a resumed run; the message says what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: str | None = None
+    """Name of the run folder; the config file's name unless given."""
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint of the run folder. False refuses a folder that has any."""
+    init_from: str | None = None
+    """Checkpoint folder whose weights a new run starts from."""
+    allow_change: tuple[str, ...] = ()
+    """Schedule keys (optim.lr, train.steps, ...) that may differ from the run that is resumed."""
+    keep_last: int = Field(default=3, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class TrainSection(Section):
+    steps: int = Field(default=100_000, ge=1)
+    global_batch_size: int = Field(default=256, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """The most samples a device holds at 256² area; accumulation follows from it. None: the whole share at once."""
+    seed: int = Field(default=0, ge=0)
+    deterministic: bool = False
+    """Deterministic algorithms on a GPU (slower); on CPU a run is always bit-exact."""
+    log_every: int = Field(default=10, ge=1)
+    validate_every: int = Field(default=1000, ge=0)
+    """0: never, as for the other intervals."""
+    checkpoint_every: int = Field(default=1000, ge=0)
+    sample_every: int = Field(default=1000, ge=0)
+
+
+class MupConfig(Section):
+    parametrization: Literal["mup", "sp"] = "mup"
+    base_width: int = Field(default=512, ge=1)
+    """Width at which the base hyperparameters hold; a proxy and its target share it."""
+    wd_rule: Literal["independent", "sqrt", "coupled"] = "independent"
+    eps_rule: Literal["constant", "width"] = "constant"
+
+
+class OptimConfig(Section):
+    lr: float = Field(default=2.0**-10, gt=0)
+    """Base learning rate: the muP table scales it by name."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-12, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    decay: Literal["matrices", "all"] = "matrices"
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest global gradient norm; null: no clipping."""
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    decay_steps: int = Field(default=0, ge=0)
+    """wsd: the last steps, over which the lr falls to 0."""
+
+
+class EmaConfig(Section):
+    decays: tuple[float, ...] = (0.9999,)
+    """The first one is validated, sampled and exported."""
+    warmup: bool = True
+    """Decay min(decay, (1 + n) / (10 + n)) at update n."""
+
+
+class ObjectiveConfig(Section):
+    kind: Literal["rectified_flow"] = "rectified_flow"
+    timestep_mean: float = 0.0
+    timestep_std: float = Field(default=1.0, gt=0)
+    shift_base_tokens: int = Field(default=256, ge=1)
+    """Times are shifted by s = sqrt(image tokens / shift_base_tokens)."""
+
+
+class ParallelConfig(Section):
+    engine: Literal["fsdp2"] = "fsdp2"
+    shard: int = Field(default=0, ge=0)
+    """Ranks that share one copy of the weights; 0: all. Replicas = world size / shard (HSDP)."""
+    precision: Literal["bf16", "fp32", "fp64"] | None = None
+    """Compute type over fp32 master weights; None: bf16 on a GPU, fp32 on a CPU. fp64 is for tests."""
+    compile: bool = False
+
+
+class ValidationConfig(Section):
+    samples: int = Field(default=256, ge=1)
+    """Images of the fixed bank, each at 8 equidistant times."""
+
+
+class SampleConfig(Section):
+    prompts: tuple[str, ...] = ()
+    """Prompts of the grids; none: the first captions of the validation shards."""
+    count: int = Field(default=16, ge=1)
+    steps: int = Field(default=50, ge=1)
+    guidance: float = Field(default=4.0, ge=0)
+    """Classifier-free guidance; 1 is none."""
+
+
+class WandbConfig(Section):
+    project: str | None = None
+    mode: Literal["offline", "online", "disabled"] = "offline"
+
+
+class TrainConfig(Section):
+    """One run. `python -m trainer.config` prints the JSON schema that editors use."""
+
+    run: RunConfig = RunConfig()
+    train: TrainSection = TrainSection()
+    model: ModelConfig = MMDiTConfig()
+    mup: MupConfig = MupConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    validation: ValidationConfig = ValidationConfig()
+    sample: SampleConfig = SampleConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @property
+    def latent_size(self) -> int:
+        """Rows (and columns) of a latent."""
+        return self.data.resolution // self.autoencoder.downsample
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.latent_size // self.model.patch_size) ** 2
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        problems = list(_conflicts(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _conflicts(c: TrainConfig) -> Iterator[str]:
+    """Keys that are fine alone and wrong together."""
+    cell = c.autoencoder.downsample * c.model.patch_size
+    if c.data.resolution % cell:
+        yield (
+            f"data.resolution {c.data.resolution} is not a multiple of {cell} "
+            "(autoencoder.downsample x model.patch_size)"
+        )
+    elif c.data.resolution // cell > c.model.pos_embed_max_size:
+        yield (
+            f"data.resolution {c.data.resolution} gives {c.data.resolution // cell} tokens a side, more than "
+            f"model.pos_embed_max_size {c.model.pos_embed_max_size}"
+        )
+    if c.mup.base_width % c.model.head_dim:
+        yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
+    if c.optim.warmup_steps >= c.train.steps:
+        yield f"optim.warmup_steps {c.optim.warmup_steps} must be less than train.steps {c.train.steps}"
+    if (c.optim.schedule == "wsd") != (c.optim.decay_steps > 0):
+        yield "optim.decay_steps goes with optim.schedule wsd, and wsd needs it"
+    if c.optim.decay_steps > c.train.steps:
+        yield f"optim.decay_steps {c.optim.decay_steps} is more than train.steps {c.train.steps}"
+    if not all(0 <= b < 1 for b in c.optim.betas):
+        yield f"optim.betas must lie in [0, 1), got {list(c.optim.betas)}"
+    if not c.ema.decays or not all(0 < d < 1 for d in c.ema.decays) or len(set(c.ema.decays)) < len(c.ema.decays):
+        yield f"ema.decays must be different numbers between 0 and 1, got {list(c.ema.decays)}"
+    if c.data.shards != "synthetic" and c.text_encoder.path == "none":
+        yield f'text_encoder.path is needed to read captions of data.shards "{c.data.shards}"'
+    if c.data.shards != "synthetic" and c.autoencoder.path == "none" and c.autoencoder.downsample != 1:
+        yield (
+            f'autoencoder.path is needed to turn images of data.shards "{c.data.shards}" into latents; '
+            "for pixels set autoencoder.channels=3 and autoencoder.downsample=1"
+        )
+    for key in c.run.allow_change:
+        if key not in set(_leaves(TrainConfig)):
+            yield f'run.allow_change: "{key}" is no config key{_nearest(key, list(_leaves(TrainConfig)))}'
+        elif key_class(key) == "identity":
+            yield f'run.allow_change: "{key}" is what the run is; start another run instead'
+
+
+# ---------------------------------------------------------------------------------------------------- key classes
+
+# Decision 10: a change of an identity key is refused on resume, of a schedule key unless it is listed in
+# run.allow_change, of a runtime key never. Paths are runtime: what lies there is compared by fingerprint.
+_CLASSES: dict[str, KeyClass] = {
+    "run": "runtime",
+    "train": "runtime",
+    "train.steps": "schedule",
+    "train.global_batch_size": "identity",
+    "train.seed": "identity",
+    "model": "identity",
+    "mup": "identity",
+    "optim": "schedule",
+    "ema": "schedule",
+    "objective": "identity",
+    "parallel": "runtime",
+    "data": "identity",
+    "data.shards": "runtime",
+    "data.val_shards": "runtime",
+    "data.num_workers": "runtime",
+    "data.max_bad_share": "runtime",
+    "text_encoder": "identity",
+    "text_encoder.path": "runtime",
+    "text_encoder.subfolder": "runtime",
+    "autoencoder": "identity",
+    "autoencoder.path": "runtime",
+    "autoencoder.subfolder": "runtime",
+    "validation": "runtime",
+    "sample": "runtime",
+    "wandb": "runtime",
+}
+
+
+def key_class(key: str) -> KeyClass:
+    """identity, schedule or runtime."""
+    return _CLASSES.get(key) or _CLASSES[key.partition(".")[0]]
+
+
+def check_resume(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
+    """Schedule and runtime keys that changed, as text for the log; raises ConfigError for a change that is refused.
+
+    old: the config stored in the checkpoint, as plain data.
+    """
+    before, after = dict(_flatten(old)), dict(_flatten(plain(new)))
+    changed, refused = [], []
+    for key in sorted(before.keys() | after.keys()):
+        if (a := before.get(key)) == (b := after.get(key)):
+            continue
+        kind = key_class(key)
+        if kind == "identity":
+            refused.append(f"{key}: {a} in the checkpoint, {b} now; it is part of what the run is")
+        elif kind == "schedule" and key not in new.run.allow_change:
+            refused.append(f"{key}: {a} in the checkpoint, {b} now; allow it with run.allow_change=[{key}]")
+        elif not key.startswith("run."):
+            changed.append(f"{key}: {a} -> {b}")
+    if refused:
+        raise ConfigError(
+            "this run folder was started with another config:\n  "
+            + "\n  ".join(refused)
+            + "\nUse another run.name for a new run."
+        )
+    return changed
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2: 1e-3 is a number, `off` a word; a key given twice is an error."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'key "{key}" is given twice', key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+
+
+def find_config(name: str, near: Path | None = None) -> Path:
+    """A path, or a name under configs/ (or beside the file that extends it), with or without .yaml."""
+    folders = [Path(), *([near] if near else []), CONFIG_DIR]
+    for folder in folders:
+        for candidate in (folder / name, folder / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    known = [str(p.relative_to(CONFIG_DIR)) for p in sorted(CONFIG_DIR.rglob("*.yaml"))]
+    raise ConfigError(f'config "{name}" was found neither as a path nor under configs/{_nearest(name, known)}')
+
+
+def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in chain)}")
+    try:
+        data = _parse_yaml(path.read_text(), str(path)) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, got {type(data).__name__}")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends must name one config, got {parent!r}")
+    return _merge(_read(find_config(parent, path.parent), (*chain, path.resolve())), data)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f'override "{text}" must have the form section.key=value')
+    nested: Any = _parse_yaml(value, f'override "{text}"') if value else None
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return _merge(data, nested)
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a config by path or name, apply `section.key=value` overrides, validate; raises ConfigError."""
+    path = find_config(name)
+    data = _read(path)
+    run = data.setdefault("run", {})
+    if isinstance(run, dict) and run.get("name") is None:
+        run["name"] = path.stem
+    return parse(data, path.name, overrides)
+
+
+def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Plain data and overrides -> TrainConfig; all problems are reported at once in a ConfigError."""
+    for text in overrides:
+        data = _override(data, text)
+    source += " with overrides" if overrides else ""
+    problems = list(_unknown_keys(data, TrainConfig, ""))
+    unknown = {line.partition(":")[0] for line in problems}
+    try:
+        config = TrainConfig.model_validate(data)
+    except ValidationError as error:
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            if item["type"] in ("extra_forbidden", "unexpected_keyword_argument") or key in unknown:
+                continue
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+            got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+            problems.append(f"{key}: {message}{got}" if key else message)
+        raise ConfigError(f"{source}:\n  " + "\n  ".join(problems)) from None
+    if problems:
+        raise ConfigError(f"{source}:\n  " + "\n  ".join(problems))
+    return config
+
+
+def _fields(section: type) -> dict[str, Any]:
+    """Key -> type of a section (pydantic model or dataclass)."""
+    if issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    return {field.name: field.type for field in dataclasses.fields(section)}
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation))
+
+
+def _unknown_keys(data: Mapping[str, Any], section: type, prefix: str) -> Iterator[str]:
+    """A line for each key that does not exist, with the nearest one that does; also under an unknown model.kind."""
+    fields = _fields(section)
+    for key, value in data.items():
+        path = f"{prefix}{key}"
+        if key not in fields:
+            everywhere = [k for k in _leaves(TrainConfig) if k.rpartition(".")[2] == str(key)]
+            hint = _nearest(str(key), list(fields), prefix) or _nearest(path, everywhere)
+            yield f"{path}: unknown key{hint}"
+            continue
+        inner = fields[key]
+        if path == "model" and isinstance(value, dict):
+            kind = str(value.get("kind", "mmdit"))
+            inner = MODEL_KINDS[(difflib.get_close_matches(kind, MODEL_KINDS, 1, 0.0) or ["mmdit"])[0]]
+        if _is_section(inner) and isinstance(value, dict):
+            yield from _unknown_keys(value, inner, f"{path}.")
+
+
+def _nearest(key: str, known: Sequence[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(key, known, 1, 0.5)
+    return f'; did you mean "{prefix}{matches[0]}"?' if matches else ""
+
+
+def _leaves(section: type, prefix: str = "") -> Iterator[str]:
+    for key, inner in _fields(section).items():
+        if _is_section(inner):
+            yield from _leaves(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON data (tuples are lists)."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+# ------------------------------------------------------------------------------------------------------- resolving
+
+
+class Resolved(NamedTuple):
+    """What follows from the config and the world size."""
+
+    world_size: int
+    shard: int
+    """Ranks that share one copy of the weights."""
+    micro_batch_rows: int
+    """The most samples in a device's micro-batch at this resolution."""
+    time_shift: float
+    """s of the shifted time: sqrt(image tokens / shift_base_tokens)."""
+
+
+def resolve(config: TrainConfig, world_size: int) -> Resolved:
+    """Pure arithmetic; raises ConfigError where the world size does not fit."""
+    batch, shard = config.train.global_batch_size, config.parallel.shard or world_size
+    if world_size > batch:
+        raise ConfigError(f"{world_size} processes need train.global_batch_size of at least as many, got {batch}")
+    if world_size % shard:
+        raise ConfigError(f"parallel.shard {shard} does not divide the {world_size} processes")
+    share = -(-batch // world_size)
+    micro = config.train.micro_batch_size
+    rows = share if micro is None else max(1, min(share, int(micro * (256 / config.data.resolution) ** 2)))
+    return Resolved(
+        world_size=world_size,
+        shard=shard,
+        micro_batch_rows=rows,
+        time_shift=math.sqrt(config.image_tokens / config.objective.shift_base_tokens),
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(TrainConfig.model_json_schema(), indent=1))

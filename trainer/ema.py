@@ -1,0 +1,56 @@
+"""Exponential moving averages of the master weights: fp32, on local shards, several decays at once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_CHUNK_NUMBERS = 1 << 26  # what an update holds beside the averages: 256 MiB
+
+
+class EMA:
+    """Averages of `shards` (live tensors by name), which start as copies of them."""
+
+    def __init__(self, shards: Mapping[str, Tensor], decays: Sequence[float], warmup: bool) -> None:
+        self.decays = tuple(decays)
+        self._warmup = warmup
+        self._live = shards
+        self.shards = {decay: {name: shard.clone() for name, shard in shards.items()} for decay in self.decays}
+
+    def decay_at(self, decay: float, step: int) -> float:
+        """Decay of update `step` (from 0). Warm-up: over a short run 0.9999 would still be the initial weights."""
+        return min(decay, (1 + step) / (10 + step)) if self._warmup else decay
+
+    @torch.no_grad()
+    def update(self, step: int, skipped: Tensor) -> None:
+        """average += (1 - decay) x (weight - average), except where `skipped` (0 or 1, on the device) is 1."""
+        for decay, shards in self.shards.items():
+            rate = (1 - self.decay_at(decay, step)) * (1 - skipped)
+            for names in self._chunks():
+                averages = [shards[name] for name in names]
+                # A rate on the device (no host sync for `skipped`) rules out foreach_lerp with its float.
+                difference = torch._foreach_sub([self._live[name] for name in names], averages)
+                torch._foreach_mul_(difference, rate.to(averages[0].dtype))
+                torch._foreach_add_(averages, difference)
+
+    def reset(self) -> None:
+        """Start again from the live weights."""
+        for shards in self.shards.values():
+            for name, shard in shards.items():
+                shard.copy_(self._live[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages as a checkpoint names them."""
+        return {f"ema_{decay}/{name}": t for decay, shards in self.shards.items() for name, t in shards.items()}
+
+    def _chunks(self) -> Iterator[list[str]]:
+        chunk: list[str] = []
+        numbers = 0
+        for name, shard in self._live.items():
+            chunk.append(name)
+            numbers += shard.numel()
+            if numbers >= _CHUNK_NUMBERS:
+                yield chunk
+                chunk, numbers = [], 0
+        if chunk:
+            yield chunk

@@ -1,0 +1,190 @@
+"""The training loop, top to bottom. Nothing in a step waits for the device; figures are read at log steps."""
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .state import Run, TrainState
+
+
+class BadDataError(RuntimeError):
+    """More samples were unreadable than data.max_bad_share allows; the run has been saved."""
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1 asks for a checkpoint and an orderly end; ranks agree at the next log step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(run: Run) -> str:
+    """Train to the end; returns "finished" or "preempted". Raises BadDataError where too many samples are bad."""
+    plan, state, metrics = run.plan, run.state, run.metrics
+    if state.step >= plan.steps:
+        metrics.say(f"{run.folder} has finished its {plan.steps} steps; nothing to do")
+        metrics.status("finished", state.step)
+        return "finished"
+    stop = StopRequest()
+    outcome = "finished"
+    metrics.status("running", state.step)
+    try:
+        if state.step == 0:
+            _look(run, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0, sample=False)
+        began, begun_step = time.perf_counter(), state.step
+        for step, micro_batches in run.batches(state.step):
+            train_step(run, step, micro_batches)
+            state.step = step + 1
+            due = {key: _due(state.step, every, plan.steps) for key, every in _intervals(run).items()}
+            record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
+            share = 0.0
+            if due["log"]:
+                record |= _figures(run, time.perf_counter() - began, state.step - begun_step)
+                stopping, share = _agree(run, stop.asked)
+                record["bad_share"] = share
+                outcome = "preempted" if stopping and state.step < plan.steps else "finished"
+            too_bad = share > plan.max_bad_share
+            if due["log"] or due["validate"] or due["sample"]:
+                _look(run, record, due["validate"], due["sample"])
+            ending = outcome == "preempted" or too_bad
+            if due["checkpoint"] or ending:
+                save(run)
+            if ending:
+                break
+            if due["log"] or due["validate"] or due["sample"] or due["checkpoint"]:
+                began, begun_step = time.perf_counter(), state.step  # time spent looking is not training time
+            if state.step >= plan.steps:
+                break
+        metrics.plot()
+        if too_bad:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(state.holes.items()))
+            raise BadDataError(
+                f"{share:.2%} of the samples were unreadable, more than data.max_bad_share {plan.max_bad_share:.2%} "
+                f"(rank 0 saw {reasons or 'none of them'}). The run is saved at step {state.step}; mend the data or "
+                "raise data.max_bad_share, then start it again."
+            )
+        metrics.status(outcome, state.step, "asked to stop by a signal" if outcome == "preempted" else "")
+        return outcome
+    except BaseException as error:
+        metrics.status("failed", state.step, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        stop.restore()
+
+
+def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
+    """One update from this rank's micro-batches."""
+    state, world = run.state, run.world
+    # FSDP averages gradients over ranks, while the loss is a mean over the global batch: hence W / B.
+    scale = world.size / run.plan.global_batch_size
+    total = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, text tokens, weight: sums
+    for number, batch in enumerate(micro_batches):
+        encoded = run.encode(batch)
+        draw = run.objective.draw(encoded.x0, encoded.keys)
+        prediction, _ = run.engine.model(draw.x_t, draw.t, encoded.condition)
+        losses = run.objective.loss(prediction, draw)  # [b]
+        loss = (encoded.weight * losses).sum()
+        run.engine.backward(scale * loss, last=number == len(micro_batches) - 1)
+        total += torch.stack([loss.detach().double(), encoded.text_tokens.double(), encoded.weight.sum().double()])
+        state.samples_read += batch.read
+        for reason in batch.holes:
+            state.holes[reason] = state.holes.get(reason, 0) + 1
+    result = run.engine.step(run.lr(step))
+    run.ema.update(step, result.skipped)
+    # Summed over ranks in every step, three numbers on the device, so that a checkpoint between two log lines holds
+    # the same totals on all ranks and a resumed run logs the same figures.
+    dist.all_reduce(total)
+    loss, text_tokens = total[:2] / total[2].clamp(min=1)
+    figures = torch.stack([loss, result.grad_norm.double(), text_tokens, torch.ones_like(loss)])
+    state.totals[:4] += torch.where(result.skipped > 0, torch.zeros_like(figures), figures)
+    state.totals[4] += result.skipped
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the present step."""
+    state = run.state
+    tensors = {**run.ema.tensors(), "totals": state.totals}
+    reads: list[Any] = [None] * run.world.size
+    dist.all_gather_object(reads, (state.holes, state.samples_read), group=run.world.control)
+    meta = {**run.meta, "step": state.step, "reads": reads}
+    run.checkpointer.save(state.step, tensors, meta)
+
+
+def restore(state: TrainState, meta: dict[str, Any], rank: int) -> None:
+    """Host-side state from a checkpoint; the counts of bad samples go on at rank 0 if the world has changed."""
+    state.step = meta["step"]
+    reads = meta["reads"]
+    if len(reads) == dist.get_world_size():
+        state.holes, state.samples_read = dict(reads[rank][0]), reads[rank][1]
+    elif rank == 0:
+        state.samples_read = sum(read for _, read in reads)
+        for holes, _ in reads:
+            for reason, count in holes.items():
+                state.holes[reason] = state.holes.get(reason, 0) + count
+
+
+def _intervals(run: Run) -> dict[str, int]:
+    plan = run.plan
+    return {
+        "log": plan.log_every,
+        "validate": plan.validate_every,
+        "checkpoint": plan.checkpoint_every,
+        "sample": plan.sample_every,
+    }
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    """Every so many steps, and at the last one; 0 is never."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _figures(run: Run, seconds: float, steps: int) -> dict[str, Any]:
+    """Read the totals back (the host sync of a log step) and start them anew."""
+    plan, totals = run.plan, run.state.totals
+    loss, grad_norm, text_tokens, counted, skipped = totals.tolist()
+    totals.zero_()
+    figures: dict[str, Any] = {"lr": run.lr(run.state.step - 1), "skipped_steps": int(skipped)}
+    if counted:
+        figures |= {"loss": loss / counted, "grad_norm": grad_norm / counted}
+    images_per_s = plan.global_batch_size * steps / seconds
+    flops_per_s = plan.image_flops(text_tokens / max(1.0, counted)) * images_per_s
+    figures |= {
+        "images_per_s": images_per_s,
+        "step_time_s": seconds / steps,
+        "model_tflops_per_s": flops_per_s / 1e12,
+    }
+    if plan.peak_flops is not None:
+        figures["mfu"] = flops_per_s / plan.peak_flops
+    return figures
+
+
+def _agree(run: Run, asked: bool) -> tuple[bool, float]:
+    """(any rank was asked to stop, share of unreadable samples over all ranks), on the control group."""
+    state = run.state
+    numbers = torch.tensor([int(asked), sum(state.holes.values()), state.samples_read])
+    dist.all_reduce(numbers, group=run.world.control)
+    stopping, holes, read = numbers.tolist()
+    return stopping > 0, holes / max(1, read)
+
+
+def _look(run: Run, record: dict[str, Any], validate: bool, sample: bool) -> None:
+    """Validate and sample where due, and write one line of metrics."""
+    if validate:
+        record |= run.validate()
+    if sample:
+        run.sample(run.folder / "samples" / f"step_{record['step']:08d}.png")
+    run.metrics.write(record)
+    if validate or sample:
+        run.metrics.plot()

@@ -1,0 +1,146 @@
+"""metrics.jsonl (always), the terminal, wandb (when configured) and loss.png. Names carry units."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import matplotlib.figure
+
+from .checkpoint import write_atomically
+
+# Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
+_VALIDATION = "val_"
+_SPEED = ("images_per_s", "model_tflops_per_s", "mfu", "step_time_s")
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak bf16 FLOP/s of a device, or None if it is not known."""
+    return next((flops for part, flops in _PEAK_FLOPS.items() if part in device_name), None)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run folder's metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Wandb(Protocol):
+    def log(self, data: dict[str, Any], step: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class Metrics:
+    """Rank 0 writes; other ranks hold one that does nothing, so that the loop has no `if rank`."""
+
+    def __init__(self, folder: Path, active: bool, total_steps: int, first_step: int) -> None:
+        """first_step: the step that is resumed from; later lines are cut (0 starts an empty file)."""
+        self._folder = folder
+        self._active = active
+        self._total = total_steps
+        self._first = first_step
+        self._began = time.monotonic()
+        self._wandb: Wandb | None = None
+        if not active:
+            return
+        kept = [r for r in read_metrics(folder) if first_step and r["step"] <= first_step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(folder / "metrics.jsonl", text)
+        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+
+    def start_wandb(self, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
+        """Log to wandb as well; the run's id is kept in the run folder, so that a resumed run continues it."""
+        if not self._active or mode == "disabled":
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        file = self._folder / "wandb_id.txt"
+        if not file.is_file():
+            file.write_text(wandb.util.generate_id())
+        self._wandb = wandb.init(
+            project=project,
+            mode="online" if mode == "online" else "offline",
+            name=name,
+            id=file.read_text().strip(),
+            resume="allow",
+            dir=str(self._folder),
+            config=dict(config),
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One JSON object a line, flushed; then the terminal and wandb."""
+        if not self._active:
+            return
+        self._file.write(json.dumps(dict(record)) + "\n")
+        self._print(record)
+        if self._wandb is not None:
+            self._wandb.log({_wandb_name(k): v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        if self._active:
+            print(text, flush=True)
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        """status.json: running, finished, preempted or failed."""
+        if self._active:
+            text = json.dumps({"state": state, "step": step, "reason": reason})
+            write_atomically(self._folder / "status.json", text + "\n")
+
+    def plot(self) -> None:
+        """loss.png from metrics.jsonl."""
+        if self._active:
+            plot_loss(read_metrics(self._folder), self._folder / "loss.png")
+
+    def close(self) -> None:
+        if self._active:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _print(self, record: Mapping[str, Any]) -> None:
+        step = record["step"]
+        done = step / self._total
+        width = 20 if sys.stdout.isatty() else 10
+        bar = "█" * int(done * width) + "░" * (width - int(done * width))
+        parts = [f"{bar} {step}/{self._total}"]
+        parts += [f"{key} {record[key]:.4f}" for key in ("loss", "val_loss", "val_loss_ema") if key in record]
+        if "grad_norm" in record:
+            parts += [f"|g| {record['grad_norm']:.3g}", f"lr {record['lr']:.3g}"]
+        if "images_per_s" in record:
+            parts.append(f"{record['images_per_s']:.3g} images/s")
+        if record.get("skipped_steps"):
+            parts.append(f"{record['skipped_steps']} skipped")
+        if step > self._first:
+            left = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
+            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        self.say("  ".join(parts))
+
+
+def _wandb_name(key: str) -> str:
+    if key.startswith(_VALIDATION):
+        return f"val/{key.removeprefix(_VALIDATION)}"
+    return f"perf/{key}" if key in _SPEED else f"train/{key}"
+
+
+def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
+    """Training and validation losses against the step, as a PNG."""
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("loss", "training"), ("val_loss", "validation"), ("val_loss_ema", "validation, EMA")):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, lw=1, marker="" if key == "loss" else ".")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(True, which="both", alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=120, format="png")
+    os.replace(beside, path)

@@ -1,0 +1,127 @@
+"""The table applied to modules and tensors, always by parameter name: multipliers, init, optimizer groups."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .rules import Settings
+from .table import Declared, MuTable, ParameterInfo
+
+
+def describe(model: nn.Module) -> dict[str, ParameterInfo]:
+    """Shape and owner of every parameter, in the model's order."""
+    owners: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str]] = [
+        (nn.Linear, "Linear"),
+        ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "Conv"),
+        (nn.Embedding, "Embedding"),
+    ]
+    info: dict[str, ParameterInfo] = {}
+    for path, module in model.named_modules():
+        owner = next((label for types, label in owners if isinstance(module, types)), "Parameter")
+        for name, parameter in module.named_parameters(path, recurse=False):
+            info[name] = ParameterInfo(tuple(parameter.shape), owner)
+    return info
+
+
+def build_table(
+    factory: Callable[[int], nn.Module],
+    base_width: int,
+    width: int,
+    width_step: int,
+    declarations: Sequence[Declared],
+    settings: Settings,
+) -> MuTable:
+    """Table of factory(width) against factory(base_width), all on the meta device.
+
+    width_step: the smallest growth of the width (head_dim); the delta model is that much wider than the base.
+    """
+    with torch.device("meta"):
+        base, delta, target = (describe(factory(w)) for w in (base_width, base_width + width_step, width))
+    return MuTable.build(base, delta, target, declarations, settings)
+
+
+def apply_multipliers(model: nn.Module, table: MuTable) -> None:
+    """Put each row's multiplier as a python float on the module that owns the weight."""
+    for name, row in table.rows.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf == "weight" and hasattr(module, "multiplier"):
+            module.multiplier = row.multiplier
+        elif row.multiplier != 1.0:
+            raise TypeError(f"{name} needs the input multiplier {row.multiplier}; make its layer an OutputLinear")
+
+
+def check_names(model: nn.Module, table: MuTable) -> None:
+    """Raise unless the model has exactly the table's parameters, with the table's (global) shapes."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {name: row.shape for name, row in table.rows.items()}
+    if shapes != expected:
+        wrong = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
+        raise ValueError(f"the model and its muP table differ at {', '.join(wrong[:5])}")
+
+
+@torch.no_grad()
+def init_parameters(model: nn.Module, table: MuTable, seed: int) -> None:
+    """Fill every parameter by its row, from a generator seeded by (seed, name).
+
+    Each rank makes the whole tensor and keeps its shard, so that values depend neither on the world size nor on
+    the order of the parameters, and nothing is sent. Drawn in float32 whatever the parameter's type.
+    """
+    check_names(model, table)
+    for name, parameter in model.named_parameters():
+        row = table.rows[name]
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if row.init == "ones":
+            local.fill_(1.0)
+        elif row.init_std == 0.0:
+            local.zero_()
+        else:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator(device=local.device)
+            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            full = torch.empty(row.shape, dtype=torch.float32, device=local.device)
+            full.normal_(0.0, row.init_std, generator=generator)
+            local.copy_(_shard_like(full, parameter))
+
+
+def _shard_like(full: Tensor, parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return full
+    shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return shard.to_local()
+
+
+def param_groups(
+    named_parameters: Iterable[tuple[str, Tensor]], table: MuTable, lr: float, weight_decay: float, eps: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups by name; parameters with equal settings share one.
+
+    lr_scale stays in the group: a schedule sets lr = base lr x factor x lr_scale, never an absolute lr.
+    """
+    named = dict(named_parameters)
+    if named.keys() != table.rows.keys():
+        wrong = sorted(named.keys() ^ table.rows.keys())
+        raise ValueError(f"parameters and muP table differ at {', '.join(wrong[:5])}")
+    groups: dict[tuple[float, float, float], dict[str, Any]] = {}
+    for name, parameter in named.items():
+        row = table.rows[name]
+        if not parameter.requires_grad:
+            continue
+        group = groups.setdefault(
+            (row.lr, row.weight_decay, row.eps),
+            {
+                "params": [],
+                "param_names": [],
+                "lr": lr * row.lr,
+                "lr_scale": row.lr,
+                "weight_decay": weight_decay * row.weight_decay,
+                "eps": eps * row.eps,
+            },
+        )
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return list(groups.values())

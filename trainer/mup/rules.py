@@ -1,0 +1,69 @@
+"""What muP (and SP) say about one weight: pure arithmetic on its role and its two ratios.
+
+Adam(W), multiplier form (Tensor Programs V, arXiv 2203.03466, Table 8; Zheng et al., arXiv 2505.15270):
+a factor is relative to the base hyperparameter, so that at the base width every factor is 1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["input", "hidden", "output", "vector", "fixed"]
+Parametrization = Literal["mup", "sp"]
+WeightDecayRule = Literal["independent", "sqrt", "coupled"]
+EpsRule = Literal["constant", "width"]
+DecayedSet = Literal["matrices", "all"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The choices that a table is built with.
+
+    wd_rule: how the weight decay of a hidden weight grows with m = fan_in / base fan_in. torch's AdamW decays by
+        lr x wd, so "independent" (m) keeps lr x wd the same at every width; "coupled" leaves wd alone.
+    eps_rule: "width" divides Adam's epsilon by m wherever gradients shrink with 1 / m; "constant" asks for an
+        epsilon far below every gradient (1e-12).
+    decay: which weights decay at all: "matrices" leaves out biases, gains, tables and position embeddings.
+    """
+
+    parametrization: Parametrization = "mup"
+    wd_rule: WeightDecayRule = "independent"
+    eps_rule: EpsRule = "constant"
+    decay: DecayedSet = "matrices"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """init: on the standard deviation; multiplier: on the layer's input; the rest: on the optimizer's settings."""
+
+    init: float = 1.0
+    multiplier: float = 1.0
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+
+def factors(role: Role, m_in: float, m_out: float, settings: Settings) -> Factors:
+    """Factors of a weight whose fan_in is m_in, and fan_out m_out, times that of the base model.
+
+    SP has none: its init formula is evaluated at the target's own shape (see `table.init_std`).
+    """
+    if settings.parametrization == "sp":
+        return Factors()
+    by_width = settings.eps_rule == "width"
+    match role:
+        case "hidden":
+            decay = {"independent": m_in, "sqrt": m_in**0.5, "coupled": 1.0}[settings.wd_rule]
+            return Factors(m_in**-0.5, 1.0, 1 / m_in, decay, 1 / m_in if by_width else 1.0)
+        case "output":
+            return Factors(multiplier=1 / m_in, eps=1 / m_in if by_width else 1.0)
+        case "input" | "vector":
+            return Factors(eps=1 / m_out if by_width else 1.0)
+        case "fixed":
+            return Factors()
+
+
+def decays(role: Role, dims: int, settings: Settings) -> bool:
+    """Whether a weight with `dims` dimensions decays at all."""
+    if settings.decay == "all":
+        return True
+    return role in ("input", "hidden", "output") or (role == "fixed" and dims >= 2)

@@ -1,0 +1,219 @@
+"""MuTable: one row per parameter NAME with its role, init, multiplier, lr, weight decay and epsilon.
+
+Built from the shapes of three models on the meta device (base, delta, target) before anything is sharded, and
+keyed by name, because attributes on tensors do not survive sharding, materialisation or a copy. A dimension is
+infinite if it differs between base and delta; which dimensions are infinite, and the class of the owning module,
+give the role. Where they cannot, the model must declare it; what is undecidable, contradicting or unused raises.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, Protocol
+
+from .rules import Role, Settings, decays, factors
+
+VERSION = 1
+
+
+class TableError(ValueError):
+    """The table cannot be built: a model's declarations do not fit its shapes. A fault of the model's author."""
+
+
+class ParameterInfo(NamedTuple):
+    """Shape of a parameter and what owns it: "Linear", "Conv", "Embedding" or "Parameter" (anything else)."""
+
+    shape: tuple[int, ...]
+    owner: str
+
+
+class Declared(Protocol):
+    """What a model declares for the names that match `pattern`; see models.layers.Declaration."""
+
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def init(self) -> str: ...
+    @property
+    def std(self) -> float: ...
+    @property
+    def role(self) -> Role | None: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter. lr, weight_decay and eps are factors on the base hyperparameters; init_std is absolute."""
+
+    role: Role
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...]
+    init: str
+    init_std: float
+    multiplier: float
+    lr: float
+    weight_decay: float  # 0 where the weight does not decay
+    eps: float
+    why: str
+
+
+def fans(info: ParameterInfo) -> tuple[int, int]:
+    """(fan_in, fan_out) of a weight: dim 1 times the kernel, and dim 0; a vector has fan_in 1."""
+    shape = info.shape
+    if info.owner == "Embedding":
+        return 1, shape[-1]
+    if len(shape) < 2 or info.owner == "Parameter":
+        return 1, shape[-1] if shape else 1
+    return math.prod(shape[1:]), shape[0]
+
+
+def init_std(init: str, std: float, fan_in: int) -> float:
+    """Standard deviation that the declared formula gives at this fan_in."""
+    match init:
+        case "zeros" | "ones":
+            return 0.0
+        case "normal":
+            return std
+        case "fan_in":
+            return std / math.sqrt(fan_in)
+    raise TableError(f'unknown init "{init}": use zeros, ones, normal or fan_in')
+
+
+def _role_from_shapes(infinite: list[int], info: ParameterInfo) -> tuple[Role | None, tuple[Role, ...], str]:
+    """(role or None if undecidable, roles that a declaration may name, reason)."""
+    dims = len(info.shape)
+    if not infinite:
+        return "fixed", ("fixed",), "no dimension grows"
+    if len(infinite) >= 3:
+        return None, (), f"{len(infinite)} dimensions grow; no rule is known"
+    if len(infinite) == 2:
+        if info.owner in ("Linear", "Conv") and infinite == [0, 1]:
+            return "hidden", ("hidden",), f"{info.owner} width -> width"
+        return None, (), "two dimensions of a bare parameter grow: it is unknown which is fan_in; use nn.Linear"
+    if dims == 1:
+        return "vector", ("vector",), "one dimension, grows"
+    if info.owner in ("Linear", "Conv"):
+        if infinite == [0]:
+            return "input", ("input",), f"{info.owner} fixed -> width"
+        return None, ("output",), f"{info.owner} width -> fixed must be declared as output"
+    if infinite == [dims - 1]:
+        if info.owner == "Embedding":
+            return "input", ("input",), "embedding table"
+        return "vector", ("vector", "input"), "table whose last dimension grows"
+    return None, ("vector",), "a bare parameter grows in another dimension than its last"
+
+
+@dataclass(frozen=True)
+class MuTable:
+    """Rows by parameter name and the settings they were made with. Compare tables by `hash`."""
+
+    settings: Settings
+    rows: Mapping[str, Row]
+
+    @classmethod
+    def build(
+        cls,
+        base: Mapping[str, ParameterInfo],
+        delta: Mapping[str, ParameterInfo],
+        target: Mapping[str, ParameterInfo],
+        declarations: Sequence[Declared],
+        settings: Settings,
+    ) -> "MuTable":
+        """base and delta: the same model at two widths, so that every dimension that grows differs; target: the
+        model to train. Raises TableError with all problems at once."""
+        problems: list[str] = []
+        for label, other in (("delta", delta), ("target", target)):
+            if base.keys() != other.keys():
+                names = sorted(base.keys() ^ other.keys())
+                raise TableError(f"base and {label} have different parameters: {', '.join(names[:5])}")
+        used: set[int] = set()
+        rows: dict[str, Row] = {}
+        for name, info in target.items():
+            base_shape, delta_shape = base[name].shape, delta[name].shape
+            if not len(base_shape) == len(delta_shape) == len(info.shape):
+                problems.append(f"{name}: base, delta and target have different numbers of dimensions")
+                continue
+            infinite = [i for i, (a, b) in enumerate(zip(base_shape, delta_shape, strict=True)) if a != b]
+            moved = [i for i, (a, b) in enumerate(zip(base_shape, info.shape, strict=True)) if a != b]
+            if stuck := [i for i in moved if i not in infinite]:
+                problems.append(
+                    f"{name}: dimension {stuck[0]} is {base_shape[stuck[0]]} in the base and "
+                    f"{info.shape[stuck[0]]} in the target, but no width dimension: another problem, search again"
+                )
+            number = next((i for i, d in enumerate(declarations) if fnmatchcase(name, d.pattern)), None)
+            if number is None:
+                problems.append(f"{name}: no declaration gives its init")
+                continue
+            used.add(number)
+            declared = declarations[number]
+            role, allowed, why = _role_from_shapes(infinite, info)
+            if declared.role is not None:
+                if declared.role not in allowed:
+                    problems.append(f'{name}: declared as {declared.role} by "{declared.pattern}", but {why}')
+                    continue
+                role, why = declared.role, f"declared; {why}"
+            if role is None:
+                problems.append(f"{name} {info.shape}: {why}")
+                continue
+            fan_in, fan_out = fans(info)
+            base_fan_in, base_fan_out = fans(base[name])
+            scale = factors(role, fan_in / base_fan_in, fan_out / base_fan_out, settings)
+            # muP takes the init formula at the base shape; SP at the shape that is trained.
+            formula_fan_in = base_fan_in if settings.parametrization == "mup" else fan_in
+            rows[name] = Row(
+                role=role,
+                shape=info.shape,
+                base_shape=base_shape,
+                init=declared.init,
+                init_std=init_std(declared.init, declared.std, formula_fan_in) * scale.init,
+                multiplier=scale.multiplier,
+                lr=scale.lr,
+                weight_decay=scale.weight_decay if decays(role, len(info.shape), settings) else 0.0,
+                eps=scale.eps,
+                why=why,
+            )
+        problems += [
+            f'the declaration "{d.pattern}" decides no parameter: remove it or fix the pattern'
+            for i, d in enumerate(declarations)
+            if i not in used
+        ]
+        if problems:
+            raise TableError("muP table: " + "\n  ".join(problems))
+        return cls(settings, rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the hash that a resumed run compares."""
+        data = self._plain()
+        return {**data, "sha256": _sha256(data)}
+
+    @property
+    def hash(self) -> str:
+        """sha256 over settings and rows."""
+        return _sha256(self._plain())
+
+    def _plain(self) -> dict[str, Any]:
+        rows = {name: {**asdict(row), "shape": list(row.shape), "base_shape": list(row.base_shape)}
+                for name, row in self.rows.items()}
+        return {"version": VERSION, "settings": asdict(self.settings), "rows": rows}
+
+    def describe(self) -> str:
+        """The table as text; equal rows of consecutive blocks are shown once, with their count."""
+        lines: dict[tuple[str, ...], list[str]] = {}
+        for name, row in self.rows.items():
+            pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            cells = (
+                pattern, "x".join(map(str, row.shape)), row.role,
+                row.init if row.init in ("zeros", "ones") else f"{row.init_std:.3g}",
+                f"{row.multiplier:.4g}", f"{row.lr:.4g}", f"{row.weight_decay:.4g}", f"{row.eps:.4g}",
+            )  # fmt: skip
+            lines.setdefault(cells, []).append(name)
+        head = ("parameter", "shape", "role", "init std", "input x", "lr x", "wd x", "eps x", "tensors")
+        table = [head, *((*cells, str(len(names))) for cells, names in lines.items())]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in table)
+
+
+def _sha256(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,54 @@
+"""The interface between the loop and a way of sharding."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class StepResult(NamedTuple):
+    """Scalars on the device; reading them is the caller's host sync. skipped: 1 if the step was not finite."""
+
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class Engine(Protocol):
+    """A sharded model with its optimizer. Names are those of the muP table; a shard is this rank's local tensor."""
+
+    model: nn.Module
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients; `last` marks the step's last micro-batch, at which they are reduced (mean)."""
+        ...
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update with base learning rate `lr`, clear gradients; a step with a non-finite norm changes nothing."""
+        ...
+
+    def master_shards(self) -> dict[str, Tensor]:
+        """This rank's part of every master weight, by name (live: the optimizer writes into them)."""
+        ...
+
+    def full(self, name: str) -> Tensor:
+        """One whole parameter, on every rank."""
+        ...
+
+    def swapped(self, shards: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Within it the model computes with `shards`, which hold the live weights meanwhile."""
+        ...
+
+    def save(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
+        """Write weights, optimizer and `extra`. A tensor of `extra` named like `group/parameter` is a shard of
+        that parameter's layout; any other is the same on all ranks."""
+        ...
+
+    def load(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
+        """Read in place what `save` wrote, at any world size."""
+        ...
+
+    def load_weights(self, folder: Path, group: str = "model") -> None:
+        """Read the weights alone: "model", or an average such as "ema_0.9999"."""
+        ...

@@ -1,0 +1,160 @@
+"""The fsdp2 engine: fully_shard per unit (HSDP on a 2-D mesh), fused AdamW with groups by name.
+
+The order matters and raises nothing when wrong: shard, materialise, fill buffers, init, and only then build the
+optimizer; one built before fully_shard trains nothing. Degree 1 goes the same way.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .dcp import load_tensors, save_tensors
+from .engine import StepResult
+from .mesh import World
+
+Precision = Literal["bf16", "fp32", "fp64"]
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class FSDP2Engine:
+    """See engine.Engine.
+
+    model: on the meta device, unsharded. units: the parts gathered one at a time. initialise: fills buffers and
+    parameters once they exist. groups: optimizer groups for the sharded named parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[nn.Module],
+        world: World,
+        precision: Precision,
+        compile_units: bool,
+        initialise: Callable[[nn.Module], None],
+        groups: Callable[[dict[str, Tensor]], list[dict[str, Any]]],
+        betas: tuple[float, float],
+        clip_norm: float | None,
+    ) -> None:
+        self._world = world
+        self._clip_norm = clip_norm
+        model.to(torch.float64 if precision == "fp64" else torch.float32)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.float32 if precision == "bf16" else None,
+            # A cast of the inputs would round t to 8 bits: the models cast what they want cast.
+            cast_forward_inputs=False,
+        )
+        for unit in units:
+            if compile_units:
+                unit.compile()
+            fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
+        # The root is resharded as well: its gathered copy would survive `swapped` and be stale.
+        root = fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
+        assert isinstance(root, FSDPModule)
+        self._root: FSDPModule = root
+        self.model = model
+        model.to_empty(device=world.device)
+        initialise(model)
+        self._parameters: dict[str, DTensor] = {}
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor), name
+            self._parameters[name] = parameter
+        self._optimizer = torch.optim.AdamW(groups(dict(model.named_parameters())), betas=betas, fused=True)
+        for parameter in self._parameters.values():
+            # The state that fused AdamW makes at its first step, made now so that a checkpoint can be read into it.
+            self._optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=world.device),
+                **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+            }
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        # Gradients are reduced in the backward pass of the last micro-batch; loss.backward runs hooks of FSDP2.
+        self._root.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def step(self, lr: float) -> StepResult:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip_norm, norm, foreach=True)
+        skipped = (~norm.isfinite()).float()
+        # Fused AdamW reads this flag on the device and then leaves weights, moments and step count alone.
+        setattr(self._optimizer, "found_inf", skipped)  # noqa: B010 (an attribute that torch looks up by name)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, skipped)
+
+    def optimizer_settings(self) -> dict[str, tuple[float, float, float]]:
+        """(lr, weight decay, epsilon) that the optimizer uses for each parameter, by name."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        return {
+            names[id(parameter)]: (group["lr"], group["weight_decay"], group["eps"])
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def master_shards(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().to_local() for name, parameter in self._parameters.items()}
+
+    def full(self, name: str) -> Tensor:
+        return self._parameters[name].detach().full_tensor()
+
+    @contextmanager
+    def swapped(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
+        self._swap(shards)
+        try:
+            yield
+        finally:
+            self._swap(shards)
+
+    @torch.no_grad()
+    def _swap(self, shards: Mapping[str, Tensor]) -> None:
+        for name, live in self.master_shards().items():
+            kept = live.clone()  # one tensor at a time: no second model in memory
+            live.copy_(shards[name])
+            shards[name].copy_(kept)
+
+    def save(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
+        save_tensors(folder, self._tensors(extra), self._world.checkpoint)
+
+    def load(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
+        load_tensors(folder, self._tensors(extra), self._world.checkpoint)
+
+    def load_weights(self, folder: Path, group: str = "model") -> None:
+        weights = {f"{group}/{name}": parameter.detach() for name, parameter in self._parameters.items()}
+        load_tensors(folder, weights, self._world.checkpoint)
+
+    def _tensors(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Everything of a checkpoint under one name each, sharded tensors as DTensors that share memory."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state[parameter]
+            tensors[f"model/{name}"] = parameter.detach()
+            tensors[f"step/{name}"] = state["step"]
+            for moment in _MOMENTS:
+                tensors[f"{moment}/{name}"] = state[moment]
+        for key, tensor in extra.items():
+            parameter = self._parameters.get(key.partition("/")[2])
+            tensors[key] = tensor if parameter is None else _like(tensor, parameter)
+        return tensors
+
+
+def _like(shard: Tensor, parameter: DTensor) -> DTensor:
+    """This rank's shard as a DTensor in the parameter's layout."""
+    return DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -1,0 +1,48 @@
+"""The world of a run: ranks, device, device mesh, and the two process groups beside it."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class World:
+    """mesh axes: replicate x shard. `control` and `checkpoint` are gloo groups of their own: an asynchronous save
+    on the default group deadlocks with training, and control messages must not queue behind gradients."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+    control: dist.ProcessGroup
+    checkpoint: dist.ProcessGroup
+
+
+def world_size() -> int:
+    """Processes of this job, as torchrun tells; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Number of this process, as torchrun tells; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def init_world(shard: int) -> World:
+    """Join the process group (of one process without torchrun). shard: ranks that share a copy of the weights."""
+    size = world_size()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    control, checkpoint = (dist.new_group(backend="gloo") for _ in range(2))
+    return World(dist.get_rank(), size, device, mesh, control, checkpoint)
