@@ -83,7 +83,8 @@ class TextEncoderConfig:
 class AutoencoderConfig:
     """The frozen image autoencoder.
 
-    path: a local folder or hub id of a diffusers AutoencoderKL; `none` trains on pixels.
+    path: a local folder or hub id of a diffusers AutoencoderKL; `none` trains on pixels (channels 3, downsample 1),
+        or on synthetic latents.
     subfolder: folder below path (`vae`).
     channels: latent channels; downsample: pixels a latent side. Both are checked against the one loaded.
     """
@@ -92,8 +93,8 @@ class AutoencoderConfig:
 
     path: str = NONE
     subfolder: str | None = None
-    channels: int = 3
-    downsample: int = 1
+    channels: int = 16
+    downsample: int = 8
 
     def __post_init__(self) -> None:
         _check(self.channels >= 1, "autoencoder.channels", "at least 1", self.channels)

@@ -61,9 +61,7 @@ def _samples() -> Iterator[tuple[str, bytes, str, str]]:
         yield f"{number:06d}", buffer.getvalue(), "png", f"a {colour} {shape} on a {background} background"
 
 
-def _draw(
-    draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: int, y: int, radius: int
-) -> None:
+def _draw(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: int, y: int, radius: int) -> None:
     """Fill a shape of the given radius around (x, y)."""
     left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
     if shape == "circle":
@@ -90,7 +88,6 @@ def _save_t5(folder: Path) -> None:
         num_layers=2,
         num_heads=2,
         feed_forward_proj="gated-gelu",
-        tokenizer_class="ByT5Tokenizer",
     )
     # The caller's generator must not depend on whether the assets were there already.
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import (
@@ -65,9 +65,7 @@ def _load_error(key: str, path: str, subfolder: str | None, error: Exception) ->
     where = f"{path}/{subfolder}" if subfolder else path
     if Path(path).is_dir():
         detail = str(error).strip().splitlines()[0]
-        return DataError(
-            f"{key}: {where!r} cannot be loaded ({detail}); expected config.json and *.safetensors there"
-        )
+        return DataError(f"{key}: {where!r} cannot be loaded ({detail}); expected config.json and *.safetensors there")
     return DataError(
         f"{key}: there is no folder {where!r}, and no model of that name can be had from the hub; give a local "
         "folder with config.json and *.safetensors, or a hub id that this machine can reach"
@@ -94,9 +92,7 @@ class TextEncoder:
     fingerprint: identity of weights and tokenizer, whatever the path.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str) -> None:
         self.model = model
         self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
         self._tokenizer = tokenizer
@@ -120,9 +116,7 @@ class TextEncoder:
             encoded = self._encode(distinct) if distinct else []
         states_of = dict(zip(distinct, encoded, strict=True)) | {"": self._empty}
 
-        states = torch.zeros(
-            len(captions), self.max_length, self.width, dtype=parameter.dtype, device=parameter.device
-        )
+        states = torch.zeros(len(captions), self.max_length, self.width, dtype=parameter.dtype, device=parameter.device)
         mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool, device=parameter.device)
         for i, caption in enumerate(captions):
             length = len(states_of[caption])
@@ -142,6 +136,10 @@ class TextEncoder:
         return [row[keep.to(device)] for row, keep in zip(states, attention.bool(), strict=True)]
 
 
+def _freeze(module: nn.Module, device: torch.device | str) -> None:
+    module.requires_grad_(False).eval().to(device)
+
+
 def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
     """Load the encoder of a T5 model, or any other Hugging Face encoder, from safetensors only.
 
@@ -152,9 +150,7 @@ def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype:
     quieten()
     where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
     # A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3.
-    tokenizer_where = (
-        {"subfolder": cfg.subfolder.replace("text_encoder", "tokenizer")} if cfg.subfolder else {}
-    )
+    tokenizer_where = {"subfolder": cfg.subfolder.replace("text_encoder", "tokenizer")} if cfg.subfolder else {}
     try:
         config = AutoConfig.from_pretrained(cfg.path, **where)
         model_class = _ENCODERS.get(config.model_type, AutoModel)
@@ -165,15 +161,13 @@ def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype:
 
     width = int(config.hidden_size)
     if width != cfg.width:
-        raise DataError(
-            f"text_encoder.width is {cfg.width}, but {cfg.path!r} has width {width}: set it to {width}"
-        )
+        raise DataError(f"text_encoder.width is {cfg.width}, but {cfg.path!r} has width {width}: set it to {width}")
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and cfg.max_length > longest:
         raise DataError(
             f"text_encoder.max_length is {cfg.max_length}, but {cfg.path!r} has {longest} positions: set at most that"
         )
-    model.requires_grad_(False).eval().to(device)
+    _freeze(model, device)
     probe = tokenizer(_PROBE_TEXT)["input_ids"]
     fingerprint = _fingerprint(config.to_dict(), _TEXT_FIELDS, model, probe)
     return TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
@@ -247,7 +241,7 @@ def load_autoencoder(
         loaded: Autoencoder | PixelAutoencoder = PixelAutoencoder(device, dtype)
     else:
         quieten()
-        where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
+        where: dict[str, Any] = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
         try:
             # The file itself: the model's config fills a missing scaling_factor with that of SD 1.
             stored = AutoencoderKL.load_config(cfg.path, **where)
@@ -261,7 +255,7 @@ def load_autoencoder(
                 f"autoencoder.path: config.json of {cfg.path!r} has no scaling_factor; add the value that belongs "
                 "to these weights (SD 0.18215, SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609)"
             )
-        model.requires_grad_(False).eval().to(device)
+        _freeze(model, device)
         fingerprint = _fingerprint(stored, _VAE_FIELDS, model, "AutoencoderKL")
         loaded = Autoencoder(model, float(scale), float(shift or 0.0), fingerprint)
     for name, wanted, found in (

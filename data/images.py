@@ -58,9 +58,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB; transparency is composited on white, 16-bit grey is scaled to 8."""
     if image.mode.startswith("I"):  # 16-bit PNG: PIL's own conversion clips instead of scaling
-        return Image.fromarray(
-            (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -106,8 +104,6 @@ def decode_image(
     if side == resolution:
         square = image.crop(box)
     else:
-        square = image.resize(
-            (resolution, resolution), Image.Resampling.BICUBIC, box=box, reducing_gap=_REDUCING_GAP
-        )
+        square = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box, reducing_gap=_REDUCING_GAP)
     pixels = np.asarray(square).transpose(2, 0, 1)  # [3, R, R]
     return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)

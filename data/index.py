@@ -229,9 +229,7 @@ def open_shards(spec: str) -> list[Path]:
                         "shards with launch/shard.py"
                     )
             if not found:
-                raise DataError(
-                    f"data.shards: no .tar file matches {name!r}; build shards with launch/shard.py"
-                )
+                raise DataError(f"data.shards: no .tar file matches {name!r}; build shards with launch/shard.py")
             paths += found
     if not paths:
         raise DataError(f"data.shards = {spec!r} names no shard")

@@ -48,8 +48,8 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):  # wrapping is the arithmetic of the hash
         for part in parts:
-            word = part.astype(np.uint64) if isinstance(part, np.ndarray) else np.uint64(part & _MASK)
-            state = np.asarray(_splitmix64((state + _GOLDEN) ^ _splitmix64(word + _GOLDEN)))
+            word = part.astype(np.uint64) if isinstance(part, np.ndarray) else np.asarray(part & _MASK, np.uint64)
+            state = np.asarray(_splitmix64((state + _GOLDEN) ^ _splitmix64(np.asarray(word + _GOLDEN))))
     return state
 
 
@@ -89,9 +89,7 @@ class Order:
     past the k-th epoch have shard END_OF_DATA.
     """
 
-    def __init__(
-        self, seed: int, shard_sizes: Sequence[int], global_batch_size: int, epochs: int | None
-    ) -> None:
+    def __init__(self, seed: int, shard_sizes: Sequence[int], global_batch_size: int, epochs: int | None) -> None:
         sizes = np.asarray(shard_sizes, np.int64)
         if sizes.sum() == 0:
             raise DataError("data.shards holds no samples; build shards with launch/shard.py")

@@ -7,6 +7,7 @@ import signal
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +31,7 @@ def micro_batch_shape(global_batch_size: int, world: int, micro_batch_size: int)
     return count, -(-largest // count)
 
 
-def _micro_batches(
-    order: Order, first_step: int, slots: range, count: int, rows: int
-) -> Iterator[list[Position]]:
+def _micro_batches(order: Order, first_step: int, slots: range, count: int, rows: int) -> Iterator[list[Position]]:
     """Positions of one micro-batch after the other, `count` a step, filled up to `rows`."""
     for _, positions in order.steps(first_step, slots):
         positions += [_FILL_UP] * (count * rows - len(positions))
@@ -140,7 +139,7 @@ def _start_worker(_: int) -> None:
     os.setpgrp()
 
 
-def _same(batch: Batch) -> Batch:
+def _same(batch: Any) -> Any:
     """Collate function: the dataset returns whole batches already."""
     return batch
 
@@ -217,8 +216,7 @@ def validation_batches(
     bank = np.argsort(hashes, kind="stable")[:count]
     samples = _ImageTextSamples(index, cfg, _VALIDATION_SEED, flip=0.0, dropout=0.0, crop=False)
     positions = [
-        Position(0, number, number, *index.locate(int(bank[number])))
-        for number in share_of(rank, world, len(bank))
+        Position(0, number, number, *index.locate(int(bank[number]))) for number in share_of(rank, world, len(bank))
     ]
     largest = -(-len(bank) // world)
     batches = -(-largest // batch_rows)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import webdataset
+from webdataset.writer import TarWriter
 
 from .config import DataError
 from .index import index_path, load_index
@@ -39,7 +39,7 @@ def write_shards(samples: Iterable[tuple[str, bytes, str, str]], prefix: Path, p
             written.append((temporary, path))
             with (
                 open(temporary, "wb") as file,
-                webdataset.TarWriter(file, user="mudit", group="mudit", mode=0o644, mtime=0) as tar,
+                TarWriter(file, user="mudit", group="mudit", mode=0o644, mtime=0) as tar,
             ):
                 for key, image, extension, caption in itertools.chain(
                     [first], itertools.islice(iterator, per_shard - 1)

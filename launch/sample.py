@@ -1,6 +1,6 @@
 """Images from the EMA weights of a checkpoint (or of a run folder's newest one).
 
-    python launch/sample.py --checkpoint runs/demo --prompt "a red apple on a teal background" --output apple.png
+python launch/sample.py --checkpoint runs/demo --prompt "a red apple on a teal background" --output apple.png
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.common import run
-from trainer.build import build_sampler
+from trainer.build import build_inference
 from trainer.checkpoint import find_checkpoint, read_meta
 from trainer.config import parse, resolve
 from trainer.evaluate.generate import save_grid
@@ -31,9 +31,9 @@ def main() -> int:
     config = parse(read_meta(checkpoint)["config"], f"the config of {checkpoint}", arguments.overrides)
     world = init_world(resolve(config, world_size()).shard)
     try:
-        sampler = build_sampler(config, checkpoint, world)
+        model = build_inference(config, checkpoint, world)
         prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.count)]
-        images = sampler(prompts, arguments.seed)
+        images = model.images(prompts, arguments.seed)
         if rank() == 0:
             save_grid(images, arguments.output)
             print(f"{len(images)} images from the EMA weights of {checkpoint}: {arguments.output}")

@@ -65,9 +65,7 @@ def sources_in_folder(folder: Path, skipped: Counter[str]) -> list[Source]:
     extensions = {f".{e}" for e in IMAGE_EXTENSIONS}
     images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions and p.is_file())
     if not images:
-        raise DataError(
-            f"--images {folder}: no image in this folder; expected {', '.join(sorted(extensions))}"
-        )
+        raise DataError(f"--images {folder}: no image in this folder; expected {', '.join(sorted(extensions))}")
     sources, used = [], set[str]()
     for image in images:
         try:
@@ -150,9 +148,7 @@ def read_samples(
         used += 1
         yield source.key, data, extension, source.caption
     if not used:
-        raise DataError(
-            f"none of the {len(sources)} images can be read: {dict(skipped)}; nothing was written"
-        )
+        raise DataError(f"none of the {len(sources)} images can be read: {dict(skipped)}; nothing was written")
 
 
 def build_shards(args: argparse.Namespace) -> None:
@@ -184,9 +180,7 @@ def index_shards(specs: list[str]) -> None:
 
 def main() -> None:
     """Parse the command line and run one of the two commands."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of images with captions beside them")
     parser.add_argument("--manifest", type=Path, help="JSON lines with image and caption")
     parser.add_argument("--output", type=Path, help="prefix of the shards, e.g. shards/train")

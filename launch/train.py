@@ -1,7 +1,7 @@
 """Train a config, or resume its run folder: the same command again continues from the newest checkpoint.
 
-    torchrun --nproc-per-node 2 launch/train.py --config mmdit_demo_mup.yaml [section.key=value ...]
-    python launch/train.py --config mmdit_debug_mup.yaml
+torchrun --nproc-per-node 2 launch/train.py --config mmdit_demo_mup.yaml [section.key=value ...]
+python launch/train.py --config mmdit_debug_mup.yaml
 """
 
 import argparse

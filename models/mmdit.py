@@ -136,9 +136,7 @@ class MMDiT(nn.Module):
     def fill_buffers(self) -> None:
         """Compute the position table; called again after the model has left the meta device."""
         c = self.config
-        self.axis_table = axis_sinusoids(
-            c.width, c.pos_embed_max_size, c.pos_embed_base_size, self.axis_table.device
-        )
+        self.axis_table = axis_sinusoids(c.width, c.pos_embed_max_size, c.pos_embed_base_size, self.axis_table.device)
 
     def shard_units(self) -> list[nn.Module]:
         """The parts that are gathered, and compiled, one at a time."""
@@ -167,7 +165,7 @@ class MMDiT(nn.Module):
 
         tokens = self.patch_embed(patchify(x, config.patch_size).to(dtype))  # [B, N, D]
         tokens = (tokens + crop_positions(self.axis_table, height, width)).to(dtype)  # [B, N, D]
-        weights = mask[..., None].to(dtype) / mask.sum(1)[:, None, None].to(dtype)  # [B, L, 1]
+        weights = mask[..., None].to(dtype) / mask.sum(1).clamp(min=1)[:, None, None].to(dtype)  # [B, L, 1]
         pooled = (states * weights).sum(1)  # [B, E], masked mean
         c = self.time_embed(time_sinusoids(t, config.time_freq_shift).to(dtype)) + self.pooled_embed(pooled)
         c = F.silu(c)  # [B, D]

@@ -63,9 +63,7 @@ def build_mup_table(config: TrainConfig) -> MuTable:
         return build_model(shape, config.autoencoder.channels, config.text_encoder.width)
 
     settings = Settings(config.mup.parametrization, config.mup.wd_rule, config.mup.eps_rule, config.optim.decay)
-    return build_table(
-        factory, config.mup.base_width, model.width, model.head_dim, declarations(model), settings
-    )
+    return build_table(factory, config.mup.base_width, model.width, model.head_dim, declarations(model), settings)
 
 
 def precision_of(config: TrainConfig, world: World) -> Precision:
@@ -181,9 +179,7 @@ class Source:
         rows = max(1, min(self._resolved.micro_batch_rows, 64))
         if self._index is None:
             text = dataclasses.replace(c.text_encoder, dropout=0.0)
-            reader = SyntheticReader(
-                c.data, text, c.autoencoder, _VALIDATION_SEED, count, world.rank, world.size, rows
-            )
+            reader = SyntheticReader(c.data, text, c.autoencoder, _VALIDATION_SEED, count, world.rank, world.size, rows)
             return next(reader.batches(0))[1]
         return list(validation_batches(self._validation_index(), c.data, count, world.rank, world.size, rows))
 
@@ -276,7 +272,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         notes.append(f"weights from {initial}")
 
     bank = [frozen.encode(batch) for batch in source.validation()] if config.train.validate_every else []
-    objective = RectifiedFlow(config.objective.timestep_mean, config.objective.timestep_std, resolved.time_shift)
+    objective = build_objective(config, resolved)
     average = ema.shards[config.ema.decays[0]]
 
     def swapped() -> Any:
@@ -394,10 +390,21 @@ def sample_images(
     )
 
 
-def build_sampler(
-    config: TrainConfig, checkpoint: Path, world: World
-) -> Callable[[Sequence[str], int], np.ndarray]:
-    """(prompts, seed) -> uint8 images [n, H, W, 3] from the EMA weights of a checkpoint of this config."""
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """The EMA weights of a checkpoint, ready to compute with."""
+
+    config: TrainConfig
+    table: MuTable
+    model: torch.nn.Module
+    objective: RectifiedFlow
+    frozen: FrozenParts
+    images: Callable[[Sequence[str], int], np.ndarray]
+    """(prompts, seed) -> uint8 [n, H, W, 3]."""
+
+
+def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Inference:
+    """Load the EMA weights of a checkpoint that was trained with `config`."""
     if config.data.shards == SYNTHETIC:
         raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
     resolved = resolve(config, world.size)
@@ -406,7 +413,18 @@ def build_sampler(
     frozen = FrozenParts(config, world)
     engine = build_engine(config, table, world)
     engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}")
-    return lambda prompts, seed: sample_images(config, engine, frozen, resolved, world, prompts, seed)
+    return Inference(
+        config=config,
+        table=table,
+        model=engine.model,
+        objective=build_objective(config, resolved),
+        frozen=frozen,
+        images=lambda prompts, seed: sample_images(config, engine, frozen, resolved, world, prompts, seed),
+    )
+
+
+def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow:
+    return RectifiedFlow(config.objective.timestep_mean, config.objective.timestep_std, resolved.time_shift)
 
 
 def _plan(config: TrainConfig, synthetic: bool, world: World, metrics: Metrics) -> Plan:

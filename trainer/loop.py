@@ -38,7 +38,7 @@ def train(run: Run) -> str:
         metrics.status("finished", state.step)
         return "finished"
     stop = StopRequest()
-    outcome = "finished"
+    outcome, too_bad, share = "finished", False, 0.0
     metrics.status("running", state.step)
     try:
         if state.step == 0:

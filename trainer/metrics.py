@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ class Metrics:
 
         file = self._folder / "wandb_id.txt"
         if not file.is_file():
-            file.write_text(wandb.util.generate_id())
+            file.write_text(secrets.token_hex(4))
         self._wandb = wandb.init(
             project=project,
             mode="online" if mode == "online" else "offline",

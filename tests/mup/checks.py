@@ -170,13 +170,9 @@ def loss_of(model: nn.Module, step: int = 0) -> Tensor:
     return F.mse_loss(prediction, target)
 
 
-def adamw(
-    model: nn.Module, table: MuTable, weight_decay: float, eps: float, lr: float = LR
-) -> torch.optim.AdamW:
+def adamw(model: nn.Module, table: MuTable, weight_decay: float, eps: float, lr: float = LR) -> torch.optim.AdamW:
     """torch's AdamW on the table's groups."""
-    return torch.optim.AdamW(
-        param_groups(model.named_parameters(), table, lr, weight_decay, eps), betas=(0.9, 0.95)
-    )
+    return torch.optim.AdamW(param_groups(model.named_parameters(), table, lr, weight_decay, eps), betas=(0.9, 0.95))
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
@@ -303,6 +299,4 @@ def largest_difference(a: nn.Module, b: nn.Module, scale: Mapping[str, float] | 
     """Largest difference of two models' parameters by name, those of b times `scale`."""
     theirs = values(b)
     assert theirs.keys() == values(a).keys()
-    return max(
-        (p - theirs[name] * (scale or {}).get(name, 1.0)).abs().max().item() for name, p in values(a).items()
-    )
+    return max((p - theirs[name] * (scale or {}).get(name, 1.0)).abs().max().item() for name, p in values(a).items())

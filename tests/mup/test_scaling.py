@@ -72,9 +72,7 @@ class Pair(nn.Module):
             self.add_module(name, nn.Linear(width, width, bias=False))
 
 
-def pair_values(
-    names: str = "ab", seed: int = 0, dtype: torch.dtype = torch.float32
-) -> dict[str, torch.Tensor]:
+def pair_values(names: str = "ab", seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     def factory(width: int) -> nn.Module:
         return Pair(width, names)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,9 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ImageTextIndex:
 
 
 def reader(
-    index: ImageTextIndex, rank: int = 0, world: int = 1, micro: int = 64, workers: int = 0, **options: object
+    index: ImageTextIndex, rank: int = 0, world: int = 1, micro: int = 64, workers: int = 0, **options: Any
 ) -> ImageTextReader:
-    cfg = DataConfig(shards="unused", resolution=8, num_workers=workers, **options)  # type: ignore[arg-type]
+    cfg = DataConfig(shards="unused", resolution=8, num_workers=workers, **options)
     return ImageTextReader(index, cfg, 5, BATCH, 0.3, rank, world, micro)
 
 
@@ -65,7 +66,7 @@ def test_batches_do_not_depend_on_world_size_micro_batch_or_workers(index: Image
     assert all(len(step) == BATCH for step in whole)
     for world, micro in ((2, 64), (3, 2), (3, 64), (8, 1), (1, 3)):
         parts = [take(reader(index, r, world, micro), 0, 12) for r in range(world)]
-        assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
+        assert [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)] == whole
     assert take(reader(index, workers=2, micro=4), 0, 12) == whole
 
 
@@ -85,7 +86,8 @@ def test_all_ranks_run_the_same_micro_batches(index: ImageTextIndex, world: int)
         for b in batches:
             fill_up = torch.tensor([not name for name in b.names])
             assert (b.weight[fill_up] == 0).all()
-            assert b.images is not None and (b.images[fill_up] == 0).all()
+            assert b.images is not None
+            assert (b.images[fill_up] == 0).all()
             assert len(b.keys) == len(b.captions) == len(b.weight)
     assert len(shapes) == 1
     with pytest.raises(DataError, match="world size 9"):
@@ -96,7 +98,8 @@ def test_draws_depend_on_the_key_alone(index: ImageTextIndex) -> None:
     dropped, kept = 0, 0
     for _, batches in islice(reader(index).batches(0), 60):
         for caption, full in zip(batches[0].captions, batches[0].full_captions, strict=True):
-            assert caption in ("", full) and full.startswith("caption ")
+            assert caption in ("", full)
+            assert full.startswith("caption ")
             dropped += caption == ""
             kept += caption != ""
     assert 0.2 < dropped / (dropped + kept) < 0.4
@@ -112,8 +115,10 @@ def test_reading_does_not_touch_the_generators_of_training(index: ImageTextIndex
 
 def test_one_epoch_ends_in_rows_without_weight(index: ImageTextIndex) -> None:
     _, [batch] = next(reader(index, epochs=1).batches(1000))
-    assert batch.weight.sum() == 0 and batch.names == [""] * BATCH
-    assert batch.holes == [] and batch.read == 0
+    assert batch.weight.sum() == 0
+    assert batch.names == [""] * BATCH
+    assert batch.holes == []
+    assert batch.read == 0
 
 
 def jpeg(mode: str = "RGB", size: tuple[int, int] = (30, 20)) -> bytes:
@@ -164,7 +169,8 @@ def test_failures_are_holes_with_a_reason(tmp_path: Path) -> None:
     keys = []
     for _, [batch] in islice(ImageTextReader(index, cfg, 0, 1, 0.0, 0, 1, 1).batches(0), len(cases)):
         found[batch.names[0].removeprefix("s/")] = batch.holes[0] if batch.holes else None
-        assert batch.read == 1 and float(batch.weight[0]) == float(not batch.holes)
+        assert batch.read == 1
+        assert float(batch.weight[0]) == float(not batch.holes)
         keys.append(int(batch.keys[0]))
     # The tar was cut inside "last": its caption lies behind the cut and is what fails first.
     assert found == {key: reason for key, (_, reason) in cases.items()}
@@ -228,7 +234,7 @@ def test_validation_is_a_fixed_bank(index: ImageTextIndex, world: int) -> None:
     assert len({row[0] for row in whole}) == 20
     assert {str(row[0]).split("/")[0] for row in whole} == {"train-000000", "train-000001"}
     parts = [list(validation_batches(index, cfg, 20, r, world, 6)) for r in range(world)]
-    assert sum((rows(part) for part in parts), []) == whole
+    assert list(chain.from_iterable(rows(part) for part in parts)) == whole
     assert len({tuple(len(b.names) for b in part) for part in parts}) == 1
     assert len(rows(list(validation_batches(index, cfg, 1000, 0, 1, 6)))) == len(index)
 
@@ -249,8 +255,11 @@ def test_synthetic_rows_depend_on_the_key_alone() -> None:
         for step in zip(*ranks, strict=True):
             for _, batches in step:
                 for b in batches:
-                    assert b.latents is not None and b.text_states is not None and b.text_mask is not None
-                    assert b.latents.shape[1:] == (4, 4, 4) and b.text_states.shape[1:] == (12, 10)
+                    assert b.latents is not None
+                    assert b.text_states is not None
+                    assert b.text_mask is not None
+                    assert b.latents.shape[1:] == (4, 4, 4)
+                    assert b.text_states.shape[1:] == (12, 10)
                     assert (b.text_states[~b.text_mask] == 0).all()
                     found += [
                         (b.names[i], b.captions[i], b.latents[i].numpy().tobytes(),
@@ -260,7 +269,8 @@ def test_synthetic_rows_depend_on_the_key_alone() -> None:
         return found
 
     whole = collect(1, 8, 0)
-    assert len(whole) == 32 and whole[9][0] == "synthetic/9"
+    assert len(whole) == 32
+    assert whole[9][0] == "synthetic/9"
     assert collect(3, 2, 0) == whole
     assert collect(2, 8, 2)[:16] == whole[16:]
     assert {row[4] for row in whole if not row[1]} == {1}

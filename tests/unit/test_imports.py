@@ -107,23 +107,19 @@ def check_source(path: str, source: str) -> list[str]:
         return [f"{path}:1: {module} has no room: add it to ROOMS with what it may import"]
     room, found = ROOMS[place], []
     for node, inside in walk(tree):
-        if isinstance(node, ast.Attribute) and within(ast.unparse(node), room.never):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in room.never:
             found.append((node.lineno, f"{place} must never use {ast.unparse(node)}"))
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         relative = isinstance(node, ast.ImportFrom) and node.level > 0
         if relative and place == "launch":
-            found.append(
-                (node.lineno, "launch is run by path, where a relative import fails: write launch.NAME")
-            )
+            found.append((node.lineno, "launch is run by path, where a relative import fails: write launch.NAME"))
         for name in imported(node, package):
             top = name.partition(".")[0]
             if inside and top not in OPTIONAL:
-                found.append(
-                    (node.lineno, f"import of {name} inside a function; only {', '.join(OPTIONAL)} may")
-                )
+                found.append((node.lineno, f"{name} imported inside a function; only {', '.join(OPTIONAL)} may be"))
             if not relative and place != "launch" and within(name, (package,)):
-                found.append((node.lineno, f"import of {name} from its own folder must be relative"))
+                found.append((node.lineno, f"{name} lies in its own folder: import it relatively"))
             allowed = room.modules if top in FOLDERS else (*room.packages, *sys.stdlib_module_names)
             if not within(name, allowed) or within(name, room.never):
                 may = ", ".join((*room.packages, *room.modules)) or "the standard library only"
@@ -198,7 +194,7 @@ def test_checker_accepts(path: str, source: str) -> None:
         ("models/dit.py", "import torch.distributed as dist\n", "1: models may not import torch.distributed"),
         ("models/dit.py", "from torch import distributed\n", "1: models may not import torch.distributed"),
         ("models/dit.py", "import torch\n\ntorch.distributed.barrier\n", "3: models must never use torch.distributed"),
-        ("models/dit.py", "from models.layers import MLP\n", "1: import of models.layers.MLP from its own folder"),
+        ("models/dit.py", "from models.layers import MLP\n", "1: models.layers.MLP lies in its own folder"),
         ("models/configs.py", "from .layers import MLP\n", "1: models.configs may not import models.layers.MLP"),
         ("models/configs.py", "import torch\n", "1: models.configs may not import torch"),
         ("data/reader.py", "from trainer.config import A\n", "1: data may not import trainer.config.A"),
@@ -220,8 +216,8 @@ def test_checker_accepts(path: str, source: str) -> None:
         ("launch/train.py", "from models.mmdit import A\n", "1: launch may not import models.mmdit.A"),
         ("launch/train.py", "import torchvision\n", "1: launch may not import torchvision"),
         ("launch/train.py", "from .common import run\n", "1: launch is run by path"),
-        ("launch/a.py", "def f():\n    def g():\n        import json\n", "3: import of json inside a function"),
-        ("launch/a.py", "async def f():\n    from trainer import b\n", "2: import of trainer.b inside a function"),
+        ("launch/a.py", "def f():\n    def g():\n        import json\n", "3: json imported inside a function"),
+        ("launch/a.py", "async def f():\n    from trainer import b\n", "2: trainer.b imported inside a function"),
         ("trainer/new.py", "import os\n", "1: trainer.new has no room"),
         ("trainer/__init__.py", "import os\n", "1: a package's __init__.py is empty"),
     ],

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor, nn
 
 from data.order import position_keys
@@ -71,4 +71,4 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, min_si
         large = image.repeat(enlarge, 0).repeat(enlarge, 1)
         grid[top : top + height * enlarge, left : left + width * enlarge] = large
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid).save(path)
+    matplotlib.image.imsave(path, grid)

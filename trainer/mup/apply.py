@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .rules import Settings
 from .table import Declared, MuTable, ParameterInfo
+
+
+@runtime_checkable
+class Multiplied(Protocol):
+    """A layer that multiplies its input; see models.layers.OutputLinear."""
+
+    multiplier: float
 
 
 def describe(model: nn.Module) -> dict[str, ParameterInfo]:
@@ -49,7 +56,7 @@ def apply_multipliers(model: nn.Module, table: MuTable) -> None:
     for name, row in table.rows.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if leaf == "weight" and hasattr(module, "multiplier"):
+        if leaf == "weight" and isinstance(module, Multiplied):
             module.multiplier = row.multiplier
         elif row.multiplier != 1.0:
             raise TypeError(f"{name} needs the input multiplier {row.multiplier}; make its layer an OutputLinear")

@@ -194,8 +194,10 @@ class MuTable:
         return _sha256(self._plain())
 
     def _plain(self) -> dict[str, Any]:
-        rows = {name: {**asdict(row), "shape": list(row.shape), "base_shape": list(row.base_shape)}
-                for name, row in self.rows.items()}
+        rows = {
+            name: {**asdict(row), "shape": list(row.shape), "base_shape": list(row.base_shape)}
+            for name, row in self.rows.items()
+        }
         return {"version": VERSION, "settings": asdict(self.settings), "rows": rows}
 
     def describe(self) -> str:

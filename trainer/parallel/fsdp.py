@@ -103,10 +103,10 @@ class FSDP2Engine:
         }
 
     def master_shards(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().to_local() for name, parameter in self._parameters.items()}
+        return {name: _detached(parameter).to_local() for name, parameter in self._parameters.items()}
 
     def full(self, name: str) -> Tensor:
-        return self._parameters[name].detach().full_tensor()
+        return _detached(self._parameters[name]).full_tensor()
 
     @contextmanager
     def swapped(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
@@ -146,6 +146,12 @@ class FSDP2Engine:
             parameter = self._parameters.get(key.partition("/")[2])
             tensors[key] = tensor if parameter is None else _like(tensor, parameter)
         return tensors
+
+
+def _detached(parameter: DTensor) -> DTensor:
+    detached = parameter.detach()
+    assert isinstance(detached, DTensor)
+    return detached
 
 
 def _like(shard: Tensor, parameter: DTensor) -> DTensor:

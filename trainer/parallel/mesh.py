@@ -38,11 +38,19 @@ def init_world(shard: int) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        # The CPU's flash attention is slow in its backward pass: a step of the demo takes twice as long with it.
+        torch.backends.cuda.enable_flash_sdp(False)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
-    control, checkpoint = (dist.new_group(backend="gloo") for _ in range(2))
-    return World(dist.get_rank(), size, device, mesh, control, checkpoint)
+    return World(dist.get_rank(), size, device, mesh, control=_gloo_group(), checkpoint=_gloo_group())
+
+
+def _gloo_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group

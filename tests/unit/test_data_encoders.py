@@ -1,0 +1,213 @@
+"""Text encoders and autoencoders: shapes, padding, cache, scale and shift, clear errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from data.config import AutoencoderConfig, DataError, TextEncoderConfig
+from data.debug import ensure_debug_assets
+from data.encoders import (
+    Autoencoder,
+    PixelAutoencoder,
+    TextEncoder,
+    load_autoencoder,
+    load_text_encoder,
+)
+from data.index import ImageTextIndex, open_shards
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_debug_assets(tmp_path_factory.mktemp("cache") / "debug")
+
+
+def t5(assets: Path, dtype: torch.dtype = torch.float32, **options: Any) -> TextEncoder:
+    cfg = TextEncoderConfig(**{"path": str(assets / "t5"), "max_length": 64, "width": 64} | options)
+    return load_text_encoder(cfg, "cpu", dtype)
+
+
+CAPTIONS = ["a red circle", "a green cross on a black background", "", "a red circle"]
+
+
+def test_debug_assets_are_drawn_once(assets: Path, tmp_path: Path) -> None:
+    index = ImageTextIndex(open_shards(str(assets / "train-{000000..000001}.tar")))
+    assert index.shard_sizes == [256, 256]
+    assert len(ImageTextIndex(open_shards(str(assets / "val-*.tar")))) == 64
+    assert set(index.width) == {32}
+    state = torch.get_rng_state()
+    again = ensure_debug_assets(tmp_path / "debug")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (again / "train-000001.tar").read_bytes() == (assets / "train-000001.tar").read_bytes()
+    before = {p: p.stat().st_mtime_ns for p in again.rglob("*")}
+    ensure_debug_assets(tmp_path / "debug")
+    assert {p: p.stat().st_mtime_ns for p in again.rglob("*")} == before
+    assert t5(again).fingerprint == t5(assets).fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["debug"]
+
+
+def test_states_and_mask_have_true_lengths(assets: Path) -> None:
+    encoder = t5(assets)
+    states, mask = encoder.encode(CAPTIONS)
+    assert states.shape == (4, 64, 64)
+    assert mask.shape == (4, 64)
+    assert mask.sum(1).tolist() == [len(c) + 1 for c in CAPTIONS]  # ByT5: a token a byte, and the end token
+    assert (states[~mask] == 0).all()
+    assert (states[mask] != 0).any(-1).all()
+    assert not states.requires_grad
+    assert torch.equal(states[0], states[3])
+    long_states, long_mask = encoder.encode(["x" * 500])
+    assert long_mask.all()
+    assert long_states.shape == (1, 64, 64)
+
+
+def test_padding_does_not_change_a_caption(assets: Path) -> None:
+    encoder = t5(assets)
+    together, _ = encoder.encode(CAPTIONS)
+    alone = torch.cat([encoder.encode([c])[0] for c in CAPTIONS])
+    assert torch.allclose(together, alone, atol=1e-5)
+    exact = t5(assets, torch.float64)
+    together, _ = exact.encode(CAPTIONS)
+    alone = torch.cat([exact.encode([c])[0] for c in CAPTIONS])
+    assert together.dtype == torch.float64
+    assert torch.equal(together, alone)
+    half, _ = t5(assets, torch.bfloat16).encode(CAPTIONS)
+    assert half.dtype == torch.bfloat16
+
+
+def test_the_empty_caption_is_encoded_once_and_equal_ones_together(assets: Path) -> None:
+    encoder = t5(assets)
+    with mock.patch.object(encoder.model, "forward", wraps=encoder.model.forward) as forward:
+        encoder.encode(CAPTIONS)
+        sizes = [len(call.kwargs["input_ids"]) for call in forward.call_args_list]
+        assert sizes == [1, 2]  # "" alone, then two distinct captions
+        encoder.encode(["", ""])
+        encoder.encode(["", "a red circle"])
+        sizes = [len(call.kwargs["input_ids"]) for call in forward.call_args_list]
+        assert sizes == [1, 2, 1]
+
+
+def test_fingerprint_is_of_the_weights_not_the_path_or_precision(assets: Path, tmp_path: Path) -> None:
+    shutil.copytree(assets / "t5", tmp_path / "moved")
+    encoder = t5(assets)
+    moved = load_text_encoder(
+        TextEncoderConfig(path=str(tmp_path), subfolder="moved", max_length=8, width=64), "cpu", torch.bfloat16
+    )
+    assert moved.fingerprint == encoder.fingerprint
+    with torch.no_grad():
+        next(encoder.model.parameters())[0, 0] += 1
+    encoder.model.save_pretrained(tmp_path / "moved")  # type: ignore[reportCallIssue]
+    changed = load_text_encoder(
+        TextEncoderConfig(path=str(tmp_path / "moved"), max_length=8, width=64), "cpu", torch.float32
+    )
+    assert changed.fingerprint != moved.fingerprint
+
+
+def test_text_encoder_errors_name_key_and_remedy(assets: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"text_encoder\.width is 4096, but .* has width 64: set it to 64"):
+        t5(assets, width=4096)
+    with pytest.raises(DataError, match=r"text_encoder\.path: there is no folder '.*gone'"):
+        t5(assets, path=str(tmp_path / "gone"))
+    with pytest.raises(DataError, match=r"text_encoder\.path: .* cannot be loaded"):
+        t5(assets, path=str(tmp_path))
+    with pytest.raises(DataError, match=r"text_encoder\.path is 'none'"):
+        t5(assets, path="none")
+    shutil.copytree(assets / "t5", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"\*\.safetensors"):
+        t5(assets, path=str(tmp_path / "pickled"))
+
+
+def vae_folder(folder: Path, drop: str | None = None, **options: Any) -> Path:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+    }
+    model = AutoencoderKL(**sizes, **options)
+    model.save_pretrained(folder)
+    if drop is not None:
+        config = json.loads((folder / "config.json").read_text())
+        del config[drop]
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def vae(folder: Path, **options: Any) -> Autoencoder:
+    cfg = AutoencoderConfig(**{"path": str(folder), "channels": 4, "downsample": 2} | options)
+    loaded = load_autoencoder(cfg, "cpu", torch.float32)
+    assert isinstance(loaded, Autoencoder)
+    return loaded
+
+
+def test_latents_are_shifted_and_scaled(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    plain = vae(vae_folder(tmp_path / "plain", scaling_factor=1.0))
+    scaled = vae(vae_folder(tmp_path / "scaled", scaling_factor=1.5, shift_factor=0.25))
+    assert (plain.channels, plain.downsample, scaled.scale, scaled.shift) == (4, 2, 1.5, 0.25)
+    a, b = plain.encode(images), scaled.encode(images)
+    assert a.logvar is not None
+    assert b.logvar is not None
+    assert a.mean.shape == (2, 4, 8, 8)
+    assert not a.mean.requires_grad
+    assert torch.allclose(b.mean, (a.mean - 0.25) * 1.5)
+    assert torch.allclose(b.logvar, a.logvar + 2 * math.log(1.5))
+    decoded = scaled.decode(b.mean)
+    assert torch.allclose(decoded, plain.decode(a.mean), atol=1e-5)
+    assert decoded.shape == (2, 3, 16, 16)
+    assert decoded.abs().max() <= 1
+    assert plain.fingerprint != scaled.fingerprint
+    shutil.copytree(tmp_path / "plain", tmp_path / "copy")
+    assert vae(tmp_path / "copy").fingerprint == plain.fingerprint
+
+
+def test_autoencoder_errors(tmp_path: Path) -> None:
+    folder = vae_folder(tmp_path / "vae")
+    with pytest.raises(DataError, match=r"autoencoder\.channels is 16, .* has 4: set it to 4"):
+        vae(folder, channels=16)
+    with pytest.raises(DataError, match=r"autoencoder\.downsample is 8, .* has 2"):
+        vae(folder, downsample=8)
+    with pytest.raises(DataError, match="has no scaling_factor"):
+        vae(vae_folder(tmp_path / "unscaled", drop="scaling_factor"))
+    with pytest.raises(DataError, match=r"autoencoder\.path: there is no folder"):
+        vae(tmp_path / "gone")
+    assert vae(vae_folder(tmp_path / "unshifted", drop="shift_factor")).shift == 0.0
+
+
+def test_pixels_are_their_own_latents() -> None:
+    pixels = load_autoencoder(AutoencoderConfig(), "cpu", torch.bfloat16)
+    assert isinstance(pixels, PixelAutoencoder)
+    images = torch.arange(0, 192, dtype=torch.uint8).reshape(1, 3, 8, 8)
+    moments = pixels.encode(images)
+    assert moments.logvar is None
+    assert moments.mean.dtype == torch.float32
+    assert torch.equal(moments.mean, images.float() / 127.5 - 1)
+    assert torch.equal(pixels.decode(moments.mean * 3), (moments.mean * 3).clamp(-1, 1))
+    with pytest.raises(DataError, match=r"autoencoder\.channels is 4"):
+        load_autoencoder(AutoencoderConfig(channels=4), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TextEncoderConfig(dropout=2.0), r"text_encoder\.dropout must be between 0 and 1, got 2\.0"),
+        (lambda: AutoencoderConfig(downsample=0), r"autoencoder\.downsample must be at least 1, got 0"),
+    ],
+)
+def test_ranges_are_checked(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
