@@ -205,19 +205,22 @@ _PAGE = """<!doctype html>
 <title>muDiT demo</title>
 <style>
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
- h1 { margin-bottom: 0 } h2 { margin-top: 2em } figure { margin: 0; display: inline-block; vertical-align: top }
+ h1 { margin-bottom: 0 } h2 { margin-top: 2em } figure { margin: 0 }
  figcaption { color: #666; font-size: 14px } img { max-width: 100% } table { border-collapse: collapse }
  td, th { padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
  .ok { color: #17803d } .fail { color: #b91c1c } pre { overflow-x: auto; font-size: 12px; line-height: 1.35 }
- .grids figure { width: 31%; margin-right: 1.5% } .sheet { display: grid; grid-template-columns: 8.5em 1fr }
- .sheet .rows { display: grid; grid-template-rows: repeat({{ subjects|length }}, 1fr); align-items: center }
- .sheet .columns { display: grid; grid-template-columns: repeat({{ colours|length }}, 1fr); text-align: center }
+ .grids { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1em }
+ .sheet { display: grid; grid-template-columns: 8.5em 1fr; max-width: 760px }
+ .sheet img { width: 100% }
+ .rows { display: grid; align-items: center; grid-template-rows: repeat({{ subjects|length }}, 1fr) }
+ .columns { display: grid; text-align: center; grid-template-columns: repeat({{ colours|length }}, 1fr) }
 </style>
 <h1>muDiT demo</h1>
 <p>An MMDiT under &mu;P with {{ "%.1f"|format(millions) }} million parameters (width {{ c.model.width }},
-depth {{ c.model.depth }}), trained from nothing on captioned emoji of {{ c.data.resolution }} pixels: {{ c.train.steps }} steps
-of {{ c.train.global_batch_size }} images, {{ "%.1f"|format(minutes) }} minutes on this machine. The learning rate
-{{ c.optim.lr }} was found at width {{ c.mup.base_width }} and transferred.</p>
+depth {{ c.model.depth }}), trained from nothing on captioned emoji of {{ c.data.resolution }} pixels:
+{{ c.train.steps }} steps of {{ c.train.global_batch_size }} images. With its checks the demo took
+{{ "%.1f"|format(minutes) }} minutes on this machine. The base learning rate {{ c.optim.lr }} was found at width
+{{ c.mup.base_width }} and transferred.</p>
 
 <h2>What it promised</h2>
 <table>{% for check in checks %}
@@ -226,10 +229,12 @@ of {{ c.train.global_batch_size }} images, {{ "%.1f"|format(minutes) }} minutes 
 </table>
 
 <h2>What it draws</h2>
-<p>&ldquo;SUBJECT on a COLOUR background&rdquo;, guidance {{ c.sample.guidance }}, {{ c.sample.steps }} Euler steps, EMA weights.</p>
-<div class="sheet"><div></div><div class="columns">{% for colour in colours %}<span>{{ colour }}</span>{% endfor %}</div>
+<p>&ldquo;SUBJECT on a COLOUR background&rdquo;: guidance {{ c.sample.guidance }}, {{ c.sample.steps }} Euler steps,
+EMA weights.</p>
+<div class="sheet"><span></span>
+<div class="columns">{% for colour in colours %}<span>{{ colour }}</span>{% endfor %}</div>
 <div class="rows">{% for subject in subjects %}<span>{{ subject }}</span>{% endfor %}</div>
-<img style="width: 100%" src="{{ prompts_png }}" alt="samples"></div>
+<img src="{{ prompts_png }}" alt="samples"></div>
 
 <h2>Losses</h2>
 <img src="{{ loss_png }}" alt="loss against step">
@@ -238,7 +243,7 @@ of {{ c.train.global_batch_size }} images, {{ "%.1f"|format(minutes) }} minutes 
 <td>{{ "%.4f"|format(r.val_loss) }}</td><td>{{ "%.4f"|format(r.val_loss_ema) }}</td></tr>{% endfor %}</table>
 
 <h2>Samples over time</h2>
-<p>Held-out captions, row by row: {{ prompts|join("; ") }}.</p>
+<p>Captions of held-out emoji, row by row: {{ prompts|join("; ") }}.</p>
 <div class="grids">{% for step, png in grids %}<figure><img src="{{ png }}" alt="samples at step {{ step }}">
 <figcaption>step {{ step }}</figcaption></figure>{% endfor %}</div>
 
@@ -249,10 +254,13 @@ factors on the base learning rate, weight decay and epsilon. At the base width {
 
 <h2>Next</h2>
 <pre>
+# more images from this model
 python launch/sample.py --checkpoint {{ folder }} --prompt "a pizza on a teal background" --count 16 --output pizza.png
+# a wider model with the same hyperparameters: that is what muP is for
 torchrun --nproc-per-node 2 launch/train.py --config mmdit_demo_mup.yaml run.name=wider model.width=384
-python launch/shard.py --images YOUR_FOLDER --output shards/train        (images with captions -> shards)
-torchrun ... launch/train.py --config mmdit_0.18b_mup.yaml data.shards=shards/train   (the paper's proxy)
+# your own images with captions, as shards; then the paper's proxy on them
+python launch/shard.py --images YOUR_FOLDER --output shards/train
+torchrun --nproc-per-node 8 launch/train.py --config mmdit_0.18b_mup.yaml data.shards=shards
 </pre>
 </html>
 """

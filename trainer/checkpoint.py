@@ -107,7 +107,9 @@ class Checkpointer:
         if dist.get_rank() == 0:
             write_atomically(beside / META, json.dumps(dict(meta)))
             if final.exists():  # a run that was reset to an earlier checkpoint writes this step again
-                final.rename(self._folder / f".{final.name}.old")
+                old = self._folder / f".{final.name}.old"
+                shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+                final.rename(old)
             beside.rename(final)
             _sync_folder(self._folder)
             self._clear()

@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -51,8 +51,9 @@ class RunConfig(Section):
 class TrainSection(Section):
     steps: int = Field(default=100_000, ge=1)
     global_batch_size: int = Field(default=256, ge=1)
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """The most samples a device holds at 256² area; accumulation follows from it. None: the whole share at once."""
+    micro_batch_size: float | None = Field(default=None, gt=0)
+    """The most samples a device holds at 256² area (at 512² a fourth of them); accumulation follows from it.
+    None: the whole share at once."""
     seed: int = Field(default=0, ge=0)
     deterministic: bool = False
     """Deterministic algorithms on a GPU (slower); on CPU a run is always bit-exact."""
@@ -274,7 +275,9 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML with the scalars of YAML 1.2: 1e-3 is a number, `off` a word; a key given twice is an error."""
 
     yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+        first: [
+            (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":int", ":float", ":bool", ":timestamp"))
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -282,6 +285,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):  # {{placeholder}} is a mapping as the key of a mapping
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is no key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f'key "{key}" is given twice', key_node.start_mark)
             seen.add(key)
@@ -291,6 +296,9 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+# Decimal alone, so that 010 is ten and 1:30 is text. Before the float, which would match as well.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
@@ -307,7 +315,7 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 def find_config(name: str, near: Path | None = None) -> Path:
     """A path, or a name under configs/ (or beside the file that extends it), with or without .yaml."""
-    folders = [Path(), *([near] if near else []), CONFIG_DIR]
+    folders = [*([near] if near else []), Path(), CONFIG_DIR]
     for folder in folders:
         for candidate in (folder / name, folder / f"{name}.yaml"):
             if candidate.is_file():
@@ -354,11 +362,9 @@ def _override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
 def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a config by path or name, apply `section.key=value` overrides, validate; raises ConfigError."""
     path = find_config(name)
-    data = _read(path)
-    run = data.setdefault("run", {})
-    if isinstance(run, dict) and run.get("name") is None:
-        run["name"] = path.stem
-    return parse(data, path.name, overrides)
+    config = parse(_read(path), path.name, overrides)
+    run = config.run.model_copy(update={"name": config.run.name or path.stem})
+    return config.model_copy(update={"run": run})
 
 
 def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -402,7 +408,7 @@ def _unknown_keys(data: Mapping[str, Any], section: type, prefix: str) -> Iterat
         path = f"{prefix}{key}"
         if key not in fields:
             everywhere = [k for k in _leaves(TrainConfig) if k.rpartition(".")[2] == str(key)]
-            hint = _nearest(str(key), list(fields), prefix) or _nearest(path, everywhere)
+            hint = _nearest(path, everywhere, cutoff=0.0) or _nearest(str(key), list(fields), prefix)
             yield f"{path}: unknown key{hint}"
             continue
         inner = fields[key]
@@ -413,8 +419,8 @@ def _unknown_keys(data: Mapping[str, Any], section: type, prefix: str) -> Iterat
             yield from _unknown_keys(value, inner, f"{path}.")
 
 
-def _nearest(key: str, known: Sequence[str], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(key, known, 1, 0.5)
+def _nearest(key: str, known: Sequence[str], prefix: str = "", cutoff: float = 0.5) -> str:
+    matches = difflib.get_close_matches(key, known, 1, cutoff)
     return f'; did you mean "{prefix}{matches[0]}"?' if matches else ""
 
 
@@ -467,7 +473,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
         raise ConfigError(f"parallel.shard {shard} does not divide the {world_size} processes")
     share = -(-batch // world_size)
     micro = config.train.micro_batch_size
-    rows = share if micro is None else max(1, min(share, int(micro * (256 / config.data.resolution) ** 2)))
+    rows = share if micro is None else max(1, min(share, int(micro * 256**2 / config.data.resolution**2)))
     return Resolved(
         world_size=world_size,
         shard=shard,

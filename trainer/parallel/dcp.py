@@ -6,13 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-# The types that torch.distributed.checkpoint itself puts into `.metadata`.
+# The types that torch.distributed.checkpoint itself puts into `.metadata`, each by its full name: a module that is
+# trusted as a whole hands out what it imports ("filesystem", "os.system" is a valid reference of a pickle).
+_DCP = "torch.distributed.checkpoint"
 _SAFE = {
+    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((f"{_DCP}.metadata", f"{name}StorageMetadata") for name in ("Chunk", "Tensor", "Bytes")),
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    (f"{_DCP}.filesystem", "_StoragePrefix"),
     ("builtins", "set"),
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
@@ -22,13 +30,12 @@ _SAFE = {
     ("torch.serialization", "_get_layout"),
     ("torch._utils", "_rebuild_device"),
 }
-_SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        dtype_like = module == "torch" and (name.startswith(("float", "bfloat", "int", "uint", "bool")))
-        if (module, name) in _SAFE or module in _SAFE_MODULES or dtype_like:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in _SAFE or is_dtype:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
 

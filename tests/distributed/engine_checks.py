@@ -1,0 +1,253 @@
+"""What a sharded engine must keep, checked on every rank; run by test_engine.py under torchrun, JSON on stdout.
+
+A check returns a number or a flag for its test to judge; each is a function of (world) and runs on all ranks.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.reader import SyntheticReader
+from models.layers import TextCondition
+from models.registry import build_model
+from trainer.build import FrozenParts, build_engine, build_mup_table, build_objective
+from trainer.config import TrainConfig, load_config, resolve
+from trainer.ema import EMA
+from trainer.mup.apply import apply_multipliers, init_parameters
+from trainer.parallel.fsdp import FSDP2Engine
+from trainer.parallel.mesh import World, init_world
+
+OVERRIDES = (
+    "data.shards=synthetic", "text_encoder.width=16", "text_encoder.max_length=6", "train.sample_every=0",
+    "model.adaln_init=fan_in", "optim.weight_decay=0.1", "optim.lr=1e-3",
+)  # fmt: skip
+
+
+def configured(*more: str) -> TrainConfig:
+    return load_config("mmdit_debug_mup.yaml", [*OVERRIDES, *more])
+
+
+def made(config: TrainConfig, world: World) -> FSDP2Engine:
+    return build_engine(config, build_mup_table(config), world)
+
+
+def run_steps(config: TrainConfig, engine: FSDP2Engine, world: World, steps: int, spoil: int | None = None) -> Any:
+    """Train; at step `spoil` the last rank's batch holds a NaN. Returns the last step's result."""
+    frozen, resolved = FrozenParts(config, world), resolve(config, world.size)
+    objective = build_objective(config, resolved)
+    reader = SyntheticReader(
+        config.data, config.text_encoder, config.autoencoder, 0, config.train.global_batch_size,
+        world.rank, world.size, resolved.micro_batch_rows,
+    )  # fmt: skip
+    result = None
+    for step, batches in reader.batches(0):
+        if step == steps:
+            return result
+        for number, batch in enumerate(batches):
+            if step == spoil and world.rank == world.size - 1:
+                assert batch.latents is not None
+                batch.latents[0, 0, 0, 0] = float("nan")
+            encoded = frozen.encode(batch)
+            draw = objective.draw(encoded.x0, encoded.keys)
+            prediction, _ = engine.model(draw.x_t, draw.t, encoded.condition)
+            loss = (encoded.weight * objective.loss(prediction, draw)).sum()
+            engine.backward(world.size / config.train.global_batch_size * loss, number == len(batches) - 1)
+        result = engine.step(config.optim.lr)
+    return result
+
+
+def whole(engine: FSDP2Engine) -> dict[str, Tensor]:
+    return {name: engine.full(name).clone() for name in engine.master_shards()}
+
+
+def worst(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+def init_does_not_depend_on_sharding(world: World) -> float:
+    config = configured()
+    table = build_mup_table(config)
+    plain = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
+    apply_multipliers(plain, table)
+    init_parameters(plain, table, config.train.seed)
+    return worst(whole(made(config, world)), dict(plain.named_parameters()))
+
+
+def optimizer_settings_are_the_tables(world: World) -> list[str]:
+    config = configured()
+    table, engine = build_mup_table(config), made(config, world)
+    settings = engine.optimizer_settings()
+    assert settings.keys() == table.rows.keys()
+    return [
+        name
+        for name, row in table.rows.items()
+        if settings[name] != (config.optim.lr * row.lr, config.optim.weight_decay * row.weight_decay, config.optim.eps)
+    ]
+
+
+def first_step_moves_by_lr(world: World) -> list[str]:
+    """|dp| of the first Adam step is lr x the table's factor wherever there is a gradient: measured, not asked."""
+    config = configured("parallel.precision=fp64", "optim.weight_decay=0", "optim.clip_norm=null")
+    table, engine = build_mup_table(config), made(config, world)
+    with torch.no_grad():
+        for name, shard in engine.master_shards().items():
+            if name == "final.weight":  # zero: nothing behind it would have a gradient
+                shard.fill_(0.02)
+    before = whole(engine)
+    run_steps(config, engine, world, 1)
+    wrong = []
+    for name, after in whole(engine).items():
+        moved = (after - before[name]).abs()
+        moved = moved[moved > 0]
+        if not len(moved) or abs(float(moved.median()) / (config.optim.lr * table.rows[name].lr) - 1) > 2e-3:
+            wrong.append(name)
+    return wrong
+
+
+def non_finite_step_changes_nothing(world: World) -> dict[str, float]:
+    config = configured()
+    engine = made(config, world)
+    ema = EMA(engine.master_shards(), (0.5,), warmup=False)
+    run_steps(config, engine, world, 2)
+    state = {name: tensor.clone() for name, tensor in local_state(engine).items()}
+    averages = {name: tensor.clone() for name, tensor in ema.tensors().items()}
+    result = run_steps(config, engine, world, 1, spoil=0)
+    ema.update(2, result.skipped)
+    return {
+        "skipped": float(result.skipped),
+        "moved": max(float((state[name] - tensor).abs().max()) for name, tensor in local_state(engine).items()),
+        "average_moved": max(float((averages[n] - t).abs().max()) for n, t in ema.tensors().items() if t.numel()),
+        "next_is_finite": float(run_steps(config, engine, world, 1).grad_norm.isfinite()),
+    }
+
+
+def local_state(engine: FSDP2Engine) -> dict[str, Tensor]:
+    """Weights, moments and step counts of this rank, empty shards left out."""
+    tensors = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in engine._tensors({}).items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+
+
+def swapped_weights_are_used_and_given_back(world: World) -> dict[str, float]:
+    """Outputs within `swapped` equal those of an unsharded model with the averages; also after a training step,
+    when a gathered copy of the live weights could be stale."""
+    config = configured("parallel.precision=fp32")
+    engine = made(config, world)
+    ema = EMA(engine.master_shards(), (0.9,), warmup=False)
+    result = run_steps(config, engine, world, 2)
+    ema.update(1, result.skipped)
+    live = whole(engine)
+    generator = torch.Generator().manual_seed(0)
+    x, states = (torch.randn(shape, generator=generator) for shape in ((2, 3, 32, 32), (2, 6, 16)))
+    inputs = (x, torch.tensor([0.3, 0.8]), TextCondition(states, torch.ones(2, 6, dtype=torch.bool)))
+    with torch.no_grad():
+        engine.model(*inputs)
+        with engine.swapped(ema.shards[0.9]):
+            averaged, weights = engine.model(*inputs)[0], whole(engine)
+        back = engine.model(*inputs)[0]
+    table = build_mup_table(config)
+    plain = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
+    apply_multipliers(plain, table)
+    with torch.no_grad():
+        plain.load_state_dict(weights)
+        expected = plain(*inputs)[0]
+        plain.load_state_dict(live)
+        return {
+            "averaged": float((averaged - expected).abs().max()),
+            "differs": float((averaged - back).abs().max()),
+            "given_back": float((plain(*inputs)[0] - back).abs().max()),
+            "weights_given_back": worst(live, whole(engine)),
+        }
+
+
+def replicas_agree(world: World) -> float:
+    """HSDP: every rank a shard group of its own (shard 1) trains as full sharding does."""
+    config = configured("parallel.precision=fp64")
+    sharded = made(config, world)
+    run_steps(config, sharded, world, 3)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world.size, 1), mesh_dim_names=("replicate", "shard"))
+    copies_world = dataclasses.replace(world, mesh=mesh)
+    copies = made(config, copies_world)
+    run_steps(config, copies, copies_world, 3)
+    return worst(whole(sharded), whole(copies))
+
+
+def save_and_load(world: World) -> dict[str, float]:
+    """A fresh engine that loads a checkpoint holds every tensor of it, and its next step is the same, bit for bit."""
+    config = configured()
+    one = made(config, world)
+    run_steps(config, one, world, 3)
+    folder = [tempfile.mkdtemp() if world.rank == 0 else ""]
+    dist.broadcast_object_list(folder)
+    one.save(Path(folder[0]), {"totals": torch.arange(3.0)})
+    two = made(dataclasses_seed(config), world)
+    totals = torch.zeros(3)
+    differed = worst(whole(one), whole(two))
+    two.load(Path(folder[0]), {"totals": totals})
+    same = worst_local(one, two)
+    run_steps(config, one, world, 1)
+    run_steps(config, two, world, 1)
+    return {"differed": differed, "same": same, "totals": float(totals.sum()), "next": worst_local(one, two)}
+
+
+def dataclasses_seed(config: TrainConfig) -> TrainConfig:
+    """Another init, so that loading has something to do."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"seed": 1})})
+
+
+def worst_local(one: FSDP2Engine, two: FSDP2Engine) -> float:
+    ours, theirs = local_state(one), local_state(two)
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def bf16_keeps_fp32_masters(world: World) -> dict[str, Any]:
+    """Master weights and moments are fp32 under bf16, and t reaches the model uncast."""
+    config = configured("parallel.precision=bf16")
+    engine = made(config, world)
+    seen: list[Tensor] = []
+    time_embed = engine.model.get_submodule("time_embed")
+    time_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.zeros(2, 3, 32, 32)
+    condition = TextCondition(torch.zeros(2, 6, 16), torch.ones(2, 6, dtype=torch.bool))
+    with torch.no_grad():
+        prediction, _ = engine.model(x, torch.tensor([0.9001, 0.9012]), condition)
+    run_steps(config, engine, world, 1)
+    return {
+        "dtypes": sorted({str(t.dtype) for t in local_state(engine).values()}),
+        "computed_in": str(prediction.dtype),
+        "sinusoids_differ_by": float((seen[0][0].float() - seen[0][1].float()).abs().max()),
+    }
+
+
+CHECKS: tuple[Callable[[World], Any], ...] = (
+    init_does_not_depend_on_sharding,
+    optimizer_settings_are_the_tables,
+    first_step_moves_by_lr,
+    non_finite_step_changes_nothing,
+    swapped_weights_are_used_and_given_back,
+    replicas_agree,
+    save_and_load,
+    bf16_keeps_fp32_masters,
+)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    world = init_world(int(sys.argv[1]))
+    results = {check.__name__: check(world) for check in CHECKS}
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, results)
+    if world.rank == 0:
+        print("RESULTS " + json.dumps(everyone))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

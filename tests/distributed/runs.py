@@ -1,0 +1,100 @@
+"""Real runs of launch/train.py for the tests: start, kill, read what they logged and saved."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from trainer.checkpoint import find_checkpoint
+from trainer.metrics import read_metrics
+from trainer.parallel.dcp import SafeReader
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMING = ("images_per_s", "model_tflops_per_s", "mfu", "step_time_s")
+
+
+def command(processes: int, *arguments: str) -> list[str]:
+    """launch/train.py with the debug config, under torchrun for more than one process."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, "launch/train.py", "--config", "mmdit_debug_mup.yaml", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def train(processes: int, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run to the end in `folder`; returns the logged lines. An exit code other than 0 fails with the output."""
+    done = subprocess.run(
+        command(processes, *_in(folder), *arguments),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return read_metrics(folder)
+
+
+def train_and_kill(processes: int, folder: Path, after_step: int, delay_s: float, *arguments: str) -> int:
+    """SIGKILL every process of a run `delay_s` after it has logged `after_step`; returns the last logged step."""
+    process = subprocess.Popen(
+        command(processes, *_in(folder), *arguments),
+        cwd=ROOT, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while last_step(folder) < after_step:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the run logs nothing"
+            time.sleep(0.02)
+        time.sleep(delay_s)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return last_step(folder)
+
+
+def last_step(folder: Path) -> int:
+    return max((record["step"] for record in read_metrics(folder)), default=-1)
+
+
+def exact(records: list[dict[str, Any]]) -> list[str]:
+    """Logged lines without what depends on the clock, as text: equal text is equal bits."""
+    return [json.dumps({k: v for k, v in record.items() if k not in TIMING}) for record in records]
+
+
+def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], tolerance: float) -> None:
+    """Two runs logged the same figures, apart from the clock's, up to `tolerance`."""
+    assert len(ours) == len(theirs)
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        wrong = {k: (one[k], two[k]) for k in one if k not in TIMING and abs(one[k] - two[k]) > tolerance}
+        assert not wrong, f"step {one['step']}: {wrong}"
+
+
+def weights(folder: Path, group: str = "model") -> dict[str, Tensor]:
+    """The whole weights of a run's newest checkpoint, read without a process group."""
+    checkpoint = find_checkpoint(folder)
+    metadata = SafeReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if name.startswith(f"{group}/")
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it reads in one process, which is what is meant
+        dcp.load(dict(tensors), storage_reader=SafeReader(checkpoint), no_dist=True)
+    return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
+
+
+def _in(folder: Path) -> list[str]:
+    return [f"run.dir={folder.parent}", f"run.name={folder.name}"]

@@ -1,0 +1,75 @@
+"""The sharded engine on two gloo processes: one start for all of engine_checks.py, one test for each promise."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from .runs import ROOT, environment
+
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Results:
+    """What each rank found."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "tests.distributed.engine_checks", "2"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
+    return json.loads(line.removeprefix("RESULTS "))
+
+
+def test_init_does_not_depend_on_sharding(ranks: Results) -> None:
+    assert [r["init_does_not_depend_on_sharding"] for r in ranks] == [0.0, 0.0]
+
+
+def test_optimizer_settings_are_the_tables(ranks: Results) -> None:
+    assert [r["optimizer_settings_are_the_tables"] for r in ranks] == [[], []]
+
+
+def test_first_step_moves_every_weight_by_its_lr(ranks: Results) -> None:
+    assert [r["first_step_moves_by_lr"] for r in ranks] == [[], []]
+
+
+def test_non_finite_step_changes_nothing_on_any_rank(ranks: Results) -> None:
+    """A NaN on the last rank alone: skipped on both, and training goes on."""
+    for r in ranks:
+        assert r["non_finite_step_changes_nothing"] == {
+            "skipped": 1.0, "moved": 0.0, "average_moved": 0.0, "next_is_finite": 1.0,
+        }  # fmt: skip
+
+
+def test_swapped_weights_are_used_and_given_back(ranks: Results) -> None:
+    for r in ranks:
+        found = r["swapped_weights_are_used_and_given_back"]
+        assert found["averaged"] < 1e-5
+        assert found["differs"] > 1e-4, "the averages are too near to the weights to tell"
+        assert found["given_back"] < 1e-5
+        assert found["weights_given_back"] == 0.0
+
+
+def test_replicas_agree_with_full_sharding(ranks: Results) -> None:
+    assert all(r["replicas_agree"] < 1e-12 for r in ranks)
+
+
+def test_save_and_load_is_bit_exact(ranks: Results) -> None:
+    for r in ranks:
+        found = r["save_and_load"]
+        assert found["differed"] > 1e-3
+        assert found["same"] == 0.0
+        assert found["totals"] == 3.0
+        assert found["next"] == 0.0
+
+
+def test_bf16_keeps_fp32_masters_and_uncast_times(ranks: Results) -> None:
+    for r in ranks:
+        found = r["bf16_keeps_fp32_masters"]
+        assert found["dtypes"] == ["torch.float32"]
+        assert found["computed_in"] == "torch.bfloat16"
+        assert found["sinusoids_differ_by"] > 0.5

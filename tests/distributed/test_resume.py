@@ -1,0 +1,44 @@
+"""Killed at random with SIGKILL and started again, a run logs what an uninterrupted one logs, bit for bit."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from trainer.checkpoint import complete_checkpoints
+
+from .runs import assert_close, exact, train, train_and_kill, weights
+
+# A log line and a checkpoint that do not fall together: the checkpoint then holds half of a line's sum.
+SETTINGS = ("train.steps=16", "train.log_every=2", "train.checkpoint_every=5", "train.validate_every=8")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return {n: exact(train(n, folder / f"w{n}", *SETTINGS)) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bit_exact(processes: int, workers: int, uninterrupted: dict[int, list[str]], tmp_path: Path) -> None:
+    seed = int(os.environ.get("KILL_SEED", random.randrange(1 << 20)))
+    print(f"KILL_SEED={seed}")
+    chance = random.Random(seed)
+    folder, more = tmp_path / "run", f"data.num_workers={workers}"
+    killed_at = train_and_kill(processes, folder, chance.randint(0, 14), chance.uniform(0, 0.3), *SETTINGS, more)
+    resumed_from = [path.name for path in complete_checkpoints(folder / "checkpoints")]
+    records = train(processes, folder, *SETTINGS, more)
+    assert exact(records) == uninterrupted[processes], f"killed at {killed_at}, had {resumed_from}, seed {seed}"
+
+
+def test_another_world_size_goes_on(tmp_path: Path, uninterrupted: dict[int, list[str]]) -> None:
+    """2 -> 1 process in mid-run, in float64: same samples and draws, losses to rounding."""
+    settings = (*SETTINGS, "parallel.precision=fp64", "train.sample_every=0")
+    train_and_kill(2, tmp_path / "a", 8, 0.0, *settings)
+    assert complete_checkpoints(tmp_path / "a" / "checkpoints"), "killed after its first checkpoint"
+    changed, whole = train(1, tmp_path / "a", *settings), train(2, tmp_path / "b", *settings)
+    assert_close(changed, whole, 1e-9)
+    ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) <= 1e-9

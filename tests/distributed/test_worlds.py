@@ -1,0 +1,54 @@
+"""The same run on 1, 2, 3 and 4 processes, in float64: the world size is no part of the mathematics."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .runs import assert_close, train, weights
+
+WORLDS = (1, 2, 3, 4)
+STEPS = 5
+# Uneven shares (8 samples on 3 ranks), accumulation (two rows a micro-batch at 32 pixels), caption dropout.
+SETTINGS = (
+    "parallel.precision=fp64",
+    f"train.steps={STEPS}",
+    f"train.validate_every={STEPS}",
+    f"train.checkpoint_every={STEPS}",
+    "train.sample_every=0",
+    "train.micro_batch_size=0.03125",
+    "text_encoder.dropout=0.3",
+)
+
+Runs = dict[int, tuple[list[dict[str, Any]], Path]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("worlds")
+    return {world: (train(world, folder / f"w{world}", *SETTINGS), folder / f"w{world}") for world in WORLDS}
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_losses_agree(runs: Runs, world: int) -> None:
+    assert_close(runs[1][0], runs[world][0], 1e-9)
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("group", ["model", "ema_0.99", "exp_avg"])
+def test_parameters_agree(runs: Runs, world: int, group: str) -> None:
+    """T12 of the muP tests: at most 1e-10 after five steps, from meta device to sharded optimizer groups."""
+    one, many = (weights(runs[w][1], group) for w in (1, world))
+    assert one.keys() == many.keys()
+    worst = max(float((one[name] - many[name]).abs().max()) for name in one)
+    assert worst <= 1e-10, worst
+
+
+def test_the_comparison_can_fail(runs: Runs) -> None:
+    """Training moved every weight by far more than the tolerance, except where its rule says that it cannot."""
+    records, folder = runs[1]
+    assert records[0]["val_loss"] - records[-1]["val_loss"] > 1e-3
+    live, average = weights(folder), weights(folder, "ema_0.99")
+    assert all(float((live[name] - average[name]).abs().max()) > 1e-7 for name in live)
+    assert all(tensor.dtype == torch.float64 for tensor in live.values())
