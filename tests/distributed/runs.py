@@ -22,22 +22,22 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMING = ("images_per_s", "model_tflops_per_s", "mfu", "step_time_s")
 
 
-def command(processes: int, *arguments: str) -> list[str]:
-    """launch/train.py with the debug config, under torchrun for more than one process."""
+def command(processes: int, *arguments: str, config: str = "mmdit_debug_mup.yaml") -> list[str]:
+    """launch/train.py, under torchrun for more than one process."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, "launch/train.py", "--config", "mmdit_debug_mup.yaml", *arguments]
+    return [*launcher, "launch/train.py", "--config", config, *arguments]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def train(processes: int, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def train(processes: int, folder: Path, *arguments: str, config: str = "mmdit_debug_mup.yaml") -> list[dict[str, Any]]:
     """Run to the end in `folder`; returns the logged lines. An exit code other than 0 fails with the output."""
     done = subprocess.run(
-        command(processes, *_in(folder), *arguments),
+        command(processes, *_in(folder), *arguments, config=config),
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

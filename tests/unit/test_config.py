@@ -152,7 +152,7 @@ def test_scalars(key: str, text: str, value: object, tmp_path: Path) -> None:
         ("optim.steps=1", 'optim.steps: unknown key; did you mean "train.steps"?'),
         ("lr=1", 'lr: unknown key; did you mean "optim.lr"?'),
         ("model.zzz=1", "model.zzz: unknown key"),
-        ("extends=mmdit_2b_mup", "extends: unknown key"),
+        ("extends=mmdit_2b_mup", "extends: unknown"),
         # A right key with a wrong value.
         ("train.steps=many", "train.steps: Input should be a valid integer"),
         ("train.steps=1.5", "train.steps: Input should be a valid integer"),
@@ -173,10 +173,9 @@ def test_scalars(key: str, text: str, value: object, tmp_path: Path) -> None:
     ],
 )
 def test_one_mistake(override: str, problem: str) -> None:
-    text = message(override)
-    assert problem in text
-    if problem.endswith(("?", "key")):
-        assert problem in text.splitlines()[-1].split("; " if problem.endswith("key") else "\n")[0]
+    lines = [line.strip() for line in message(override).splitlines()]
+    whole = problem.endswith(("?", " key"))  # the rest are the first words of a longer message
+    assert problem in (lines if whole else "\n".join(lines))
 
 
 @pytest.mark.parametrize("kind", ["mmdit", "mmditt", "unheard_of"])
@@ -407,10 +406,10 @@ def test_micro_batch_rows(micro: str, resolution: int, world: int, rows: int) ->
     assert resolve(config, world).micro_batch_rows == rows
 
 
-@pytest.mark.parametrize(("resolution", "rows"), [(256, 9), (192, 16), (384, 4), (512, 2), (1024, 1)])
+@pytest.mark.parametrize(("resolution", "rows"), [(256, 49), (224, 64), (512, 12), (1024, 3)])
 def test_micro_batch_rows_of_large_images(resolution: int, rows: int) -> None:
-    """192: 9 x 16 / 9, which float arithmetic in another order makes 15."""
-    config = load_config("mmdit_0.18b_mup", ["train.micro_batch_size=9", f"data.resolution={resolution}"])
+    """224: 49 x (8 / 7) squared, which rounding in another order makes 63."""
+    config = load_config("mmdit_0.18b_mup", ["train.micro_batch_size=49", f"data.resolution={resolution}"])
     assert resolve(config, 2).micro_batch_rows == rows
 
 
