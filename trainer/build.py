@@ -265,7 +265,9 @@ def build_run(config: TrainConfig, world: World) -> Run:
     notes = [table.describe(), f"{folder}: {_count(table):.3g} B parameters, {world.size} processes"]
     if resumed is not None:
         checkpoint, meta, changes = resumed
-        checkpointer.load(checkpoint, {**ema.tensors(), "totals": state.totals})
+        kept = [decay for decay in ema.decays if decay in meta["config"]["ema"]["decays"]]
+        checkpointer.load(checkpoint, {**ema.tensors(kept), "totals": state.totals})
+        ema.reset([decay for decay in ema.decays if decay not in kept])  # ema.decays may change on resume
         restore(state, meta, world.rank)
         notes = [f"resuming {checkpoint}", *(f"changed: {change}" for change in changes)]
     elif initial is not None:

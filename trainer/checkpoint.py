@@ -15,14 +15,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from .parallel.engine import Engine
+from .parallel.engine import CheckpointError, Engine
 
 META = "meta.json"
 _NAME = re.compile(r"step_(\d{8,})")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not exist, is not complete, or is not of this run; the message says what to do."""
 
 
 def write_atomically(path: Path, text: str) -> None:

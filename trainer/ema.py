@@ -33,15 +33,16 @@ class EMA:
                 torch._foreach_mul_(difference, rate.to(averages[0].dtype))
                 torch._foreach_add_(averages, difference)
 
-    def reset(self) -> None:
-        """Start again from the live weights."""
-        for shards in self.shards.values():
-            for name, shard in shards.items():
+    def reset(self, decays: Sequence[float]) -> None:
+        """Start these averages again from the live weights."""
+        for decay in decays:
+            for name, shard in self.shards[decay].items():
                 shard.copy_(self._live[name])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The averages as a checkpoint names them."""
-        return {f"ema_{decay}/{name}": t for decay, shards in self.shards.items() for name, t in shards.items()}
+    def tensors(self, decays: Sequence[float] | None = None) -> dict[str, Tensor]:
+        """The averages (of some decays) as a checkpoint names them."""
+        wanted = self.decays if decays is None else decays
+        return {f"ema_{decay}/{name}": t for decay in wanted for name, t in self.shards[decay].items()}
 
     def _chunks(self) -> Iterator[list[str]]:
         chunk: list[str] = []

@@ -59,6 +59,8 @@ class Metrics:
         if not self._active or mode == "disabled":
             return
         os.environ.setdefault("WANDB_SILENT", "true")
+        if mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it posts telemetry, offline or not
         import wandb
 
         file = self._folder / "wandb_id.txt"

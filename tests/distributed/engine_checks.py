@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.reader import SyntheticReader
-from models.layers import TextCondition
+from models.layers import TextCondition, time_sinusoids
 from models.registry import build_model
 from trainer.build import FrozenParts, build_engine, build_mup_table, build_objective
 from trainer.config import TrainConfig, load_config, resolve
@@ -208,18 +208,26 @@ def worst_local(one: FSDP2Engine, two: FSDP2Engine) -> float:
 
 
 def bf16_keeps_fp32_masters(world: World) -> dict[str, Any]:
-    """Master weights and moments are fp32 under bf16, and t reaches the model uncast."""
+    """Master weights, moments and the reduction of gradients are fp32 under bf16, and t reaches the model uncast."""
     config = configured("parallel.precision=bf16")
     engine = made(config, world)
+    engine.master_shards()["final.weight"].fill_(0.02)  # zero: nothing behind it would have a gradient
     seen: list[Tensor] = []
     time_embed = engine.model.get_submodule("time_embed")
-    time_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = time_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x = torch.zeros(2, 3, 32, 32)
     condition = TextCondition(torch.zeros(2, 6, 16), torch.ones(2, 6, dtype=torch.bool))
-    with torch.no_grad():
-        prediction, _ = engine.model(x, torch.tensor([0.9001, 0.9012]), condition)
+    t = torch.tensor([0.9001, 0.9012])
+    prediction, _ = engine.model(x + world.rank, t, condition)
+    hook.remove()
+    engine.backward(prediction.float().square().sum(), last=True)
+    gradients = torch.cat([p.grad.to_local().flatten() for p in engine.model.parameters()])
+    gradients = gradients[gradients != 0]
     run_steps(config, engine, world, 1)
     return {
+        # A mean of two bf16 numbers mostly needs more bits than bf16 has.
+        "gradients_beyond_bf16": float((gradients != gradients.bfloat16().float()).float().mean()),
+        "sinusoids_off_by": float((seen[0] - time_sinusoids(t).bfloat16()).abs().max()),
         "dtypes": sorted({str(t.dtype) for t in local_state(engine).values()}),
         "computed_in": str(prediction.dtype),
         "sinusoids_differ_by": float((seen[0][0].float() - seen[0][1].float()).abs().max()),

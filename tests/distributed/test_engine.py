@@ -73,3 +73,5 @@ def test_bf16_keeps_fp32_masters_and_uncast_times(ranks: Results) -> None:
         assert found["dtypes"] == ["torch.float32"]
         assert found["computed_in"] == "torch.bfloat16"
         assert found["sinusoids_differ_by"] > 0.5
+        assert found["sinusoids_off_by"] == 0.0
+        assert found["gradients_beyond_bf16"] > 0.2

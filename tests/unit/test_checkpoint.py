@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.checkpoint import (
@@ -251,8 +250,20 @@ def test_genuine_index(world: World, tmp_path: Path) -> None:
     fresh = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     load_tensors(tmp_path, fresh, world.checkpoint)
     assert all(torch.equal(fresh[name], tensor) for name, tensor in tensors.items())
-    with pytest.raises(CheckpointException, match="absent"):
+
+
+def test_damaged_checkpoint(world: World, tmp_path: Path) -> None:
+    """torch's own error is no Exception: it would pass every handler and end in a traceback."""
+    save_tensors(tmp_path, {"a": torch.ones(3)}, world.checkpoint)
+    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be read: .*absent"):
         load_tensors(tmp_path, {"absent": torch.zeros(1)}, world.checkpoint)
+    (tensors,) = tmp_path.glob("*.distcp")
+    tensors.write_bytes(tensors.read_bytes()[:20])
+    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be read"):
+        load_tensors(tmp_path, {"a": torch.zeros(3)}, world.checkpoint)
+    (tmp_path / ".metadata").write_bytes(reference("os", "system", "true"))
+    with pytest.raises(CheckpointError, match=r"os\.system has no place in a checkpoint's index"):
+        load_tensors(tmp_path, {"a": torch.zeros(3)}, world.checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +425,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        proxies = {name: address for name in ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "https_proxy")}
+        proxies = dict.fromkeys(("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "https_proxy"), address)
         ids = []
         for first in (0, 1):
             subprocess.run(

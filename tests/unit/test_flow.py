@@ -359,8 +359,16 @@ def test_averages_are_copies() -> None:
     assert ema.shards[0.9]["a"].tolist() == weights()["a"].tolist()
     assert set(ema.tensors()) == {"ema_0.9/a", "ema_0.9/b", "ema_0.9/c"}
     assert ema.tensors()["ema_0.9/a"] is ema.shards[0.9]["a"]
-    ema.reset()
-    assert ema.shards[0.9]["a"].tolist() == live["a"].tolist()
+    assert set(EMA(live, [0.9, 0.5], warmup=False).tensors([0.5])) == {"ema_0.5/a", "ema_0.5/b", "ema_0.5/c"}
+
+
+def test_reset() -> None:
+    live = weights()
+    ema = EMA(live, [0.9, 0.5], warmup=False)
+    live["a"].zero_()
+    ema.reset([0.5])
+    assert ema.shards[0.5]["a"].tolist() == live["a"].tolist()
+    assert ema.shards[0.9]["a"].tolist() == weights()["a"].tolist()
 
 
 def test_skipped_step_leaves_averages_alone() -> None:

@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from .engine import CheckpointError
 
 # The types that torch.distributed.checkpoint itself puts into `.metadata`, each by its full name: a module that is
 # trusted as a whole hands out what it imports ("filesystem", "os.system" is a valid reference of a pickle).
@@ -57,5 +60,9 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Fill `tensors` in place; a name that is missing in the checkpoint raises."""
-    dcp.load(dict(tensors), storage_reader=SafeReader(folder), process_group=group)
+    """Fill `tensors` in place; CheckpointError on all ranks where a file is damaged or a name is missing."""
+    try:
+        dcp.load(dict(tensors), storage_reader=SafeReader(folder), process_group=group)
+    except CheckpointException as error:  # no Exception: one that nothing would catch
+        reason = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{folder} cannot be read: {reason}; use another checkpoint, or remove it") from None
