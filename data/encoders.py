@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
@@ -96,44 +97,45 @@ class TextEncoder:
         self.model = model
         self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
         self._tokenizer = tokenizer
-        self._empty: torch.Tensor | None = None
+        self._empty: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Captions -> (states [b, L, D] in the encoder's dtype, zeros past a caption's end; mask bool [b, L]).
 
-        Equal captions are encoded once, the empty caption once for ever.
+        Equal captions are encoded once, the empty caption once for ever. Nothing waits for the device.
         """
-        parameter = next(self.model.parameters())
         if self._empty is None:
-            self._empty = self._encode([""])[0]
+            self._empty = self._encode([""])
         distinct = [c for c in dict.fromkeys(captions) if c]
-        if parameter.dtype == torch.float64:
+        parts = [self._empty]
+        if next(self.model.parameters()).dtype == torch.float64:
             # T5 takes its norms and softmax in fp32, which turns the last bits of a padded batch into 1e-8.
             # One by one, a caption's states do not depend on what else is in the batch.
-            encoded = [self._encode([c])[0] for c in distinct]
-        else:
-            encoded = self._encode(distinct) if distinct else []
-        states_of = dict(zip(distinct, encoded, strict=True)) | {"": self._empty}
+            parts += [self._encode([c]) for c in distinct]
+        elif distinct:
+            parts.append(self._encode(distinct))
+        states, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # [1 + distinct, L, ...]
+        row_of = {"": 0} | {caption: row for row, caption in enumerate(distinct, 1)}
+        rows = torch.tensor([row_of[c] for c in captions]).to(states.device, non_blocking=True)
+        return states[rows], mask[rows]
 
-        states = torch.zeros(len(captions), self.max_length, self.width, dtype=parameter.dtype, device=parameter.device)
-        mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool, device=parameter.device)
-        for i, caption in enumerate(captions):
-            length = len(states_of[caption])
-            states[i, :length] = states_of[caption]
-            mask[i, :length] = True
-        return states, mask
-
-    def _encode(self, captions: list[str]) -> list[torch.Tensor]:
-        """States [true length, D] of each caption, from one forward at the longest true length."""
+    def _encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(states [n, L, D], mask [n, L]) from one forward at the longest true length."""
         device = next(self.model.parameters()).device
         tokens = self._tokenizer(
-            captions, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
+            captions,
+            padding="longest",
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         )
-        ids, attention = tokens["input_ids"], tokens["attention_mask"]  # [b, longest]
-        output = self.model(input_ids=ids.to(device), attention_mask=attention.to(device))
-        states = output.last_hidden_state  # [b, longest, D]
-        return [row[keep.to(device)] for row, keep in zip(states, attention.bool(), strict=True)]
+        ids, mask = (tokens[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask"))
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, longest, D]
+        states = states.masked_fill(mask[..., None] == 0, 0.0)
+        missing = self.max_length - mask.shape[1]
+        return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
 
 
 def _freeze(module: nn.Module, device: torch.device | str) -> None:

@@ -83,13 +83,6 @@ class Checkpointer:
         self._group = group
         self._keep_last = keep_last
 
-    def newest(self) -> Path | None:
-        """The checkpoint to resume from, agreed on by all ranks (rank 0 looks)."""
-        found = complete_checkpoints(self._folder) if dist.get_rank() == 0 else []
-        answer: list[str | None] = [str(found[-1]) if found else None]
-        dist.broadcast_object_list(answer, src=0, group=self._group)
-        return Path(answer[0]) if answer[0] else None
-
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Write checkpoint `step`; it is there, complete, when this returns, and older ones are cleared away."""
         final = self._folder / f"step_{step:08d}"

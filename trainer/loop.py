@@ -176,7 +176,8 @@ def _agree(run: Run, asked: bool) -> tuple[bool, float]:
     numbers = torch.tensor([int(asked), sum(state.holes.values()), state.samples_read])
     dist.all_reduce(numbers, group=run.world.control)
     stopping, holes, read = numbers.tolist()
-    return stopping > 0, holes / max(1, read)
+    # Of at least 1000: a few bad samples in the first steps of a run are no share yet.
+    return stopping > 0, holes / max(1000, read)
 
 
 def _look(run: Run, record: dict[str, Any], validate: bool, sample: bool) -> None:

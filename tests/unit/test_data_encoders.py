@@ -189,7 +189,7 @@ def test_autoencoder_errors(tmp_path: Path) -> None:
 
 
 def test_pixels_are_their_own_latents() -> None:
-    pixels = load_autoencoder(AutoencoderConfig(), "cpu", torch.bfloat16)
+    pixels = load_autoencoder(AutoencoderConfig(channels=3, downsample=1), "cpu", torch.bfloat16)
     assert isinstance(pixels, PixelAutoencoder)
     images = torch.arange(0, 192, dtype=torch.uint8).reshape(1, 3, 8, 8)
     moments = pixels.encode(images)
@@ -198,7 +198,7 @@ def test_pixels_are_their_own_latents() -> None:
     assert torch.equal(moments.mean, images.float() / 127.5 - 1)
     assert torch.equal(pixels.decode(moments.mean * 3), (moments.mean * 3).clamp(-1, 1))
     with pytest.raises(DataError, match=r"autoencoder\.channels is 4"):
-        load_autoencoder(AutoencoderConfig(channels=4), "cpu", torch.float32)
+        load_autoencoder(AutoencoderConfig(channels=4, downsample=1), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize(
