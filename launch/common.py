@@ -1,9 +1,12 @@
 """What every command shares: one message for a user's mistake, exit code 2, no traceback."""
 
+import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from data.config import DataError
@@ -22,6 +25,22 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = _report(str(error), 1)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that descend from it. torchrun's workers are in process groups of their own: killed
+    by its group alone it would leave them training."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+    doomed = {pid}
+    while more := {child for child, parent in parents.items() if parent in doomed} - doomed:
+        doomed |= more
+    for process in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def _report(message: str, code: int) -> int:

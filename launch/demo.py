@@ -6,7 +6,6 @@ make demo          (leaves runs/demo with report.html)
 import argparse
 import base64
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from data.index import ImageTextIndex, open_shards
 from data.palette import PALETTE
 from data.reader import validation_batches
-from launch.common import run
+from launch.common import kill_tree, run
 from trainer.build import Inference, build_inference
 from trainer.checkpoint import find_checkpoint
 from trainer.config import TrainConfig, load_config
@@ -115,19 +114,19 @@ def train_with_a_kill(command: list[str], config: TrainConfig, folder: Path) -> 
 
 
 def _run_until(command: list[str], folder: Path, step: int | None) -> bool:
-    """Run a command; at `step` kill its whole process group. Returns whether it was killed; a failure raises."""
+    """Run a command; at `step` kill all of its processes. Returns whether it was killed; a failure raises."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, start_new_session=True, env=environment)
+    process = subprocess.Popen(command, env=environment)
     try:
         while process.poll() is None:
             time.sleep(0.2)
             if step is not None and max((r["step"] for r in read_metrics(folder)), default=0) >= step:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_tree(process.pid)
                 process.wait()
                 return True
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process.pid)
     if process.returncode != 0:
         raise SystemExit(f"training ended with exit code {process.returncode}; its message is above")
     return False

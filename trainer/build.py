@@ -30,6 +30,7 @@ from .checkpoint import (
     CheckpointError,
     check_same_model,
     find_checkpoint,
+    lock_folder,
     read_meta,
     write_atomically,
 )
@@ -219,19 +220,25 @@ def _open_index(shards: str) -> ImageTextIndex:
 T = TypeVar("T")
 
 
-def first_on_rank_0(world: World, make: Callable[[], T]) -> T:
-    """make() on rank 0, then on the others, so that files are built once; an error of rank 0 is raised on all."""
-    result: list[T] = []
+def on_rank_0(world: World, make: Callable[[], T]) -> T | None:
+    """make() on rank 0 alone, None elsewhere; a user's mistake that rank 0 finds is raised on all ranks."""
+    result: T | None = None
     error: list[Any] = [None]
     if world.rank == 0:
         try:
-            result.append(make())
-        except DataError as caught:
+            result = make()
+        except (ConfigError, DataError, CheckpointError) as caught:
             error[0] = caught
     dist.broadcast_object_list(error, src=0, group=world.control)
     if error[0] is not None:
         raise error[0]
-    return result[0] if result else make()
+    return result
+
+
+def first_on_rank_0(world: World, make: Callable[[], T]) -> T:
+    """make() on rank 0, then on the others, so that files are built once."""
+    result = on_rank_0(world, make)
+    return make() if result is None else result
 
 
 def build_run(config: TrainConfig, world: World) -> Run:
@@ -250,6 +257,8 @@ def build_run(config: TrainConfig, world: World) -> Run:
     assert config.run.name is not None
     folder = Path(config.run.dir) / config.run.name
 
+    # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
+    lock = on_rank_0(world, lambda: lock_folder(folder) if folder.is_dir() else None)
     resumed = _find_resumed(config, folder, table, fingerprints, world)
     initial = None
     if resumed is None and config.run.init_from is not None:
@@ -280,8 +289,8 @@ def build_run(config: TrainConfig, world: World) -> Run:
     def swapped() -> Any:
         return engine.swapped(average)
 
+    lock = on_rank_0(world, lambda: lock or lock_folder(folder))
     if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", to_yaml(config))
         write_atomically(folder / "mup.json", json.dumps(table.to_json(), indent=1))
     metrics = Metrics(folder, world.rank == 0, config.train.steps, state.step)
@@ -312,6 +321,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
             "commit": _commit(),
         },
         state=state,
+        lock=lock,
     )
 
 

@@ -4,13 +4,15 @@ A checkpoint is a folder `step_00001000` with the tensors (torch's distributed c
 config, muP table and its hash, fingerprints of data and encoders, versions. No classes, no pickled objects.
 """
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -72,6 +74,29 @@ def check_same_model(meta: Mapping[str, Any], table: Mapping[str, Any], checkpoi
             f"{checkpoint} was trained with another muP table (first difference: {(changed or ['settings'])[0]}). "
             "Its learning rates or multipliers would change in mid-run; start another run with run.init_from."
         )
+
+
+def lock_folder(folder: Path, wait_s: float = 30.0) -> IO[str]:
+    """Hold the run folder as long as the returned file is open; two runs in one folder would mix their lines.
+
+    Waits for a predecessor that is ending; raises CheckpointError where the folder stays in use. The system lets go
+    of the lock when the process ends, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{folder} is in use by another run that has not ended: stop it, or use another run.name"
+                ) from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return file
 
 
 class Checkpointer:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -94,3 +94,5 @@ class Run:
     meta: Mapping[str, Any]
     """What every checkpoint of this run carries beside its state."""
     state: TrainState
+    lock: IO[str] | None
+    """Open on rank 0 as long as this run holds its folder."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from launch.common import kill_tree
 from trainer.checkpoint import find_checkpoint
 from trainer.metrics import read_metrics
 from trainer.parallel.dcp import SafeReader
@@ -48,7 +48,7 @@ def train_and_kill(processes: int, folder: Path, after_step: int, delay_s: float
     """SIGKILL every process of a run `delay_s` after it has logged `after_step`; returns the last logged step."""
     process = subprocess.Popen(
         command(processes, *_in(folder), *arguments),
-        cwd=ROOT, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
@@ -58,7 +58,7 @@ def train_and_kill(processes: int, folder: Path, after_step: int, delay_s: float
             time.sleep(0.02)
         time.sleep(delay_s)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         process.wait()
     return last_step(folder)
 

@@ -89,9 +89,9 @@ def test_saved_and_loaded(world: World, tmp_path: Path) -> None:
 
 
 def test_keeps_the_last(world: World, tmp_path: Path) -> None:
-    for step in (1, 2, 10, 100_000_000):  # one digit more than the padding: by number, not by name
+    for step in (1, 2, 99_999_999, 100_000_000):  # one digit more than the padding: by number, not by name
         save(tmp_path, world, step)
-    assert names(tmp_path) == ["step_00000010", "step_100000000"]
+    assert names(tmp_path) == ["step_100000000", "step_99999999"]
     assert find_checkpoint(tmp_path).name == "step_100000000"
     save(tmp_path, world, 100_000_001, keep_last=1)
     assert names(tmp_path) == ["step_100000001"]
