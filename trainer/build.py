@@ -89,7 +89,7 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
         precision=precision_of(config, world),
         compile_units=config.parallel.compile,
         initialise=initialise,
-        groups=lambda named: param_groups(named, table, optim.lr, optim.weight_decay, optim.eps),
+        groups=lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
         betas=optim.betas,
         clip_norm=optim.clip_norm,
     )

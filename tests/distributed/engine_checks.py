@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data.reader import SyntheticReader
 from models.layers import TextCondition, time_sinusoids
@@ -131,7 +132,7 @@ def non_finite_step_changes_nothing(world: World) -> dict[str, float]:
 
 def local_state(engine: FSDP2Engine) -> dict[str, Tensor]:
     """Weights, moments and step counts of this rank, empty shards left out."""
-    tensors = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in engine._tensors({}).items()}
+    tensors = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in engine._tensors({}).items()}
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
 
@@ -221,7 +222,8 @@ def bf16_keeps_fp32_masters(world: World) -> dict[str, Any]:
     prediction, _ = engine.model(x + world.rank, t, condition)
     hook.remove()
     engine.backward(prediction.float().square().sum(), last=True)
-    gradients = torch.cat([p.grad.to_local().flatten() for p in engine.model.parameters()])
+    reduced = [p.grad for p in engine.model.parameters()]
+    gradients = torch.cat([g.to_local().flatten() for g in reduced if isinstance(g, DTensor)])
     gradients = gradients[gradients != 0]
     run_steps(config, engine, world, 1)
     return {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.common import kill_tree
 from trainer.checkpoint import find_checkpoint
@@ -88,7 +89,7 @@ def weights(folder: Path, group: str = "model") -> dict[str, Tensor]:
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
-        if name.startswith(f"{group}/")
+        if name.startswith(f"{group}/") and isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that it reads in one process, which is what is meant
