@@ -91,6 +91,7 @@ def lock_folder(folder: Path, wait_s: float = 30.0) -> IO[str]:
             return file
         except BlockingIOError:
             if time.monotonic() > deadline:
+                file.close()
                 raise CheckpointError(
                     f"{folder} is in use by another run that has not ended: stop it, or use another run.name"
                 ) from None

@@ -7,6 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +19,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from launch.common import kill_tree
 from trainer.checkpoint import (
     Checkpointer,
     CheckpointError,
     check_same_model,
     complete_checkpoints,
     find_checkpoint,
+    lock_folder,
     read_meta,
     write_atomically,
 )
@@ -446,3 +449,31 @@ def test_meta_of_a_run_is_json() -> None:
     """What a checkpoint stores of a config comes back equal: tuples are lists already."""
     stored = plain(load_config("mmdit_debug_mup"))
     assert json.loads(json.dumps(stored)) == stored
+
+
+def test_a_run_folder_is_held_by_one_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    held = lock_folder(folder)
+    with pytest.raises(CheckpointError, match="in use by another run"):
+        lock_folder(folder, wait_s=0)
+    held.close()
+    lock_folder(folder, wait_s=0).close()
+
+
+def test_kill_tree_reaches_processes_in_sessions_of_their_own() -> None:
+    """torchrun's workers are such: a kill of the parent's process group alone would leave them training."""
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60'], start_new_session=True)"
+    code = f"{child}; print(p.pid, flush=True); p.wait()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    grandchild = int(parent.stdout.readline())
+    kill_tree(parent.pid)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{grandchild}").exists():
+        state = Path(f"/proc/{grandchild}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":  # killed; whoever adopted it has not looked yet
+            break
+        assert time.monotonic() < deadline, "the grandchild lives on"
+        time.sleep(0.05)
