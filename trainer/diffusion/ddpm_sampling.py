@@ -1,5 +1,6 @@
 """Samplers of a DDPM: diffusers' schedulers on exactly the betas of training."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,7 +47,9 @@ class DDPMSampler:
             made = DPMSolverMultistepScheduler(
                 **shared, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace"
             )
-        made.set_timesteps(self.steps)
+        with warnings.catch_warnings():  # DPM-Solver's use of numpy 2 is deprecated; not a user's business
+            warnings.simplefilter("ignore", DeprecationWarning)
+            made.set_timesteps(self.steps)
         return made
 
     def __call__(self, predict: Predict, noise: Tensor, keys: Tensor) -> Tensor:

@@ -58,4 +58,4 @@ def integers(keys: Tensor, high: int, purpose: str) -> Tensor:
 
 def at_step(keys: Tensor, step: int) -> Tensor:
     """Keys of one step of a sampler: int64 [B], independent of those of other steps."""
-    return mix(mix(keys) + (step + 1) * _GOLDEN)
+    return mix(mix(keys) + torch.full_like(keys, step + 1) * _GOLDEN)
