@@ -60,10 +60,13 @@ class MMDiTConfig:
     def __post_init__(self) -> None:
         _check_shape(self, "pos_embed_max_size")
 
-    def conflicts(self, side: int, text_length: int) -> Iterator[str]:
-        """What is wrong with images of `side` x `side` tokens and captions of `text_length`."""
+    def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
+        """What is wrong with images of `resolution` pixels, `side` tokens a side, and captions of `text_length`."""
         if side > self.pos_embed_max_size:
-            yield f"{side} tokens a side are more than model.pos_embed_max_size {self.pos_embed_max_size}"
+            yield (
+                f"data.resolution {resolution} gives {side} tokens a side, more than "
+                f"model.pos_embed_max_size {self.pos_embed_max_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class DiTConfig:
     def __post_init__(self) -> None:
         _check_shape(self, "num_classes")
 
-    def conflicts(self, side: int, text_length: int) -> Iterator[str]:
+    def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
         """Positions are computed for any grid."""
         yield from ()
 
@@ -140,7 +143,7 @@ class PixArtConfig:
                 "aspect ratio get a third each"
             )
 
-    def conflicts(self, side: int, text_length: int) -> Iterator[str]:
+    def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
         """Positions are computed for any grid."""
         yield from ()
 
@@ -182,12 +185,15 @@ class UViTConfig:
         if self.depth % 2:
             raise ValueError(f"model.depth {self.depth} must be even: half before the middle block, half after it")
 
-    def conflicts(self, side: int, text_length: int) -> Iterator[str]:
-        """What is wrong with images of `side` x `side` tokens and captions of `text_length`."""
+    def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
+        """What is wrong with images of `resolution` pixels, `side` tokens a side, and captions of `text_length`."""
         if side != self.input_size:
-            yield f"{side} tokens a side do not fit the learned positions: set model.input_size={side}"
+            yield (
+                f"data.resolution {resolution} gives {side} tokens a side, but the learned positions are of "
+                f"model.input_size {self.input_size}"
+            )
         if self.condition == "text" and text_length > self.text_length:
-            yield f"captions of {text_length} tokens are longer than model.text_length {self.text_length}"
+            yield f"text_encoder.max_length {text_length} is more than model.text_length {self.text_length}"
 
 
 ModelConfig = MMDiTConfig | DiTConfig | PixArtConfig | UViTConfig

@@ -63,7 +63,8 @@ def build_mup_table(config: TrainConfig) -> MuTable:
         return build_model(shape, config.autoencoder.channels, config.text_encoder.width)
 
     settings = Settings(config.mup.parametrization, config.mup.wd_rule, config.mup.eps_rule, config.optim.decay)
-    return build_table(factory, config.mup.base_width, model.width, model.head_dim, declarations(model), settings)
+    base = config.mup.base_width
+    return build_table(factory, base, model.width, base, declarations(model), settings)
 
 
 def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:
@@ -84,7 +85,7 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
         precision=precision_of(config, world),
         compile_units=config.parallel.compile,
         initialise=initialise,
-        groups=lambda named: param_groups(named, table, optim.lr, optim.weight_decay, optim.eps),
+        groups=lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
         betas=optim.betas,
         clip_norm=optim.clip_norm,
     )

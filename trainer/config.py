@@ -9,18 +9,16 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
-from models.configs import MMDiTConfig, ModelConfig
+from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
 
 from .config_files import CONFIG_DIR as CONFIG_DIR
 from .config_files import ConfigError, find_config, nearest, override, read
-
-MODEL_KINDS: dict[str, type] = {"mmdit": MMDiTConfig}
 
 KeyClass = Literal["identity", "schedule", "runtime"]
 
@@ -132,12 +130,19 @@ class WandbConfig(Section):
     mode: Literal["offline", "online", "disabled"] = "offline"
 
 
+def _with_kind(model: Any) -> Any:
+    """A model section that does not name its kind is of the default one."""
+    return {"kind": DEFAULT_KIND, **model} if isinstance(model, Mapping) else model
+
+
 class TrainConfig(Section):
     """One run. `python -m trainer.config` prints the JSON schema that editors use."""
 
     run: RunConfig = RunConfig()
     train: TrainSection = TrainSection()
-    model: ModelConfig = MMDiTConfig()
+    model: Annotated[ModelConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)] = MODEL_KINDS[
+        DEFAULT_KIND
+    ]()
     mup: MupConfig = MupConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
@@ -162,7 +167,7 @@ class TrainConfig(Section):
     @property
     def label_classes(self) -> int | None:
         """Classes of a model that is conditioned on labels; None of one that reads captions."""
-        return getattr(self.model, "num_classes", None) if self.model.condition == "label" else None
+        return self.model.num_classes if self.model.condition == "label" else None
 
     @property
     def sampler(self) -> Literal["euler", "ancestral", "ddim", "dpm_solver"]:
@@ -184,11 +189,8 @@ def _conflicts(c: TrainConfig) -> Iterator[str]:
             f"data.resolution {c.data.resolution} is not a multiple of {cell} "
             "(autoencoder.downsample x model.patch_size)"
         )
-    elif c.data.resolution // cell > c.model.pos_embed_max_size:
-        yield (
-            f"data.resolution {c.data.resolution} gives {c.data.resolution // cell} tokens a side, more than "
-            f"model.pos_embed_max_size {c.model.pos_embed_max_size}"
-        )
+    else:
+        yield from c.model.conflicts(c.data.resolution, c.data.resolution // cell, c.text_encoder.max_length)
     if c.mup.base_width % c.model.head_dim:
         yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
     if c.optim.warmup_steps >= c.train.steps:
@@ -210,8 +212,8 @@ def _conflicts(c: TrainConfig) -> Iterator[str]:
         )
     yield from _sampling_conflicts(c)
     for key in c.run.allow_change:
-        if key not in set(_leaves(TrainConfig)):
-            yield f'run.allow_change: "{key}" is no config key{nearest(key, list(_leaves(TrainConfig)))}'
+        if key not in (leaves := list(_leaves(TrainConfig, type(c.model)))):
+            yield f'run.allow_change: "{key}" is no config key{nearest(key, leaves)}'
         elif key_class(key) == "identity":
             yield f'run.allow_change: "{key}" is what the run is; start another run instead'
 
@@ -322,13 +324,18 @@ def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -
     for text in overrides:
         data = override(data, text)
     source += " with overrides" if overrides else ""
-    problems = list(_unknown_keys(data, TrainConfig, ""))
+    problems = list(_unknown_keys(data, TrainConfig, "", _model_section(data.get("model"))))
     unknown = {line.partition(":")[0] for line in problems}
     try:
         config = TrainConfig.model_validate(data)
     except ValidationError as error:
         for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
+            key = _key(item["loc"])
+            if item["type"].startswith("union_tag"):
+                kind = data["model"]["kind"]
+                expected = f"{', '.join(MODEL_KINDS)}{nearest(str(kind), list(MODEL_KINDS))}"
+                problems.append(f"{key}.kind: {kind!r} is none of {expected}")
+                continue
             if item["type"] in ("extra_forbidden", "unexpected_keyword_argument") or key in unknown:
                 continue
             message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -340,10 +347,25 @@ def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -
     return config
 
 
-def _fields(section: type) -> dict[str, Any]:
-    """Key -> type of a section (pydantic model or dataclass)."""
+def _key(location: Sequence[int | str]) -> str:
+    """pydantic's location of an error as a key; the kind between `model` and its keys is left out."""
+    of_model = location[:1] == ("model",) and len(location) > 1 and location[1] in MODEL_KINDS
+    return ".".join(str(part) for part in (("model", *location[2:]) if of_model else location))
+
+
+def _model_section(data: Any) -> type[ModelConfig]:
+    """The kind of model that data are, or come nearest to: by the kind's name, else by the keys."""
+    keys = dict(data) if isinstance(data, Mapping) else {}
+    if near := difflib.get_close_matches(str(keys.get("kind", DEFAULT_KIND)), MODEL_KINDS, 1, 0.5):
+        return MODEL_KINDS[near[0]]
+    return max(MODEL_KINDS.values(), key=lambda kind: len(keys.keys() & {f.name for f in dataclasses.fields(kind)}))
+
+
+def _fields(section: type, model: type[ModelConfig]) -> dict[str, Any]:
+    """Key -> type of a section (pydantic model or dataclass), with this kind of model."""
     if issubclass(section, BaseModel):
-        return {name: field.annotation for name, field in section.model_fields.items()}
+        fields = {name: field.annotation for name, field in section.model_fields.items()}
+        return fields | {"model": model} if section is TrainConfig else fields
     return {field.name: field.type for field in dataclasses.fields(section)}
 
 
@@ -351,28 +373,25 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation))
 
 
-def _unknown_keys(data: Mapping[str, Any], section: type, prefix: str) -> Iterator[str]:
+def _unknown_keys(data: Mapping[str, Any], section: type, prefix: str, model: type[ModelConfig]) -> Iterator[str]:
     """A line for each key that does not exist, with the nearest one that does; also under an unknown model.kind."""
-    fields = _fields(section)
+    fields = _fields(section, model)
     for key, value in data.items():
         path = f"{prefix}{key}"
         if key not in fields:
-            everywhere = [k for k in _leaves(TrainConfig) if k.rpartition(".")[2] == str(key)]
+            everywhere = [k for k in _leaves(TrainConfig, model) if k.rpartition(".")[2] == str(key)]
             hint = nearest(path, everywhere, cutoff=0.0) or nearest(str(key), list(fields), prefix)
             yield f"{path}: unknown key{hint}"
             continue
         inner = fields[key]
-        if path == "model" and isinstance(value, dict):
-            kind = str(value.get("kind", "mmdit"))
-            inner = MODEL_KINDS[(difflib.get_close_matches(kind, MODEL_KINDS, 1, 0.0) or ["mmdit"])[0]]
         if _is_section(inner) and isinstance(value, dict):
-            yield from _unknown_keys(value, inner, f"{path}.")
+            yield from _unknown_keys(value, inner, f"{path}.", model)
 
 
-def _leaves(section: type, prefix: str = "") -> Iterator[str]:
-    for key, inner in _fields(section).items():
+def _leaves(section: type, model: type[ModelConfig], prefix: str = "") -> Iterator[str]:
+    for key, inner in _fields(section, model).items():
         if _is_section(inner):
-            yield from _leaves(inner, f"{prefix}{key}.")
+            yield from _leaves(inner, model, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
+from models.configs import MODEL_KINDS
 from models.registry import build_model
 from trainer.build import build_mup_table
 from trainer.config import (
@@ -193,6 +194,33 @@ def test_known_keys_under_an_unknown_kind() -> None:
     assert "unknown key" not in message("model.kind=mmditt")
 
 
+def test_the_kind_decides_the_keys_of_a_model() -> None:
+    assert (
+        message("model.kind=ditt")
+        .splitlines()[-1]
+        .endswith("model.kind: 'ditt' is none of mmdit, dit, pixart, uvit; did you mean \"dit\"?")
+    )
+    # A key of one kind alone, held against that kind, another, and the one whose keys fit best.
+    uvit = ["model.kind=uvit", "model.pos_embed_max_size=null", "model.pos_embed_base_size=null"]
+    assert "model.pos_embed_max_size: unknown key" in message(*uvit)
+    assert 'model.final_cov: unknown key; did you mean "model.final_conv"?' in message(*uvit, "model.final_cov=true")
+    assert "model.pos_embed_max_size: unknown key" not in message("model.kind=unheard_of")
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_a_model_without_a_kind_is_an_mmdit(kind: str) -> None:
+    text = "model: {width: 144, head_dim: 72}\nmup: {base_width: 144}\nobjective: {kind: ddpm}\n"
+    absent = parse(yaml.safe_load(text), "text")
+    assert absent.model == MODEL_KINDS["mmdit"](width=144, head_dim=72)
+    named = parse(yaml.safe_load(text), "text", [f"model.kind={kind}"])
+    assert named.model == MODEL_KINDS[kind](width=144, head_dim=72)
+
+
+def test_run_allow_change_knows_the_keys_of_this_kind() -> None:
+    text = message("run.allow_change=[model.final_cov]")
+    assert 'run.allow_change: "model.final_cov" is no config key' in text
+
+
 def test_duplicate_key(tmp_path: Path) -> None:
     path = written(tmp_path, a="optim:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 2e-3\n")
     text = message(name=path)
@@ -329,7 +357,7 @@ RUNTIME |= {f"train.{name}_every" for name in ("log", "validate", "checkpoint", 
 RUNTIME |= {"data.shards", "data.val_shards", "data.num_workers", "data.max_bad_share"}
 RUNTIME |= {f"{part}.{key}" for part in ("text_encoder", "autoencoder") for key in ("path", "subfolder")}
 IDENTITY = {"model.", "mup.", "objective.", "train.seed", "train.global_batch_size"}
-IDENTITY |= {f"data.{key}" for key in ("resolution", "flip", "epochs", "max_image_pixels")}
+IDENTITY |= {f"data.{key}" for key in ("resolution", "flip", "epochs", "max_image_pixels", "label_dropout")}
 IDENTITY |= {f"text_encoder.{key}" for key in ("max_length", "dropout", "width")}
 IDENTITY |= {f"autoencoder.{key}" for key in ("channels", "downsample")}
 

@@ -190,9 +190,10 @@ def test_an_odd_depth_has_no_halves() -> None:
 
 
 def test_conflicts_are_known_before_a_model_is_built() -> None:
-    assert list(TEXT.conflicts(4, 9)) == []
-    assert ["input_size=8" in line or "text_length 9" in line for line in TEXT.conflicts(8, 10)] == [True, True]
-    assert list(LABEL.conflicts(4, 1000)) == []
+    assert list(TEXT.conflicts(64, 4, 9)) == list(LABEL.conflicts(64, 4, 1000)) == []
+    size, length = TEXT.conflicts(128, 8, 10)
+    assert size.startswith("data.resolution 128 gives 8 tokens a side")
+    assert length == "text_encoder.max_length 10 is more than model.text_length 9"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
