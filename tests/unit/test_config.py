@@ -77,6 +77,7 @@ def test_shipped_config_builds(path: Path) -> None:
 def test_shipped_configs_are_all_found() -> None:
     names = {p.name for p in FILES}
     assert {f"mmdit_{s}_mup.yaml" for s in ("debug", "demo", "0.18b", "0.7b", "2b", "18b")} <= names
+    assert {f"{kind}_debug_mup.yaml" for kind in MODEL_KINDS} <= names
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,58 @@ def test_parameter_counts(name: str, least: float, most: float) -> None:
     config = load_config(f"mmdit_{name}_mup")
     assert least <= sum(p.numel() for p in model_of(config).parameters()) <= most
     assert (config.model.depth, config.model.head_dim, config.mup.base_width) == (19, 64, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("dit_proxy_mup", 42.5e6, 42.7e6),
+        ("dit_proxy_sp", 42.5e6, 42.7e6),
+        ("dit_xl_2_mup", 674.5e6, 675.5e6),
+        ("dit_xl_2_sp", 674.5e6, 675.5e6),
+        ("pixart_0.04b_mup", 39.15e6, 39.25e6),
+        ("pixart_0.61b_mup", 610.5e6, 611.5e6),
+        ("uvit_proxy_mup", 31.6e6, 31.7e6),
+        ("uvit_h_2_mup", 500.5e6, 501.5e6),
+    ],
+)
+def test_parameter_counts_of_the_published_models(name: str, least: float, most: float) -> None:
+    config = load_config(name)
+    assert least <= sum(p.numel() for p in model_of(config).parameters()) <= most
+    assert (config.model.depth, config.model.head_dim, config.mup.base_width) == (28, 72, 288)
+
+
+# (proxy, target): (lr, betas, eps, weight decay, decay, clip, warm-up), (batch, steps) of each.
+PUBLISHED = {
+    ("dit_proxy_mup", "dit_xl_2_mup"): (
+        (2**-10, (0.9, 0.999), 1e-8, 0.0, "matrices", None, 0), (256, 200_000), (256, 2_400_000)),
+    ("dit_proxy_sp", "dit_xl_2_sp"): (
+        (1e-4, (0.9, 0.999), 1e-8, 0.0, "matrices", None, 0), (256, 200_000), (256, 7_000_000)),
+    ("pixart_0.04b_mup", "pixart_0.61b_mup"): (
+        (2**-10, (0.9, 0.999), 1e-10, 0.03, "all", 0.01, 1000), (1408, 39_169), (5632, 58_754)),
+    ("uvit_proxy_mup", "uvit_h_2_mup"): (
+        (2e-4, (0.99, 0.99), 1e-12, 0.03, "matrices", None, 5000), (1024, 500_000), (1024, 500_000)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PUBLISHED, ids=lambda pair: pair[0])
+def test_published_hyperparameters(pair: tuple[str, str]) -> None:
+    expected, *runs = PUBLISHED[pair]
+    for name, run in zip(pair, runs, strict=True):
+        config = load_config(name)
+        o = config.optim
+        assert (o.lr, o.betas, o.eps, o.weight_decay, o.decay, o.clip_norm, o.warmup_steps) == expected
+        assert (o.schedule, config.ema.decays, config.ema.warmup) == ("constant", (0.9999,), False)
+        assert (config.train.global_batch_size, config.train.steps) == run
+        assert config.data.label_dropout == config.text_encoder.dropout == 0.1
+        assert (config.data.resolution, config.latent_size, config.autoencoder.channels) == (256, 32, 4)
+        assert config.objective.kind == "ddpm"
+        schedule = "scaled_linear" if config.model.kind == "uvit" else "linear"
+        assert config.objective.beta_schedule == schedule
+    proxy, target = (plain(load_config(name)) for name in pair)
+    shape = {k for k in proxy["model"] if proxy["model"][k] != target["model"][k]}
+    assert shape == {"width"}
+    assert {section for section in proxy if proxy[section] != target[section]} <= {"model", "train", "run"}
 
 
 def test_base_width_is_its_own_base() -> None:
