@@ -65,8 +65,8 @@ class FrozenParts:
     def _condition(self, batch: Batch) -> TextCondition | ClassCondition:
         if self._classes is not None:
             # Rows without a sample (weight 0) have label -1, which no table holds: they get the null label.
-            labels = torch.where(batch.labels < 0, self._classes, batch.labels)
-            return ClassCondition(labels.to(self._device, non_blocking=True))
+            labels = batch.labels.to(self._device, non_blocking=True)
+            return ClassCondition(torch.where(labels < 0, self._classes, labels))
         if batch.text_states is not None and batch.text_mask is not None:
             return TextCondition(
                 batch.text_states.to(self._device, non_blocking=True),
