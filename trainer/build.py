@@ -39,6 +39,7 @@ from .ema import EMA
 from .evaluate.generate import images_from_prompts, save_grid
 from .evaluate.val_loss import validation
 from .frozen import FrozenParts, precision_of
+from .health import Health, Watched
 from .loop import restore
 from .metrics import Metrics, peak_flops
 from .mup.apply import apply_multipliers, build_table, init_parameters, param_groups
@@ -244,6 +245,10 @@ def build_run(config: TrainConfig, world: World) -> Run:
         folder=folder,
         engine=engine,
         ema=ema,
+        health=Health(
+            {name: Watched(row.role, config.optim.eps * row.eps) for name, row in table.rows.items()},
+            replicas=world.size // resolved.shard,
+        ),
         objective=objective,
         lr=lambda step: config.optim.lr * _lr_factor(config, step),
         batches=source.batches,

@@ -32,7 +32,7 @@ class Room(NamedTuple):
 DATA_PACKAGES = (
     "torch", "numpy", "PIL", "simplejpeg", "fsspec", "pyarrow", "webdataset", "transformers", "diffusers",
 )  # fmt: skip
-STATE = ("trainer.state", "trainer.optim", "trainer.ema", "trainer.checkpoint", "trainer.metrics")
+STATE = ("trainer.state", "trainer.optim", "trainer.ema", "trainer.checkpoint", "trainer.metrics", "trainer.health")
 STEP = ("trainer.state", "trainer.parallel")
 STATE_ROOM = Room(("torch",), (*STATE, "trainer.mup", "trainer.parallel"))
 WHOLE = Room(("torch", "optuna", "matplotlib"), ("models.flops", "trainer", "data"))
