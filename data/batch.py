@@ -17,6 +17,7 @@ class Batch:
     full_captions: b texts before caption dropout.
     text_states: float [b, L, D] with zeros where text_mask is False, or None.
     text_mask: bool [b, L], True at real tokens, or None.
+    labels: int64 [b], class of each row, or the number of classes where it was dropped; -1 where there is none.
     keys: int64 [b], hash of (seed, position): all of a row's randomness.
     weight: float32 [b], 1, or 0 for holes, fill-up rows and rows past the end of the data.
     names: b strings "shard/key"; "" for fill-up rows and rows past the end of the data.
@@ -30,6 +31,7 @@ class Batch:
     full_captions: list[str]
     text_states: torch.Tensor | None
     text_mask: torch.Tensor | None
+    labels: torch.Tensor
     keys: torch.Tensor
     weight: torch.Tensor
     names: list[str]

@@ -28,6 +28,7 @@ class DataConfig:
     resolution: side of the square images in pixels.
     num_workers: reader processes a rank; 0 reads in the training process.
     flip: probability of a horizontal flip.
+    label_dropout: probability that a class label is replaced by "no class" (models of classes).
     epochs: how often the set is read; None repeats it for ever.
     max_bad_share: the run stops when more than this share of samples is unreadable.
     max_image_pixels: larger images are not decoded.
@@ -40,6 +41,7 @@ class DataConfig:
     resolution: int = 256
     num_workers: int = 2
     flip: float = 0.5
+    label_dropout: float = 0.1
     epochs: int | None = None
     max_bad_share: float = 0.01
     max_image_pixels: int = 100_000_000
@@ -49,6 +51,7 @@ class DataConfig:
         _check(self.resolution >= 1, "data.resolution", "at least 1 (pixels)", self.resolution)
         _check(self.num_workers >= 0, "data.num_workers", "at least 0", self.num_workers)
         _check(0.0 <= self.flip <= 1.0, "data.flip", "between 0 and 1", self.flip)
+        _check(0.0 <= self.label_dropout <= 1.0, "data.label_dropout", "between 0 and 1", self.label_dropout)
         _check(self.epochs is None or self.epochs >= 1, "data.epochs", "at least 1, or null", self.epochs)
         _check(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", "between 0 and 1", self.max_bad_share)
         _check(self.max_image_pixels >= 1, "data.max_image_pixels", "at least 1", self.max_image_pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,9 @@ COLOURS = {
     "black": (20, 20, 20),
     "white": (245, 245, 245),
 }
+CLASSES = len(SHAPES) * len(COLOURS)  # a label tells the shape and its colour
 T5_SEED = 0
+_MARKER = "version-2"  # an empty file; a folder without it was made by older code
 
 
 def ensure_debug_assets(folder: Path = Path(".cache/debug")) -> Path:
@@ -35,17 +38,20 @@ def ensure_debug_assets(folder: Path = Path(".cache/debug")) -> Path:
 
     Safe when several processes call it at the same time: the folder is complete or absent.
     """
+    if folder.is_dir() and not (folder / _MARKER).is_file():
+        shutil.rmtree(folder)
     if not folder.is_dir():
         with folder_once(folder) as temporary:
             samples = _samples()
             write_shards(itertools.islice(samples, TRAIN_SAMPLES), temporary / "train", PER_SHARD)
             write_shards(itertools.islice(samples, VAL_SAMPLES), temporary / "val", PER_SHARD)
             _save_t5(temporary / "t5")
+            (temporary / _MARKER).touch()
     return folder
 
 
-def _samples() -> Iterator[tuple[str, bytes, str, str]]:
-    """All (key, png, "png", caption), in an order by hash so that neighbours differ."""
+def _samples() -> Iterator[tuple[str, bytes, str, str, int]]:
+    """All (key, png, "png", caption, label), in an order by hash so that neighbours differ."""
     places = [(x, y, radius) for radius in (7, 10) for x in (12, 16, 20) for y in (12, 16, 20)]
     drawings = [
         (shape, colour, background, *place)
@@ -58,7 +64,8 @@ def _samples() -> Iterator[tuple[str, bytes, str, str]]:
         _draw(ImageDraw.Draw(image), shape, COLOURS[colour], x, y, radius)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        yield f"{number:06d}", buffer.getvalue(), "png", f"a {colour} {shape} on a {background} background"
+        label = SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)
+        yield f"{number:06d}", buffer.getvalue(), "png", f"a {colour} {shape} on a {background} background", label
 
 
 def _draw(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: int, y: int, radius: int) -> None:

@@ -1,4 +1,4 @@
-"""Index of WebDataset shards: where each sample's image and caption lie in its tar.
+"""Index of WebDataset shards: where each sample's image and caption lie in its tar, and its class label.
 
 A shard's index is stored beside it as NAME.tar.index.parquet, one row a sample. Member names are only ever
 used as keys, never as paths.
@@ -27,9 +27,11 @@ from .images import IMAGE_EXTENSIONS, SampleError, image_size
 
 logger = logging.getLogger(__name__)
 
-ABSENT = -1  # offset of a member that the sample lacks, and length of a caption that cannot be read
-_VERSION = b"1"
+ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
+UNREADABLE = -2  # label of a .cls member that holds no number
+_VERSION = b"2"
 _PROBE_BYTES = 1 << 14
+_MAX_LABEL = 2**31 - 1
 _MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
 _SCHEMA = pa.schema(
     [
@@ -42,6 +44,7 @@ _SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("caption_length", pa.int32()),
+        ("label", pa.int32()),
     ]
 )
 # WebDataset's rule: the key ends at the first dot of the last path component.
@@ -53,7 +56,8 @@ class ShardIndex:
     """Index of one shard: path of the tar and a table with the columns of _SCHEMA.
 
     Offsets and sizes are bytes in the tar (ABSENT, 0 where the sample lacks the member); width and height are
-    pixels (0 where the image is unreadable); caption_length is characters (ABSENT where unreadable).
+    pixels (0 where the image is unreadable); caption_length is characters (ABSENT where unreadable). label is the
+    number in the .cls member (ABSENT or UNREADABLE where there is none).
     """
 
     path: Path
@@ -79,6 +83,14 @@ def caption_from_bytes(data: bytes, is_json: bool) -> str:
     return text
 
 
+def label_from_bytes(data: bytes) -> int:
+    """Class number of a .cls member (ASCII digits, as webdataset writes it), UNREADABLE where it is none."""
+    text = data.strip()
+    if not text.isdigit() or len(text) > len(str(_MAX_LABEL)) or int(text) > _MAX_LABEL:
+        return UNREADABLE
+    return int(text)
+
+
 def read_member(descriptor: int, offset: int, size: int) -> bytes:
     """Bytes of a tar member from an open file; SampleError where the file is shorter."""
     if size > _MAX_MEMBER_BYTES:
@@ -93,7 +105,7 @@ def read_member(descriptor: int, offset: int, size: int) -> bytes:
 
 
 def build_index(tar_path: Path) -> ShardIndex:
-    """Index a shard by reading its headers, image headers and captions.
+    """Index a shard by reading its headers, image headers, captions and labels.
 
     A tar that ends early keeps its members up to there (the last one becomes a hole when it is read).
     Raises DataError where the file is no tar or holds no image with an extension of IMAGE_EXTENSIONS.
@@ -123,12 +135,12 @@ def _add_member(rows: list[dict[str, object]], member: tarfile.TarInfo, descript
         return
     key = match[1].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     extension = match[2].lower()
-    if extension not in (*IMAGE_EXTENSIONS, "txt", "json"):
+    if extension not in (*IMAGE_EXTENSIONS, "txt", "json", "cls"):
         return
     if not rows or rows[-1]["key"] != key:
         row: dict[str, object] = dict.fromkeys(_SCHEMA.names, 0)
         row.update(key=key, caption_is_json=False, caption_length=ABSENT)
-        row.update(image_offset=ABSENT, caption_offset=ABSENT)
+        row.update(image_offset=ABSENT, caption_offset=ABSENT, label=ABSENT)
         rows.append(row)
     row = rows[-1]
     if extension in IMAGE_EXTENSIONS:
@@ -138,6 +150,11 @@ def _add_member(rows: list[dict[str, object]], member: tarfile.TarInfo, descript
             row["width"], row["height"] = image_size(data)
         except SampleError:
             row["width"], row["height"] = 0, 0
+    elif extension == "cls":
+        try:
+            row["label"] = label_from_bytes(read_member(descriptor, member.offset_data, member.size))
+        except SampleError:
+            row["label"] = UNREADABLE
     elif extension == "txt" or row["caption_offset"] == ABSENT:  # .txt wins over .json
         is_json = extension == "json"
         row.update(caption_offset=member.offset_data, caption_size=member.size, caption_is_json=is_json)
@@ -257,7 +274,7 @@ class ImageTextIndex:
         self.caption_offset, self.caption_size = columns["caption_offset"], columns["caption_size"]
         self.caption_is_json = columns["caption_is_json"]
         self.width, self.height = columns["width"], columns["height"]
-        self.caption_length = columns["caption_length"]
+        self.caption_length, self.label = columns["caption_length"], columns["label"]
         self.fingerprint = self._fingerprint(tables)
 
     def __len__(self) -> int:
@@ -284,4 +301,7 @@ class ImageTextIndex:
             digest.update("\0".join(table.column("key").to_pylist()).encode())
             for column in ("image_size", "caption_size"):
                 digest.update(table.column(column).to_numpy().astype("<i8").tobytes())
+            labels = table.column("label").to_numpy()
+            if (labels != ABSENT).any():  # shards without labels keep the fingerprint that runs have stored
+                digest.update(labels.astype("<i8").tobytes())
         return digest.hexdigest()

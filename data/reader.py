@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from .batch import Batch
 from .config import AutoencoderConfig, DataConfig, TextEncoderConfig
 from .images import SampleError, decode_image
-from .index import ABSENT, ImageTextIndex, caption_from_bytes, read_member
+from .index import ABSENT, UNREADABLE, ImageTextIndex, caption_from_bytes, read_member
 from .order import END_OF_DATA, Order, Position, mix, position_keys, share_of, slots_of, uniforms
 
 _FILL_UP = Position(step=-1, slot=-1, position=-1, shard=END_OF_DATA, sample=END_OF_DATA)
@@ -64,20 +64,31 @@ class _Files:
 
 
 class _ImageTextSamples(Dataset[Batch]):
-    """Map from a list of positions to a Batch; failures of samples become holes."""
+    """Map from a list of positions to a Batch; failures of samples become holes.
+
+    dropout: of captions, or of labels where `classes` is given: the model's number of classes. Then a sample needs
+    a label and no caption is read; else it needs a caption.
+    """
 
     def __init__(
-        self, index: ImageTextIndex, cfg: DataConfig, seed: int, flip: float, dropout: float, crop: bool
+        self,
+        index: ImageTextIndex,
+        cfg: DataConfig,
+        seed: int,
+        flip: float,
+        dropout: float,
+        crop: bool,
+        classes: int | None,
     ) -> None:
         self._index, self._cfg, self._seed = index, cfg, seed
-        self._flip, self._dropout, self._crop = flip, dropout, crop
+        self._flip, self._dropout, self._crop, self._classes = flip, dropout, crop, classes
         self._files = _Files(index.paths)
 
     def __getitem__(self, positions: list[Position]) -> Batch:
         size, rows = self._cfg.resolution, len(positions)
         keys = position_keys(self._seed, np.array([p.position for p in positions], np.int64))
         flip = uniforms(keys, "flip") < self._flip
-        dropped = uniforms(keys, "caption dropout") < self._dropout
+        dropped = uniforms(keys, "caption dropout" if self._classes is None else "label dropout") < self._dropout
         crop_x, crop_y = uniforms(keys, "crop x"), uniforms(keys, "crop y")
 
         batch = Batch(
@@ -87,6 +98,7 @@ class _ImageTextSamples(Dataset[Batch]):
             full_captions=[""] * rows,
             text_states=None,
             text_mask=None,
+            labels=torch.full((rows,), ABSENT),
             keys=torch.from_numpy(keys),
             weight=torch.zeros(rows),
             names=[""] * rows,
@@ -101,7 +113,8 @@ class _ImageTextSamples(Dataset[Batch]):
             batch.names[i] = self._index.name(position.shard, position.sample)
             try:
                 row = self._index.row(position.shard, position.sample)
-                caption = self._caption(position.shard, row)
+                caption = self._caption(position.shard, row) if self._classes is None else ""
+                label = self._label(row)
                 crop = (float(crop_x[i]), float(crop_y[i])) if self._crop else None
                 pixels = self._pixels(position.shard, row, crop, bool(flip[i]))
             except SampleError as error:
@@ -110,6 +123,7 @@ class _ImageTextSamples(Dataset[Batch]):
             batch.images[i] = torch.from_numpy(pixels)
             batch.full_captions[i] = caption
             batch.captions[i] = "" if dropped[i] else caption
+            batch.labels[i] = label if self._classes is None or not dropped[i] else self._classes
             batch.weight[i] = 1.0
         return batch
 
@@ -119,6 +133,18 @@ class _ImageTextSamples(Dataset[Batch]):
             raise SampleError("caption: missing")
         data = self._files.read(shard, int(index.caption_offset[row]), int(index.caption_size[row]))
         return caption_from_bytes(data, bool(index.caption_is_json[row]))
+
+    def _label(self, row: int) -> int:
+        label = int(self._index.label[row])
+        if self._classes is None:
+            return max(label, ABSENT)
+        if label == ABSENT:
+            raise SampleError("label: missing")
+        if label == UNREADABLE:
+            raise SampleError("label: not a number")
+        if label >= self._classes:
+            raise SampleError(f"label: not below model.num_classes {self._classes}")
+        return label
 
     def _pixels(self, shard: int, row: int, crop: tuple[float, float] | None, flip: bool) -> np.ndarray:
         index, cfg = self._index, self._cfg
@@ -145,10 +171,11 @@ def _same(batch: Any) -> Any:
 
 
 class ImageTextReader:
-    """One rank's training batches of images and captions.
+    """One rank's training batches of images and captions, or class labels.
 
-    index: of the shards. seed: of the run. caption_dropout: probability of the empty caption. The world size
-    and num_workers change which process reads a sample, never what a position holds.
+    index: of the shards. seed: of the run. caption_dropout: probability of the empty caption. classes: of a model
+    that is conditioned on labels. The world size and num_workers change which process reads a sample, never what a
+    position holds.
     Raises DataError where there are more ranks than samples in the global batch.
     """
 
@@ -162,10 +189,12 @@ class ImageTextReader:
         rank: int,
         world: int,
         micro_batch_size: int,
+        classes: int | None = None,
     ) -> None:
         self._slots = slots_of(rank, world, global_batch_size)
         self._order = Order(seed, index.shard_sizes, global_batch_size, cfg.epochs)
-        self._samples = _ImageTextSamples(index, cfg, seed, cfg.flip, caption_dropout, crop=True)
+        dropout = caption_dropout if classes is None else cfg.label_dropout
+        self._samples = _ImageTextSamples(index, cfg, seed, cfg.flip, dropout, crop=True, classes=classes)
         self._workers = cfg.num_workers
         self.micro_batches, self.rows = micro_batch_shape(global_batch_size, world, micro_batch_size)
         self.fingerprint = index.fingerprint
@@ -205,7 +234,13 @@ class _PositionSampler:
 
 
 def validation_batches(
-    index: ImageTextIndex, cfg: DataConfig, count: int, rank: int, world: int, batch_rows: int
+    index: ImageTextIndex,
+    cfg: DataConfig,
+    count: int,
+    rank: int,
+    world: int,
+    batch_rows: int,
+    classes: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of a fixed bank of `count` samples (all, where there are fewer) spread over the index.
 
@@ -214,7 +249,7 @@ def validation_batches(
     """
     hashes = mix(_VALIDATION_SEED, np.arange(len(index)))
     bank = np.argsort(hashes, kind="stable")[:count]
-    samples = _ImageTextSamples(index, cfg, _VALIDATION_SEED, flip=0.0, dropout=0.0, crop=False)
+    samples = _ImageTextSamples(index, cfg, _VALIDATION_SEED, flip=0.0, dropout=0.0, crop=False, classes=classes)
     positions = [
         Position(0, number, number, *index.locate(int(bank[number]))) for number in share_of(rank, world, len(bank))
     ]
@@ -226,10 +261,11 @@ def validation_batches(
 
 
 class SyntheticReader:
-    """Seeded latents and text states of the configured shape, for runs without data.
+    """Seeded latents and text states (or labels) of the configured shape, for runs without data.
 
     A row depends on its key alone: latents ~ N(0, 1) [C, R / downsample, R / downsample], text states
-    ~ N(0, 1) of a varying true length, and one fixed state of length 1 where the caption is dropped.
+    ~ N(0, 1) of a varying true length, and one fixed state of length 1 where the caption is dropped. With `classes`
+    uniform labels take the place of text states.
     """
 
     fingerprint = "synthetic"
@@ -244,7 +280,9 @@ class SyntheticReader:
         rank: int,
         world: int,
         micro_batch_size: int,
+        classes: int | None = None,
     ) -> None:
+        self._classes, self._label_dropout = classes, cfg.label_dropout
         side = cfg.resolution // autoencoder.downsample
         self._latent_shape = (autoencoder.channels, side, side)
         self._text, self._seed, self._batch = text, seed, global_batch_size
@@ -262,32 +300,44 @@ class SyntheticReader:
             step += 1
 
     def _make(self, positions: list[int]) -> Batch:
-        keys = position_keys(self._seed, np.array(positions, np.int64))
+        keys, rows = position_keys(self._seed, np.array(positions, np.int64)), len(positions)
+        real = np.array(positions) >= 0
+        latents = torch.zeros(rows, *self._latent_shape)
+        for i in np.flatnonzero(real):
+            latents[i] = torch.randn(self._latent_shape, generator=torch.Generator().manual_seed(int(keys[i])))
+        names = [f"synthetic/{p}" if p >= 0 else "" for p in positions]
+        batch = Batch(
+            images=None,
+            latents=latents,
+            captions=list(names),
+            full_captions=names,
+            text_states=None,
+            text_mask=None,
+            labels=torch.full((rows,), ABSENT),
+            keys=torch.from_numpy(keys),
+            weight=torch.from_numpy(real).float(),
+            names=list(names),
+            holes=[],
+            read=int(real.sum()),
+        )
+        if self._classes is None:
+            self._add_text(batch, keys, real)
+        else:
+            dropped = uniforms(keys, "label dropout") < self._label_dropout
+            labels = (uniforms(keys, "label") * self._classes).astype(np.int64)
+            labels = np.where(dropped, self._classes, labels)
+            batch.labels = torch.from_numpy(np.where(real, labels, ABSENT))
+        return batch
+
+    def _add_text(self, batch: Batch, keys: np.ndarray, real: np.ndarray) -> None:
+        """Text states, and empty captions where they are dropped."""
         dropped = uniforms(keys, "caption dropout") < self._text.dropout
         lengths = 1 + (uniforms(keys, "length") * self._text.max_length).astype(np.int64)
         lengths[dropped] = 1
-
-        rows = len(positions)
-        latents = torch.zeros(rows, *self._latent_shape)
-        states = torch.zeros(rows, self._text.max_length, self._text.width)
-        for i, key in enumerate(keys.tolist()):
-            if positions[i] < 0:
-                continue
-            latents[i] = torch.randn(self._latent_shape, generator=torch.Generator().manual_seed(key))
-            text_seed = 0 if dropped[i] else int(mix(key, 1).view(np.int64))
+        batch.text_states = torch.zeros(len(keys), self._text.max_length, self._text.width)
+        batch.text_mask = torch.arange(self._text.max_length) < torch.from_numpy(lengths)[:, None]
+        for i in np.flatnonzero(real):
+            text_seed = 0 if dropped[i] else int(mix(int(keys[i]), 1).view(np.int64))
             generator = torch.Generator().manual_seed(text_seed)
-            states[i, : lengths[i]] = torch.randn(int(lengths[i]), self._text.width, generator=generator)
-        names = [f"synthetic/{p}" if p >= 0 else "" for p in positions]
-        return Batch(
-            images=None,
-            latents=latents,
-            captions=["" if d else name for d, name in zip(dropped, names, strict=True)],
-            full_captions=names,
-            text_states=states,
-            text_mask=torch.arange(self._text.max_length) < torch.from_numpy(lengths)[:, None],
-            keys=torch.from_numpy(keys),
-            weight=torch.tensor([float(p >= 0) for p in positions]),
-            names=list(names),
-            holes=[],
-            read=sum(p >= 0 for p in positions),
-        )
+            batch.text_states[i, : lengths[i]] = torch.randn(int(lengths[i]), self._text.width, generator=generator)
+        batch.captions = ["" if d else name for d, name in zip(dropped, batch.captions, strict=True)]

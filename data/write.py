@@ -12,9 +12,12 @@ from webdataset.writer import TarWriter
 from .config import DataError
 from .index import index_path, load_index
 
+# Key, image file, its extension, caption, and where there is one the class label.
+Sample = tuple[str, bytes, str, str] | tuple[str, bytes, str, str, int]
 
-def write_shards(samples: Iterable[tuple[str, bytes, str, str]], prefix: Path, per_shard: int) -> list[Path]:
-    """Write (key, image file, its extension, caption) to PREFIX-000000.tar ... and index each shard.
+
+def write_shards(samples: Iterable[Sample], prefix: Path, per_shard: int) -> list[Path]:
+    """Write samples to PREFIX-000000.tar ... and index each shard.
 
     The same samples give the same bytes. Shards carry temporary names until all are complete, so a failure,
     also one of the iterable, leaves nothing. Returns the paths. Raises DataError where the folder already
@@ -41,10 +44,10 @@ def write_shards(samples: Iterable[tuple[str, bytes, str, str]], prefix: Path, p
                 open(temporary, "wb") as file,
                 TarWriter(file, user="mudit", group="mudit", mode=0o644, mtime=0) as tar,
             ):
-                for key, image, extension, caption in itertools.chain(
-                    [first], itertools.islice(iterator, per_shard - 1)
-                ):
-                    tar.write({"__key__": key, extension: image, "txt": caption})
+                for sample in itertools.chain([first], itertools.islice(iterator, per_shard - 1)):
+                    key, image, extension, caption, *label = sample
+                    members = {"cls": str(label[0])} if label else {}
+                    tar.write({"__key__": key, extension: image, "txt": caption, **members})
         for temporary, path in written:
             index_path(path).unlink(missing_ok=True)
             os.replace(temporary, path)

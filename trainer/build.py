@@ -12,17 +12,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data.batch import Batch
 from data.config import SYNTHETIC, DataError
 from data.debug import ensure_debug_assets
-from data.encoders import load_autoencoder, load_text_encoder
 from data.index import ImageTextIndex, open_shards
 from data.reader import ImageTextReader, SyntheticReader, validation_batches
 from models.configs import ModelConfig
 from models.flops import forward_flops
-from models.layers import TextCondition
 from models.registry import build_model, declarations
 
 from .checkpoint import (
@@ -35,20 +32,24 @@ from .checkpoint import (
     write_atomically,
 )
 from .config import ConfigError, Resolved, TrainConfig, check_resume, plain, resolve, to_yaml
+from .diffusion.ddpm import DDPM
+from .diffusion.ddpm_sampling import DDPMSampler
 from .diffusion.flow import RectifiedFlow
-from .diffusion.random import normal
+from .diffusion.sampling import Euler, Sampler
 from .ema import EMA
 from .evaluate.generate import images_from_prompts, save_grid
 from .evaluate.val_loss import validation
+from .frozen import FrozenParts, precision_of
+from .health import Health, Watched
 from .loop import restore
 from .metrics import Metrics, peak_flops
 from .mup.apply import apply_multipliers, build_table, init_parameters, param_groups
 from .mup.rules import Settings
 from .mup.table import MuTable
 from .optim import lr_factor
-from .parallel.fsdp import FSDP2Engine, Precision
+from .parallel.fsdp import FSDP2Engine
 from .parallel.mesh import World
-from .state import Encoded, Plan, Run, TrainState
+from .state import Plan, Run, TrainState
 
 _VALIDATION_SEED = 0x5EED  # of synthetic data: differs from any that a user is likely to train with
 _DEBUG_ASSETS = ".cache/debug"
@@ -64,11 +65,8 @@ def build_mup_table(config: TrainConfig) -> MuTable:
         return build_model(shape, config.autoencoder.channels, config.text_encoder.width)
 
     settings = Settings(config.mup.parametrization, config.mup.wd_rule, config.mup.eps_rule, config.optim.decay)
-    return build_table(factory, config.mup.base_width, model.width, model.head_dim, declarations(model), settings)
-
-
-def precision_of(config: TrainConfig, world: World) -> Precision:
-    return config.parallel.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+    base = config.mup.base_width
+    return build_table(factory, base, model.width, base, declarations(model), settings)
 
 
 def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:
@@ -100,60 +98,6 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
     return engine
 
 
-class FrozenParts:
-    """Autoencoder and text encoder: what turns a Batch into tensors that the model sees, and back.
-
-    With synthetic data neither is loaded: latents and text states come with the batch.
-    """
-
-    def __init__(self, config: TrainConfig, world: World) -> None:
-        precision = precision_of(config, world)
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-        self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
-        self._device = world.device
-        self.synthetic = config.data.shards == SYNTHETIC
-        if not self.synthetic:
-            self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
-            self._text_encoder = load_text_encoder(config.text_encoder, world.device, dtype)
-
-    def fingerprints(self) -> dict[str, str]:
-        if self.synthetic:
-            return {}
-        return {"autoencoder": self._autoencoder.fingerprint, "text_encoder": self._text_encoder.fingerprint}
-
-    @torch.no_grad()
-    def encode(self, batch: Batch) -> Encoded:
-        """A micro-batch on the device."""
-        keys = batch.keys.to(self._device, non_blocking=True)
-        weight = batch.weight.to(self._device, non_blocking=True)
-        if batch.latents is not None:
-            x0 = batch.latents.to(self._device, self.x0_dtype, non_blocking=True)
-        else:
-            assert batch.images is not None
-            mean, logvar = self._autoencoder.encode(batch.images.to(self._device, non_blocking=True))
-            x0 = mean.to(self.x0_dtype)
-            if logvar is not None:
-                noise = normal(keys, tuple(x0.shape[1:]), "posterior").to(x0.dtype)
-                x0 = x0 + (0.5 * logvar.to(x0.dtype)).exp() * noise
-        if batch.text_states is not None and batch.text_mask is not None:
-            condition = TextCondition(
-                batch.text_states.to(self._device, non_blocking=True),
-                batch.text_mask.to(self._device, non_blocking=True),
-            )
-        else:
-            condition = self.encode_text(batch.captions)
-        tokens = (condition.mask.sum(1) * weight).sum()
-        return Encoded(x0, condition, keys, weight, tokens)
-
-    @torch.no_grad()
-    def encode_text(self, captions: list[str]) -> TextCondition:
-        states, mask = self._text_encoder.encode(captions)
-        return TextCondition(states, mask)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self._autoencoder.decode(latents)
-
-
 class Source:
     """Training and validation data of a config: readers per rank, and what identifies the data."""
 
@@ -169,10 +113,10 @@ class Source:
     def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
         """The reader of one rank in a world of `size`."""
         c, rows = self._config, self._resolved.micro_batch_rows
-        seed, batch = c.train.seed, c.train.global_batch_size
+        seed, batch, classes = c.train.seed, c.train.global_batch_size, c.label_classes
         if self._index is None:
-            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, rank, size, rows)
-        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, rank, size, rows)
+            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, rank, size, rows, classes)
+        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, rank, size, rows, classes)
 
     def validation(self) -> list[Batch]:
         """This rank's part of the fixed bank."""
@@ -180,14 +124,19 @@ class Source:
         rows = max(1, min(self._resolved.micro_batch_rows, 64))
         if self._index is None:
             text = dataclasses.replace(c.text_encoder, dropout=0.0)
-            reader = SyntheticReader(c.data, text, c.autoencoder, _VALIDATION_SEED, count, world.rank, world.size, rows)
-            return next(reader.batches(0))[1]
-        return list(validation_batches(self._validation_index(), c.data, count, world.rank, world.size, rows))
+            data = dataclasses.replace(c.data, label_dropout=0.0)
+            part = (world.rank, world.size, rows, c.label_classes)
+            return next(SyntheticReader(data, text, c.autoencoder, _VALIDATION_SEED, count, *part).batches(0))[1]
+        index = self._validation_index()
+        return list(validation_batches(index, c.data, count, world.rank, world.size, rows, c.label_classes))
 
-    def validation_captions(self, count: int) -> list[str]:
-        """Captions of the first `count` samples of the bank, the same on all ranks."""
-        batches = validation_batches(self._validation_index(), self._config.data, count, 0, 1, count)
-        return [caption for batch in batches for caption in batch.full_captions if caption]
+    def validation_prompts(self, count: int) -> list[str]:
+        """Captions, or class numbers, of the first `count` samples of the bank, the same on all ranks."""
+        classes = self._config.label_classes
+        [batch] = validation_batches(self._validation_index(), self._config.data, count, 0, 1, count, classes)
+        if classes is None:
+            return [caption for caption in batch.full_captions if caption]
+        return [str(label) for label in batch.labels.tolist() if label >= 0]
 
     def _validation_index(self) -> ImageTextIndex:
         shards = self._config.data.val_shards
@@ -305,6 +254,10 @@ def build_run(config: TrainConfig, world: World) -> Run:
         folder=folder,
         engine=engine,
         ema=ema,
+        health=Health(
+            {name: Watched(row.role, config.optim.eps * row.eps) for name, row in table.rows.items()},
+            replicas=world.size // resolved.shard,
+        ),
         objective=objective,
         lr=lambda step: config.optim.lr * _lr_factor(config, step),
         batches=source.batches,
@@ -365,7 +318,7 @@ def _grid_writer(
 ) -> Callable[[Path], None]:
     prompts = list(config.sample.prompts[: config.sample.count])
     if not prompts and config.train.sample_every and not frozen.synthetic:
-        prompts = source.validation_captions(config.sample.count)
+        prompts = source.validation_prompts(config.sample.count)
 
     def write(path: Path) -> None:
         with swapped():
@@ -389,14 +342,14 @@ def sample_images(
     """uint8 [len(prompts), H, W, 3] from the weights that the engine's model has now, on every rank."""
     return images_from_prompts(
         engine.model,
-        frozen.encode_text,
+        frozen.encode_prompts,
         frozen.decode,
         prompts,
         (config.autoencoder.channels, config.latent_size, config.latent_size),
+        build_sampler(config, resolved),
         seed=seed,
-        steps=config.sample.steps,
         guidance=config.sample.guidance,
-        shift=resolved.time_shift,
+        guidance_channels=config.sample.guidance_channels,
         device=world.device,
         group=world.control,
     )
@@ -409,7 +362,7 @@ class Inference:
     config: TrainConfig
     table: MuTable
     model: torch.nn.Module
-    objective: RectifiedFlow
+    objective: RectifiedFlow | DDPM
     frozen: FrozenParts
     images: Callable[[Sequence[str], int], np.ndarray]
     """(prompts, seed) -> uint8 [n, H, W, 3]."""
@@ -435,8 +388,17 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     )
 
 
-def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow:
+def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow | DDPM:
+    if config.objective.kind == "ddpm":
+        return DDPM(config.objective.beta_schedule, config.model.learn_sigma)
     return RectifiedFlow(config.objective.timestep_mean, config.objective.timestep_std, resolved.time_shift)
+
+
+def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:
+    if config.sampler == "euler":
+        return Euler(config.sample.steps, resolved.time_shift)
+    ddpm = DDPM(config.objective.beta_schedule, config.model.learn_sigma)
+    return DDPMSampler(ddpm, config.sampler, config.sample.steps)
 
 
 def _plan(config: TrainConfig, synthetic: bool, world: World, metrics: Metrics) -> Plan:

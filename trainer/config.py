@@ -8,25 +8,19 @@ import dataclasses
 import difflib
 import json
 import math
-import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
-from models.configs import MMDiTConfig, ModelConfig
+from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-MODEL_KINDS: dict[str, type] = {"mmdit": MMDiTConfig}
+from .config_files import CONFIG_DIR as CONFIG_DIR
+from .config_files import ConfigError, find_config, nearest, override, read
 
 KeyClass = Literal["identity", "schedule", "runtime"]
-
-
-class ConfigError(ValueError):
-    """A user's mistake in a config file, an override or a resumed run; the message says what to do."""
 
 
 class Section(BaseModel):
@@ -95,7 +89,9 @@ class EmaConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    kind: Literal["rectified_flow"] = "rectified_flow"
+    kind: Literal["rectified_flow", "ddpm"] = "rectified_flow"
+    beta_schedule: Literal["linear", "scaled_linear"] = "linear"
+    """ddpm: linear as DiT and PixArt, scaled_linear as Stable Diffusion and U-ViT."""
     timestep_mean: float = 0.0
     timestep_std: float = Field(default=1.0, gt=0)
     shift_base_tokens: int = Field(default=256, ge=1)
@@ -118,11 +114,15 @@ class ValidationConfig(Section):
 
 class SampleConfig(Section):
     prompts: tuple[str, ...] = ()
-    """Prompts of the grids; none: the first captions of the validation shards."""
+    """Prompts of the grids, of a model of classes their numbers; none: those of the first validation samples."""
     count: int = Field(default=16, ge=1)
+    sampler: Literal["euler", "ancestral", "ddim", "dpm_solver"] | None = None
+    """euler for rectified_flow, the others for ddpm; null: euler, or dpm_solver."""
     steps: int = Field(default=50, ge=1)
     guidance: float = Field(default=4.0, ge=0)
     """Classifier-free guidance; 1 is none."""
+    guidance_channels: int | None = Field(default=None, ge=1)
+    """Guided channels, counted from the first; null: all. The official DiT guides 3 of its 4."""
 
 
 class WandbConfig(Section):
@@ -130,12 +130,19 @@ class WandbConfig(Section):
     mode: Literal["offline", "online", "disabled"] = "offline"
 
 
+def _with_kind(model: Any) -> Any:
+    """A model section that does not name its kind is of the default one."""
+    return {"kind": DEFAULT_KIND, **model} if isinstance(model, Mapping) else model
+
+
 class TrainConfig(Section):
     """One run. `python -m trainer.config` prints the JSON schema that editors use."""
 
     run: RunConfig = RunConfig()
     train: TrainSection = TrainSection()
-    model: ModelConfig = MMDiTConfig()
+    model: Annotated[ModelConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)] = MODEL_KINDS[
+        DEFAULT_KIND
+    ]()
     mup: MupConfig = MupConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
@@ -157,6 +164,15 @@ class TrainConfig(Section):
     def image_tokens(self) -> int:
         return (self.latent_size // self.model.patch_size) ** 2
 
+    @property
+    def label_classes(self) -> int | None:
+        """Classes of a model that is conditioned on labels; None of one that reads captions."""
+        return self.model.num_classes if self.model.condition == "label" else None
+
+    @property
+    def sampler(self) -> Literal["euler", "ancestral", "ddim", "dpm_solver"]:
+        return self.sample.sampler or ("euler" if self.objective.kind == "rectified_flow" else "dpm_solver")
+
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         problems = list(_conflicts(self))
@@ -173,11 +189,8 @@ def _conflicts(c: TrainConfig) -> Iterator[str]:
             f"data.resolution {c.data.resolution} is not a multiple of {cell} "
             "(autoencoder.downsample x model.patch_size)"
         )
-    elif c.data.resolution // cell > c.model.pos_embed_max_size:
-        yield (
-            f"data.resolution {c.data.resolution} gives {c.data.resolution // cell} tokens a side, more than "
-            f"model.pos_embed_max_size {c.model.pos_embed_max_size}"
-        )
+    else:
+        yield from c.model.conflicts(c.data.resolution, c.data.resolution // cell, c.text_encoder.max_length)
     if c.mup.base_width % c.model.head_dim:
         yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
     if c.optim.warmup_steps >= c.train.steps:
@@ -190,18 +203,43 @@ def _conflicts(c: TrainConfig) -> Iterator[str]:
         yield f"optim.betas must lie in [0, 1), got {list(c.optim.betas)}"
     if not c.ema.decays or not all(0 < d < 1 for d in c.ema.decays) or len(set(c.ema.decays)) < len(c.ema.decays):
         yield f"ema.decays must be different numbers between 0 and 1, got {list(c.ema.decays)}"
-    if c.data.shards != "synthetic" and c.text_encoder.path == "none":
+    if c.data.shards != "synthetic" and c.text_encoder.path == "none" and c.label_classes is None:
         yield f'text_encoder.path is needed to read captions of data.shards "{c.data.shards}"'
     if c.data.shards != "synthetic" and c.autoencoder.path == "none" and c.autoencoder.downsample != 1:
         yield (
             f'autoencoder.path is needed to turn images of data.shards "{c.data.shards}" into latents; '
             "for pixels set autoencoder.channels=3 and autoencoder.downsample=1"
         )
+    yield from _sampling_conflicts(c)
     for key in c.run.allow_change:
-        if key not in set(_leaves(TrainConfig)):
-            yield f'run.allow_change: "{key}" is no config key{_nearest(key, list(_leaves(TrainConfig)))}'
+        if key not in (leaves := list(_leaves(TrainConfig, type(c.model)))):
+            yield f'run.allow_change: "{key}" is no config key{nearest(key, leaves)}'
         elif key_class(key) == "identity":
             yield f'run.allow_change: "{key}" is what the run is; start another run instead'
+
+
+def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:
+    """Keys of objective and sample that do not go together, or not with the model."""
+    kind, sampler = c.objective.kind, c.sampler
+    if (sampler == "euler") != (kind == "rectified_flow"):
+        fitting = "euler" if kind == "rectified_flow" else "ancestral, ddim or dpm_solver"
+        yield f"sample.sampler {sampler} does not fit objective.kind {kind}: use {fitting}"
+    if kind == "rectified_flow" and c.model.learn_sigma:
+        yield "model.learn_sigma needs objective.kind ddpm: a rectified flow has no variance to learn"
+    if kind == "ddpm":
+        # DPM-Solver's times are steps + 1 different ones of the 1000; DDIM strides over them evenly.
+        most = 999 if sampler == "dpm_solver" else 1000
+        if c.sample.steps > most:
+            yield f"sample.steps {c.sample.steps} is more than the {most} of sample.sampler {sampler}"
+        elif sampler == "ddim" and 1000 % c.sample.steps:
+            yield f"sample.steps {c.sample.steps} must divide 1000 under sample.sampler ddim"
+    channels = c.sample.guidance_channels
+    if channels is not None and channels > c.autoencoder.channels:
+        yield f"sample.guidance_channels {channels} is more than autoencoder.channels {c.autoencoder.channels}"
+    classes = c.label_classes
+    wrong = [prompt for prompt in c.sample.prompts if classes and not (prompt.isdecimal() and int(prompt) < classes)]
+    if wrong:
+        yield f"sample.prompts of a model of classes are numbers from 0 to {classes - 1 if classes else 0}, got {wrong}"
 
 
 # ---------------------------------------------------------------------------------------------------- key classes
@@ -247,7 +285,9 @@ def check_resume(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
 
     old: the config stored in the checkpoint, as plain data.
     """
-    before, after = dict(_flatten(old)), dict(_flatten(plain(new)))
+    # A key that is newer than the checkpoint had its default's effect then.
+    defaults = {k: v for k, v in _flatten(plain(TrainConfig())) if not k.startswith("model.")}
+    before, after = defaults | dict(_flatten(old)), dict(_flatten(plain(new)))
     changed, refused = [], []
     for key in sorted(before.keys() | after.keys()):
         if (a := before.get(key)) == (b := after.get(key)):
@@ -271,98 +311,10 @@ def check_resume(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2: 1e-3 is a number, `off` a word; a key given twice is an error."""
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [
-            (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":int", ":float", ":bool", ":timestamp"))
-        ]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):  # {{placeholder}} is a mapping as the key of a mapping
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is no key", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'key "{key}" is given twice', key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-# Decimal alone, so that 010 is ten and 1:30 is text. Before the float, which would match as well.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from None
-
-
-def find_config(name: str, near: Path | None = None) -> Path:
-    """A path, or a name under configs/ (or beside the file that extends it), with or without .yaml."""
-    folders = [*([near] if near else []), Path(), CONFIG_DIR]
-    for folder in folders:
-        for candidate in (folder / name, folder / f"{name}.yaml"):
-            if candidate.is_file():
-                return candidate
-    known = [str(p.relative_to(CONFIG_DIR)) for p in sorted(CONFIG_DIR.rglob("*.yaml"))]
-    raise ConfigError(f'config "{name}" was found neither as a path nor under configs/{_nearest(name, known)}')
-
-
-def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in chain:
-        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in chain)}")
-    try:
-        data = _parse_yaml(path.read_text(), str(path)) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must be a mapping of sections, got {type(data).__name__}")
-    parent = data.pop("extends", None)
-    if parent is None:
-        return data
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends must name one config, got {parent!r}")
-    return _merge(_read(find_config(parent, path.parent), (*chain, path.resolve())), data)
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f'override "{text}" must have the form section.key=value')
-    nested: Any = _parse_yaml(value, f'override "{text}"') if value else None
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return _merge(data, nested)
-
-
 def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a config by path or name, apply `section.key=value` overrides, validate; raises ConfigError."""
     path = find_config(name)
-    config = parse(_read(path), path.name, overrides)
+    config = parse(read(path), path.name, overrides)
     run = config.run.model_copy(update={"name": config.run.name or path.stem})
     return config.model_copy(update={"run": run})
 
@@ -370,15 +322,20 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
 def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Plain data and overrides -> TrainConfig; all problems are reported at once in a ConfigError."""
     for text in overrides:
-        data = _override(data, text)
+        data = override(data, text)
     source += " with overrides" if overrides else ""
-    problems = list(_unknown_keys(data, TrainConfig, ""))
+    problems = list(_unknown_keys(data, TrainConfig, "", _model_section(data.get("model"))))
     unknown = {line.partition(":")[0] for line in problems}
     try:
         config = TrainConfig.model_validate(data)
     except ValidationError as error:
         for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
+            key = _key(item["loc"])
+            if item["type"].startswith("union_tag"):
+                kind = data["model"]["kind"]
+                expected = f"{', '.join(MODEL_KINDS)}{nearest(str(kind), list(MODEL_KINDS))}"
+                problems.append(f"{key}.kind: {kind!r} is none of {expected}")
+                continue
             if item["type"] in ("extra_forbidden", "unexpected_keyword_argument") or key in unknown:
                 continue
             message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -390,10 +347,25 @@ def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -
     return config
 
 
-def _fields(section: type) -> dict[str, Any]:
-    """Key -> type of a section (pydantic model or dataclass)."""
+def _key(location: Sequence[int | str]) -> str:
+    """pydantic's location of an error as a key; the kind between `model` and its keys is left out."""
+    of_model = location[:1] == ("model",) and len(location) > 1 and location[1] in MODEL_KINDS
+    return ".".join(str(part) for part in (("model", *location[2:]) if of_model else location))
+
+
+def _model_section(data: Any) -> type[ModelConfig]:
+    """The kind of model that data are, or come nearest to: by the kind's name, else by the keys."""
+    keys = dict(data) if isinstance(data, Mapping) else {}
+    if near := difflib.get_close_matches(str(keys.get("kind", DEFAULT_KIND)), MODEL_KINDS, 1, 0.5):
+        return MODEL_KINDS[near[0]]
+    return max(MODEL_KINDS.values(), key=lambda kind: len(keys.keys() & {f.name for f in dataclasses.fields(kind)}))
+
+
+def _fields(section: type, model: type[ModelConfig]) -> dict[str, Any]:
+    """Key -> type of a section (pydantic model or dataclass), with this kind of model."""
     if issubclass(section, BaseModel):
-        return {name: field.annotation for name, field in section.model_fields.items()}
+        fields = {name: field.annotation for name, field in section.model_fields.items()}
+        return fields | {"model": model} if section is TrainConfig else fields
     return {field.name: field.type for field in dataclasses.fields(section)}
 
 
@@ -401,33 +373,25 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation))
 
 
-def _unknown_keys(data: Mapping[str, Any], section: type, prefix: str) -> Iterator[str]:
+def _unknown_keys(data: Mapping[str, Any], section: type, prefix: str, model: type[ModelConfig]) -> Iterator[str]:
     """A line for each key that does not exist, with the nearest one that does; also under an unknown model.kind."""
-    fields = _fields(section)
+    fields = _fields(section, model)
     for key, value in data.items():
         path = f"{prefix}{key}"
         if key not in fields:
-            everywhere = [k for k in _leaves(TrainConfig) if k.rpartition(".")[2] == str(key)]
-            hint = _nearest(path, everywhere, cutoff=0.0) or _nearest(str(key), list(fields), prefix)
+            everywhere = [k for k in _leaves(TrainConfig, model) if k.rpartition(".")[2] == str(key)]
+            hint = nearest(path, everywhere, cutoff=0.0) or nearest(str(key), list(fields), prefix)
             yield f"{path}: unknown key{hint}"
             continue
         inner = fields[key]
-        if path == "model" and isinstance(value, dict):
-            kind = str(value.get("kind", "mmdit"))
-            inner = MODEL_KINDS[(difflib.get_close_matches(kind, MODEL_KINDS, 1, 0.0) or ["mmdit"])[0]]
         if _is_section(inner) and isinstance(value, dict):
-            yield from _unknown_keys(value, inner, f"{path}.")
+            yield from _unknown_keys(value, inner, f"{path}.", model)
 
 
-def _nearest(key: str, known: Sequence[str], prefix: str = "", cutoff: float = 0.5) -> str:
-    matches = difflib.get_close_matches(key, known, 1, cutoff)
-    return f'; did you mean "{prefix}{matches[0]}"?' if matches else ""
-
-
-def _leaves(section: type, prefix: str = "") -> Iterator[str]:
-    for key, inner in _fields(section).items():
+def _leaves(section: type, model: type[ModelConfig], prefix: str = "") -> Iterator[str]:
+    for key, inner in _fields(section, model).items():
         if _is_section(inner):
-            yield from _leaves(inner, f"{prefix}{key}.")
+            yield from _leaves(inner, model, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 

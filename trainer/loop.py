@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .health import BINS, time_figures, time_sums
 from .state import Run, TrainState
 
 
@@ -89,7 +90,8 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
     state, world = run.state, run.world
     # FSDP averages gradients over ranks, while the loss is a mean over the global batch: hence W / B.
     scale = world.size / run.plan.global_batch_size
-    total = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, text tokens, weight: sums
+    # Sums: loss, text tokens, weight; loss and weight by time.
+    total = torch.zeros(3 + 2 * BINS, dtype=torch.float64, device=world.device)
     for number, batch in enumerate(micro_batches):
         encoded = run.encode(batch)
         draw = run.objective.draw(encoded.x0, encoded.keys)
@@ -97,19 +99,22 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
         losses = run.objective.loss(prediction, draw)  # [b]
         loss = (encoded.weight * losses).sum()
         run.engine.backward(scale * loss, last=number == len(micro_batches) - 1)
-        total += torch.stack([loss.detach().double(), encoded.text_tokens.double(), encoded.weight.sum().double()])
+        sums = torch.stack([loss.detach().double(), encoded.text_tokens.double(), encoded.weight.sum().double()])
+        total += torch.cat([sums, time_sums(draw.t, losses.detach(), encoded.weight).flatten()])
         state.samples_read += batch.read
         for reason in batch.holes:
             state.holes[reason] = state.holes.get(reason, 0) + 1
-    result = run.engine.step(run.lr(step))
+    watch = run.health if _due(step + 1, run.plan.log_every, run.plan.steps) else None
+    result = run.engine.step(run.lr(step), watch)
     run.ema.update(step, result.skipped)
-    # Summed over ranks in every step, three numbers on the device, so that a checkpoint between two log lines holds
+    # Summed over ranks in every step, a few numbers on the device, so that a checkpoint between two log lines holds
     # the same totals on all ranks and a resumed run logs the same figures.
     dist.all_reduce(total)
     loss, text_tokens = total[:2] / total[2].clamp(min=1)
-    figures = torch.stack([loss, result.grad_norm.double(), text_tokens, torch.ones_like(loss)])
-    state.totals[:4] += torch.where(result.skipped > 0, torch.zeros_like(figures), figures)
-    state.totals[4] += result.skipped
+    clipped, one = result.clipped.double(), torch.ones_like(loss)
+    figures = torch.cat([torch.stack([loss, result.grad_norm.double(), text_tokens, clipped, one, 1 - one]), total[3:]])
+    state.totals += torch.where(result.skipped > 0, torch.zeros_like(figures), figures)
+    state.totals[5] += result.skipped
 
 
 def save(run: Run) -> None:
@@ -153,11 +158,12 @@ def _due(step: int, every: int, last: int) -> bool:
 def _figures(run: Run, seconds: float, steps: int) -> dict[str, Any]:
     """Read the totals back (the host sync of a log step) and start them anew."""
     plan, totals = run.plan, run.state.totals
-    loss, grad_norm, text_tokens, counted, skipped = totals.tolist()
+    loss, grad_norm, text_tokens, clipped, counted, skipped, *by_time = totals.tolist()
     totals.zero_()
     figures: dict[str, Any] = {"lr": run.lr(run.state.step - 1), "skipped_steps": int(skipped)}
     if counted:
-        figures |= {"loss": loss / counted, "grad_norm": grad_norm / counted}
+        figures |= {"loss": loss / counted, "grad_norm": grad_norm / counted, "mup/clip_share": clipped / counted}
+    figures |= time_figures(by_time) | run.health.figures()
     images_per_s = plan.global_batch_size * steps / seconds
     flops_per_s = plan.image_flops(text_tokens / max(1.0, counted)) * images_per_s
     figures |= {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpointer
 from .ema import EMA
+from .health import BINS, Health
 from .metrics import Metrics
 from .parallel.engine import Engine
 from .parallel.mesh import World
@@ -41,7 +42,8 @@ class Objective(Protocol):
 @dataclass
 class TrainState:
     """step: updates done (skipped ones included). totals: of the steps since the last log line, on the device,
-    the same on all ranks: loss, grad norm, text tokens a sample, steps that count, skipped steps."""
+    the same on all ranks: loss, grad norm, text tokens a sample, clipped steps, steps that count, skipped steps; then
+    losses and weights by time (health.time_sums)."""
 
     totals: Tensor
     step: int = 0
@@ -50,7 +52,7 @@ class TrainState:
 
     @classmethod
     def start(cls, device: torch.device) -> "TrainState":
-        return cls(totals=torch.zeros(5, dtype=torch.float64, device=device))
+        return cls(totals=torch.zeros(6 + 2 * BINS, dtype=torch.float64, device=device))
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Run:
     folder: Path
     engine: Engine
     ema: EMA
+    health: Health
     objective: Objective
     lr: Callable[[int], float]
     """Base learning rate of an update."""

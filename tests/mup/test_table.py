@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import Declaration, OutputLinear
-from models.mmdit import MMDiT
+from models.registry import build_model, declarations
 from trainer.mup.apply import (
     apply_multipliers,
     build_table,
@@ -20,20 +20,11 @@ from trainer.mup.apply import (
 from trainer.mup.rules import Role, Settings, factors
 from trainer.mup.table import MuTable, ParameterInfo, TableError, fans
 
-from .checks import (
-    BASE_WIDTH,
-    CHANNELS,
-    HEAD_DIM,
-    SCALES,
-    SNAPSHOT,
-    TEXT_WIDTH,
-    AdaLN,
-    expected_std,
-    small_config,
-    small_model,
-    small_table,
-)
+from .cases import BASE_WIDTH, CASES, CHANNELS, HEAD_DIM, TEXT_WIDTH, AdaLN, Case
+from .checks import scale_of
 
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+MMDIT = CASES["mmdit"]
 Factory = Callable[[int], nn.Module]
 WEIGHT, BIAS = Declaration("*.weight", "fan_in"), Declaration("*.bias", "zeros")
 
@@ -51,34 +42,41 @@ class Holder(nn.Module):
             setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
 
 
+@every_case
 @pytest.mark.parametrize("m", [2.5, 4.0])
 @pytest.mark.parametrize("adaln", ["zero", "fan_in"])
-def test_snapshot(m: float, adaln: AdaLN) -> None:
-    table = small_table(m, adaln=adaln)
-    by_width = small_table(m, Settings(eps_rule="width"), adaln=adaln)
-    assert table.rows.keys() == SNAPSHOT.keys()
+def test_snapshot(case: Case, m: float, adaln: AdaLN) -> None:
+    table = case.table(m, adaln=adaln)
+    by_width = case.table(m, Settings(eps_rule="width"), adaln=adaln)
+    assert table.rows.keys() == case.snapshot.keys()
     for name, row in table.rows.items():
-        scale, std = SCALES[m][SNAPSHOT[name].role], expected_std(name, adaln)
-        assert row.role == SNAPSHOT[name].role, name
+        scale, std = scale_of(case, m, name), case.std(name, adaln)
+        assert row.role == case.snapshot[name].role, name
         assert row.init_std == pytest.approx((std or 0.0) * scale.init, rel=1e-12), name
         assert (row.init == "ones") == (std is None), name
+        assert (row.init == "xavier_uniform") == case.snapshot[name].uniform, name
         got = (row.multiplier, row.lr, row.weight_decay, row.eps, by_width.rows[name].eps)
         expected = (scale.multiplier, scale.lr, scale.decay, 1.0, scale.eps_width)
         assert got == pytest.approx(expected, rel=1e-12), name
 
 
-@pytest.mark.parametrize("width", [16, 24])
-def test_narrower_than_the_base(width: int) -> None:
+@every_case
+@pytest.mark.parametrize("width", [24, 36])
+def test_narrower_than_the_base(case: Case, width: int) -> None:
     m = width / BASE_WIDTH
-    table = small_table(m)
-    hidden, final = table.rows["blocks.0.image.qkv.weight"], table.rows["final.weight"]
-    assert (hidden.lr, hidden.weight_decay, final.multiplier) == pytest.approx((1 / m, m, 1 / m))
-    assert hidden.init_std == pytest.approx(width**-0.5)
+    table = case.table(m)
+    final = table.rows["final.weight"]
+    assert (final.multiplier, final.lr, final.weight_decay) == pytest.approx((1 / m, 1.0, 1.0))
+    for name in case.names_of("hidden"):
+        row = table.rows[name]
+        assert (row.lr, row.weight_decay) == pytest.approx((1 / m, m)), name
+        assert row.init_std == pytest.approx((case.std(name) or 0.0) * m**-0.5), name
 
 
-def test_decay_of_all_reaches_every_parameter() -> None:
-    table = small_table(4.0, Settings(decay="all"))
-    decays = {name: 4.0 if row.role == "hidden" else 1.0 for name, row in SNAPSHOT.items()}
+@every_case
+def test_decay_of_all_reaches_every_parameter(case: Case) -> None:
+    table = case.table(4.0, Settings(decay="all"))
+    decays = {name: 4.0 if row.role == "hidden" else 1.0 for name, row in case.snapshot.items()}
     assert {name: row.weight_decay for name, row in table.rows.items()} == decays
 
 
@@ -94,17 +92,17 @@ def test_a_learned_table_of_fixed_size_decays_and_a_gain_does_not() -> None:
     }
 
 
-def test_sp_is_the_same_table_without_factors() -> None:
-    table = small_table(4.0, Settings(parametrization="sp"))
+@every_case
+def test_sp_is_the_same_table_without_factors(case: Case) -> None:
+    table, mup = case.table(4.0, Settings(parametrization="sp")), case.table(4.0)
     for name, row in table.rows.items():
-        decay = float(SNAPSHOT[name].role in ("input", "hidden", "output"))
-        assert row.role == SNAPSHOT[name].role
-        assert (row.multiplier, row.lr, row.weight_decay, row.eps) == (1.0, 1.0, decay, 1.0)
-    # SP takes the formula at the trained shape: fan-in init shrinks as under muP, the constant 0.02 does not.
-    mup = small_table(4.0).rows
-    differ = {name for name, row in table.rows.items() if row.init_std != pytest.approx(mup[name].init_std)}
-    assert differ == {"time_embed.fc2.weight"}
-    assert table.rows["time_embed.fc2.weight"].init_std == 0.02
+        assert row.role == case.snapshot[name].role
+        assert (row.multiplier, row.lr, row.weight_decay, row.eps) == (1.0, 1.0, case.snapshot[name].decays, 1.0)
+        # SP takes the formula at the trained shape: fan-in init shrinks as under muP, a constant does not, and an
+        # input's Xavier does.
+        expected = case.sp_std.get(name, mup.rows[name].init_std)
+        assert row.init_std == pytest.approx(expected), name
+        assert (name in case.sp_std) == (row.init_std != pytest.approx(mup.rows[name].init_std)), name
 
 
 @pytest.mark.parametrize(
@@ -213,12 +211,12 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_a_fixed_dimension_that_differs_is_another_problem() -> None:
     def shapes(width: int, channels: int) -> dict[str, ParameterInfo]:
         with torch.device("meta"):
-            return describe(MMDiT(small_config(width), channels, TEXT_WIDTH))
+            return describe(build_model(MMDIT.config(width, "fan_in"), channels, TEXT_WIDTH))
 
-    config = small_config(BASE_WIDTH)
     base, delta = shapes(BASE_WIDTH, CHANNELS), shapes(BASE_WIDTH + HEAD_DIM, CHANNELS)
+    declared = declarations(MMDIT.config(BASE_WIDTH, "fan_in"))
     with pytest.raises(TableError) as error:
-        MuTable.build(base, delta, shapes(128, CHANNELS + 1), MMDiT.declarations(config), Settings())
+        MuTable.build(base, delta, shapes(96, CHANNELS + 1), declared, Settings())
     message = str(error.value)
     for name in ("patch_embed.weight", "final.weight", "final.bias"):
         assert f"{name}: dimension" in message
@@ -245,28 +243,30 @@ def test_multiplier_needs_a_layer_that_applies_it() -> None:
     assert model.get_submodule("head").multiplier == 1.0
 
 
-def test_groups_hold_each_parameter_once_with_its_settings() -> None:
-    table = small_table(2.5, Settings(eps_rule="width"))
-    model = small_model(2.5, table)
-    model.text_embed.weight.requires_grad_(False)
+@every_case
+def test_groups_hold_each_parameter_once_with_its_settings(case: Case) -> None:
+    table = case.table(2.5, Settings(eps_rule="width"))
+    model = case.model(2.5, table)
+    model.get_parameter("patch_embed.weight").requires_grad_(False)
     groups = param_groups(model.named_parameters(), table, lr=3e-4, weight_decay=0.1, eps=1e-8)
     named = dict(model.named_parameters())
     seen: list[str] = []
     for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            scale = SCALES[2.5][SNAPSHOT[name].role]
+            scale = scale_of(case, 2.5, name)
             assert parameter is named[name]
             assert group["lr"] == pytest.approx(3e-4 * scale.lr)
             assert group["lr_scale"] == pytest.approx(scale.lr)
             assert group["weight_decay"] == pytest.approx(0.1 * scale.decay)
             assert group["eps"] == pytest.approx(1e-8 * scale.eps_width)
             seen.append(name)
-    assert sorted(seen) == sorted(SNAPSHOT.keys() - {"text_embed.weight"})
-    assert len(groups) == 4  # {input, output}, hidden, vector, fixed: one each
+    assert sorted(seen) == sorted(case.snapshot.keys() - {"patch_embed.weight"})
+    # One each: {input, output}, hidden, vector, fixed; and a fixed matrix, which decays.
+    assert len(groups) == 4 + ("final_conv.weight" in case.snapshot)
 
 
 def test_a_model_that_is_not_the_tables() -> None:
-    table, wider = small_table(4.0), small_model(2.5, small_table(2.5))
+    table, wider = MMDIT.table(4.0), MMDIT.model(2.5, MMDIT.table(2.5))
     with pytest.raises(ValueError, match=r"differ at .*blocks\.0"):
         check_names(wider, table)
     with pytest.raises(ValueError, match="differ at"):
@@ -276,16 +276,17 @@ def test_a_model_that_is_not_the_tables() -> None:
 
 
 def test_hash_and_text() -> None:
-    table = small_table(4.0)
-    assert table.hash == small_table(4.0).hash == table.to_json()["sha256"]
-    others = [small_table(2.5), small_table(4.0, Settings(wd_rule="sqrt")), small_table(4.0, adaln="zero")]
+    table = MMDIT.table(4.0)
+    assert table.hash == MMDIT.table(4.0).hash == table.to_json()["sha256"]
+    others = [MMDIT.table(2.5), MMDIT.table(4.0, Settings(wd_rule="sqrt")), MMDIT.table(4.0, adaln="zero")]
     assert len({table.hash, *(other.hash for other in others)}) == 4
     lines = table.describe().splitlines()
     fused = next(line.split() for line in lines if line.startswith("blocks.*.image.qkv.weight"))
-    assert fused == ["blocks.*.image.qkv.weight", "384x128", "hidden", "0.0884", "1", "0.25", "4", "1", "2"]
+    assert fused == ["blocks.*.image.qkv.weight", "576x192", "hidden", "0.0722", "1", "0.25", "4", "1", "2"]
 
 
-def test_base_width_gives_ones() -> None:
-    for row in small_table(1.0, Settings(eps_rule="width", decay="all")).rows.values():
+@every_case
+def test_base_width_gives_ones(case: Case) -> None:
+    for row in case.table(1.0, Settings(eps_rule="width", decay="all")).rows.values():
         assert (row.multiplier, row.lr, row.weight_decay, row.eps) == (1.0, 1.0, 1.0, 1.0)
         assert row.shape == row.base_shape

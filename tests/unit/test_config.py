@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
+from models.configs import MODEL_KINDS
 from models.registry import build_model
 from trainer.build import build_mup_table
 from trainer.config import (
@@ -76,6 +77,7 @@ def test_shipped_config_builds(path: Path) -> None:
 def test_shipped_configs_are_all_found() -> None:
     names = {p.name for p in FILES}
     assert {f"mmdit_{s}_mup.yaml" for s in ("debug", "demo", "0.18b", "0.7b", "2b", "18b")} <= names
+    assert {f"{kind}_debug_mup.yaml" for kind in MODEL_KINDS} <= names
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,58 @@ def test_parameter_counts(name: str, least: float, most: float) -> None:
     config = load_config(f"mmdit_{name}_mup")
     assert least <= sum(p.numel() for p in model_of(config).parameters()) <= most
     assert (config.model.depth, config.model.head_dim, config.mup.base_width) == (19, 64, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("dit_proxy_mup", 42.5e6, 42.7e6),
+        ("dit_proxy_sp", 42.5e6, 42.7e6),
+        ("dit_xl_2_mup", 674.5e6, 675.5e6),
+        ("dit_xl_2_sp", 674.5e6, 675.5e6),
+        ("pixart_0.04b_mup", 39.15e6, 39.25e6),
+        ("pixart_0.61b_mup", 610.5e6, 611.5e6),
+        ("uvit_proxy_mup", 31.6e6, 31.7e6),
+        ("uvit_h_2_mup", 500.5e6, 501.5e6),
+    ],
+)
+def test_parameter_counts_of_the_published_models(name: str, least: float, most: float) -> None:
+    config = load_config(name)
+    assert least <= sum(p.numel() for p in model_of(config).parameters()) <= most
+    assert (config.model.depth, config.model.head_dim, config.mup.base_width) == (28, 72, 288)
+
+
+# (proxy, target): (lr, betas, eps, weight decay, decay, clip, warm-up), (batch, steps) of each.
+PUBLISHED = {
+    ("dit_proxy_mup", "dit_xl_2_mup"): (
+        (2**-10, (0.9, 0.999), 1e-8, 0.0, "matrices", None, 0), (256, 200_000), (256, 2_400_000)),
+    ("dit_proxy_sp", "dit_xl_2_sp"): (
+        (1e-4, (0.9, 0.999), 1e-8, 0.0, "matrices", None, 0), (256, 200_000), (256, 7_000_000)),
+    ("pixart_0.04b_mup", "pixart_0.61b_mup"): (
+        (2**-10, (0.9, 0.999), 1e-10, 0.03, "all", 0.01, 1000), (1408, 39_169), (5632, 58_754)),
+    ("uvit_proxy_mup", "uvit_h_2_mup"): (
+        (2e-4, (0.99, 0.99), 1e-12, 0.03, "matrices", None, 5000), (1024, 500_000), (1024, 500_000)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PUBLISHED, ids=lambda pair: pair[0])
+def test_published_hyperparameters(pair: tuple[str, str]) -> None:
+    expected, *runs = PUBLISHED[pair]
+    for name, run in zip(pair, runs, strict=True):
+        config = load_config(name)
+        o = config.optim
+        assert (o.lr, o.betas, o.eps, o.weight_decay, o.decay, o.clip_norm, o.warmup_steps) == expected
+        assert (o.schedule, config.ema.decays, config.ema.warmup) == ("constant", (0.9999,), False)
+        assert (config.train.global_batch_size, config.train.steps) == run
+        assert config.data.label_dropout == config.text_encoder.dropout == 0.1
+        assert (config.data.resolution, config.latent_size, config.autoencoder.channels) == (256, 32, 4)
+        assert config.objective.kind == "ddpm"
+        schedule = "scaled_linear" if config.model.kind == "uvit" else "linear"
+        assert config.objective.beta_schedule == schedule
+    proxy, target = (plain(load_config(name)) for name in pair)
+    shape = {k for k in proxy["model"] if proxy["model"][k] != target["model"][k]}
+    assert shape == {"width"}
+    assert {section for section in proxy if proxy[section] != target[section]} <= {"model", "train", "run"}
 
 
 def test_base_width_is_its_own_base() -> None:
@@ -191,6 +245,33 @@ def test_several_mistakes_at_once(kind: str) -> None:
 
 def test_known_keys_under_an_unknown_kind() -> None:
     assert "unknown key" not in message("model.kind=mmditt")
+
+
+def test_the_kind_decides_the_keys_of_a_model() -> None:
+    assert (
+        message("model.kind=ditt")
+        .splitlines()[-1]
+        .endswith("model.kind: 'ditt' is none of mmdit, dit, pixart, uvit; did you mean \"dit\"?")
+    )
+    # A key of one kind alone, held against that kind, another, and the one whose keys fit best.
+    uvit = ["model.kind=uvit", "model.pos_embed_max_size=null", "model.pos_embed_base_size=null"]
+    assert "model.pos_embed_max_size: unknown key" in message(*uvit)
+    assert 'model.final_cov: unknown key; did you mean "model.final_conv"?' in message(*uvit, "model.final_cov=true")
+    assert "model.pos_embed_max_size: unknown key" not in message("model.kind=unheard_of")
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_a_model_without_a_kind_is_an_mmdit(kind: str) -> None:
+    text = "model: {width: 144, head_dim: 72}\nmup: {base_width: 144}\nobjective: {kind: ddpm}\n"
+    absent = parse(yaml.safe_load(text), "text")
+    assert absent.model == MODEL_KINDS["mmdit"](width=144, head_dim=72)
+    named = parse(yaml.safe_load(text), "text", [f"model.kind={kind}"])
+    assert named.model == MODEL_KINDS[kind](width=144, head_dim=72)
+
+
+def test_run_allow_change_knows_the_keys_of_this_kind() -> None:
+    text = message("run.allow_change=[model.final_cov]")
+    assert 'run.allow_change: "model.final_cov" is no config key' in text
 
 
 def test_duplicate_key(tmp_path: Path) -> None:
@@ -329,7 +410,7 @@ RUNTIME |= {f"train.{name}_every" for name in ("log", "validate", "checkpoint", 
 RUNTIME |= {"data.shards", "data.val_shards", "data.num_workers", "data.max_bad_share"}
 RUNTIME |= {f"{part}.{key}" for part in ("text_encoder", "autoencoder") for key in ("path", "subfolder")}
 IDENTITY = {"model.", "mup.", "objective.", "train.seed", "train.global_batch_size"}
-IDENTITY |= {f"data.{key}" for key in ("resolution", "flip", "epochs", "max_image_pixels")}
+IDENTITY |= {f"data.{key}" for key in ("resolution", "flip", "epochs", "max_image_pixels", "label_dropout")}
 IDENTITY |= {f"text_encoder.{key}" for key in ("max_length", "dropout", "width")}
 IDENTITY |= {f"autoencoder.{key}" for key in ("channels", "downsample")}
 

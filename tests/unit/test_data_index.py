@@ -87,7 +87,7 @@ def test_webdataset_layout_and_odd_members(tmp_path: Path) -> None:
             "e.json": b'{"caption": "hello"}',
             "f.png": png(),
             "../../g.txt": b"\xff\xfe",
-            "h.cls": b"3",
+            "h.mask": b"3",
         },
     )
     index = ImageTextIndex([path])

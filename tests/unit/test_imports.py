@@ -32,7 +32,8 @@ class Room(NamedTuple):
 DATA_PACKAGES = (
     "torch", "numpy", "PIL", "simplejpeg", "fsspec", "pyarrow", "webdataset", "transformers", "diffusers",
 )  # fmt: skip
-STATE = ("trainer.state", "trainer.optim", "trainer.ema", "trainer.checkpoint", "trainer.metrics")
+STATE = ("trainer.state", "trainer.optim", "trainer.ema", "trainer.checkpoint", "trainer.metrics", "trainer.health")
+STEP = ("trainer.state", "trainer.parallel")
 STATE_ROOM = Room(("torch",), (*STATE, "trainer.mup", "trainer.parallel"))
 WHOLE = Room(("torch", "optuna", "matplotlib"), ("models.flops", "trainer", "data"))
 
@@ -43,7 +44,8 @@ ROOMS: dict[str, Room] = {
     "models.configs": Room((), ()),
     "data": Room(DATA_PACKAGES, ("data",), ("torch.distributed",)),
     "data.config": Room((), ()),
-    "trainer.config": Room(("pydantic", "yaml"), ("models.configs", "data.config")),
+    "trainer.config": Room(("pydantic", "yaml"), ("models.configs", "data.config", "trainer.config_files")),
+    "trainer.config_files": Room(("yaml",), ()),
     "trainer.mup": Room((), ("trainer.mup.rules", "trainer.mup.table")),
     "trainer.mup.apply": Room(("torch",), ("trainer.mup",)),
     "trainer.mup.coord": Room(("torch",), ("trainer.mup",)),
@@ -52,6 +54,11 @@ ROOMS: dict[str, Room] = {
     **dict.fromkeys(STATE, STATE_ROOM),
     "trainer.metrics": STATE_ROOM._replace(packages=("torch", "wandb", "matplotlib")),
     "trainer.loop": Room(("torch",), STATE),
+    # Built by trainer.build, which it is a part of.
+    "trainer.frozen": Room(
+        ("torch",),
+        ("data", "models.layers", "trainer.config", "trainer.diffusion", "trainer.parallel", "trainer.state"),
+    ),
     "trainer.evaluate": Room(
         ("torch", "numpy", "transformers", "matplotlib"), ("trainer.evaluate", "trainer.diffusion", "data")
     ),
@@ -61,7 +68,7 @@ ROOMS: dict[str, Room] = {
     "launch": Room(PACKAGES, ("trainer", "data", "launch")),
 }
 
-NO_TORCH = ("models.configs", "data.config", "trainer.config")
+NO_TORCH = ("models.configs", "data.config", "trainer.config", "trainer.config_files")
 
 
 def within(name: str, prefixes: tuple[str, ...]) -> bool:

@@ -13,13 +13,14 @@ from .random import normal
 
 
 class Draw(NamedTuple):
-    """t [B] float32, noise, x_t and target [B, C, h, w] in x0's type, weight [B] float32."""
+    """t [B] float32; noise, x_t, target and x0 [B, C, h, w] in x0's type; weight [B] float32."""
 
     t: Tensor
     noise: Tensor
     x_t: Tensor
     target: Tensor
     weight: Tensor
+    x0: Tensor
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -44,9 +45,13 @@ class RectifiedFlow:
         """As `draw`, at given times t [B]."""
         noise = normal(keys, tuple(x0.shape[1:]), "noise").to(x0.dtype)
         time = t.to(x0.dtype)[:, None, None, None]
-        return Draw(t, noise, (1 - time) * x0 + time * noise, noise - x0, torch.ones_like(t))
+        return Draw(t, noise, (1 - time) * x0 + time * noise, noise - x0, torch.ones_like(t), x0)
 
     def loss(self, prediction: Tensor, draw: Draw) -> Tensor:
         """Mean squared error of the velocity, [B], in float32 or better."""
         error = prediction.to(draw.target.dtype) - draw.target
         return draw.weight * error.square().flatten(1).mean(1)
+
+    def denoising_loss(self, prediction: Tensor, draw: Draw) -> Tensor:
+        """What validation measures: here the loss itself."""
+        return self.loss(prediction, draw)

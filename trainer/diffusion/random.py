@@ -14,7 +14,7 @@ _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 # One number a purpose, so that streams of one key are independent of each other.
-PURPOSES = {"time": 0x74696D65, "noise": 0x6E6F6973, "posterior": 0x706F7374}
+PURPOSES = {"time": 0x74696D65, "noise": 0x6E6F6973, "posterior": 0x706F7374}  # the first four letters
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -46,3 +46,16 @@ def normal(keys: Tensor, shape: tuple[int, ...], purpose: str) -> Tensor:
     angle = (low + 0.5) * (2.0**-32 * 2 * math.pi)
     numbers = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
     return numbers.reshape(len(keys), -1)[:, :count].reshape(len(keys), *shape)
+
+
+def integers(keys: Tensor, high: int, purpose: str) -> Tensor:
+    """keys int64 [B] -> [B] int64, uniform on 0 .. high - 1.
+
+    The upper half of a word times `high` keeps the odds of two values within high / 2^32 of each other.
+    """
+    return (_shift_right(bits(keys, 1, purpose)[:, 0], 32) * high) >> 32
+
+
+def at_step(keys: Tensor, step: int) -> Tensor:
+    """Keys of one step of a sampler: int64 [B], independent of those of other steps."""
+    return mix(mix(keys) + torch.full_like(keys, step + 1) * _GOLDEN)

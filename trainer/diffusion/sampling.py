@@ -1,15 +1,34 @@
-"""From noise to images: the Euler sampler and classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
+"""From noise to images: Euler for flows, and classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .flow import shift_time
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, C, h, w], t [B]) -> velocity like x."""
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, C, h, w], t [B]) -> the model's output [B, C or 2 C, h, w]: velocity, or noise (and variance)."""
+
+
+class Sampler(Protocol):
+    def __call__(self, predict: Predict, noise: Tensor, keys: Tensor) -> Tensor:
+        """noise [B, C, h, w] -> images like it; whatever else is random is a function of keys int64 [B]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Steps of a rectified flow, at times shifted as in training."""
+
+    steps: int
+    shift: float
+
+    def __call__(self, predict: Predict, noise: Tensor, keys: Tensor) -> Tensor:
+        return euler(predict, noise, euler_times(self.steps, self.shift))
 
 
 def euler_times(steps: int, shift: float) -> list[float]:
@@ -17,7 +36,7 @@ def euler_times(steps: int, shift: float) -> list[float]:
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
 
 
-def euler(velocity: Velocity, noise: Tensor, times: list[float]) -> Tensor:
+def euler(velocity: Predict, noise: Tensor, times: list[float]) -> Tensor:
     """Integrate dx/dt = velocity from times[0] to times[-1]; noise [B, C, h, w] -> images like it."""
     x = noise
     for t, t_next in pairwise(times):
@@ -25,13 +44,19 @@ def euler(velocity: Velocity, noise: Tensor, times: list[float]) -> Tensor:
     return x
 
 
-def guided(conditional: Velocity, unconditional: Velocity, guidance: float) -> Velocity:
-    """unconditional + guidance x (conditional - unconditional); at guidance 1 the unconditional is not computed."""
+def guided(conditional: Predict, unconditional: Predict, guidance: float, channels: int | None = None) -> Predict:
+    """unconditional + guidance x (conditional - unconditional); at guidance 1 the unconditional is not computed.
+
+    channels: how many of the image's channels are guided, None for all (the official DiT guides 3 of its 4). The
+    others, and a learned variance behind them, are the conditional's.
+    """
     if guidance == 1.0:
         return conditional
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        without = unconditional(x, t)
-        return without + guidance * (conditional(x, t) - without)
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        output, without = conditional(x, t), unconditional(x, t)
+        count = x.shape[1] if channels is None else min(channels, x.shape[1])
+        led = without[:, :count] + guidance * (output[:, :count] - without[:, :count])
+        return torch.cat([led, output[:, count:]], dim=1)
 
-    return velocity
+    return predict

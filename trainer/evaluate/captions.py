@@ -7,13 +7,12 @@ import torch
 from torch import nn
 
 from data.batch import Batch
-from trainer.diffusion.flow import RectifiedFlow
 
-from .val_loss import Banked, sample_losses
+from .val_loss import Banked, DrawsAt, sample_losses
 
 
 def caption_margins(
-    model: nn.Module, objective: RectifiedFlow, batches: Sequence[Batch], encode: Callable[[Batch], Banked]
+    model: nn.Module, objective: DrawsAt, batches: Sequence[Batch], encode: Callable[[Batch], Banked]
 ) -> np.ndarray:
     """Per image: loss with the caption of the next image of its batch minus loss with its own, float64 [n].
 

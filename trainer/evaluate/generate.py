@@ -12,25 +12,26 @@ from torch import Tensor, nn
 
 from data.order import position_keys
 from trainer.diffusion.random import normal
-from trainer.diffusion.sampling import Velocity, euler, euler_times, guided
+from trainer.diffusion.sampling import Predict, Sampler, guided
 
 
 def images_from_prompts(
     model: nn.Module,
-    encode_text: Callable[[list[str]], Any],
+    encode_prompts: Callable[[list[str]], Any],
     decode: Callable[[Tensor], Tensor],
     prompts: Sequence[str],
     latent_shape: tuple[int, int, int],
+    sampler: Sampler,
     seed: int,
-    steps: int,
     guidance: float,
-    shift: float,
+    guidance_channels: int | None,
     device: torch.device,
     group: dist.ProcessGroup,
     batch_size: int = 32,
 ) -> np.ndarray:
     """uint8 [len(prompts), H, W, 3], on every rank.
 
+    encode_prompts: prompts -> what the model is conditioned on; "" is no condition.
     Each rank computes its part; all run the same number of batches, because sharded weights are gathered together.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -42,9 +43,9 @@ def images_from_prompts(
             part = numbers[start : start + batch_size]
             keys = torch.from_numpy(position_keys(seed, np.array(part, dtype=np.int64))).to(device)
             noise = normal(keys, latent_shape, "noise").float()
-            conditional = _velocity(model, encode_text([prompts[i] for i in part]))
-            unconditional = _velocity(model, encode_text([""] * len(part)))
-            latents = euler(guided(conditional, unconditional, guidance), noise, euler_times(steps, shift))
+            conditional = _predict(model, encode_prompts([prompts[i] for i in part]))
+            unconditional = _predict(model, encode_prompts([""] * len(part)))
+            latents = sampler(guided(conditional, unconditional, guidance, guidance_channels), noise, keys)
             pixels = (decode(latents).float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
             images.append(pixels.permute(0, 2, 3, 1).cpu())  # [b, H, W, 3]
     mine = torch.cat(images)
@@ -53,7 +54,7 @@ def images_from_prompts(
     return torch.cat(parts)[: len(prompts)].numpy()
 
 
-def _velocity(model: nn.Module, condition: Any) -> Velocity:
+def _predict(model: nn.Module, condition: Any) -> Predict:
     return lambda x, t: model(x, t, condition)[0].to(x.dtype)
 
 

@@ -28,7 +28,7 @@ class Banked(Protocol):
 
 class DrawsAt(Protocol):
     def draw_at(self, x0: Tensor, keys: Tensor, t: Tensor) -> Any: ...
-    def loss(self, prediction: Tensor, draw: Any) -> Tensor: ...
+    def denoising_loss(self, prediction: Tensor, draw: Any) -> Tensor: ...
 
 
 def levels() -> list[float]:
@@ -44,7 +44,7 @@ def sample_losses(model: nn.Module, objective: DrawsAt, batch: Banked, condition
         for t in levels():
             draw = objective.draw_at(batch.x0, batch.keys, torch.full_like(batch.weight, t))
             prediction, _ = model(draw.x_t, draw.t, condition)
-            losses.append(objective.loss(prediction, draw))
+            losses.append(objective.denoising_loss(prediction, draw))
     return torch.stack(losses).unflatten(0, (len(conditions), LEVELS))
 
 

@@ -44,7 +44,8 @@ def build_table(
 ) -> MuTable:
     """Table of factory(width) against factory(base_width), all on the meta device.
 
-    width_step: the smallest growth of the width (head_dim); the delta model is that much wider than the base.
+    width_step: the delta model is that much wider than the base. Twice the base width is a width wherever the base
+        is one (whole heads, thirds), so base_width is a step that always fits.
     """
     with torch.device("meta"):
         base, delta, target = (describe(factory(w)) for w in (base_width, base_width + width_step, width))
@@ -91,7 +92,11 @@ def init_parameters(model: nn.Module, table: MuTable, seed: int) -> None:
             generator = torch.Generator(device=local.device)
             generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             full = torch.empty(row.shape, dtype=torch.float32, device=local.device)
-            full.normal_(0.0, row.init_std, generator=generator)
+            if row.init == "xavier_uniform":
+                bound = 3**0.5 * row.init_std  # a uniform's standard deviation is bound / sqrt(3)
+                full.uniform_(-bound, bound, generator=generator)
+            else:
+                full.normal_(0.0, row.init_std, generator=generator)
             local.copy_(_shard_like(full, parameter))
 
 

@@ -69,8 +69,8 @@ def fans(info: ParameterInfo) -> tuple[int, int]:
     return math.prod(shape[1:]), shape[0]
 
 
-def init_std(init: str, std: float, fan_in: int) -> float:
-    """Standard deviation that the declared formula gives at this fan_in."""
+def init_std(init: str, std: float, fan_in: int, fan_out: int) -> float:
+    """Standard deviation that the declared formula gives at these fans."""
     match init:
         case "zeros" | "ones":
             return 0.0
@@ -78,7 +78,9 @@ def init_std(init: str, std: float, fan_in: int) -> float:
             return std
         case "fan_in":
             return std / math.sqrt(fan_in)
-    raise TableError(f'unknown init "{init}": use zeros, ones, normal or fan_in')
+        case "xavier_uniform":
+            return std * math.sqrt(2 / (fan_in + fan_out))
+    raise TableError(f'unknown init "{init}": use zeros, ones, normal, fan_in or xavier_uniform')
 
 
 def _role_from_shapes(infinite: list[int], info: ParameterInfo) -> tuple[Role | None, tuple[Role, ...], str]:
@@ -161,13 +163,13 @@ class MuTable:
             base_fan_in, base_fan_out = fans(base[name])
             scale = factors(role, fan_in / base_fan_in, fan_out / base_fan_out, settings)
             # muP takes the init formula at the base shape; SP at the shape that is trained.
-            formula_fan_in = base_fan_in if settings.parametrization == "mup" else fan_in
+            at_fans = (base_fan_in, base_fan_out) if settings.parametrization == "mup" else (fan_in, fan_out)
             rows[name] = Row(
                 role=role,
                 shape=info.shape,
                 base_shape=base_shape,
                 init=declared.init,
-                init_std=init_std(declared.init, declared.std, formula_fan_in) * scale.init,
+                init_std=init_std(declared.init, declared.std, *at_fans) * scale.init,
                 multiplier=scale.multiplier,
                 lr=scale.lr,
                 weight_decay=scale.weight_decay if decays(role, len(info.shape), settings) else 0.0,

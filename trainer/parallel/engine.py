@@ -13,10 +13,22 @@ class CheckpointError(ValueError):
 
 
 class StepResult(NamedTuple):
-    """Scalars on the device; reading them is the caller's host sync. skipped: 1 if the step was not finite."""
+    """Scalars on the device; reading them is the caller's host sync. skipped: 1 if the step was not finite.
+    clipped: 1 if the gradients were scaled down."""
 
     grad_norm: Tensor
     skipped: Tensor
+    clipped: Tensor
+
+
+class Watch(Protocol):
+    """Who looks at an update from both sides; both calls stay on the device."""
+
+    def before(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """This rank's shards and clipped gradients, by name."""
+        ...
+
+    def after(self, weights: Mapping[str, Tensor]) -> None: ...
 
 
 class Engine(Protocol):
@@ -28,8 +40,9 @@ class Engine(Protocol):
         """Accumulate gradients; `last` marks the step's last micro-batch, at which they are reduced (mean)."""
         ...
 
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with base learning rate `lr`, clear gradients; a step with a non-finite norm changes nothing."""
+    def step(self, lr: float, watch: Watch | None = None) -> StepResult:
+        """Clip, update with base learning rate `lr`, clear gradients; a step with a non-finite norm changes nothing.
+        watch: is shown the update."""
         ...
 
     def master_shards(self) -> dict[str, Tensor]:

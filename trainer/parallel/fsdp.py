@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .dcp import load_tensors, save_tensors
-from .engine import StepResult
+from .engine import StepResult, Watch
 from .mesh import World
 
 Precision = Literal["bf16", "fp32", "fp64"]
@@ -78,20 +78,26 @@ class FSDP2Engine:
         self._root.set_requires_gradient_sync(last)
         loss.backward()
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, watch: Watch | None = None) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        clipped = torch.zeros_like(norm)
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip_norm, norm, foreach=True)
+            clipped = (norm > self._clip_norm).float()
         skipped = (~norm.isfinite()).float()
         # Fused AdamW reads this flag on the device and then leaves weights, moments and step count alone.
         setattr(self._optimizer, "found_inf", skipped)  # noqa: B010 (an attribute that torch looks up by name)
+        if watch is not None:
+            watch.before(self.master_shards(), self._gradient_shards())
         self._optimizer.step()
+        if watch is not None:
+            watch.after(self.master_shards())
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm, skipped)
+        return StepResult(norm, skipped, clipped)
 
     def optimizer_settings(self) -> dict[str, tuple[float, float, float]]:
         """(lr, weight decay, epsilon) that the optimizer uses for each parameter, by name."""
@@ -104,6 +110,14 @@ class FSDP2Engine:
 
     def master_shards(self) -> dict[str, Tensor]:
         return {name: _detached(parameter).to_local() for name, parameter in self._parameters.items()}
+
+    def _gradient_shards(self) -> dict[str, Tensor]:
+        shards: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                assert isinstance(parameter.grad, DTensor), name
+                shards[name] = parameter.grad.to_local()
+        return shards
 
     def full(self, name: str) -> Tensor:
         return _detached(self._parameters[name]).full_tensor()

@@ -1,0 +1,159 @@
+"""PixArt-alpha (arXiv 2310.00426, Figure 4): DiT that reads its caption by cross-attention, with adaLN-single.
+
+One linear of the time (adaLN-single) gives all blocks the same six modulations; each block adds its own small table.
+
+Shapes: B batch, N image tokens, L text tokens, D width, H heads, K head_dim, C channels, P patch size, E text width,
+O output channels (C or 2 C).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configs import PixArtConfig
+from .layers import (
+    MLP,
+    TIME_FEATURES,
+    Declaration,
+    OutputLinear,
+    QKVLinear,
+    SelfAttention,
+    SizedTextCondition,
+    TextCondition,
+    axis_sinusoids,
+    grid_positions,
+    modulate,
+    patchify,
+    sinusoids,
+    time_sinusoids,
+    unpatchify,
+)
+
+
+class CrossAttention(nn.Module):
+    """Image tokens read the text."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = nn.Linear(width, width)
+        self.kv = QKVLinear(width, width, query=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        """x [B, N, D], y [B, L, D], mask [B, 1, 1, L] -> [B, N, D]."""
+        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, N, K]
+        k, v = self.kv(y).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 2 x [B, H, L, K]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, K]
+        return self.out(attended.transpose(1, 2).flatten(2))  # [B, N, D]
+
+
+class Block(nn.Module):
+    """Self-attention and MLP, modulated and gated by time; between them cross-attention, which is neither."""
+
+    def __init__(self, config: PixArtConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, d))
+        self.attention = SelfAttention(d, config.head_dim)
+        self.cross_attention = CrossAttention(d, config.head_dim)
+        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"))
+
+    def forward(self, x: Tensor, y: Tensor, modulation: Tensor, mask: Tensor) -> Tensor:
+        """x [B, N, D], y [B, L, D], modulation [B, 6, D], mask [B, 1, 1, L] -> [B, N, D]."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + modulation).unbind(1)  # [B, D]
+        x = x + gate[:, None] * self.attention(modulate(x, shift, scale))  # [B, N, D]
+        x = x + self.cross_attention(x, y, mask)  # [B, N, D]
+        return x + gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
+
+
+class PixArt(nn.Module):
+    """Noise (and variance) of an image given time and text.
+
+    in_channels: C of the image or latent. text_width: E, the features of a text state.
+    """
+
+    def __init__(self, config: PixArtConfig, in_channels: int, text_width: int) -> None:
+        super().__init__()
+        d, patch = config.width, config.patch_size
+        out_channels = in_channels * (1 + config.learn_sigma)
+        self.config = config
+        self.patch_embed = nn.Linear(in_channels * patch * patch, d)
+        self.time_embed = MLP(TIME_FEATURES, d, d, nn.SiLU())
+        if config.micro_conditions:
+            self.size_embed = MLP(TIME_FEATURES, d // 3, d // 3, nn.SiLU())
+            self.aspect_embed = MLP(TIME_FEATURES, d // 3, d // 3, nn.SiLU())
+        self.time_modulation = nn.Linear(d, 6 * d)
+        self.text_embed = MLP(text_width, d, d, nn.GELU(approximate="tanh"))
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
+        self.final = OutputLinear(d, patch * patch * out_channels)
+
+    def fill_buffers(self) -> None:
+        """No buffers: positions are computed for the grid at hand."""
+
+    def shard_units(self) -> list[nn.Module]:
+        """The parts that are gathered, and compiled, one at a time."""
+        return list(self.blocks)
+
+    @staticmethod
+    def declarations(config: PixArtConfig) -> tuple[Declaration, ...]:
+        """Init of each parameter at the base width, and the roles that its shape cannot tell.
+
+        The tables' std does not depend on the width (the original's randn / sqrt(width) does): they are vectors.
+        """
+        small = ["time_*.weight", "text_embed.*.weight"]  # time MLP and adaLN-single; caption MLP
+        small += ["size_embed.*.weight", "aspect_embed.*.weight"] if config.micro_conditions else []
+        return (
+            Declaration("final.weight", "zeros", role="output"),
+            Declaration("*bias", "zeros"),
+            Declaration("*scale_shift_table", "normal", std=0.02),
+            Declaration("*cross_attention.out.weight", "zeros"),
+            *(Declaration(pattern, "normal", std=0.02) for pattern in small),
+            Declaration("*.weight", "xavier_uniform"),
+        )
+
+    def embed_size(self, x: Tensor, condition: TextCondition | SizedTextCondition, dtype: torch.dtype) -> Tensor:
+        """Height, width and aspect ratio of the images, a third of the features each: [B, D].
+
+        The size is the condition's, or that of x where it has none (as in sampling); the ratio is that of x.
+        """
+        height, width = x.shape[-2:]
+        if isinstance(condition, SizedTextCondition):
+            size = condition.size  # [B, 2]
+        else:
+            sides = (self.config.pixels_per_latent * side for side in (height, width))
+            size = torch.cat([torch.full((x.shape[0], 1), side, device=x.device) for side in sides], dim=1)  # [B, 2]
+        aspect = torch.full((x.shape[0],), height / width, device=x.device)  # [B]
+        sizes = self.size_embed(sinusoids(size).to(dtype)).flatten(1)  # [B, 2 D / 3]
+        return torch.cat([sizes, self.aspect_embed(sinusoids(aspect).to(dtype))], dim=-1)  # [B, D]
+
+    def forward(
+        self, x: Tensor, t: Tensor, condition: TextCondition | SizedTextCondition, features_at: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, C, h P, w P], t [B] in [0, 1] (step / 1000) -> prediction [B, O, h P, w P], and the image tokens
+        after block `features_at`."""
+        config, dtype = self.config, self.patch_embed.weight.dtype
+        height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
+        extent = config.pos_embed_base_size / config.pos_embed_interpolation
+
+        tokens = self.patch_embed(patchify(x, config.patch_size).to(dtype))  # [B, N, D]
+        axes = (axis_sinusoids(config.width, n, extent, x.device) for n in (height, width))  # [h, D/2], [w, D/2]
+        tokens = (tokens + grid_positions(*axes)).to(dtype)  # [B, N, D]
+        c = self.time_embed(time_sinusoids(t, config.time_freq_shift).to(dtype))  # [B, D]
+        if config.micro_conditions:
+            c = c + self.embed_size(x, condition, dtype)  # [B, D]
+        modulation = self.time_modulation(F.silu(c)).unflatten(-1, (6, -1))  # [B, 6, D]
+        y = self.text_embed(condition.states.to(dtype))  # [B, L, D]
+        mask = condition.mask
+        # Softmax over nothing is NaN, which weight 0 does not undo: a row without tokens reads its padding.
+        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
+
+        features = None
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, y, modulation, mask)  # [B, N, D]
+            if number == features_at:
+                features = tokens
+        shift, scale = (self.scale_shift_table + c[:, None]).unbind(1)  # 2 x [B, D]
+        patches = self.final(modulate(tokens, shift, scale))  # [B, N, P P O]
+        return unpatchify(patches, config.patch_size, height, width), features

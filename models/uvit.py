@@ -1,0 +1,156 @@
+"""U-ViT (arXiv 2209.12152, Figure 1): time, condition and patches are all tokens; long skips join the two halves.
+
+Shapes: B batch, N image tokens, L text tokens, T all tokens (1 + 1 or L + N), D width, H heads, K head_dim,
+C channels, P patch size, E text width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .configs import UViTConfig
+from .layers import (
+    MLP,
+    ClassCondition,
+    Declaration,
+    OutputLinear,
+    SelfAttention,
+    TextCondition,
+    patchify,
+    time_sinusoids,
+    unpatchify,
+)
+
+NORM_EPS = 1e-5  # as published; the other backbones have 1e-6
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each after a LayerNorm."""
+
+    def __init__(self, config: UViTConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.norm_attention = nn.LayerNorm(d, eps=NORM_EPS)
+        self.attention = SelfAttention(d, config.head_dim, bias=config.qkv_bias)
+        self.norm_mlp = nn.LayerNorm(d, eps=NORM_EPS)
+        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU())
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, T, D], mask [B, 1, 1, T] or None -> [B, T, D]."""
+        x = x + self.attention(self.norm_attention(x), mask)  # [B, T, D]
+        return x + self.mlp(self.norm_mlp(x))  # [B, T, D]
+
+
+class SkipBlock(Block):
+    """A block of the second half: first its input is joined with that of its mirror image in the first half."""
+
+    def __init__(self, config: UViTConfig) -> None:
+        super().__init__(config)
+        self.skip = nn.Linear(2 * config.width, config.width)
+
+    def forward(self, x: Tensor, mask: Tensor | None, skipped: Tensor | None = None) -> Tensor:
+        """x, skipped [B, T, D], mask [B, 1, 1, T] or None -> [B, T, D]."""
+        assert skipped is not None
+        return super().forward(self.skip(torch.cat([x, skipped], dim=-1)), mask)  # [B, T, D]
+
+
+class UViT(nn.Module):
+    """Noise of an image given time and class label or text.
+
+    in_channels: C of the image or latent. text_width: E, the features of a text state.
+    """
+
+    def __init__(self, config: UViTConfig, in_channels: int, text_width: int) -> None:
+        super().__init__()
+        d, patch, half = config.width, config.patch_size, config.depth // 2
+        self.config = config
+        self.patch_embed = nn.Linear(in_channels * patch * patch, d)
+        if config.time_mlp:
+            self.time_embed = MLP(d, 4 * d, d, nn.SiLU())
+        if config.condition == "label":
+            self.label_embed = nn.Embedding(config.num_classes + 1, d)  # the last one is the null label
+        else:
+            self.text_embed = nn.Linear(text_width, d)
+        self.first = 1 + (1 if config.condition == "label" else config.text_length)  # table row of the first patch
+        self.pos_embed = nn.Parameter(torch.zeros(self.first + config.input_size**2, d))
+        self.in_blocks = nn.ModuleList([Block(config) for _ in range(half)])
+        self.mid_block = Block(config)
+        self.out_blocks = nn.ModuleList([SkipBlock(config) for _ in range(half)])
+        self.norm = nn.LayerNorm(d, eps=NORM_EPS)
+        self.final = OutputLinear(d, patch * patch * in_channels)
+        if config.final_conv:
+            self.final_conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+
+    def fill_buffers(self) -> None:
+        """No buffers: positions are learned."""
+
+    def shard_units(self) -> list[nn.Module]:
+        """The parts that are gathered, and compiled, one at a time: the blocks in their order."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
+    @staticmethod
+    def declarations(config: UViTConfig) -> tuple[Declaration, ...]:
+        """Init of each parameter at the base width, and the roles that its shape cannot tell.
+
+        As published: 0.02 for linear layers and positions; torch's default, std 1 / sqrt(3 fan_in), for convolutions
+        (a patch embedding is one), and 1 for labels. The final layer is zero here, as muP wants it.
+        """
+        labels = config.condition == "label"
+        return (
+            Declaration("final.weight", "zeros", role="output"),
+            Declaration("*bias", "zeros"),
+            Declaration("*norm*.weight", "ones"),
+            Declaration("patch_embed.weight", "fan_in", std=3**-0.5),
+            *([Declaration("final_conv.weight", "fan_in", std=3**-0.5)] if config.final_conv else []),
+            *([Declaration("label_embed.weight", "normal", std=config.label_init_std)] if labels else []),
+            Declaration("*", "normal", std=0.02),
+        )
+
+    def condition_tokens(
+        self, condition: ClassCondition | TextCondition, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, 1 or L, D] of label or text, and the text's mask [B, L]."""
+        if isinstance(condition, ClassCondition):
+            return self.label_embed(condition.labels)[:, None], None  # [B, 1, D]
+        length = condition.states.shape[1]
+        if length > self.config.text_length:
+            raise ValueError(f"{length} text tokens do not fit model.text_length {self.config.text_length}: raise it")
+        return self.text_embed(condition.states.to(dtype)), condition.mask  # [B, L, D], [B, L]
+
+    def forward(
+        self, x: Tensor, t: Tensor, condition: ClassCondition | TextCondition, features_at: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, C, h P, w P], t [B] in [0, 1] (step / 1000) -> prediction like x, and the image tokens after block
+        `features_at` (in the order of shard_units)."""
+        config, dtype = self.config, self.patch_embed.weight.dtype
+        height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
+        if height != config.input_size or width != config.input_size:
+            raise ValueError(f"{height} x {width} tokens do not fit model.input_size {config.input_size}")
+
+        patches = self.patch_embed(patchify(x, config.patch_size).to(dtype))  # [B, N, D]
+        time = time_sinusoids(t, config.time_freq_shift, config.width).to(dtype)  # [B, D]
+        if config.time_mlp:
+            time = self.time_embed(time)  # [B, D]
+        given, text_mask = self.condition_tokens(condition, dtype)  # [B, 1 or L, D], [B, L]
+        extras = 1 + given.shape[1]
+        positions = torch.cat([self.pos_embed[:extras], self.pos_embed[self.first :]])  # [T, D]
+        tokens = torch.cat([time[:, None], given, patches], dim=1) + positions  # [B, T, D]
+        mask = None
+        if text_mask is not None:
+            seen = text_mask.new_ones(x.shape[0], 1)
+            image = seen.expand(-1, patches.shape[1])
+            mask = torch.cat([seen, text_mask, image], dim=1)[:, None, None]  # [B, 1, 1, T]
+
+        features, skipped, half = None, [], config.depth // 2
+        for number, block in enumerate(self.shard_units()):
+            if number <= half:
+                tokens = block(tokens, mask)  # [B, T, D]
+            else:
+                tokens = block(tokens, mask, skipped.pop())  # [B, T, D]
+            if number < half:
+                skipped.append(tokens)
+            if number == features_at:
+                features = tokens[:, extras:]
+        prediction = unpatchify(self.final(self.norm(tokens[:, extras:])), config.patch_size, height, width)
+        if config.final_conv:
+            prediction = self.final_conv(prediction)  # [B, C, h P, w P]
+        return prediction, features

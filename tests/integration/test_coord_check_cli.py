@@ -1,0 +1,78 @@
+"""launch/coord_check.py as a person runs it: verdict, files, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from launch import coord_check
+from tests.distributed.runs import ROOT, environment
+from trainer.config import ConfigError
+
+SMALL = ("data.resolution=16", "text_encoder.max_length=8", "text_encoder.width=32")
+
+
+def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/coord_check.py", "--config", "mmdit_debug_mup.yaml", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def report(folder: Path, exit_code: int, *arguments: str) -> dict[str, Any]:
+    done = check("--output", folder, *arguments, *SMALL)
+    assert done.returncode == exit_code, done.stdout + done.stderr
+    found = json.loads((folder / "coord_check.json").read_text())
+    assert found["verdict"].upper() in done.stdout
+    assert matplotlib.image.imread(folder / "coord_check.png").shape[1] > 400
+    return found
+
+
+def test_mup_passes_and_says_how_far_from_the_limits(tmp_path: Path) -> None:
+    found = report(tmp_path, 0, "--widths", "128,256,512", "--seeds", "1")
+    assert found["passed"] is True
+    assert found["worst"]["control"]["slope"] > 0.7
+    assert abs(found["worst"]["change"]["slope"]) < 0.25
+    assert not any(found["culprits"].values())
+    assert {row["run"] for row in found["rows"]} == {"checked", "control"}
+    assert found["settings"]["widths"] == [128, 256, 512]
+
+
+def test_sp_fails(tmp_path: Path) -> None:
+    found = report(tmp_path, 1, "--widths", "64,128,256", "--seeds", "1", "mup.parametrization=sp")
+    assert found["passed"] is False
+    assert max(row["slope"] for row in found["rows"] if row["judged"] and row["slope"] is not None) > 0.7
+
+
+def test_a_tiny_learning_rate_hides_nothing(tmp_path: Path) -> None:
+    found = report(tmp_path, 1, "--widths", "32,64,128", "--seeds", "1", "--lr", "1e-7")
+    assert (found["passed"], found["verdict"]) == (False, "inconclusive")
+
+
+def test_bad_input_is_one_message(tmp_path: Path) -> None:
+    done = check("--output", tmp_path / "out", "--widths", "64,100,128")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "model.width 100 is not a multiple of model.head_dim 16" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--widths", "64,128,128"), "--widths needs at least 3 different widths"),
+        (("--steps", "0"), "--steps and --seeds must be at least 1"),
+        (("--lr", "-1"), r"optim\.lr: .* greater than 0"),
+        (("optim.betta=1",), r"optim\.betta: unknown key"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    command = ["coord_check.py", "--config", "mmdit_debug_mup.yaml", "--output", str(tmp_path / "out"), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ConfigError, match=message):
+        coord_check.main()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,234 @@
+"""T7-T9 and T11: training does not depend on the width, SP's does, and a planted fault is named.
+
+Through the command's own composition (FSDP2, fused AdamW, the trainer's objective), for each configs/*_debug_mup.yaml.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launch.coord_check import build_subject, check_config
+from trainer.build import build_mup_table
+from trainer.config import CONFIG_DIR, TrainConfig
+from trainer.mup import coord
+from trainer.mup.coord import CONTROL, Kind, Measured, Report, judge, measure
+from trainer.mup.table import Row
+from trainer.parallel.mesh import World, init_world
+
+BACKBONES = sorted(path.stem for path in CONFIG_DIR.glob("*_debug_mup.yaml"))
+# Few tokens: what is tested is the width. Synthetic data need no encoder of the config's.
+SMALL = ("data.resolution=16", "text_encoder.max_length=8", "text_encoder.width=32")
+WIDTHS = (64, 128, 256, 512)
+LR = 2.0**-7
+STEPS = 5
+
+Fault = Callable[[str, Row, float], Row]
+"""(name, row, width / base width) -> the row with the fault."""
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    world = init_world(1)
+    yield world
+    dist.destroy_process_group()
+    torch.backends.cuda.enable_flash_sdp(flash)  # init_world turns it off; other tests run in this process
+
+
+def configured(backbone: str, width: int, seed: int, *overrides: str, lr: float = LR) -> TrainConfig:
+    return check_config(f"{backbone}.yaml", [*SMALL, *overrides], width, seed, lr, batch=8)
+
+
+def sweep(
+    world: World, backbone: str, *overrides: str, widths: tuple[int, ...] = WIDTHS, seeds: int = 1,
+    fault: Fault | None = None, lr: float = LR, steps: int = STEPS,
+) -> Measured:  # fmt: skip
+    def build(width: int, seed: int) -> coord.Subject:
+        config = configured(backbone, width, seed, *overrides, lr=lr)
+        table = build_mup_table(config)
+        if fault is not None:
+            m = width / config.mup.base_width
+            table = replace(table, rows={name: fault(name, row, m) for name, row in table.rows.items()})
+        return build_subject(config, world, table)
+
+    return measure(build, widths, seeds, steps)
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def sound(request: pytest.FixtureRequest, world: World) -> tuple[str, Report]:
+    """(backbone, report of the right table beside its SP control)."""
+    backbone = request.param
+    checked = sweep(world, backbone, seeds=2)
+    return backbone, judge(checked, sweep(world, backbone, "mup.parametrization=sp"))
+
+
+def slopes(report: Report, kind: Kind) -> dict[str, float]:
+    """The largest |slope| of each name over the steps, of what is judged."""
+    return {row.figure.name: row.size for row in coord.ranked(report.rows, kind)}
+
+
+def test_a_debug_config_is_found() -> None:
+    assert "mmdit_debug_mup" in BACKBONES
+
+
+def test_mup_does_not_depend_on_the_width(sound: tuple[str, Report]) -> None:
+    """T7-T9 at their thresholds, on the bare slopes. The control is part of the verdict: SP must exceed 0.7."""
+    backbone, report = sound
+    assert report.verdict == "passed", report.reason
+    for kind, limit in coord.LIMITS.items():
+        found = slopes(report, kind)
+        assert max(found.values()) <= limit, found
+    table = build_mup_table(configured(backbone, WIDTHS[0], 0))
+    assert slopes(report, "update").keys() == table.rows.keys(), "a parameter never moved"
+    assert len(slopes(report, "change")) > len(table.rows) / 3
+    assert any(row.slope is not None and row.slope > CONTROL for row in report.control)
+
+
+def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Report], world: World) -> None:
+    """Judged by the same thresholds, the SP control is a failure that names hidden weights."""
+    backbone, report = sound
+    measured = sweep(world, backbone, "mup.parametrization=sp", widths=WIDTHS[:3])
+    table = build_mup_table(configured(backbone, WIDTHS[0], 0))
+    updates = judge(measured, measured).culprits["update"]
+    assert table.rows[updates[0].figure.name].role == "hidden"
+    assert updates[0].size > CONTROL
+    assert sum(row.exceeds for row in report.control) > 10
+
+
+# ------------------------------------------------------------------------------------------------------ planted faults
+
+
+def by_role(role: str, change: Callable[[Row, float], Row]) -> Fault:
+    return lambda name, row, m: change(row, m) if row.role == role else row
+
+
+def by_name(part: str, change: Callable[[Row, float], Row]) -> Fault:
+    return lambda name, row, m: change(row, m) if part in name and name.endswith(".weight") else row
+
+
+def as_hidden(row: Row, m: float) -> Row:
+    return replace(row, lr=1 / m, init_std=row.init_std * m**-0.5)
+
+
+def as_input(row: Row, m: float) -> Row:
+    return replace(row, lr=1.0, init_std=row.init_std * m**0.5)
+
+
+def is_(role: str) -> Callable[[str, Row], bool]:
+    return lambda name, row: row.role == role
+
+
+class Planted(NamedTuple):
+    """seen: kinds of figure that exceed their limit. blind: kinds that do not. first: whether the parameter that is
+    named first has this role, or contains this name."""
+
+    fault: Fault
+    seen: set[Kind]
+    first: Callable[[str, Row], bool] | None = None
+    blind: frozenset[Kind] = frozenset()
+
+
+FAULTS: dict[str, Planted] = {
+    "hidden lr not scaled": Planted(
+        by_role("hidden", lambda r, m: replace(r, lr=1.0)), {"change", "update"}, is_("hidden")),
+    "hidden lr by the square root": Planted(
+        by_role("hidden", lambda r, m: replace(r, lr=m**-0.5)), {"change", "update"}, is_("hidden")),
+    "input lr scaled": Planted(
+        by_role("input", lambda r, m: replace(r, lr=1 / m)), {"update"}, is_("input")),
+    "bias lr scaled": Planted(  # as a fault of biases mostly is: only the parameters themselves show it
+        by_role("vector", lambda r, m: replace(r, lr=1 / m)), {"update"}, is_("vector"), frozenset({"activation"})),
+    "no multiplier": Planted(  # the loss explodes, and so does more than the output's weight
+        by_role("output", lambda r, m: replace(r, multiplier=1.0)), {"activation", "update"}),
+    "double output rule": Planted(
+        by_role("output", lambda r, m: replace(r, lr=1 / m)), {"activation", "update"}, is_("output")),
+    "time_embed.fc1 as hidden": Planted(
+        by_name("time_embed.fc1", as_hidden), {"update"}, lambda n, _: n == "time_embed.fc1.weight"),
+    "modulation as input": Planted(
+        by_name("modulation", as_input), {"change", "update"}, lambda n, _: "modulation" in n),
+    "hidden init not scaled": Planted(
+        by_role("hidden", lambda r, m: replace(r, init_std=r.init_std * m**0.5)), {"activation", "weight"}),
+    # What xavier does to a patch embedding at the target's own shape: std falls with the square root of fan_out.
+    "xavier patch at the target's shape": Planted(
+        by_name("patch_embed", lambda r, m: replace(r, init_std=r.init_std * m**-0.5)), {"activation"}),
+}  # fmt: skip
+
+# Without 512: slopes of faults are far over the limits, and most of the time goes there.
+NARROW = WIDTHS[:3]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named(backbone: str, fault: str, world: World) -> None:
+    planted = FAULTS[fault]
+    table = build_mup_table(configured(backbone, WIDTHS[1], 0))
+    changed = {name for name, row in table.rows.items() if planted.fault(name, row, 2.0) != row}
+    if not changed:
+        pytest.skip("this backbone has no such weight")
+    measured = sweep(world, backbone, fault=planted.fault, widths=NARROW)
+    culprits = judge(measured, measured).culprits
+    over = {kind for kind, rows in culprits.items() if rows}
+    assert over >= planted.seen, culprits
+    assert not over & planted.blind, culprits
+    if "update" in planted.seen:
+        named = [row.figure.name for row in culprits["update"]]
+        assert changed & set(named), named
+        assert planted.first is None or planted.first(named[0], table.rows[named[0]]), named
+
+
+# --------------------------------------------------------------------------------------------------- Adam's epsilon
+
+
+def adaln_zero_slope(world: World, backbone: str, eps: str) -> float:
+    """T11: the change with the largest |slope| at steps 3 and 5 of adaLN-zero, at the learning rate of training."""
+    overrides = ("model.adaln_init=zero", f"optim.eps={eps}")
+    measured = sweep(world, backbone, *overrides, lr=2.0**-10)
+    rows = [r for r in coord.rows_of(measured) if r.figure.kind == "change" and r.figure.step in (3, 5) and r.judged]
+    worst = max(rows, key=lambda row: row.size)
+    assert worst.slope is not None, worst
+    return worst.slope
+
+
+@pytest.mark.parametrize("backbone", [b for b in BACKBONES if hasattr(configured(b, 64, 0).model, "adaln_init")])
+def test_adaln_zero_needs_a_small_epsilon(backbone: str, world: World) -> None:
+    """Gradients behind a zero gate are as small as 1e-9, and shrink with the width."""
+    assert abs(adaln_zero_slope(world, backbone, "1e-12")) <= 0.25
+    assert adaln_zero_slope(world, backbone, "1e-8") < -0.25
+
+
+# ---------------------------------------------------------------------------------------------------------- the judge
+
+
+def test_fit() -> None:
+    sound = coord.fit({64: [1.0, 1.1], 128: [2.0, 2.2], 256: [4.0, 4.4]})
+    assert sound.slope == pytest.approx(1.0)
+    assert 0 < sound.error < 0.1
+    assert coord.fit({64: [1.0], 128: [2.0]}, size=16).error > coord.fit({64: [1.0], 128: [2.0]}).error == 0.0
+    assert coord.fit({64: [0.0], 128: [0.0]})[:3] == (None, 0.0, False)
+    assert coord.fit({64: [1.0], 128: [0.0]})[:3] == (None, 0.0, True)
+    assert coord.fit({64: [1.0], 128: [float("nan")]}).why == "not finite at width 128"
+
+
+def test_a_control_that_does_not_move_is_inconclusive(world: World) -> None:
+    """At a tiny learning rate SP looks well, and so would a fault; rounding may even fail a right model."""
+    sp = sweep(world, "mmdit_debug_mup", "mup.parametrization=sp", widths=NARROW, lr=1e-7)
+    assert judge(sp, sp).verdict == "inconclusive"
+
+
+def test_the_module_with_a_fault_is_seen_through_its_hooks() -> None:
+    """Leaves and units are observed; of a compiled unit its output alone."""
+    unit = nn.Sequential(nn.Linear(2, 2), nn.SiLU())
+    model = nn.Sequential(nn.Linear(2, 2), unit)
+    assert coord.observe(model, [unit], compiled=False).keys() == {"0", "1", "1.0", "1.1"}
+    assert coord.observe(model, [unit], compiled=True).keys() == {"0", "1"}
+    assert coord.recorded_steps(50) == [1, 2, 3, 4, 5, 8, 16, 32, 50]
+
+
+def test_spectral_norm() -> None:
+    matrix = torch.randn(7, 30, generator=torch.Generator().manual_seed(0))
+    for tall in (matrix, matrix.T, matrix * 1e-25):
+        assert coord._spectral_norm(tall).item() == pytest.approx(torch.linalg.matrix_norm(tall, 2).item(), rel=1e-4)

@@ -1,0 +1,124 @@
+"""Live health: figures by hand, and what a real run logs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.runs import train
+from trainer.health import BINS, Health, Watched, time_figures, time_sums
+from trainer.loop import train_step
+from trainer.metrics import _wandb_name
+from trainer.parallel.engine import StepResult
+from trainer.parallel.mesh import init_world
+from trainer.state import TrainState
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    init_world(1)
+    yield
+    dist.destroy_process_group()
+    torch.backends.cuda.enable_flash_sdp(flash)
+
+
+def test_figures_by_role() -> None:
+    settings = {"a": Watched("hidden", 1e-3), "b": Watched("hidden", 1e-6), "c": Watched("vector", 1e-3)}
+    weights = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2), "c": torch.tensor([2.0])}
+    gradients = {"a": torch.tensor([0.0099, -0.0101]), "b": torch.tensor([-0.009, 0.0])}  # c has none
+    health = Health(settings, replicas=1)
+    health.before(weights, gradients)
+    weights["a"] += torch.tensor([0.3, -0.4])
+    weights["b"] += 1.0
+    health.after(weights)
+    figures = health.figures()
+    squared = 3.3**2 + 3.6**2 + 2
+    assert figures == {
+        "mup/hidden/update_to_weight": pytest.approx(((0.5**2 + 2) / squared) ** 0.5),
+        "mup/hidden/weight_norm": pytest.approx(squared**0.5),
+        # 0.0099 is under ten epsilons of a, and 0 of b; -0.009 is far over those of b.
+        "mup/hidden/tiny_gradient_share": 0.5,
+        "mup/vector/update_to_weight": 0.0,
+        "mup/vector/weight_norm": 2.0,
+    }
+    assert health.figures() == {}, "read twice"
+
+
+def test_a_role_of_zeros_has_no_ratio() -> None:
+    health = Health({"a": Watched("fixed", 1e-3)}, replicas=1)
+    health.before({"a": torch.zeros(2)}, {"a": torch.ones(2)})
+    health.after({"a": torch.zeros(2)})
+    assert health.figures() == {"mup/fixed/weight_norm": 0.0, "mup/fixed/tiny_gradient_share": 0.0}
+
+
+def test_replicas_are_counted_once() -> None:
+    """Two ranks with the same shard: the sum over ranks holds it twice (here: one rank, told that it is half)."""
+    health = Health({"a": Watched("input", 1.0)}, replicas=2)
+    health.before({"a": torch.tensor([2.0])}, {"a": torch.ones(1)})
+    health.after({"a": torch.tensor([4.0])})
+    found = health.figures()
+    assert found["mup/input/weight_norm"] == pytest.approx(8**0.5)
+    assert found["mup/input/update_to_weight"] == 0.5
+    assert found["mup/input/tiny_gradient_share"] == 1.0
+
+
+def test_loss_by_time() -> None:
+    t = torch.tensor([0.0, 0.01, 0.5, 0.9999, 1.0])
+    sums = time_sums(t, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))
+    assert sums.shape == (2, BINS)
+    assert time_figures(sums.flatten().tolist()) == {"mup/loss_t0.0625": 2.0, "mup/loss_t0.9375": 8.0}
+
+
+def test_wandb_keeps_the_prefix() -> None:
+    assert _wandb_name("mup/hidden/weight_norm") == "mup/hidden/weight_norm"
+
+
+def test_a_run_logs_its_health(tmp_path: Path) -> None:
+    records = train(
+        1, tmp_path / "run", "train.steps=6", "train.log_every=2", "train.validate_every=0", "train.sample_every=0",
+        "train.checkpoint_every=0", "optim.clip_norm=0.3", "optim.eps=1e-5", "data.shards=synthetic",
+        "optim.warmup_steps=0", "optim.schedule=constant", "train.global_batch_size=64",
+    )  # fmt: skip
+    for record in (record for record in records if record["step"]):
+        by_time = [value for key, value in record.items() if key.startswith("mup/loss_t")]
+        assert len(by_time) > BINS // 2
+        assert min(by_time) <= record["loss"] <= max(by_time)
+        assert 0 <= record["mup/clip_share"] <= 1
+        for role in ("input", "hidden", "output", "vector", "fixed"):
+            assert record[f"mup/{role}/weight_norm"] > 0
+    last = records[-1]
+    assert 0 < last["mup/hidden/update_to_weight"] < 0.2
+    # Beside so large an epsilon most gradients of the blocks vanish, those of the output do not.
+    assert last["mup/hidden/tiny_gradient_share"] > 0.5
+    assert last["mup/output/tiny_gradient_share"] < 0.5
+
+
+def test_only_a_logged_step_is_watched() -> None:
+    """Any other would pay for the copy of the weights."""
+    seen: list[bool] = []
+
+    def step(lr: float, watch: object) -> StepResult:
+        seen.append(watch is not None)
+        return StepResult(*torch.zeros(3))
+
+    b = torch.zeros(2)
+    engine = SimpleNamespace(model=lambda *_: (b, None), backward=lambda *_, **__: None, step=step)
+    run = SimpleNamespace(
+        state=TrainState.start(torch.device("cpu")),
+        world=SimpleNamespace(size=1, device=torch.device("cpu")),
+        plan=SimpleNamespace(global_batch_size=2, log_every=3, steps=7),
+        encode=lambda _: SimpleNamespace(x0=b, keys=b, condition=None, weight=b + 1, text_tokens=b.sum()),
+        objective=SimpleNamespace(draw=lambda *_: SimpleNamespace(x_t=b, t=b), loss=lambda *_: b + 1),
+        engine=engine,
+        health=Health({}, replicas=1),
+        lr=lambda _: 1.0,
+        ema=SimpleNamespace(update=lambda *_: None),
+    )
+    for number in range(7):
+        train_step(run, number, [SimpleNamespace(read=2, holes=[])])  # pyright: ignore[reportArgumentType]
+    assert seen == [False, False, True, False, False, True, True]
+    assert time_figures(run.state.totals.tolist()[6:]) == {"mup/loss_t0.0625": 1.0}
