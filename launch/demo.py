@@ -30,14 +30,14 @@ from trainer.metrics import read_metrics
 from trainer.parallel.mesh import init_world
 
 SUBJECTS = (
-    "a red apple",
-    "a soccer ball",
-    "a sunflower",
-    "a pizza",
     "a grinning face",
-    "a blue heart",
-    "a birthday cake",
+    "a cat face",
+    "a red heart",
     "a full moon",
+    "a flag of japan",
+    "a keycap 4",
+    "a woman",
+    "a blue square",
 )
 EXACT_KEYS = ("loss", "grad_norm", "lr")
 PAIRED_IMAGES = 256
