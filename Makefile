@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint soak bench gpu-check schema
+.PHONY: setup cifar demo test lint soak bench gpu-check schema
 
 # ------------------------------------------------------------------------------------------------------- environment
 
@@ -41,12 +41,18 @@ setup: .venv/ready .cache/minilm .cache/emoji
 .cache/emoji: | .venv/ready
 	@$(BIN)/python launch/demo_data.py --output $@
 
+# CIFAR-10, for class-conditional backbones; only `make test` and the *_cifar_mup configs need it.
+.cache/cifar10: | .venv/ready
+	@$(BIN)/python launch/cifar_data.py --output $@
+
+cifar: .cache/cifar10
+
 # --------------------------------------------------------------------------------------------------------- the project
 
 demo: setup
 	$(BIN)/python launch/demo.py
 
-test: setup lint
+test: setup lint .cache/cifar10
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" tests
 
 lint: .venv/ready

@@ -1,8 +1,8 @@
 """Shapes of the backbones as frozen dataclasses. Stdlib only: the config file is read without torch.
 
 Every kind has `kind`, `width`, `depth`, `head_dim`, `patch_size`. `condition` says what it is conditioned on ("text",
-or "label" with `num_classes`), `learn_sigma` whether it predicts the variance beside the mean, and `conflicts` which
-images and texts do not fit it.
+or "label" with `num_classes`), `learn_sigma` whether it predicts the variance beside the mean, `residual` whether it
+is deep by residual branches alone, and `conflicts` which images and texts do not fit it.
 """
 
 from collections.abc import Iterator
@@ -42,6 +42,7 @@ class MMDiTConfig:
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+    residual: ClassVar[bool] = True
     condition: ClassVar[ConditionKind] = "text"
     num_classes: ClassVar[int] = 0
     learn_sigma: ClassVar[bool] = False
@@ -82,6 +83,7 @@ class DiTConfig:
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+    residual: ClassVar[bool] = True
     condition: ClassVar[ConditionKind] = "label"
 
     kind: Literal["dit"] = "dit"
@@ -117,6 +119,7 @@ class PixArtConfig:
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+    residual: ClassVar[bool] = True
     condition: ClassVar[ConditionKind] = "text"
     num_classes: ClassVar[int] = 0
 
@@ -162,6 +165,7 @@ class UViTConfig:
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+    residual: ClassVar[bool] = False  # the long skips' layers stand in the stream itself
     learn_sigma: ClassVar[bool] = False
 
     kind: Literal["uvit"] = "uvit"

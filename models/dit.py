@@ -26,6 +26,8 @@ from .layers import (
 class Block(nn.Module):
     """Attention, then MLP, both modulated before and gated after."""
 
+    branch_scale: float = 1.0  # on what a block adds to the residual stream; see mup.base_depth
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         d = config.width
@@ -36,8 +38,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x [B, N, D], c [B, D] (after SiLU) -> [B, N, D]."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(c).chunk(6, dim=-1)  # 6 x [B, D]
-        x = x + gate[:, None] * self.attention(modulate(x, shift, scale))  # [B, N, D]
-        return x + gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
+        x = x + self.branch_scale * gate[:, None] * self.attention(modulate(x, shift, scale))  # [B, N, D]
+        return x + self.branch_scale * gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
 
 
 class DiT(nn.Module):

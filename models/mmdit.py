@@ -48,11 +48,11 @@ class Stream(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x [B, H, N, K]
         return self.norm_q(q), self.norm_k(k), v, (gate, *rest)
 
-    def after_attention(self, x: Tensor, attended: Tensor, gates: tuple[Tensor, ...]) -> Tensor:
-        """x, attended [B, N, D] -> [B, N, D]."""
+    def after_attention(self, x: Tensor, attended: Tensor, gates: tuple[Tensor, ...], branch_scale: float) -> Tensor:
+        """x, attended [B, N, D] -> [B, N, D]; branch_scale: on what is added to x."""
         gate_attention, shift, scale, gate_mlp = gates  # 4 x [B, D]
-        x = x + gate_attention[:, None] * self.out(attended)  # [B, N, D]
-        return x + gate_mlp[:, None] * self.mlp(modulate(x, shift, scale))  # [B, N, D]
+        x = x + branch_scale * gate_attention[:, None] * self.out(attended)  # [B, N, D]
+        return x + branch_scale * gate_mlp[:, None] * self.mlp(modulate(x, shift, scale))  # [B, N, D]
 
 
 class LastTextStream(nn.Module):
@@ -77,6 +77,8 @@ class LastTextStream(nn.Module):
 class Block(nn.Module):
     """Joint attention of both streams, then an MLP in each."""
 
+    branch_scale: float = 1.0  # on what a block adds to the residual stream; see mup.base_depth
+
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.image = Stream(config)
@@ -89,13 +91,15 @@ class Block(nn.Module):
         q, k, v = (torch.cat(pair, dim=2) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))  # [B, H, N + L, K]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N + L, K]
         attended_x, attended_y = attended.transpose(1, 2).flatten(2).split([x.shape[1], y.shape[1]], dim=1)
-        x = self.image.after_attention(x, attended_x, gates_x)  # [B, N, D]
-        y = self.text.after_attention(y, attended_y, gates_y)  # [B, L, D]
+        x = self.image.after_attention(x, attended_x, gates_x, self.branch_scale)  # [B, N, D]
+        y = self.text.after_attention(y, attended_y, gates_y, self.branch_scale)  # [B, L, D]
         return x, y
 
 
 class LastBlock(nn.Module):
     """The image attends to both streams; the text goes no further."""
+
+    branch_scale: float = 1.0
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -108,7 +112,8 @@ class LastBlock(nn.Module):
         k_y, v_y = self.text(y, c)  # [B, H, L, K]
         k, v = torch.cat([k_x, k_y], dim=2), torch.cat([v_x, v_y], dim=2)  # [B, H, N + L, K]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, K]
-        return self.image.after_attention(x, attended.transpose(1, 2).flatten(2), gates), None
+        attended = attended.transpose(1, 2).flatten(2)  # [B, N, D]
+        return self.image.after_attention(x, attended, gates, self.branch_scale), None
 
 
 class MMDiT(nn.Module):

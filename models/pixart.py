@@ -51,6 +51,8 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention and MLP, modulated and gated by time; between them cross-attention, which is neither."""
 
+    branch_scale: float = 1.0  # on what a block adds to the residual stream; see mup.base_depth
+
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         d = config.width
@@ -62,9 +64,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, y: Tensor, modulation: Tensor, mask: Tensor) -> Tensor:
         """x [B, N, D], y [B, L, D], modulation [B, 6, D], mask [B, 1, 1, L] -> [B, N, D]."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + modulation).unbind(1)  # [B, D]
-        x = x + gate[:, None] * self.attention(modulate(x, shift, scale))  # [B, N, D]
-        x = x + self.cross_attention(x, y, mask)  # [B, N, D]
-        return x + gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
+        x = x + self.branch_scale * gate[:, None] * self.attention(modulate(x, shift, scale))  # [B, N, D]
+        x = x + self.branch_scale * self.cross_attention(x, y, mask)  # [B, N, D]
+        return x + self.branch_scale * gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
 
 
 class PixArt(nn.Module):

@@ -44,7 +44,7 @@ from .health import Health, Watched
 from .loop import restore
 from .metrics import Metrics, peak_flops
 from .mup.apply import apply_multipliers, build_table, init_parameters, param_groups
-from .mup.rules import Settings
+from .mup.rules import ROLES, Settings
 from .mup.table import MuTable
 from .optim import lr_factor
 from .parallel.fsdp import FSDP2Engine
@@ -64,9 +64,17 @@ def build_mup_table(config: TrainConfig) -> MuTable:
         shape: ModelConfig = dataclasses.replace(model, width=width)
         return build_model(shape, config.autoencoder.channels, config.text_encoder.width)
 
-    settings = Settings(config.mup.parametrization, config.mup.wd_rule, config.mup.eps_rule, config.optim.decay)
-    base = config.mup.base_width
-    return build_table(factory, base, model.width, base, declarations(model), settings)
+    mup = config.mup
+    settings = Settings(
+        mup.parametrization,
+        mup.wd_rule,
+        mup.eps_rule,
+        config.optim.decay,
+        branch_scale=1.0 if mup.base_depth is None else mup.base_depth / model.depth,
+        output_multiplier=mup.output_multiplier,
+        role_lr={role: factor for role in ROLES if (factor := getattr(mup.role_lr, role)) != 1.0},
+    )
+    return build_table(factory, mup.base_width, model.width, mup.base_width, declarations(model), settings)
 
 
 def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:

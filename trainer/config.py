@@ -58,12 +58,28 @@ class TrainSection(Section):
     sample_every: int = Field(default=1000, ge=0)
 
 
+class RoleFactors(Section):
+    """Factors on the base learning rate of the parameters of a role; the weight decay stays."""
+
+    input: float = Field(default=1.0, gt=0)
+    hidden: float = Field(default=1.0, gt=0)
+    output: float = Field(default=1.0, gt=0)
+    vector: float = Field(default=1.0, gt=0)
+    fixed: float = Field(default=1.0, gt=0)
+
+
 class MupConfig(Section):
     parametrization: Literal["mup", "sp"] = "mup"
     base_width: int = Field(default=512, ge=1)
     """Width at which the base hyperparameters hold; a proxy and its target share it."""
     wd_rule: Literal["independent", "sqrt", "coupled"] = "independent"
     eps_rule: Literal["constant", "width"] = "constant"
+    base_depth: int | None = Field(default=None, ge=1)
+    """Depth at which the base hyperparameters hold: each residual branch is multiplied by base_depth / model.depth
+    (CompleteP, alpha = 1). null: depth is not scaled."""
+    output_multiplier: float = Field(default=1.0, gt=0)
+    """Base hyperparameter: factor on the input of the final layer, beside muP's 1 / m."""
+    role_lr: RoleFactors = RoleFactors()
 
 
 class OptimConfig(Section):
@@ -193,6 +209,11 @@ def _conflicts(c: TrainConfig) -> Iterator[str]:
         yield from c.model.conflicts(c.data.resolution, c.data.resolution // cell, c.text_encoder.max_length)
     if c.mup.base_width % c.model.head_dim:
         yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
+    if c.mup.base_depth is not None and not c.model.residual:
+        yield (
+            f"mup.base_depth does not fit model.kind {c.model.kind}, which is not deep by residual branches alone: "
+            "no scale of branches makes it independent of depth; leave it null"
+        )
     if c.optim.warmup_steps >= c.train.steps:
         yield f"optim.warmup_steps {c.optim.warmup_steps} must be less than train.steps {c.train.steps}"
     if (c.optim.schedule == "wsd") != (c.optim.decay_steps > 0):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,21 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 def changed(table: MuTable, change: Callable[[str, Row], Row]) -> MuTable:
     return replace(table, rows={name: change(name, row) for name, row in table.rows.items()})
+
+
+TUNED: dict[str, Any] = {"output_multiplier": 3.0, "role_lr": {"hidden": 2.0, "vector": 0.5}}  # base hyperparameters
+
+
+@every_case
+def test_base_width_trains_bit_for_bit_as_sp_with_the_same_multipliers(case: Case) -> None:
+    plain, *tables = (case.table(1.0, s) for s in (Settings(), Settings("mup", **TUNED), Settings("sp", **TUNED)))
+    losses = []
+    for table in (plain, *tables):
+        model = case.model(1.0, table, torch.float32)
+        case.randomise_zeros(model)
+        losses.append(train(case, model, adamw(model, table, WEIGHT_DECAY, EPS), 4))
+    assert losses[1] == losses[2]
+    assert losses[0] != losses[1]
 
 
 @every_case
@@ -95,32 +111,38 @@ def test_golden_sees_a_fault(case: Case, fault: Callable[[str, Row], Row]) -> No
     assert difference > 1e-7
 
 
-def absorbed(table: MuTable, m: float) -> MuTable:
-    """The multiplier 1 / m moved into the weight: lr / m, wd m, eps m (abc-symmetry with theta = m)."""
+def absorbed(table: MuTable, theta: float) -> MuTable:
+    """The multiplier 1 / theta moved into the weight: lr / theta, wd theta, eps theta (abc-symmetry)."""
 
     def change(name: str, row: Row) -> Row:
         if row.role != "output":
             return row
         return replace(
-            row, multiplier=1.0, lr=row.lr / m, weight_decay=row.weight_decay * m, eps=row.eps * m
+            row, multiplier=1.0, lr=row.lr / theta, weight_decay=row.weight_decay * theta, eps=row.eps * theta
         )  # fmt: skip
 
     return changed(table, change)
 
 
 def difference_to_absorbed(
-    case: Case, m: float, clip: float | None = None, clip_weights: dict[str, float] | None = None, eps: float = EPS
+    case: Case,
+    m: float,
+    clip: float | None = None,
+    clip_weights: dict[str, float] | None = None,
+    eps: float = EPS,
+    settings: Settings | None = None,
 ) -> float:
-    """Largest difference of parameters after training in both forms, final.weight x m in the absorbed one."""
-    table = case.table(m)
-    other = absorbed(table, m)
+    """Largest difference of parameters after training in both forms, final.weight x theta in the absorbed one."""
+    table = case.table(m, settings)
+    theta = m / table.settings.output_multiplier
+    other = absorbed(table, theta)
     ours, twin = case.model(m, table), case.model(m, other)
     case.randomise_zeros(ours)
     twin.load_state_dict(ours.state_dict())
-    twin.get_parameter("final.weight").data /= m
+    twin.get_parameter("final.weight").data /= theta
     train(case, ours, adamw(ours, table, WEIGHT_DECAY, eps), STEPS, clip)
     train(case, twin, adamw(twin, other, WEIGHT_DECAY, eps), STEPS, clip, clip_weights)
-    return largest_difference(ours, twin, {"final.weight": m})
+    return largest_difference(ours, twin, {"final.weight": theta})
 
 
 @every_case
@@ -131,6 +153,13 @@ def test_absorbed_form_is_exact_for_a_power_of_two(case: Case) -> None:
 @every_case
 def test_absorbed_form_is_equal_for_any_ratio(case: Case) -> None:
     assert difference_to_absorbed(case, 2.5) <= 1e-9
+
+
+@every_case
+@pytest.mark.parametrize(("m", "multiplier", "limit"), [(4.0, 0.5, 0.0), (2.5, 3.0, 1e-9)])
+def test_absorbed_form_with_an_output_multiplier(case: Case, m: float, multiplier: float, limit: float) -> None:
+    settings = Settings(output_multiplier=multiplier)
+    assert difference_to_absorbed(case, m, settings=settings) <= limit
 
 
 @every_case

@@ -1,6 +1,7 @@
 """T0: every parameter's role, init and factors equal a checked-in table; what cannot be decided raises."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from trainer.mup.apply import (
     init_parameters,
     param_groups,
 )
-from trainer.mup.rules import Role, Settings, factors
+from trainer.mup.rules import ROLES, Parametrization, Role, Settings, factors
 from trainer.mup.table import MuTable, ParameterInfo, TableError, fans
 
 from .cases import BASE_WIDTH, CASES, CHANNELS, HEAD_DIM, TEXT_WIDTH, AdaLN, Case
@@ -230,6 +231,19 @@ def test_other_depth_is_another_model() -> None:
         MuTable.build(base, base, target, [WEIGHT], Settings())
 
 
+@every_case
+def test_a_head_dim_that_grows_is_refused(case: Case) -> None:
+    """The attention's scale, 1 / sqrt(head_dim), is right for one head_dim; width grows by heads."""
+
+    def factory(width: int) -> nn.Module:
+        config = case.config(width, "fan_in")
+        return build_model(replace(config, head_dim=width // 4), CHANNELS, TEXT_WIDTH)
+
+    declared = declarations(case.config(BASE_WIDTH, "fan_in"))
+    with pytest.raises(TableError, match=r"\.head_dim changes with the width"):
+        build_table(factory, BASE_WIDTH, 96, BASE_WIDTH, declared, Settings())
+
+
 def test_multiplier_needs_a_layer_that_applies_it() -> None:
     declarations = [Declaration("*.weight", "zeros", role="output"), BIAS]
     table = table_of(lambda d: Holder(head=nn.Linear(d, 7)), *declarations)
@@ -283,6 +297,42 @@ def test_hash_and_text() -> None:
     lines = table.describe().splitlines()
     fused = next(line.split() for line in lines if line.startswith("blocks.*.image.qkv.weight"))
     assert fused == ["blocks.*.image.qkv.weight", "576x192", "hidden", "0.0722", "1", "0.25", "4", "1", "2"]
+
+
+@every_case
+@pytest.mark.parametrize("parametrization", ["mup", "sp"])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_roles_lr_is_a_base_hyperparameter(case: Case, role: Role, parametrization: Parametrization) -> None:
+    plain = case.table(2.5, Settings(parametrization))
+    table = case.table(2.5, Settings(parametrization, role_lr={role: 0.5}))
+    assert table.hash != plain.hash
+    assert case.names_of(role)
+    for name, row in table.rows.items():
+        factor = 0.5 if case.snapshot[name].role == role else 1.0
+        assert row == replace(plain.rows[name], lr=plain.rows[name].lr * factor), name
+
+
+@every_case
+@pytest.mark.parametrize("parametrization", ["mup", "sp"])
+def test_the_output_multiplier_is_a_base_hyperparameter(case: Case, parametrization: Parametrization) -> None:
+    plain = case.table(2.5, Settings(parametrization))
+    table = case.table(2.5, Settings(parametrization, output_multiplier=3.0))
+    assert table.hash != plain.hash
+    expected = 3.0 / 2.5 if parametrization == "mup" else 3.0
+    assert table.rows["final.weight"].multiplier == pytest.approx(expected)
+    for name, row in table.rows.items():
+        if name != "final.weight":
+            assert row == plain.rows[name], name
+    model = case.model(2.5, table)
+    assert model.get_submodule("final").multiplier == table.rows["final.weight"].multiplier
+
+
+def test_options_that_are_off_leave_the_hash_alone() -> None:
+    """Runs that are older than the options go on."""
+    plain = MMDIT.table(2.5).to_json()
+    assert MMDIT.table(2.5, Settings(branch_scale=1.0, output_multiplier=1.0, role_lr={})).to_json() == plain
+    assert plain["settings"].keys() == {"parametrization", "wd_rule", "eps_rule", "decay"}
+    assert MMDIT.table(2.5, Settings(branch_scale=0.5)).to_json()["settings"]["branch_scale"] == 0.5
 
 
 @every_case

@@ -28,6 +28,7 @@ from trainer.config import (
     resolve,
     to_yaml,
 )
+from trainer.mup.rules import ROLES
 
 # Searches (configs/search) describe studies: they name a config and are none.
 FILES = sorted(p for p in CONFIG_DIR.rglob("*.yaml") if "search" not in p.relative_to(CONFIG_DIR).parts)
@@ -353,6 +354,11 @@ def test_run_name_defaults_to_the_file(override: str) -> None:
         (["data.resolution=30"], "data.resolution 30 is not a multiple of 4"),
         (["data.resolution=64"], "data.resolution 64 gives 16 tokens a side, more than model.pos_embed_max_size 8"),
         (["mup.base_width=40"], "mup.base_width 40 is not a multiple of model.head_dim 16"),
+        (["mup.base_depth=0"], "mup.base_depth: Input should be greater than or equal to 1"),
+        (["mup.output_multiplier=0"], "mup.output_multiplier: Input should be greater than 0"),
+        (["mup.role_lr.hiden=2"], 'mup.role_lr.hiden: unknown key; did you mean "mup.role_lr.hidden"?'),
+        (["mup.role_lr={adaln: 2}"], "mup.role_lr.adaln: unknown key"),
+        (["mup.role_lr.output=-1"], "mup.role_lr.output: Input should be greater than 0"),
         (["optim.warmup_steps=20"], "optim.warmup_steps 20 must be less than train.steps 20"),
         (["optim.schedule=wsd"], "optim.decay_steps goes with optim.schedule wsd"),
         (["optim.decay_steps=5"], "optim.decay_steps goes with optim.schedule wsd"),
@@ -434,7 +440,11 @@ def test_resume_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["train.seed=1", "model.depth=3", "mup.parametrization=sp", "data.flip=0.5", "text_encoder.dropout=0.2"]
+    "override",
+    [
+        *("train.seed=1", "model.depth=3", "data.flip=0.5", "text_encoder.dropout=0.2", "mup.parametrization=sp"),
+        *("mup.base_depth=4", "mup.output_multiplier=2.0", "mup.role_lr.hidden=2.0"),
+    ],
 )
 def test_resume_refuses_identity(override: str) -> None:
     key, _, value = override.partition("=")
@@ -444,6 +454,12 @@ def test_resume_refuses_identity(override: str) -> None:
     assert f"{key}: " in text
     assert f"{value} now; it is part of what the run is" in text
     assert "log_every" not in text
+
+
+def test_role_factors_agree_with_the_roles() -> None:
+    config = load_config(DEBUG, ["mup.role_lr={hidden: 2, vector: 0.5}"])
+    assert config.mup.role_lr.model_dump() == {role: {"hidden": 2.0, "vector": 0.5}.get(role, 1.0) for role in ROLES}
+    assert build_mup_table(config).settings.role_lr == {"hidden": 2.0, "vector": 0.5}
 
 
 def test_resume_asks_for_schedule_keys() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .rules import Settings
-from .table import Declared, MuTable, ParameterInfo
+from .table import Declared, MuTable, ParameterInfo, TableError
 
 
 @runtime_checkable
@@ -19,6 +19,13 @@ class Multiplied(Protocol):
     multiplier: float
 
 
+@runtime_checkable
+class Branched(Protocol):
+    """A block that multiplies what it adds to the residual stream; see models.dit.Block."""
+
+    branch_scale: float
+
+
 def describe(model: nn.Module) -> dict[str, ParameterInfo]:
     """Shape and owner of every parameter, in the model's order."""
     owners: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str]] = [
@@ -26,11 +33,12 @@ def describe(model: nn.Module) -> dict[str, ParameterInfo]:
         ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "Conv"),
         (nn.Embedding, "Embedding"),
     ]
+    branched = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Branched))
     info: dict[str, ParameterInfo] = {}
     for path, module in model.named_modules():
         owner = next((label for types, label in owners if isinstance(module, types)), "Parameter")
         for name, parameter in module.named_parameters(path, recurse=False):
-            info[name] = ParameterInfo(tuple(parameter.shape), owner)
+            info[name] = ParameterInfo(tuple(parameter.shape), owner, name.startswith(branched))
     return info
 
 
@@ -48,12 +56,21 @@ def build_table(
         is one (whole heads, thirds), so base_width is a step that always fits.
     """
     with torch.device("meta"):
-        base, delta, target = (describe(factory(w)) for w in (base_width, base_width + width_step, width))
+        models = [factory(w) for w in (base_width, base_width + width_step, width)]
+    dims = [{path: m.head_dim for path, m in model.named_modules() if hasattr(m, "head_dim")} for model in models]
+    changed = [path for path, dim in dims[0].items() if any(others.get(path, dim) != dim for others in dims)]
+    if changed:
+        raise TableError(
+            f"{changed[0]}.head_dim changes with the width, but the attention's scale 1 / sqrt(head_dim) "
+            "transfers only at a fixed head_dim: grow by heads"
+        )
+    base, delta, target = (describe(model) for model in models)
     return MuTable.build(base, delta, target, declarations, settings)
 
 
 def apply_multipliers(model: nn.Module, table: MuTable) -> None:
-    """Put each row's multiplier as a python float on the module that owns the weight."""
+    """Put each row's multiplier as a python float on the module that owns the weight, and the branches' on blocks."""
+    apply_branch_scale(model, table.settings.branch_scale)
     for name, row in table.rows.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -61,6 +78,15 @@ def apply_multipliers(model: nn.Module, table: MuTable) -> None:
             module.multiplier = row.multiplier
         elif row.multiplier != 1.0:
             raise TypeError(f"{name} needs the input multiplier {row.multiplier}; make its layer an OutputLinear")
+
+
+def apply_branch_scale(model: nn.Module, scale: float) -> None:
+    """Put the scale of residual branches on every block that applies it."""
+    blocks = [module for module in model.modules() if isinstance(module, Branched)]
+    if scale != 1.0 and not blocks:
+        raise TypeError(f"no block applies the branch scale {scale} of mup.base_depth; give it a branch_scale")
+    for block in blocks:
+        block.branch_scale = scale
 
 
 def check_names(model: nn.Module, table: MuTable) -> None:

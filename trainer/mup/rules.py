@@ -4,10 +4,12 @@ Adam(W), multiplier form (Tensor Programs V, arXiv 2203.03466, Table 8; Zheng et
 a factor is relative to the base hyperparameter, so that at the base width every factor is 1.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 Role = Literal["input", "hidden", "output", "vector", "fixed"]
+ROLES: tuple[Role, ...] = get_args(Role)
 Parametrization = Literal["mup", "sp"]
 WeightDecayRule = Literal["independent", "sqrt", "coupled"]
 EpsRule = Literal["constant", "width"]
@@ -23,12 +25,20 @@ class Settings:
     eps_rule: "width" divides Adam's epsilon by m wherever gradients shrink with 1 / m; "constant" asks for an
         epsilon far below every gradient (1e-12).
     decay: which weights decay at all: "matrices" leaves out biases, gains, tables and position embeddings.
+    branch_scale: base depth / depth, on what each block adds to the residual stream (CompleteP, arXiv 2505.01618,
+        alpha = 1); under eps_rule "width" also on the epsilon of the parameters in the blocks, whose gradients it
+        shrinks. About depth alone, so SP has it as well.
+    output_multiplier, role_lr: base hyperparameters, which SP has as well: a factor on the input of the output layers,
+        and factors on the learning rate of roles (1 where none is given), the weight decay being left alone.
     """
 
     parametrization: Parametrization = "mup"
     wd_rule: WeightDecayRule = "independent"
     eps_rule: EpsRule = "constant"
     decay: DecayedSet = "matrices"
+    branch_scale: float = 1.0
+    output_multiplier: float = 1.0
+    role_lr: Mapping[Role, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from .rules import Role, Settings, decays, factors
 
 VERSION = 1
+_OPTIONS = ("branch_scale", "output_multiplier", "role_lr")
 
 
 class TableError(ValueError):
@@ -24,10 +25,14 @@ class TableError(ValueError):
 
 
 class ParameterInfo(NamedTuple):
-    """Shape of a parameter and what owns it: "Linear", "Conv", "Embedding" or "Parameter" (anything else)."""
+    """Shape of a parameter and what owns it: "Linear", "Conv", "Embedding" or "Parameter" (anything else).
+
+    in_branch: whether it acts through a residual branch that Settings.branch_scale scales.
+    """
 
     shape: tuple[int, ...]
     owner: str
+    in_branch: bool = False
 
 
 class Declared(Protocol):
@@ -163,6 +168,7 @@ class MuTable:
             base_fan_in, base_fan_out = fans(base[name])
             scale = factors(role, fan_in / base_fan_in, fan_out / base_fan_out, settings)
             # muP takes the init formula at the base shape; SP at the shape that is trained.
+            by_depth = settings.branch_scale if info.in_branch and settings.eps_rule == "width" else 1.0
             at_fans = (base_fan_in, base_fan_out) if settings.parametrization == "mup" else (fan_in, fan_out)
             rows[name] = Row(
                 role=role,
@@ -170,10 +176,10 @@ class MuTable:
                 base_shape=base_shape,
                 init=declared.init,
                 init_std=init_std(declared.init, declared.std, *at_fans) * scale.init,
-                multiplier=scale.multiplier,
-                lr=scale.lr,
+                multiplier=scale.multiplier * (settings.output_multiplier if role == "output" else 1.0),
+                lr=scale.lr * settings.role_lr.get(role, 1.0),
                 weight_decay=scale.weight_decay if decays(role, len(info.shape), settings) else 0.0,
-                eps=scale.eps,
+                eps=scale.eps * by_depth,
                 why=why,
             )
         problems += [
@@ -200,7 +206,10 @@ class MuTable:
             name: {**asdict(row), "shape": list(row.shape), "base_shape": list(row.base_shape)}
             for name, row in self.rows.items()
         }
-        return {"version": VERSION, "settings": asdict(self.settings), "rows": rows}
+        # Options that are off are left out, as from tables that are older than the option: the hash stays.
+        off = {name: value for name, value in asdict(Settings()).items() if name in _OPTIONS}
+        settings = {name: value for name, value in asdict(self.settings).items() if off.get(name) != value}
+        return {"version": VERSION, "settings": settings, "rows": rows}
 
     def describe(self) -> str:
         """The table as text; equal rows of consecutive blocks are shown once, with their count."""
@@ -216,7 +225,10 @@ class MuTable:
         head = ("parameter", "shape", "role", "init std", "input x", "lr x", "wd x", "eps x", "tensors")
         table = [head, *((*cells, str(len(names))) for cells, names in lines.items())]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in table)
+        text = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in table]
+        if self.settings.branch_scale != 1.0:
+            text.append(f"every residual branch x {self.settings.branch_scale:.4g}")
+        return "\n".join(text)
 
 
 def _sha256(data: Mapping[str, Any]) -> str:
