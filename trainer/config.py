@@ -107,7 +107,7 @@ class EmaConfig(Section):
 class ObjectiveConfig(Section):
     kind: Literal["rectified_flow", "ddpm"] = "rectified_flow"
     beta_schedule: Literal["linear", "scaled_linear"] = "linear"
-    """ddpm: linear as DiT and PixArt, scaled_linear as Stable Diffusion and U-ViT."""
+    """ddpm: linear as Ho et al., scaled_linear as Stable Diffusion."""
     timestep_mean: float = 0.0
     timestep_std: float = Field(default=1.0, gt=0)
     shift_base_tokens: int = Field(default=256, ge=1)
@@ -138,7 +138,7 @@ class SampleConfig(Section):
     guidance: float = Field(default=4.0, ge=0)
     """Classifier-free guidance; 1 is none."""
     guidance_channels: int | None = Field(default=None, ge=1)
-    """Guided channels, counted from the first; null: all. The official DiT guides 3 of its 4."""
+    """Guided channels, counted from the first; null: all. Some published models guide 3 of 4 latent channels."""
 
 
 class WandbConfig(Section):

@@ -1,6 +1,7 @@
 """Who may import what, how, and how long a file may be: the table of architecture.md, held over the source tree."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -249,3 +250,15 @@ def test_budgets(path: str, budget: int) -> None:
     assert check_length(path, "x\n" * (budget + 1)) == [
         f"{path}:{budget + 1}: {budget + 1} lines are over the budget of {budget}"
     ]
+
+
+def test_no_line_of_the_trainer_names_a_backbone() -> None:
+    """A new backbone is a file in models/; the trainer must not know which there are."""
+    pattern = re.compile(r"mmdit|pixart|u-?vit|\bdit\b", re.IGNORECASE)
+    named = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "trainer").rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not named, "\n".join(named)

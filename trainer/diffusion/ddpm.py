@@ -25,7 +25,7 @@ BetaSchedule = Literal["linear", "scaled_linear"]
 
 
 def betas(schedule: BetaSchedule) -> Tensor:
-    """float64 [1000]. linear: Ho et al., as DiT and PixArt train; scaled_linear: Stable Diffusion's, as U-ViT."""
+    """float64 [1000]. linear: Ho et al. (arXiv 2006.11239); scaled_linear: Stable Diffusion's."""
     if schedule == "linear":
         return torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
     return torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64).square()

@@ -36,7 +36,7 @@ class DDPMSampler:
             "prediction_type": "epsilon",
         }
         if self.name == "ancestral":
-            # linspace is how the official DiT thins out its chain to 250 steps, 999 and 0 included. Latents are not
+            # linspace thins out the chain as the published 250-step samples do, 999 and 0 included. Latents are not
             # confined to [-1, 1], so nothing is clipped.
             variance = "learned_range" if self.ddpm.learned_sigma else "fixed_small"
             made = DDPMScheduler(**shared, variance_type=variance, timestep_spacing="linspace", clip_sample=False)

@@ -47,7 +47,7 @@ def euler(velocity: Predict, noise: Tensor, times: list[float]) -> Tensor:
 def guided(conditional: Predict, unconditional: Predict, guidance: float, channels: int | None = None) -> Predict:
     """unconditional + guidance x (conditional - unconditional); at guidance 1 the unconditional is not computed.
 
-    channels: how many of the image's channels are guided, None for all (the official DiT guides 3 of its 4). The
+    channels: how many of the image's channels are guided, None for all (some published models guide 3 of 4). The
     others, and a learned variance behind them, are the conditional's.
     """
     if guidance == 1.0:

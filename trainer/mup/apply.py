@@ -21,7 +21,7 @@ class Multiplied(Protocol):
 
 @runtime_checkable
 class Branched(Protocol):
-    """A block that multiplies what it adds to the residual stream; see models.dit.Block."""
+    """A block that multiplies what it adds to the residual stream, by `branch_scale`."""
 
     branch_scale: float
 
