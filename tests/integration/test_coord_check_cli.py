@@ -13,7 +13,7 @@ from launch import coord_check
 from tests.distributed.runs import ROOT, environment
 from trainer.config import ConfigError
 
-SMALL = ("data.resolution=16", "text_encoder.max_length=8", "text_encoder.width=32")
+SMALL = ("text_encoder.max_length=8", "text_encoder.width=32")
 
 
 def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

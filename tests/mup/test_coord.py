@@ -21,8 +21,8 @@ from trainer.mup.table import Row
 from trainer.parallel.mesh import World, init_world
 
 BACKBONES = sorted(path.stem for path in CONFIG_DIR.glob("*_debug_mup.yaml"))
-# Few tokens: what is tested is the width. Synthetic data need no encoder of the config's.
-SMALL = ("data.resolution=16", "text_encoder.max_length=8", "text_encoder.width=32")
+# Few text tokens: what is tested is the width. Synthetic data need no encoder of the config's.
+SMALL = ("text_encoder.max_length=8", "text_encoder.width=32")
 WIDTHS = (64, 128, 256, 512)
 LR = 2.0**-7
 STEPS = 5
@@ -77,11 +77,11 @@ def test_a_debug_config_is_found() -> None:
 
 
 def test_mup_does_not_depend_on_the_width(sound: tuple[str, Report]) -> None:
-    """T7-T9 at their thresholds, on the bare slopes. The control is part of the verdict: SP must exceed 0.7."""
+    """T7-T9 at their thresholds. The control is part of the verdict: SP must exceed 0.7."""
     backbone, report = sound
     assert report.verdict == "passed", report.reason
-    for kind, limit in coord.LIMITS.items():
-        found = slopes(report, kind)
+    for kind, limit in {"activation": 0.25, "change": 0.25, "update": 0.25, "weight": 0.3}.items():
+        found = slopes(report, kind)  # pyright: ignore[reportArgumentType] (a literal of the dict's keys)
         assert max(found.values()) <= limit, found
     table = build_mup_table(configured(backbone, WIDTHS[0], 0))
     assert slopes(report, "update").keys() == table.rows.keys(), "a parameter never moved"
@@ -124,24 +124,22 @@ def is_(role: str) -> Callable[[str, Row], bool]:
 
 
 class Planted(NamedTuple):
-    """seen: kinds of figure that exceed their limit. blind: kinds that do not. first: whether the parameter that is
-    named first has this role, or contains this name."""
+    """seen: kinds of figure that exceed their limit. first: whether the parameter named first is a culprit."""
 
     fault: Fault
     seen: set[Kind]
     first: Callable[[str, Row], bool] | None = None
-    blind: frozenset[Kind] = frozenset()
 
 
 FAULTS: dict[str, Planted] = {
     "hidden lr not scaled": Planted(
         by_role("hidden", lambda r, m: replace(r, lr=1.0)), {"change", "update"}, is_("hidden")),
-    "hidden lr by the square root": Planted(
-        by_role("hidden", lambda r, m: replace(r, lr=m**-0.5)), {"change", "update"}, is_("hidden")),
+    "hidden lr by the square root": Planted(  # so mild that what it does to the inputs' gradients may come first
+        by_role("hidden", lambda r, m: replace(r, lr=m**-0.5)), {"change", "update"}),
     "input lr scaled": Planted(
         by_role("input", lambda r, m: replace(r, lr=1 / m)), {"update"}, is_("input")),
-    "bias lr scaled": Planted(  # as a fault of biases mostly is: only the parameters themselves show it
-        by_role("vector", lambda r, m: replace(r, lr=1 / m)), {"update"}, is_("vector"), frozenset({"activation"})),
+    "bias lr scaled": Planted(
+        by_role("vector", lambda r, m: replace(r, lr=1 / m)), {"update"}, is_("vector")),
     "no multiplier": Planted(  # the loss explodes, and so does more than the output's weight
         by_role("output", lambda r, m: replace(r, multiplier=1.0)), {"activation", "update"}),
     "double output rule": Planted(
@@ -173,11 +171,18 @@ def test_a_planted_fault_is_named(backbone: str, fault: str, world: World) -> No
     culprits = judge(measured, measured).culprits
     over = {kind for kind, rows in culprits.items() if rows}
     assert over >= planted.seen, culprits
-    assert not over & planted.blind, culprits
     if "update" in planted.seen:
         named = [row.figure.name for row in culprits["update"]]
         assert changed & set(named), named
         assert planted.first is None or planted.first(named[0], table.rows[named[0]]), named
+
+
+def test_activations_alone_are_blind_to_a_bias(world: World) -> None:
+    """Why the check looks at every parameter: here no output of MMDiT shows a fault in the lr of its biases."""
+    measured = sweep(world, "mmdit_debug_mup", fault=FAULTS["bias lr scaled"].fault, widths=NARROW)
+    culprits = judge(measured, measured).culprits
+    assert culprits["update"]
+    assert not culprits["activation"]
 
 
 # --------------------------------------------------------------------------------------------------- Adam's epsilon
@@ -207,7 +212,6 @@ def test_fit() -> None:
     sound = coord.fit({64: [1.0, 1.1], 128: [2.0, 2.2], 256: [4.0, 4.4]})
     assert sound.slope == pytest.approx(1.0)
     assert 0 < sound.error < 0.1
-    assert coord.fit({64: [1.0], 128: [2.0]}, size=16).error > coord.fit({64: [1.0], 128: [2.0]}).error == 0.0
     assert coord.fit({64: [0.0], 128: [0.0]})[:3] == (None, 0.0, False)
     assert coord.fit({64: [1.0], 128: [0.0]})[:3] == (None, 0.0, True)
     assert coord.fit({64: [1.0], 128: [float("nan")]}).why == "not finite at width 128"

@@ -3,8 +3,9 @@
 A few steps on one fixed batch at several widths. Four figures are followed over the width:
   activation  rms of each observed module's output,
   change      rms of its difference from the output at initialisation, which noise at initialisation would hide,
-  update      multiplier x ||dW||_2 x sqrt(fan_in / fan_out) of each matrix and rms(dp) of everything else: names the
-              parameter whose learning rate is wrong, also where no activation shows it (a bias, a table),
+  update      multiplier x ||dW||_2 x sqrt(fan_in / fan_out) of each matrix; of everything else the sum of rms(dp) over
+              the steps: names the parameter whose learning rate is wrong, also where no activation shows it (a bias, a
+              table). The sum, since the way back and forth of a gain that growing numbers of heads share gets more,
   weight      multiplier x ||W||_2 x sqrt(fan_in / fan_out) of each matrix that reads the width.
 Each gets the least-squares slope of log2(figure) on log2(width) over all seeds; under muP every slope is near 0.
 
@@ -13,7 +14,6 @@ a faulty muP model's either, and the verdict is "inconclusive".
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,20 +58,19 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """values: figure -> width -> one number a seed. roles, sizes: of the parameters, at the smallest width.
-    at_rest: modules whose output is zero at initialisation."""
+    """values: figure -> width -> one number a seed. roles: of the parameters. at_rest: modules whose output is zero
+    at initialisation."""
 
     widths: tuple[int, ...]
     values: Mapping[Figure, Mapping[int, list[float]]]
     roles: Mapping[str, str]
-    sizes: Mapping[str, int]
     at_rest: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Row:
     """One figure over the width. slope: None where it cannot be fitted; `note` then says why. error: standard error
-    of the slope, from the spread of the seeds and the fewness of the numbers."""
+    of the slope from the spread of the seeds, 0 for one seed."""
 
     figure: Figure
     slope: float | None
@@ -91,8 +90,7 @@ class Row:
 
     @property
     def exceeds(self) -> bool:
-        """Over the limit by more than chance: a gain of 16 numbers is too noisy for the bare slope."""
-        return self.judged and self.size - self.error > self.limit
+        return self.judged and self.size > self.limit
 
     def to_json(self) -> dict[str, Any]:
         kind, name, step = self.figure
@@ -193,20 +191,19 @@ def _spectral_norm(matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _size(subject: Subject, name: str, value: Tensor, shape: tuple[int, int] | None) -> Tensor:
-    """Effect of a parameter (or of its update) on what it computes, in the form that muP keeps constant."""
-    if shape is None:
-        return _rms(value)
+def _size(subject: Subject, name: str, matrix: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Effect of a matrix (or of its update) on what it computes, in the form that muP keeps constant."""
     fan_in, fan_out = shape
-    value = value.float() if value.dtype != torch.float64 else value
-    return subject.table.rows[name].multiplier * _spectral_norm(value.flatten(1)) * math.sqrt(fan_in / fan_out)
+    matrix = matrix.float() if matrix.dtype != torch.float64 else matrix
+    return subject.table.rows[name].multiplier * _spectral_norm(matrix.flatten(1)) * math.sqrt(fan_in / fan_out)
 
 
 def run(subject: Subject, steps: int) -> tuple[dict[Figure, float], set[str]]:
     """Train for `steps` updates -> (figures, modules whose output is zero at initialisation)."""
     infos = describe(subject.model)
     matrices = {n: fans(i) for n, i in infos.items() if len(i.shape) >= 2 and i.owner != "Parameter"}
-    start = {name: subject.weight(name).clone() for name in infos}
+    start = {name: subject.weight(name).clone() for name in matrices}
+    path = {name: torch.zeros((), dtype=torch.float64) for name in infos if name not in matrices}
     recorder, wanted = _Recorder(subject.observed), recorded_steps(steps)
     for step in [*range(steps), steps]:
         if step == 0 or step in wanted:
@@ -215,14 +212,18 @@ def run(subject: Subject, steps: int) -> tuple[dict[Figure, float], set[str]]:
         else:
             loss = subject.loss()
         if step < steps:
+            before = {name: subject.weight(name).clone() for name in path}
             subject.update(loss)
+            path = {n: so_far.to(before[n].device) + _rms(subject.weight(n) - before[n]) for n, so_far in path.items()}
     recorder.remove()
     figures = dict(recorder.figures)
     for name in infos:
+        if name in path:
+            figures[Figure("update", name, steps)] = path[name]
+            continue
         weight = subject.weight(name)
-        figures[Figure("update", name, steps)] = _size(subject, name, weight - start[name], matrices.get(name))
-        if name in matrices:
-            figures[Figure("weight", name, steps)] = _size(subject, name, weight, matrices[name])
+        figures[Figure("update", name, steps)] = _size(subject, name, weight - start[name], matrices[name])
+        figures[Figure("weight", name, steps)] = _size(subject, name, weight, matrices[name])
     names = list(figures)
     values = torch.stack([figures[name].double() for name in names]).tolist()
     measured = dict(zip(names, values, strict=True))
@@ -234,19 +235,17 @@ def measure(build: Callable[[int, int], Subject], widths: Sequence[int], seeds: 
     """build(width, seed) -> Subject. Equal seeds must give equal data at every width."""
     values: dict[Figure, dict[int, list[float]]] = {}
     roles: dict[str, str] = {}
-    sizes: dict[str, int] = {}
     at_rest: set[str] = set()
     for width in widths:
         for seed in range(seeds):
             subject = build(width, seed)
             figures, still = run(subject, steps)
             at_rest |= still
-            for name, row in subject.table.rows.items():
-                roles[name], sizes[name] = row.role, min(math.prod(row.shape), sizes.get(name, sys.maxsize))
+            roles = {name: row.role for name, row in subject.table.rows.items()}
             for figure, value in figures.items():
                 values.setdefault(figure, {}).setdefault(width, []).append(value)
             del subject  # the next one may need its memory
-    return Measured(tuple(widths), values, roles, sizes, frozenset(at_rest))
+    return Measured(tuple(widths), values, roles, frozenset(at_rest))
 
 
 # --------------------------------------------------------------------------------------------------------- judging
@@ -259,11 +258,8 @@ class Fit(NamedTuple):
     why: str
 
 
-def fit(values: Mapping[int, Sequence[float]], size: int | None = None) -> Fit:
-    """Slope of log2 value on log2 width over all seeds; or why there is none, and whether that is a fault.
-
-    size: how many numbers a value is the rms of, where they are few.
-    """
+def fit(values: Mapping[int, Sequence[float]]) -> Fit:
+    """Slope of log2 value on log2 width over all seeds; or why there is none, and whether that is a fault."""
     everything = [value for seeds in values.values() for value in seeds]
     if not all(map(math.isfinite, everything)):
         broken = [width for width, seeds in values.items() if not all(map(math.isfinite, seeds))]
@@ -279,17 +275,14 @@ def fit(values: Mapping[int, Sequence[float]], size: int | None = None) -> Fit:
     mean_y = sum(map(sum, logs.values())) / count
     spread = sum((x - mean_x) ** 2 * len(ys) for x, ys in logs.items())
     slope = sum((x - mean_x) * (y - mean_y) for x, ys in logs.items() for y in ys) / spread
-    # From the seeds alone, not from the residuals: a curve that bends is no excuse.
     noise = sum((y - sum(ys) / len(ys)) ** 2 for ys in logs.values() for y in ys) / max(1, count - len(logs))
-    if size is not None:  # the rms of n normal numbers has the relative variance 1 / 2 n
-        noise = max(noise, 1 / (2 * size * math.log(2) ** 2))
     return Fit(slope, math.sqrt(noise / spread), True, "")
 
 
 def rows_of(measured: Measured) -> tuple[Row, ...]:
     rows = []
     for figure, values in measured.values.items():
-        slope, error, judged, note = fit(values, measured.sizes.get(figure.name))
+        slope, error, judged, note = fit(values)
         role = measured.roles.get(figure.name)
         if figure.kind == "weight" and role not in ("hidden", "output"):
             # The norm of a thin random matrix has not reached its limit at small widths.
@@ -299,9 +292,9 @@ def rows_of(measured: Measured) -> tuple[Row, ...]:
 
 
 def ranked(rows: Sequence[Row], kind: Kind) -> list[Row]:
-    """Judged rows of a kind, those over their limit first, then the steepest, one for each name."""
+    """Judged rows of a kind, the steepest first, one for each name."""
     best: dict[str, Row] = {}
-    for row in sorted((r for r in rows if r.judged and r.figure.kind == kind), key=lambda r: (not r.exceeds, -r.size)):
+    for row in sorted((r for r in rows if r.judged and r.figure.kind == kind), key=lambda r: -r.size):
         best.setdefault(row.figure.name, row)
     return list(best.values())
 

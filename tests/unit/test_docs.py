@@ -1,0 +1,19 @@
+"""docs/mup.md is what the tables of the configs say today."""
+
+from pathlib import Path
+
+from launch.document import document
+from trainer.config import CONFIG_DIR
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_mup_page_is_current() -> None:
+    page = (ROOT / "docs" / "mup.md").read_text()
+    assert page == document(), "run: python launch/document.py > docs/mup.md"
+
+
+def test_every_config_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "mup.md").read_text()
+    missing = [path.stem for path in CONFIG_DIR.glob("*_mup.yaml") if path.stem not in page]
+    assert not missing
