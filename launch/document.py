@@ -29,6 +29,10 @@ gradients of all weights shrink by the same 1/m and a clipped norm means the sam
 Adam's epsilon stays at 1e-12 (`mup.eps_rule: constant`): gradients shrink with 1/m, and behind a zero gate they are
 as small as 1e-9. `eps_rule: width` divides epsilon by m instead. The final weight starts at zero, which takes away the
 only transient that depends on the width. Weights decay by role (`optim.decay: matrices`) unless a config says `all`.
+
+Base hyperparameters that the table carries too: `mup.output_multiplier` (times 1/m), `mup.role_lr.ROLE` (on the lr of a
+role). `mup.base_depth` (off by default) multiplies what a block adds to the residual stream by base depth / depth
+(CompleteP, arXiv 2505.01618, alpha = 1); learning rates stay. U-ViT refuses it: its long skips are no residual branch.
 """
 
 
