@@ -78,9 +78,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name under configs/")
     parser.add_argument("--widths", type=_widths, default="64,128,256,512", help="at least three, with commas between")
-    parser.add_argument("--steps", type=int, default=5, help="adaLN-zero needs 5: the blocks move from the third on")
+    parser.add_argument("--steps", type=int, default=5, help="the first 5 are judged, more are reported")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--lr", type=float, help="larger than in training, so that faults show; 2^-7 for 5 steps")
+    parser.add_argument("--lr", type=float, default=2.0**-7, help="larger than in training, so that faults show")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", required=True, type=Path, help="folder of coord_check.json and coord_check.png")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -91,12 +91,9 @@ def main() -> int:
     if len(widths) < LEAST_WIDTHS:
         raise ConfigError(f"--widths needs at least {LEAST_WIDTHS} different widths to fit a slope, got {widths}")
 
-    # Beyond some distance travelled the largest widths bend away from any power law.
-    lr = arguments.lr if arguments.lr is not None else 2.0**-7 * min(1.0, (5 / steps) ** 0.5)
-
     def config_at(width: int, seed: int, parametrization: str | None = None) -> TrainConfig:
         return check_config(
-            arguments.config, arguments.overrides, width, seed, lr, arguments.batch_size, parametrization
+            arguments.config, arguments.overrides, width, seed, arguments.lr, arguments.batch_size, parametrization
         )
 
     (checked,) = {config_at(width, 0).mup.parametrization for width in widths}  # refuses a bad width at once
@@ -114,7 +111,7 @@ def main() -> int:
     report = judge(measured, control)
     settings = {
         "config": arguments.config, "overrides": arguments.overrides, "parametrization": checked, "widths": widths,
-        "steps": steps, "seeds": seeds, "lr": lr, "batch_size": arguments.batch_size,
+        "steps": steps, "seeds": seeds, "lr": arguments.lr, "batch_size": arguments.batch_size,
         "limits": LIMITS, "control_limit": CONTROL, "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from launch.coord_check import build_subject, check_config
 from trainer.build import build_mup_table
 from trainer.config import CONFIG_DIR, TrainConfig
 from trainer.mup import coord
-from trainer.mup.coord import CONTROL, Kind, Measured, Report, judge, measure
+from trainer.mup.coord import CONTROL, Figure, Kind, Measured, Report, judge, measure
 from trainer.mup.table import Row
 from trainer.parallel.mesh import World, init_world
 
@@ -230,6 +230,17 @@ def test_the_module_with_a_fault_is_seen_through_its_hooks() -> None:
     assert coord.observe(model, [unit], compiled=False).keys() == {"0", "1", "1.0", "1.1"}
     assert coord.observe(model, [unit], compiled=True).keys() == {"0", "1"}
     assert coord.recorded_steps(50) == [1, 2, 3, 4, 5, 8, 16, 32, 50]
+
+
+def test_later_steps_are_reported_but_not_judged() -> None:
+    values: dict[Figure, dict[int, list[float]]] = {
+        Figure("change", "a", 5): {64: [1.0], 128: [1.0], 256: [1.0]},
+        Figure("change", "a", 50): {64: [1.0], 128: [2.0], 256: [4.0]},
+        Figure("change", "b", 50): {64: [1.0], 128: [2.0], 256: [float("inf")]},
+    }
+    rows = coord.rows_of(Measured((64, 128, 256), values, {}, frozenset()))
+    assert [(row.judged, row.exceeds) for row in rows] == [(True, False), (False, False), (True, True)]
+    assert rows[1].slope == pytest.approx(1.0)
 
 
 def test_spectral_norm() -> None:
