@@ -52,3 +52,14 @@ def test_the_comparison_can_fail(runs: Runs) -> None:
     live, average = weights(folder), weights(folder, "ema_0.99")
     assert all(float((live[name] - average[name]).abs().max()) > 1e-7 for name in live)
     assert all(tensor.dtype == torch.float64 for tensor in live.values())
+
+
+@pytest.mark.parametrize("config", ["dit_debug_mup.yaml", "pixart_debug_mup.yaml", "uvit_debug_mup.yaml"])
+def test_every_backbone_agrees_on_two_processes(config: str, tmp_path: Path) -> None:
+    """T12 for the other backbones: one process against two, each weight of them sharded."""
+    settings = [key for key in SETTINGS if not key.startswith("text_encoder")]
+    records = {world: train(world, tmp_path / f"w{world}", *settings, config=config) for world in (1, 2)}
+    assert_close(records[1], records[2], 1e-9)
+    one, two = (weights(tmp_path / f"w{world}") for world in (1, 2))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-10
+    assert records[1][-1]["val_loss"] != records[1][0]["val_loss"]
