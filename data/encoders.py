@@ -67,9 +67,10 @@ def _load_error(key: str, path: str, subfolder: str | None, error: Exception) ->
     if Path(path).is_dir():
         detail = str(error).strip().splitlines()[0]
         return DataError(f"{key}: {where!r} cannot be loaded ({detail}); expected config.json and *.safetensors there")
+    detail = str(error).strip().partition("\n")[0]
     return DataError(
-        f"{key}: there is no folder {where!r}, and no model of that name can be had from the hub; give a local "
-        "folder with config.json and *.safetensors, or a hub id that this machine can reach"
+        f"{key}: there is no folder {where!r}, and no model of that name can be had from the hub ({detail}); give a "
+        "local folder with config.json and *.safetensors, or a hub id that this machine can reach and may read"
     )
 
 
@@ -156,7 +157,13 @@ def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype:
     try:
         config = AutoConfig.from_pretrained(cfg.path, **where)
         model_class = _ENCODERS.get(config.model_type, AutoModel)
-        model = model_class.from_pretrained(cfg.path, dtype=dtype, use_safetensors=True, **where)
+        model = model_class.from_pretrained(
+            cfg.path,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="eager",  # the masks of "sdpa" look at their values: a host sync in every call
+            **where,
+        )
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, **tokenizer_where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error

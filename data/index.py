@@ -222,14 +222,14 @@ def _expand(pattern: str) -> list[str]:
     return [path for item in items for path in _expand(head + item + tail)]
 
 
-def open_shards(spec: str) -> list[Path]:
-    """Paths of the shards that `data.shards` names, in order.
+def open_shards(spec: str, key: str = "data.shards") -> list[Path]:
+    """Paths of the shards that a config key (or argument) names, in order.
 
     spec: a folder, a .tar path, or paths with commas, braces or wildcards. Raises DataError where nothing
     matches or a named shard is missing.
     """
     if spec == SYNTHETIC:
-        raise DataError("data.shards = 'synthetic' has no shards to open")
+        raise DataError(f"{key} = 'synthetic' has no shards to open")
     paths: list[Path] = []
     for part in re.split(r",(?![^{]*\})", spec):
         for name in _expand(os.path.expanduser(part.strip())):
@@ -242,14 +242,14 @@ def open_shards(spec: str) -> list[Path]:
                 found = [path]
                 if not path.is_file():
                     raise DataError(
-                        f"shard {path} does not exist (from data.shards = {spec!r}); check the path, or build "
+                        f"shard {path} does not exist (from {key} = {spec!r}); check the path, or build "
                         "shards with launch/shard.py"
                     )
             if not found:
-                raise DataError(f"data.shards: no .tar file matches {name!r}; build shards with launch/shard.py")
+                raise DataError(f"{key}: no .tar file matches {name!r}; build shards with launch/shard.py")
             paths += found
     if not paths:
-        raise DataError(f"data.shards = {spec!r} names no shard")
+        raise DataError(f"{key} = {spec!r} names no shard")
     return paths
 
 

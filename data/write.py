@@ -28,7 +28,10 @@ def write_shards(samples: Iterable[Sample], prefix: Path, per_shard: int) -> lis
     existing = sorted(prefix.parent.glob(f"{prefix.name}-*.tar")) if prefix.parent.is_dir() else []
     if existing:
         raise DataError(f"{existing[0]} exists: remove the older shards or choose another output prefix")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{prefix.parent} cannot be made ({error}): choose another output prefix") from error
 
     written: list[tuple[Path, Path]] = []
     iterator = iter(samples)

@@ -23,7 +23,7 @@ from data.reader import validation_batches
 from launch.common import kill_tree, run
 from trainer.build import Inference, build_inference
 from trainer.checkpoint import find_checkpoint
-from trainer.config import TrainConfig, load_config
+from trainer.config import ConfigError, TrainConfig, load_config
 from trainer.evaluate.captions import caption_margins, sign_flip_p
 from trainer.evaluate.generate import save_grid
 from trainer.metrics import read_metrics
@@ -96,8 +96,10 @@ def train_with_a_kill(command: list[str], config: TrainConfig, folder: Path) -> 
     the same.
     """
     every, steps = config.train.checkpoint_every, config.train.steps
-    checkpoint = max(every, steps // 2 // every * every)
+    checkpoint = max(every, steps // 2 // every * every) if every else 0
     kill_at = checkpoint + 2 * config.train.log_every
+    if not 0 < checkpoint < kill_at < steps:
+        raise ConfigError(f"train.steps {steps} and checkpoint_every {every} leave no step for the demo's kill")
     killed = _run_until(command, folder, kill_at)
     before = _exact_figures(folder, after=checkpoint)
     if killed:
@@ -253,6 +255,7 @@ factors on the base learning rate, weight decay and epsilon. At the base width {
 
 <h2>Next</h2>
 <pre>
+. .venv/bin/activate
 # more images from this model
 python launch/sample.py --checkpoint {{ folder }} --prompt "a pizza on a teal background" --count 16 --output pizza.png
 # a wider model with the same hyperparameters: that is what muP is for

@@ -27,8 +27,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.count < 1:
         parser.error("--count must be at least 1")
+    if arguments.output.suffix != ".png":
+        parser.error(f"--output must end in .png, got {arguments.output}")
     checkpoint = find_checkpoint(arguments.checkpoint)
-    config = parse(read_meta(checkpoint)["config"], f"the config of {checkpoint}", arguments.overrides)
+    # However the run was sharded: here the ranks that there are share one copy of the weights.
+    overrides = ["parallel.shard=0", *arguments.overrides]
+    config = parse(read_meta(checkpoint)["config"], f"the config of {checkpoint}", overrides)
     world = init_world(resolve(config, world_size()).shard)
     try:
         model = build_inference(config, checkpoint, world)

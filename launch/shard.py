@@ -170,7 +170,7 @@ def build_shards(args: argparse.Namespace) -> None:
 
 def index_shards(specs: list[str]) -> None:
     """Build the index of every shard anew and say what is in it."""
-    for path in [path for spec in specs for path in open_shards(spec)]:
+    for path in [path for spec in specs for path in open_shards(spec, "SHARD")]:
         index_path(path).unlink(missing_ok=True)
         table = load_index(path).table
         rows = table.select(["width", "caption_length"]).to_pylist()

@@ -113,7 +113,7 @@ class Source:
         self._config, self._resolved, self._world = config, resolved, world
         self._index: ImageTextIndex | None = None
         if config.data.shards != SYNTHETIC:
-            self._index = first_on_rank_0(world, lambda: _open_index(config.data.shards))
+            self._index = first_on_rank_0(world, lambda: _open_index(config.data.shards, "data.shards"))
             self._check_length(self._index)
         reader = self.reader(world.rank, world.size)
         self.batches, self.fingerprint = reader.batches, reader.fingerprint
@@ -151,7 +151,7 @@ class Source:
         if shards is None:
             assert self._index is not None
             return self._index
-        return first_on_rank_0(self._world, lambda: _open_index(shards))
+        return first_on_rank_0(self._world, lambda: _open_index(shards, "data.val_shards"))
 
     def _check_length(self, index: ImageTextIndex) -> None:
         c = self._config
@@ -168,10 +168,10 @@ def _is_debug(path: str) -> bool:
     return Path(path).is_relative_to(_DEBUG_ASSETS)
 
 
-def _open_index(shards: str) -> ImageTextIndex:
+def _open_index(shards: str, key: str) -> ImageTextIndex:
     if _is_debug(shards):
         ensure_debug_assets()
-    return ImageTextIndex(open_shards(shards))
+    return ImageTextIndex(open_shards(shards, key))
 
 
 T = TypeVar("T")
@@ -246,6 +246,8 @@ def build_run(config: TrainConfig, world: World) -> Run:
     def swapped() -> Any:
         return engine.swapped(average)
 
+    sample = _grid_writer(config, source, frozen, engine, swapped, resolved, world)
+
     lock = on_rank_0(world, lambda: lock or lock_folder(folder))
     if world.rank == 0:
         write_atomically(folder / "config.yaml", to_yaml(config))
@@ -271,7 +273,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         batches=source.batches,
         encode=frozen.encode,
         validate=lambda: validation(engine.model, objective, bank, swapped),
-        sample=_grid_writer(config, source, frozen, engine, swapped, resolved, world),
+        sample=sample,
         metrics=metrics,
         checkpointer=checkpointer,
         meta={
@@ -327,6 +329,8 @@ def _grid_writer(
     prompts = list(config.sample.prompts[: config.sample.count])
     if not prompts and config.train.sample_every and not frozen.synthetic:
         prompts = source.validation_prompts(config.sample.count)
+        if not prompts:
+            raise DataError("no validation sample has a prompt for the sample grids: give sample.prompts")
 
     def write(path: Path) -> None:
         with swapped():
@@ -450,5 +454,8 @@ def _count(table: MuTable) -> float:
 def _commit() -> str:
     """Commit of the code, "" outside a checkout."""
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return ""
     return done.stdout.strip()

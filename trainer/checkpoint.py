@@ -82,8 +82,11 @@ def lock_folder(folder: Path, wait_s: float = 30.0) -> IO[str]:
     Waits for a predecessor that is ending; raises CheckpointError where the folder stays in use. The system lets go
     of the lock when the process ends, however it ends.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
+    except OSError as error:
+        raise CheckpointError(f"the run folder {folder} cannot be written ({error}): choose another run.dir") from None
     deadline = time.monotonic() + wait_s
     while True:
         try:

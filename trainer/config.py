@@ -55,6 +55,7 @@ class TrainSection(Section):
     validate_every: int = Field(default=1000, ge=0)
     """0: never, as for the other intervals."""
     checkpoint_every: int = Field(default=1000, ge=0)
+    """The last step is always saved."""
     sample_every: int = Field(default=1000, ge=0)
 
 

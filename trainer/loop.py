@@ -45,6 +45,7 @@ def train(run: Run) -> str:
         if state.step == 0:
             _look(run, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0, sample=False)
         began, begun_step = time.perf_counter(), state.step
+        reads_before = _reads(state)
         for step, micro_batches in run.batches(state.step):
             train_step(run, step, micro_batches)
             state.step = step + 1
@@ -53,14 +54,14 @@ def train(run: Run) -> str:
             share = 0.0
             if due["log"]:
                 record |= _figures(run, time.perf_counter() - began, state.step - begun_step)
-                stopping, share = _agree(run, stop.asked)
+                stopping, share = _agree(run, stop.asked, reads_before)
                 record["bad_share"] = share
                 outcome = "preempted" if stopping and state.step < plan.steps else "finished"
             too_bad = share > plan.max_bad_share
             if due["log"] or due["validate"] or due["sample"]:
                 _look(run, record, due["validate"], due["sample"])
             ending = outcome == "preempted" or too_bad
-            if due["checkpoint"] or ending:
+            if due["checkpoint"] or ending or state.step == plan.steps:
                 save(run)
             if ending:
                 break
@@ -73,8 +74,8 @@ def train(run: Run) -> str:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(state.holes.items()))
             raise BadDataError(
                 f"{share:.2%} of the samples were unreadable, more than data.max_bad_share {plan.max_bad_share:.2%} "
-                f"(rank 0 saw {reasons or 'none of them'}). The run is saved at step {state.step}; mend the data or "
-                "raise data.max_bad_share, then start it again."
+                f"(rank 0 saw {reasons or 'none of them'}). The run is saved at step {state.step}: make the samples "
+                "readable again, or raise data.max_bad_share, and start it again."
             )
         metrics.status(outcome, state.step, "asked to stop by a signal" if outcome == "preempted" else "")
         return outcome
@@ -176,10 +177,18 @@ def _figures(run: Run, seconds: float, steps: int) -> dict[str, Any]:
     return figures
 
 
-def _agree(run: Run, asked: bool) -> tuple[bool, float]:
-    """(any rank was asked to stop, share of unreadable samples over all ranks), on the control group."""
-    state = run.state
-    numbers = torch.tensor([int(asked), sum(state.holes.values()), state.samples_read])
+def _reads(state: TrainState) -> tuple[int, int]:
+    """(unreadable samples, samples) that this rank has read in the life of the run."""
+    return sum(state.holes.values()), state.samples_read
+
+
+def _agree(run: Run, asked: bool, before: tuple[int, int]) -> tuple[bool, float]:
+    """(any rank was asked to stop, share of unreadable samples over all ranks), on the control group.
+
+    The share is of what was read since this start (`before`), so that a run whose data were mended goes on.
+    """
+    holes, read = (now - then for now, then in zip(_reads(run.state), before, strict=True))
+    numbers = torch.tensor([int(asked), holes, read])
     dist.all_reduce(numbers, group=run.world.control)
     stopping, holes, read = numbers.tolist()
     # Of at least 1000: a few bad samples in the first steps of a run are no share yet.

@@ -32,7 +32,7 @@ Verdict = Literal["passed", "failed", "inconclusive"]
 LIMITS: dict[Kind, float] = {"activation": 0.25, "change": 0.25, "update": 0.25, "weight": 0.3}
 CONTROL = 0.7
 # The last step that the limits are calibrated for. Later ones are measured but not judged: on one batch, models of
-# finite width then part by how far each has learnt it (slopes of 0.35 after 32 steps in a correct MMDiT).
+# finite width then part by how far each has learnt it (slopes of 0.35 after 32 steps in a correct model).
 JUDGED_STEPS = 5
 
 

@@ -1,0 +1,46 @@
+"""Too many unreadable samples: the run saves, says why, stops; and goes on where it stopped once it may."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from data.debug import ensure_debug_assets
+from data.index import ImageTextIndex, open_shards
+from data.write import write_shards
+from tests.distributed.runs import ROOT, command, environment
+from trainer.checkpoint import complete_checkpoints
+from trainer.metrics import read_metrics
+
+
+def half_broken(folder: Path) -> str:
+    """The debug shards' size, every second image no image; returns data.shards."""
+    index = ImageTextIndex(open_shards(str(ensure_debug_assets(ROOT / ".cache" / "debug") / "train-000000.tar")))
+    with open(index.paths[0], "rb") as tar:
+        tar.seek(int(index.image_offset[0]))
+        image = tar.read(int(index.image_size[0]))
+    samples = [(f"{i:04d}", image if i % 2 else b"not a picture", "png", f"number {i}") for i in range(256)]
+    return str(write_shards(samples, folder / "half", 256)[0])
+
+
+def test_stops_and_goes_on(tmp_path: Path) -> None:
+    more = [f"data.shards={half_broken(tmp_path)}", f"run.dir={tmp_path}", "run.name=run", "train.sample_every=0"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(1, *more, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        )
+
+    stopped = run()
+    folder = tmp_path / "run"
+    assert stopped.returncode == 1
+    assert "data.max_bad_share" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    last = read_metrics(folder)[-1]
+    assert 3 <= last["step"] < 10, "more than 10 of 1000 samples"
+    assert [p.name for p in complete_checkpoints(folder / "checkpoints")] == [f"step_{last['step']:08d}"]
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+
+    finished = run("data.max_bad_share=1")
+    assert finished.returncode == 0, finished.stderr
+    records = read_metrics(folder)
+    assert [r["step"] for r in records] == list(range(21)), "no step twice, none left out"
