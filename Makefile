@@ -68,14 +68,14 @@ schema: .venv/ready
 # ------------------------------------------------------------------------------------------------ long, and on a GPU
 
 soak: setup
-	$(BIN)/python benchmarks/kills.py --kills 20 --output benchmarks/results/kills.json
+	$(BIN)/python -m benchmarks.kills --kills 20 --output benchmarks/results/kills.json
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
+	$(BIN)/python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json
 
 # Offline, installing nothing: with .venv if it is there, else with the python that is found.
 gpu-check:
 	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v $(PYTHON)); set -ex; \
 	export PYTHONPATH=$(CURDIR); \
 	$$python -m pytest -m gpu -o addopts="" tests/gpu; \
-	$$python benchmarks/train_step.py --output benchmarks/results/train_step_gpu.json
+	$$python -m benchmarks.train_step --output benchmarks/results/train_step_gpu.json

@@ -1,6 +1,6 @@
 """Random SIGKILLs of a run, resumed each time, against an uninterrupted run: the logged lines must be equal.
 
-python benchmarks/kills.py --kills 20 --output benchmarks/results/kills.json
+python -m benchmarks.kills --kills 20 --output benchmarks/results/kills.json
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Time, images/s, model FLOP/s and peak memory of a whole training step (clip, AdamW and EMA inside).
 
-    python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
+    python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json
 
 Synthetic latents and text states, so that no encoder is in the figure. On a GPU: the proxies of the ladder in bf16
 with per-block compile; on a CPU: the debug and the demo shape.
