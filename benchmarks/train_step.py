@@ -52,7 +52,7 @@ def measure(name: str, batch: int, overrides: list[str]) -> dict[str, Any]:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[WARM_UP:])
-        tokens = float(run.state.totals[2] / run.state.totals[3])
+        tokens = float(run.state.totals[2] / run.state.totals[4])  # text tokens a sample: their sum over steps
         flops_per_s = run.plan.image_flops(tokens) * batch / median
         run.metrics.close()
         dist.destroy_process_group()
