@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,17 +136,18 @@ class Source:
             data = dataclasses.replace(c.data, label_dropout=0.0)
             part = (world.rank, world.size, rows, c.label_classes)
             return next(SyntheticReader(data, text, c.autoencoder, _VALIDATION_SEED, count, *part).batches(0))[1]
-        index = self._validation_index()
+        index = self._validation_index
         return list(validation_batches(index, c.data, count, world.rank, world.size, rows, c.label_classes))
 
     def validation_prompts(self, count: int) -> list[str]:
         """Captions, or class numbers, of the first `count` samples of the bank, the same on all ranks."""
         classes = self._config.label_classes
-        [batch] = validation_batches(self._validation_index(), self._config.data, count, 0, 1, count, classes)
+        [batch] = validation_batches(self._validation_index, self._config.data, count, 0, 1, count, classes)
         if classes is None:
             return [caption for caption in batch.full_captions if caption]
         return [str(label) for label in batch.labels.tolist() if label >= 0]
 
+    @cached_property
     def _validation_index(self) -> ImageTextIndex:
         shards = self._config.data.val_shards
         if shards is None:
