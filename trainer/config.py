@@ -40,6 +40,8 @@ class RunConfig(Section):
     """Schedule keys (optim.lr, train.steps, ...) that may differ from the run that is resumed."""
     keep_last: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints at multiples of so many steps are kept as well; 0: none."""
 
 
 class TrainSection(Section):
@@ -56,7 +58,17 @@ class TrainSection(Section):
     """0: never, as for the other intervals."""
     checkpoint_every: int = Field(default=1000, ge=0)
     """The last step is always saved."""
+    checkpoint_async: bool = True
+    """Write checkpoints while training goes on."""
+    ema_snapshot_every: int = Field(default=0, ge=0)
+    """Write the EMA weights alone, to be sampled from and kept; 0: never."""
     sample_every: int = Field(default=1000, ge=0)
+    rollback_after: int = Field(default=0, ge=0)
+    """After so many skipped steps in a row go back to the last checkpoint and past the samples between; 0: never."""
+    watchdog_factor: float | None = Field(default=20.0, gt=1)
+    """A step that takes this many times the median one ends the run with the stacks of all ranks; null: never."""
+    watchdog_min_s: float = Field(default=300.0, gt=0)
+    """The least time after which a step counts as hung."""
 
 
 class RoleFactors(Section):
@@ -96,6 +108,9 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     decay_steps: int = Field(default=0, ge=0)
     """wsd: the last steps, over which the lr falls to 0."""
+    spike_threshold: float | None = Field(default=None, gt=0)
+    """A step whose log gradient norm lies this many running standard deviations above the running mean is skipped;
+    null: none is."""
 
 
 class EmaConfig(Section):
@@ -116,12 +131,24 @@ class ObjectiveConfig(Section):
 
 
 class ParallelConfig(Section):
-    engine: Literal["fsdp2"] = "fsdp2"
+    engine: Literal["fsdp2", "zero"] = "fsdp2"
+    zero_stage: Literal[1, 2, 3] = 2
+    """engine zero: what is sharded; 1: optimizer state, 2: and gradients, 3: and weights."""
     shard: int = Field(default=0, ge=0)
     """Ranks that share one copy of the weights; 0: all. Replicas = world size / shard (HSDP)."""
     precision: Literal["bf16", "fp32", "fp64"] | None = None
     """Compute type over fp32 master weights; None: bf16 on a GPU, fp32 on a CPU. fp64 is for tests."""
     compile: bool = False
+    """Compile each block; a shape that would make it fall back to eager ends the run."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """full: only the blocks' inputs are kept for the backward pass; selective: the outputs of matrix products and of
+    attention as well."""
+    reshard_after_forward: bool = True
+    """engine fsdp2: free the gathered weights between forward and backward; false (as ZeRO-2) for small models."""
+    prefetch: int = Field(default=1, ge=0)
+    """engine fsdp2: blocks whose weights are gathered ahead of use; 0 leaves it to the engine."""
+    cpu_offload: bool = False
+    """engine fsdp2: weights, gradients and optimizer state live in the host's memory."""
 
 
 class ValidationConfig(Section):
