@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,11 @@ from .checkpoint import (
     check_same_model,
     find_checkpoint,
     lock_folder,
+    newest_good,
     read_meta,
+    set_aside,
+    verify,
+    weights_of,
     write_atomically,
 )
 from .config import ConfigError, Resolved, TrainConfig, check_resume, plain, resolve, to_yaml
@@ -222,24 +226,26 @@ def build_run(config: TrainConfig, world: World) -> Run:
     initial = None
     if resumed is None and config.run.init_from is not None:
         initial = find_checkpoint(Path(config.run.init_from))
+        verify(initial, world.control)
         check_same_model(read_meta(initial), table.to_json(), initial, rules=False)
 
     engine = build_engine(config, table, world)
     state = TrainState.start(world.device)
+    initial_weights = "model" if initial is None else weights_of(read_meta(initial))
     if initial is not None:
-        engine.load_weights(initial)
+        engine.load_weights(initial, initial_weights)
     ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
-    checkpointer = Checkpointer(folder, engine, world.checkpoint, config.run.keep_last)
     notes = [table.describe(), f"{folder}: {_count(table):.3g} B parameters, {world.size} processes"]
     if resumed is not None:
-        checkpoint, meta, changes = resumed
+        checkpoint, meta, changes, damaged = resumed
         kept = [decay for decay in ema.decays if decay in meta["config"]["ema"]["decays"]]
-        checkpointer.load(checkpoint, {**ema.tensors(kept), "totals": state.totals})
+        engine.load(checkpoint, {**ema.tensors(kept), "totals": state.totals})
         ema.reset([decay for decay in ema.decays if decay not in kept])  # ema.decays may change on resume
         restore(state, meta, world.rank)
-        notes = [f"resuming {checkpoint}", *(f"changed: {change}" for change in changes)]
+        notes = [*(f"warning: {reason}; it is passed over" for reason in damaged.values()), f"resuming {checkpoint}"]
+        notes += [f"changed: {change}" for change in changes]
     elif initial is not None:
-        notes.append(f"weights from {initial}")
+        notes.append(f"weights from {initial} ({initial_weights})")
 
     bank = [frozen.encode(batch) for batch in source.validation()] if config.train.validate_every else []
     objective = build_objective(config, resolved)
@@ -254,11 +260,17 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if world.rank == 0:
         write_atomically(folder / "config.yaml", to_yaml(config))
         write_atomically(folder / "mup.json", json.dumps(table.to_json(), indent=1))
+        for checkpoint in resumed.damaged if resumed is not None else ():
+            set_aside(checkpoint)
     metrics = Metrics(folder, world.rank == 0, config.train.steps, state.step)
     if config.wandb.project is not None:
         metrics.start_wandb(config.wandb.project, config.wandb.mode, config.run.name, plain(config))
     for note in notes:
         metrics.say(note)
+
+    def warn(text: str) -> None:
+        metrics.say(text)
+        metrics.status("running", state.step, text)
 
     return Run(
         plan=_plan(config, frozen.synthetic, world, metrics),
@@ -277,7 +289,15 @@ def build_run(config: TrainConfig, world: World) -> Run:
         validate=lambda: validation(engine.model, objective, bank, swapped),
         sample=sample,
         metrics=metrics,
-        checkpointer=checkpointer,
+        checkpointer=Checkpointer(
+            folder,
+            engine,
+            world.checkpoint,
+            config.run.keep_last,
+            config.run.keep_every,
+            config.train.checkpoint_async,
+            warn,
+        ),
         meta={
             "config": plain(config),
             "mup": table.to_json(),
@@ -290,18 +310,20 @@ def build_run(config: TrainConfig, world: World) -> Run:
     )
 
 
+class _Resumed(NamedTuple):
+    """changes: of the config, as text. damaged: newer checkpoints that were passed over, and why."""
+
+    checkpoint: Path
+    meta: dict[str, Any]
+    changes: list[str]
+    damaged: dict[Path, str]
+
+
 def _find_resumed(
     config: TrainConfig, folder: Path, table: MuTable, fingerprints: dict[str, str], world: World
-) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """(checkpoint, its meta, changed keys) if the run folder has one that this config may continue."""
-    answer: list[Path | None] = [None]
-    if world.rank == 0:
-        try:
-            answer[0] = find_checkpoint(folder)
-        except CheckpointError:
-            answer[0] = None
-    dist.broadcast_object_list(answer, src=0, group=world.control)
-    checkpoint = answer[0]
+) -> _Resumed | None:
+    """The newest undamaged checkpoint of the run folder, if there is one and this config may continue it."""
+    checkpoint, damaged = newest_good(folder, world.control)
     if checkpoint is None:
         return None
     if not config.run.resume:
@@ -316,7 +338,7 @@ def _find_resumed(
                 f"{checkpoint} was trained with other {part.replace('_', ' ')} contents than {part} has now; "
                 "use another run.name for a new run"
             )
-    return checkpoint, meta, changes
+    return _Resumed(checkpoint, meta, changes, damaged)
 
 
 def _grid_writer(
@@ -388,6 +410,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
         raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
     resolved = resolve(config, world.size)
     table = build_mup_table(config)
+    verify(checkpoint, world.control)
     check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
     frozen = FrozenParts(config, world)
     engine = build_engine(config, table, world)
@@ -437,6 +460,7 @@ def _plan(config: TrainConfig, synthetic: bool, world: World, metrics: Metrics) 
         log_every=train.log_every,
         validate_every=train.validate_every,
         checkpoint_every=train.checkpoint_every,
+        snapshot_every=train.ema_snapshot_every,
         sample_every=0 if synthetic else train.sample_every,
         max_bad_share=config.data.max_bad_share,
         image_flops=image_flops,

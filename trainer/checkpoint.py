@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent: written beside, flushed, renamed. Found again by the same command.
 
 A checkpoint is a folder `step_00001000` with the tensors (torch's distributed checkpoint) and `meta.json`: step,
-config, muP table and its hash, fingerprints of data and encoders, versions. No classes, no pickled objects.
+config, muP table and its hash, fingerprints of data and encoders, versions, size and SHA-256 of each file. No classes,
+no pickled objects. A snapshot is the same with the EMA weights alone.
 """
 
 import fcntl
@@ -10,17 +11,21 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+from .checkpoint_files import META, digest_files, superseded, verify_files
 from .parallel.engine import CheckpointError, Engine
 
-META = "meta.json"
 _NAME = re.compile(r"step_(\d{8,})")
+_MOST_FAILURES = 3
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -36,7 +41,7 @@ def write_atomically(path: Path, text: str) -> None:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a `checkpoints` folder, oldest first."""
     found = [p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and (p / META).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=_step_of)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -51,9 +56,74 @@ def find_checkpoint(path: Path) -> Path:
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / META).read_text())
+        meta = json.loads((checkpoint / META).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / META} cannot be read: {error}") from None
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{checkpoint / META} cannot be read: expected a JSON object")
+    return meta
+
+
+def weights_of(meta: Mapping[str, Any]) -> str:
+    """Name of the weights to go on from, as Engine.load_weights takes it: of a snapshot the first decay's average."""
+    return f"ema_{meta['config']['ema']['decays'][0]}" if meta.get("averages_only") else "model"
+
+
+def together(action: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
+    """action() on every rank; the results by rank. Where it fails on any rank, CheckpointError is raised on all: none
+    waits for one that has given up."""
+    mine: tuple[Any, str | None]
+    try:
+        mine = action(), None
+    except CheckpointError as error:
+        mine = None, str(error)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        mine = None, f"{type(error).__name__}: {error}"
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    for _, error in everyone:
+        if error is not None:
+            raise CheckpointError(error)
+    return [result for result, _ in everyone]
+
+
+def verify(checkpoint: Path, group: dist.ProcessGroup) -> None:
+    """Compare every file with its checksum, each rank a share; the same on all ranks.
+
+    Raises CheckpointError that names a damaged or missing file. Checkpoints from before there were checksums pass.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    together(lambda: verify_files(checkpoint, read_meta(checkpoint).get("files", {}), rank, size), group)
+
+
+def newest_good(folder: Path, group: dist.ProcessGroup) -> tuple[Path | None, dict[Path, str]]:
+    """(newest complete checkpoint of a run folder that verifies, what is wrong with each newer one), on all ranks.
+
+    None where there is no checkpoint; raises CheckpointError where there are some and all are damaged.
+    """
+    found: list[Any] = [complete_checkpoints(folder / "checkpoints")]
+    dist.broadcast_object_list(found, src=0, group=group)
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(found[0]):
+        try:
+            verify(checkpoint, group)
+        except CheckpointError as error:
+            damaged[checkpoint] = str(error)
+        else:
+            return checkpoint, damaged
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of {folder} is undamaged: {'; '.join(damaged.values())}. Restore one from a copy, or use "
+            "another run.name to start anew."
+        )
+    return None, {}
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint, so that it is neither resumed from nor counted among those to keep."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.corrupt")
+    shutil.rmtree(aside, ignore_errors=True)  # of this step, set aside before
+    checkpoint.rename(aside)
 
 
 def check_same_model(meta: Mapping[str, Any], table: Mapping[str, Any], checkpoint: Path, rules: bool) -> None:
@@ -104,44 +174,146 @@ def lock_folder(folder: Path, wait_s: float = 30.0) -> IO[str]:
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run folder; the same call on all ranks."""
+    """Writes and reads the checkpoints of one run folder; the same calls on all ranks.
 
-    def __init__(self, folder: Path, engine: Engine, group: dist.ProcessGroup, keep_last: int) -> None:
-        self._folder = folder / "checkpoints"
+    A save copies the tensors and returns; a thread writes the copies while training goes on. At most one save is in
+    flight, and meanwhile `group` belongs to its threads: a collective of the training thread would mix with theirs.
+
+    keep_last, keep_every: see checkpoint_files.superseded. asynchronous: False waits for every save. tell: is given
+    the warning that a save failed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        group: dist.ProcessGroup,
+        keep_last: int,
+        keep_every: int,
+        asynchronous: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._checkpoints, self._snapshots = folder / "checkpoints", folder / "ema"
         self._engine = engine
         self._group = group
-        self._keep_last = keep_last
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._asynchronous = asynchronous
+        self._tell = tell
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[Path, Future[float]] | None = None
+        self._failures: Counter[Path] = Counter()  # in a row, by folder
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Write checkpoint `step`; it is there, complete, when this returns, and older ones are cleared away."""
-        final = self._folder / f"step_{step:08d}"
-        beside = self._folder / f".{final.name}.tmp"
-        if dist.get_rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        dist.barrier(group=self._group)
-        self._engine.save(beside, tensors)
-        dist.barrier(group=self._group)
-        if dist.get_rank() == 0:
-            write_atomically(beside / META, json.dumps(dict(meta)))
-            if final.exists():  # a run that was reset to an earlier checkpoint writes this step again
-                old = self._folder / f".{final.name}.old"
-                shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
-                final.rename(old)
-            beside.rename(final)
-            _sync_folder(self._folder)
-            self._clear()
-        dist.barrier(group=self._group)
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], wait: bool = False) -> None:
+        """Start to write checkpoint `step`; once it is complete, older ones are cleared away. wait: until then.
+
+        A failed save is told and leaves the older checkpoints as they are. CheckpointError is raised where `wait` is
+        set, or at the third failure in a row.
+        """
+        self._start(self._checkpoints, step, tensors, meta, wait)
+
+    def save_averages(self, step: int, averages: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Start to write a snapshot of `averages` (see EMA.tensors) alone, which is kept for good; fails as `save`."""
+        self._start(self._snapshots, step, averages, {**meta, "averages_only": True}, wait=False)
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one."""
+        self._end(required=False)
 
     def load(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
         """Read weights, optimizer and `tensors` in place."""
+        self.wait()
         self._engine.load(checkpoint, tensors)
 
-    def _clear(self) -> None:
-        for path in complete_checkpoints(self._folder)[: -self._keep_last]:
-            path = path.rename(self._folder / f".{path.name}.old")  # absent at once, then deleted
-        for path in self._folder.glob(".step_*"):
+    def figures(self) -> dict[str, float]:
+        """Seconds since the last call in which saves kept training waiting, and that finished saves took to write;
+        nothing where there was no save."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        return dict(seconds)
+
+    def _start(
+        self, folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], wait: bool
+    ) -> None:
+        began = time.perf_counter()
+        self.wait()
+        beside = folder / f".step_{step:08d}.tmp"
+        saving: Future[float] = Future()
+        try:
+            together(lambda: _make_empty(beside) if self._rank == 0 else None, self._group)
+            written = self._engine.save(beside, tensors, averages_only=folder == self._snapshots)
+            saving = self._thread.submit(self._finish, written, beside, meta)
+        except CheckpointError as error:
+            saving.set_exception(_not_written(beside, error))
+        self._saving = folder, saving
+        # The third failure in a row raises, which all ranks must do at the same point.
+        last_try = self._failures[folder] == _MOST_FAILURES - 1
+        if wait or last_try or not self._asynchronous:
+            self._end(required=wait)
+        self._seconds["checkpoint_blocked_s"] += time.perf_counter() - began
+
+    def _end(self, required: bool) -> None:
+        if self._saving is None:
+            return
+        (folder, saving), self._saving = self._saving, None
+        try:
+            self._seconds["checkpoint_write_s"] += saving.result()
+            if self._failures.pop(folder, 0):
+                self._tell(f"{folder} can be written again")
+        except (CheckpointError, RuntimeError) as error:  # RuntimeError: a collective broke, another rank has died
+            self._failures[folder] += 1
+            if required or self._failures[folder] == _MOST_FAILURES:
+                raise CheckpointError(str(error)) from None
+            self._tell(f"warning: {error}; training goes on, and the next save tries again")
+
+    def _finish(self, written: Future[None], beside: Path, meta: Mapping[str, Any]) -> float:
+        """In the thread: complete a checkpoint once every rank has written its files; returns the seconds it took."""
+        began = time.perf_counter()
+        try:
+            together(written.result, self._group)
+            shares = together(lambda: digest_files(beside, self._rank, self._size), self._group)
+            files = {name: digest for share in shares for name, digest in share.items()}
+            complete = {**meta, "files": files}
+            together(lambda: self._publish(beside, complete) if self._rank == 0 else None, self._group)
+        except CheckpointError as error:
+            if self._rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise _not_written(beside, error) from None
+        return time.perf_counter() - began
+
+    def _publish(self, beside: Path, meta: dict[str, Any]) -> None:
+        folder, name = beside.parent, beside.name[1 : -len(".tmp")]
+        final = folder / name
+        write_atomically(beside / META, json.dumps(meta))
+        _sync_folder(beside)
+        if final.exists():  # a run that was reset to an earlier checkpoint writes this step again
+            old = folder / f".{name}.old"
+            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+            final.rename(old)
+        beside.rename(final)
+        _sync_folder(folder)
+        if folder == self._checkpoints:
+            complete = {_step_of(path): path for path in complete_checkpoints(folder)}
+            for step in superseded(list(complete), self._keep_last, self._keep_every):
+                complete[step].rename(folder / f".{complete[step].name}.old")  # absent at once, then deleted
+        for path in folder.glob(".step_*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():  # of a process that was killed
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _not_written(beside: Path, error: CheckpointError) -> CheckpointError:
+    return CheckpointError(f"{beside.parent / beside.name[1 : -len('.tmp')]} was not written: {error}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -61,11 +61,14 @@ def train(run: Run) -> str:
             if due["log"] or due["validate"] or due["sample"]:
                 _look(run, record, due["validate"], due["sample"])
             ending = outcome == "preempted" or too_bad
-            if due["checkpoint"] or ending or state.step == plan.steps:
-                save(run)
+            last = ending or state.step == plan.steps
+            if due["snapshot"]:  # before the checkpoint, which would have to be waited for longer
+                run.checkpointer.save_averages(state.step, run.ema.tensors(), {**run.meta, "step": state.step})
+            if due["checkpoint"] or last:
+                save(run, wait=last)
             if ending:
                 break
-            if due["log"] or due["validate"] or due["sample"] or due["checkpoint"]:
+            if any(due.values()):
                 began, begun_step = time.perf_counter(), state.step  # time spent looking is not training time
             if state.step >= plan.steps:
                 break
@@ -80,6 +83,7 @@ def train(run: Run) -> str:
         metrics.status(outcome, state.step, "asked to stop by a signal" if outcome == "preempted" else "")
         return outcome
     except BaseException as error:
+        run.checkpointer.wait()  # what is on its way is worth keeping
         metrics.status("failed", state.step, f"{type(error).__name__}: {error}")
         raise
     finally:
@@ -118,14 +122,14 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
     state.totals[5] += result.skipped
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint of the present step."""
+def save(run: Run, wait: bool = False) -> None:
+    """Start to write a checkpoint of the present step. wait: until it is complete, CheckpointError where it fails."""
     state = run.state
     tensors = {**run.ema.tensors(), "totals": state.totals}
     reads: list[Any] = [None] * run.world.size
     dist.all_gather_object(reads, (state.holes, state.samples_read), group=run.world.control)
     meta = {**run.meta, "step": state.step, "reads": reads}
-    run.checkpointer.save(state.step, tensors, meta)
+    run.checkpointer.save(state.step, tensors, meta, wait)
 
 
 def restore(state: TrainState, meta: dict[str, Any], rank: int) -> None:
@@ -147,6 +151,7 @@ def _intervals(run: Run) -> dict[str, int]:
         "log": plan.log_every,
         "validate": plan.validate_every,
         "checkpoint": plan.checkpoint_every,
+        "snapshot": plan.snapshot_every,
         "sample": plan.sample_every,
     }
 
@@ -164,7 +169,7 @@ def _figures(run: Run, seconds: float, steps: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"lr": run.lr(run.state.step - 1), "skipped_steps": int(skipped)}
     if counted:
         figures |= {"loss": loss / counted, "grad_norm": grad_norm / counted, "mup/clip_share": clipped / counted}
-    figures |= time_figures(by_time) | run.health.figures()
+    figures |= time_figures(by_time) | run.health.figures() | run.checkpointer.figures()
     images_per_s = plan.global_batch_size * steps / seconds
     flops_per_s = plan.image_flops(text_tokens / max(1.0, counted)) * images_per_s
     figures |= {

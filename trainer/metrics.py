@@ -17,7 +17,9 @@ from .checkpoint import write_atomically
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
 _VALIDATION = "val_"
 _MUP = "mup/"
-_SPEED = ("images_per_s", "model_tflops_per_s", "mfu", "step_time_s")
+_SPEED = (
+    "images_per_s", "model_tflops_per_s", "mfu", "step_time_s", "checkpoint_blocked_s", "checkpoint_write_s",
+)  # fmt: skip
 
 
 def peak_flops(device_name: str) -> float | None:

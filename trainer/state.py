@@ -64,6 +64,7 @@ class Plan:
     log_every: int
     validate_every: int
     checkpoint_every: int
+    snapshot_every: int
     sample_every: int
     max_bad_share: float
     image_flops: Callable[[float], float]

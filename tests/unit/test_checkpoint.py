@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import load_config, plain
 from trainer.metrics import Metrics, peak_flops, plot_loss, read_metrics
-from trainer.parallel.dcp import SafeReader, load_tensors, save_tensors
+from trainer.parallel.dcp import AsyncSaver, SafeReader, load_tensors, save_tensors
 from trainer.parallel.engine import Engine
 from trainer.parallel.mesh import World, init_world
 
@@ -53,22 +54,32 @@ class OneTensor:
     def __init__(self, world: World, value: float = 0.0) -> None:
         self.weight = torch.full((4,), value)
         self._group = world.checkpoint
+        self._saver = AsyncSaver(world.device, world.checkpoint)
 
-    def save(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
-        save_tensors(folder, {"model/weight": self.weight, **extra}, self._group)
+    def save(self, folder: Path, extra: Mapping[str, Tensor], averages_only: bool = False) -> Future[None]:
+        return self._saver.save(folder, dict(extra) if averages_only else {"model/weight": self.weight, **extra})
 
     def load(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
         load_tensors(folder, {"model/weight": self.weight, **extra}, self._group)
 
 
-def checkpointer(folder: Path, world: World, value: float = 0.0, keep_last: int = 2) -> Checkpointer:
-    return Checkpointer(folder, cast(Engine, OneTensor(world, value)), world.checkpoint, keep_last)
+def checkpointer(
+    folder: Path,
+    world: World,
+    engine: OneTensor,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    asynchronous: bool = True,
+    tell: Callable[[str], None] = print,
+) -> Checkpointer:
+    group = world.checkpoint
+    return Checkpointer(folder, cast(Engine, engine), group, keep_last, keep_every, asynchronous, tell)
 
 
 def save(folder: Path, world: World, step: int, keep_last: int = 2) -> None:
     """A checkpoint whose weight is its step."""
     tensors = {"totals": torch.arange(5, dtype=torch.float64)}
-    checkpointer(folder, world, step, keep_last).save(step, tensors, {"step": step})
+    checkpointer(folder, world, OneTensor(world, step), keep_last).save(step, tensors, {"step": step}, wait=True)
 
 
 def names(folder: Path) -> list[str]:
@@ -83,10 +94,10 @@ def test_saved_and_loaded(world: World, tmp_path: Path) -> None:
     save(tmp_path, world, 7)
     assert names(tmp_path) == ["step_00000007"], "nothing beside the complete folder"
     checkpoint = find_checkpoint(tmp_path)
-    assert read_meta(checkpoint) == {"step": 7}
+    meta = read_meta(checkpoint)
+    assert (meta["step"], sorted(meta["files"])) == (7, [".metadata", "__0_0.distcp"])
     engine, totals = OneTensor(world), torch.zeros(5, dtype=torch.float64)
-    again = Checkpointer(tmp_path, cast(Engine, engine), world.checkpoint, 2)
-    again.load(checkpoint, {"totals": totals})
+    checkpointer(tmp_path, world, engine).load(checkpoint, {"totals": totals})
     assert engine.weight.tolist() == [7.0] * 4
     assert totals.tolist() == [0, 1, 2, 3, 4]
 
@@ -129,28 +140,12 @@ def test_incomplete_does_not_count_as_kept(world: World, tmp_path: Path) -> None
 
 def test_saving_a_step_again_replaces_it(world: World, tmp_path: Path) -> None:
     save(tmp_path, world, 5)
-    checkpointer(tmp_path, world, value=42.0).save(5, {}, {"step": 5, "again": True})
+    checkpointer(tmp_path, world, OneTensor(world, 42.0)).save(5, {}, {"step": 5, "again": True}, wait=True)
     assert names(tmp_path) == ["step_00000005"]
     engine = OneTensor(world)
     engine.load(find_checkpoint(tmp_path), {})
     assert engine.weight.tolist() == [42.0] * 4
     assert read_meta(find_checkpoint(tmp_path))["again"]
-
-
-def test_a_save_that_fails_leaves_the_older_one(world: World, tmp_path: Path) -> None:
-    save(tmp_path, world, 5)
-
-    class Full(OneTensor):
-        def save(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
-            super().save(folder, extra)
-            raise OSError("no space left on device")
-
-    failing = Checkpointer(tmp_path, cast(Engine, Full(world)), world.checkpoint, 2)
-    with pytest.raises(OSError, match="no space"):
-        failing.save(6, {}, {"step": 6})
-    assert find_checkpoint(tmp_path).name == "step_00000005"
-    save(tmp_path, world, 7)
-    assert names(tmp_path) == ["step_00000005", "step_00000007"]
 
 
 def test_find_checkpoint(world: World, tmp_path: Path) -> None:

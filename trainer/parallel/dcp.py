@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from .engine import CheckpointError
 
@@ -33,6 +37,8 @@ _SAFE = {
     ("torch.serialization", "_get_layout"),
     ("torch._utils", "_rebuild_device"),
 }
+_WRAPPING_BYTES = 4096  # of a tensor in its file and of its entry in the index, at most
+_MARGIN = 1.02
 
 
 class _Unpickler(pickle.Unpickler):
@@ -54,9 +60,70 @@ class SafeReader(dcp.FileSystemReader):
         return metadata
 
 
+class AsyncSaver:
+    """save_tensors in a thread, from copies in host memory that are reused from save to save.
+
+    Not dcp.async_save: its failures are no Exception and a thread that ends with one prints a traceback; here the
+    thread's result is a CheckpointError that is the same on all ranks. The stager is torch's: it keeps the layout of
+    a DTensor, and pins its memory and copies without waiting where there is a GPU (on CPU both would fail).
+    """
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
+        """group: gloo; between save() and the end of its future it is the thread's alone."""
+        cuda = device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=cuda,
+            )
+        )
+        self._group = group
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> Future[None]:
+        """Copy, then write in the thread; call it again only when the future has ended."""
+        copies = self._stager.stage(dict(tensors))
+        assert isinstance(copies, dict)  # a Future with asynchronous staging alone
+        return self._thread.submit(save_tensors, folder, copies, self._group)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """FileSystemWriter that asks for room before any rank writes."""
+
+    def __init__(self, folder: Path) -> None:
+        # What it copies ahead is on the host already; 0 keeps its thread away from the GPU.
+        super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the first rank, between planning and writing; what it raises is raised on all ranks."""
+        check_room(Path(self.path), bytes_of(plans))
+        return super().prepare_global_plan(plans)
+
+
+def bytes_of(plans: list[SavePlan]) -> int:
+    """An upper estimate of what the ranks will write: the tensors, each once, and how they are wrapped."""
+    parts = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None]
+    return sum(part.chunk.sizes.numel() * part.properties.dtype.itemsize + _WRAPPING_BYTES for part in parts)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise CheckpointError where the file system of `folder` has less than `needed` bytes and a margin free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed * _MARGIN:
+        raise CheckpointError(
+            f"it needs {needed} bytes ({needed / 2**30:.3g} GiB) and {free} ({free / 2**30:.3g} GiB) are free in "
+            f"{folder.parent}: free space there, lower run.keep_last, or use another run.dir"
+        )
+
+
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Write shards (DTensor) and replicated tensors by name."""
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=True), process_group=group)
+    """Write shards (DTensor) and replicated tensors by name; CheckpointError on all ranks where any cannot."""
+    try:
+        dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
+    except CheckpointException as error:  # no Exception: one that nothing would catch
+        raise CheckpointError(_first_reason(error)) from None
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
@@ -64,5 +131,10 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
     try:
         dcp.load(dict(tensors), storage_reader=SafeReader(folder), process_group=group)
     except CheckpointException as error:  # no Exception: one that nothing would catch
-        reason = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"{folder} cannot be read: {reason}; use another checkpoint, or remove it") from None
+        raise CheckpointError(
+            f"{folder} cannot be read: {_first_reason(error)}; use another checkpoint, or remove it"
+        ) from None
+
+
+def _first_reason(error: CheckpointException) -> str:
+    return str(next(iter(error.failures.values()))[0])

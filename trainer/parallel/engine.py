@@ -1,6 +1,7 @@
 """The interface between the loop and a way of sharding."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -57,9 +58,13 @@ class Engine(Protocol):
         """Within it the model computes with `shards`, which hold the live weights meanwhile."""
         ...
 
-    def save(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
+    def save(self, folder: Path, extra: Mapping[str, Tensor], averages_only: bool = False) -> Future[None]:
         """Write weights, optimizer and `extra`. A tensor of `extra` named like `group/parameter` is a shard of
-        that parameter's layout; any other is the same on all ranks."""
+        that parameter's layout; any other is the same on all ranks. averages_only: write `extra` alone.
+
+        When it returns, a copy is made and training may go on; the future ends when this rank's files are written,
+        with CheckpointError where any rank's cannot be. One save at a time.
+        """
         ...
 
     def load(self, folder: Path, extra: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ optimizer; one built before fully_shard trains nothing. Degree 1 goes the same w
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from .dcp import load_tensors, save_tensors
+from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch
 from .mesh import World
 
@@ -42,6 +43,7 @@ class FSDP2Engine:
         clip_norm: float | None,
     ) -> None:
         self._world = world
+        self._saver = AsyncSaver(world.device, world.checkpoint)
         self._clip_norm = clip_norm
         model.to(torch.float64 if precision == "fp64" else torch.float32)
         policy = MixedPrecisionPolicy(
@@ -137,8 +139,8 @@ class FSDP2Engine:
             live.copy_(shards[name])
             shards[name].copy_(kept)
 
-    def save(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
-        save_tensors(folder, self._tensors(extra), self._world.checkpoint)
+    def save(self, folder: Path, extra: Mapping[str, Tensor], averages_only: bool = False) -> Future[None]:
+        return self._saver.save(folder, self._sharded(extra) if averages_only else self._tensors(extra))
 
     def load(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
         load_tensors(folder, self._tensors(extra), self._world.checkpoint)
@@ -156,6 +158,11 @@ class FSDP2Engine:
             tensors[f"step/{name}"] = state["step"]
             for moment in _MOMENTS:
                 tensors[f"{moment}/{name}"] = state[moment]
+        return tensors | self._sharded(extra)
+
+    def _sharded(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`extra` with the shards among it as DTensors."""
+        tensors: dict[str, Tensor] = {}
         for key, tensor in extra.items():
             parameter = self._parameters.get(key.partition("/")[2])
             tensors[key] = tensor if parameter is None else _like(tensor, parameter)
