@@ -187,7 +187,7 @@ def save_and_load(world: World) -> dict[str, float]:
     run_steps(config, one, world, 3)
     folder = [tempfile.mkdtemp() if world.rank == 0 else ""]
     dist.broadcast_object_list(folder)
-    one.save(Path(folder[0]), {"totals": torch.arange(3.0)})
+    one.save(Path(folder[0]), {"totals": torch.arange(3.0)}).result()
     two = made(dataclasses_seed(config), world)
     totals = torch.zeros(3)
     differed = worst(whole(one), whole(two))
