@@ -1,4 +1,4 @@
-"""Images from the EMA weights of a checkpoint (or of a run folder's newest one).
+"""Images from the EMA weights of a checkpoint (or of a run folder's newest one), or of a snapshot in RUN/ema.
 
 python launch/sample.py --checkpoint runs/demo --prompt "a red apple on a teal background" --output apple.png
 """
@@ -18,7 +18,7 @@ from trainer.parallel.mesh import init_world, rank, world_size
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint or a run folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, a snapshot or a run folder")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--output", type=Path, required=True, help="PNG file; several images make a grid")
     parser.add_argument("--count", type=int, default=1, help="images a prompt")

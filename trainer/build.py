@@ -242,7 +242,10 @@ def build_run(config: TrainConfig, world: World) -> Run:
         engine.load(checkpoint, {**ema.tensors(kept), "totals": state.totals})
         ema.reset([decay for decay in ema.decays if decay not in kept])  # ema.decays may change on resume
         restore(state, meta, world.rank)
-        notes = [*(f"warning: {reason}; it is passed over" for reason in damaged.values()), f"resuming {checkpoint}"]
+        notes = [
+            *(f"warning: {reason}; renamed to .corrupt and passed over" for reason in damaged.values()),
+            f"resuming {checkpoint}",
+        ]
         notes += [f"changed: {change}" for change in changes]
     elif initial is not None:
         notes.append(f"weights from {initial} ({initial_weights})")

@@ -92,8 +92,17 @@ def verify(checkpoint: Path, group: dist.ProcessGroup) -> None:
 
     Raises CheckpointError that names a damaged or missing file. Checkpoints from before there were checksums pass.
     """
+    if damage := _damage_of(checkpoint, group):
+        raise CheckpointError(f"{damage}; use another checkpoint, or copy this one again")
+
+
+def _damage_of(checkpoint: Path, group: dist.ProcessGroup) -> str | None:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    together(lambda: verify_files(checkpoint, read_meta(checkpoint).get("files", {}), rank, size), group)
+    try:
+        together(lambda: verify_files(checkpoint, read_meta(checkpoint).get("files", {}), rank, size), group)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def newest_good(folder: Path, group: dist.ProcessGroup) -> tuple[Path | None, dict[Path, str]]:
@@ -105,12 +114,10 @@ def newest_good(folder: Path, group: dist.ProcessGroup) -> tuple[Path | None, di
     dist.broadcast_object_list(found, src=0, group=group)
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(found[0]):
-        try:
-            verify(checkpoint, group)
-        except CheckpointError as error:
-            damaged[checkpoint] = str(error)
-        else:
+        damage = _damage_of(checkpoint, group)
+        if damage is None:
             return checkpoint, damaged
+        damaged[checkpoint] = damage
     if damaged:
         raise CheckpointError(
             f"no checkpoint of {folder} is undamaged: {'; '.join(damaged.values())}. Restore one from a copy, or use "

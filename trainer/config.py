@@ -35,11 +35,11 @@ class RunConfig(Section):
     resume: bool = True
     """Go on from the newest complete checkpoint of the run folder. False refuses a folder that has any."""
     init_from: str | None = None
-    """Checkpoint folder whose weights a new run starts from."""
+    """Checkpoint, or snapshot of the EMA weights, that a new run starts from."""
     allow_change: tuple[str, ...] = ()
     """Schedule keys (optim.lr, train.steps, ...) that may differ from the run that is resumed."""
     keep_last: int = Field(default=3, ge=1)
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; the disk holds one more while the next is written."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints at multiples of so many steps are kept as well; 0: none."""
 

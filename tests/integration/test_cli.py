@@ -157,6 +157,22 @@ def test_init_from(source: Path, tmp_path: Path) -> None:
     assert last["val_loss"] != last["val_loss_ema"], "the comparison can fail"
 
 
+def test_snapshot(tmp_path: Path) -> None:
+    """The EMA weights alone: sampled from, and a new run starts from them."""
+    folder, snapshot = tmp_path / "source", tmp_path / "source" / "ema" / "step_00000003"
+    train(folder, *SHORT, "train.ema_snapshot_every=2", "train.sample_every=0", "run.keep_last=1")
+    assert [path.name for path in complete_checkpoints(folder / "ema")] == ["step_00000002", "step_00000003"]
+    assert find_checkpoint(folder).parent.name == "checkpoints"
+    prompt = ("--prompt", "a red circle", "--output", tmp_path / "a.png")
+    done = forked("launch/sample.py", "--checkpoint", snapshot, *prompt)
+    assert done.returncode == 0, done.stderr
+    assert f"1 images from the EMA weights of {snapshot}" in done.stdout
+    changes = ("train.steps=1", "optim.warmup_steps=0", "train.checkpoint_every=0", "train.sample_every=0")
+    done = train(tmp_path / "new", f"run.init_from={snapshot}", *changes)
+    assert f"weights from {snapshot} (ema_0.99)" in done.stdout
+    assert read_metrics(tmp_path / "new")[0]["val_loss"] == read_metrics(folder)[-1]["val_loss_ema"]
+
+
 def test_allowed_change(source: Path, tmp_path: Path) -> None:
     """Schedule keys that are listed change and are logged; an average that is new starts from the weights."""
     folder = tmp_path / "moved"  # the run folder may move
@@ -264,13 +280,19 @@ def test_init_from_another_model(source: Path, tmp_path: Path) -> None:
     assert "[128, 64] in the checkpoint" in text or "[256] in the checkpoint" in text
 
 
-def test_damaged_checkpoint(source: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints(source: Path, tmp_path: Path) -> None:
+    """Each is named; nothing is touched. (One that is good is resumed from: tests/faults.)"""
     folder = tmp_path / "damaged"
     shutil.copytree(source, folder)
-    for file in (folder / "checkpoints" / "step_00000003").glob("*.distcp"):
+    files = sorted((folder / "checkpoints").glob("*/*.distcp"))
+    for file in files:
         os.truncate(file, 100)
-    command = ("launch/train.py", *DEBUG, *SHORT, f"run.dir={tmp_path}", "run.name=damaged")
-    assert "step_00000003 cannot be read" in refused(tmp_path, *command)
+    text = refused(tmp_path, "launch/train.py", *DEBUG, *SHORT, f"run.dir={tmp_path}", "run.name=damaged")
+    assert f"no checkpoint of {folder} is undamaged" in text
+    assert len(files) == 2
+    assert all(f"{file} is damaged: 100 bytes" in text for file in files)
+    sampling = ("launch/sample.py", "--prompt", "a", "--output", tmp_path / "a.png", "--checkpoint", folder)
+    assert f"{files[1]} is damaged" in refused(tmp_path, *sampling)
 
 
 @pytest.mark.parametrize(
