@@ -272,7 +272,7 @@ class Checkpointer:
         except (CheckpointError, RuntimeError) as error:  # RuntimeError: a collective broke, another rank has died
             self._failures[folder] += 1
             if required or self._failures[folder] == _MOST_FAILURES:
-                raise CheckpointError(str(error)) from None
+                raise CheckpointError(f"{error} (failure {self._failures[folder]} in a row)") from None
             self._tell(f"warning: {error}; training goes on, and the next save tries again")
 
     def _finish(self, written: Future[None], beside: Path, meta: Mapping[str, Any]) -> float:

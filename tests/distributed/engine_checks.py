@@ -3,23 +3,28 @@
 A check returns a number or a flag for its test to judge; each is a function of (world) and runs on all ranks.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from data.reader import SyntheticReader
 from models.layers import TextCondition, time_sinusoids
 from models.registry import build_model
 from trainer.build import FrozenParts, build_engine, build_mup_table, build_objective
+from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig, load_config, resolve
 from trainer.ema import EMA
 from trainer.mup.apply import apply_multipliers, init_parameters
@@ -198,6 +203,25 @@ def save_and_load(world: World) -> dict[str, float]:
     return {"differed": differed, "same": same, "totals": float(totals.sum()), "next": worst_local(one, two)}
 
 
+def a_failing_rank_fails_all(world: World) -> dict[str, Any]:
+    """The last rank alone cannot write, then cannot read back: both ranks are told, and neither waits for ever."""
+    folder: list[Any] = [Path(tempfile.mkdtemp()) if world.rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    told: list[str] = []
+    saves = Checkpointer(folder[0], made(configured(), world), world.checkpoint, 3, 0, True, told.append)
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    failing = world.rank == world.size - 1
+    for step, (owner, name) in enumerate(((FileSystemWriter, "write_data"), (hashlib, "file_digest"), (None, ""))):
+        with mock.patch.object(owner, name, full) if owner and failing else contextlib.nullcontext():
+            saves.save(step, {}, {"step": step})
+            saves.wait()
+    left = sorted(path.name for path in (folder[0] / "checkpoints").iterdir())
+    return {"told": told[:2], "left": left}
+
+
 def dataclasses_seed(config: TrainConfig) -> TrainConfig:
     """Another init, so that loading has something to do."""
     return config.model_copy(update={"train": config.train.model_copy(update={"seed": 1})})
@@ -244,6 +268,7 @@ CHECKS: tuple[Callable[[World], Any], ...] = (
     swapped_weights_are_used_and_given_back,
     replicas_agree,
     save_and_load,
+    a_failing_rank_fails_all,
     bf16_keeps_fp32_masters,
 )
 

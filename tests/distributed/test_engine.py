@@ -67,6 +67,13 @@ def test_save_and_load_is_bit_exact(ranks: Results) -> None:
         assert found["next"] == 0.0
 
 
+def test_a_rank_that_cannot_write_fails_the_save_on_all(ranks: Results) -> None:
+    for r in ranks:
+        found = r["a_failing_rank_fails_all"]
+        assert ["No space left" in text for text in found["told"]] == [True, True]
+        assert found["left"] == ["step_00000002"]
+
+
 def test_bf16_keeps_fp32_masters_and_uncast_times(ranks: Results) -> None:
     for r in ranks:
         found = r["bf16_keeps_fp32_masters"]

@@ -219,7 +219,7 @@ def test_too_little_room_is_told_before_writing(make: Make, monkeypatch: pytest.
     usage = shutil.disk_usage(saves.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=4000))
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", lambda *arguments: pytest.fail("it writes"))
-    needs = rf"step_00000002 was not written: it needs \d+ bytes .* and 4000 .* free in {saves.folder}/checkpoints: "
+    needs = rf"step_00000002 was not written: it needs \d+ bytes and 4000 are free in {saves.folder}/checkpoints: "
     with pytest.raises(CheckpointError, match=f"{needs}free space there, lower run.keep_last, or use another run.dir"):
         saves.save(2)
     assert saves.names() == ["step_00000001"]

@@ -39,6 +39,7 @@ _SAFE = {
 }
 _WRAPPING_BYTES = 4096  # of a tensor in its file and of its entry in the index, at most
 _MARGIN = 1.02
+_MAKE_ROOM = "free space there, lower run.keep_last, or use another run.dir"
 
 
 class _Unpickler(pickle.Unpickler):
@@ -112,10 +113,7 @@ def check_room(folder: Path, needed: int) -> None:
     """Raise CheckpointError where the file system of `folder` has less than `needed` bytes and a margin free."""
     free = shutil.disk_usage(folder).free
     if free < needed * _MARGIN:
-        raise CheckpointError(
-            f"it needs {needed} bytes ({needed / 2**30:.3g} GiB) and {free} ({free / 2**30:.3g} GiB) are free in "
-            f"{folder.parent}: free space there, lower run.keep_last, or use another run.dir"
-        )
+        raise CheckpointError(f"it needs {needed} bytes and {free} are free in {folder.parent}: {_MAKE_ROOM}")
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
@@ -123,7 +121,11 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
     try:
         dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
     except CheckpointException as error:  # no Exception: one that nothing would catch
-        raise CheckpointError(_first_reason(error)) from None
+        reason = _first_reason(error)
+        if not isinstance(reason, CheckpointError):  # on a full disk torch speaks of an unexpected position
+            free = shutil.disk_usage(folder).free
+            reason = f"{reason}, with {free} bytes free in {folder.parent}; if that is too little {_MAKE_ROOM}"
+        raise CheckpointError(str(reason)) from None
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
@@ -136,5 +138,5 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
         ) from None
 
 
-def _first_reason(error: CheckpointException) -> str:
-    return str(next(iter(error.failures.values()))[0])
+def _first_reason(error: CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]
