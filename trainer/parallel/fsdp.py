@@ -65,7 +65,9 @@ class FSDP2Engine:
         )
         pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
         offload = pinned if sharding.cpu_offload else OffloadPolicy()
-        shard = partial(fully_shard, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
+        # One copy of the weights needs no all-reduce between copies.
+        mesh = world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
+        shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
         sharded = [shard(unit, reshard_after_forward=sharding.reshard_after_forward) for unit in units]
         # The root's own weights end the forward pass and begin the backward pass: they stay.
         self._root: FSDPModule = shard(model, reshard_after_forward=False)
