@@ -1,6 +1,7 @@
 """Copies of the weights that are each sharded (HSDP), through launch/train.py: 4 -> 2 -> 3 processes equal one."""
 
 from pathlib import Path
+from typing import Any
 
 from .runs import assert_close, train, weights
 
@@ -17,6 +18,7 @@ STAGES = (
 
 
 def test_other_worlds_and_copies_on_the_way(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
     for processes, *stage in STAGES:
         records = train(processes, tmp_path / "staged", *SETTINGS, *stage)
     whole = train(1, tmp_path / "whole", *SETTINGS, "train.steps=9")
