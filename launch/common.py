@@ -13,13 +13,14 @@ from data.config import DataError
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 from trainer.loop import BadDataError
+from trainer.parallel.memory import CompileError
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit: 0 success, 1 a check falls short, 2 bad input."""
     try:
         code = main() or 0
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, CompileError) as error:
         code = _report(str(error), 2)
     except BadDataError as error:
         code = _report(str(error), 1)

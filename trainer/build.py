@@ -52,7 +52,8 @@ from .mup.apply import apply_multipliers, build_table, init_parameters, param_gr
 from .mup.rules import ROLES, Settings
 from .mup.table import MuTable
 from .optim import lr_factor
-from .parallel.fsdp import FSDP2Engine
+from .parallel.fsdp import FSDP2Engine, Sharding
+from .parallel.memory import checkpoint_activations, compile_units
 from .parallel.mesh import World
 from .state import Plan, Run, TrainState
 
@@ -84,10 +85,14 @@ def build_mup_table(config: TrainConfig) -> MuTable:
 
 def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:
     """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
-    optim = config.optim
+    optim, parallel = config.optim, config.parallel
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
     apply_multipliers(model, table)
+    units: list[torch.nn.Module] = model.shard_units()  # pyright: ignore[reportCallIssue] (every backbone has it)
+    checkpoint_activations(units, parallel.activation_checkpointing)
+    if parallel.compile:
+        compile_units(units)
 
     def initialise(materialised: torch.nn.Module) -> None:
         materialised.fill_buffers()  # pyright: ignore[reportCallIssue] (every backbone has it)
@@ -95,10 +100,10 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
 
     engine = FSDP2Engine(
         model,
-        units=model.shard_units(),  # pyright: ignore[reportCallIssue] (every backbone has it)
+        units=units,
         world=world,
         precision=precision_of(config, world),
-        compile_units=config.parallel.compile,
+        sharding=Sharding(parallel.reshard_after_forward, parallel.prefetch, parallel.cpu_offload),
         initialise=initialise,
         groups=lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
         betas=optim.betas,

@@ -30,7 +30,7 @@ class EMA:
                 averages = [shards[name] for name in names]
                 # A rate on the device (no host sync for `skipped`) rules out foreach_lerp with its float.
                 difference = torch._foreach_sub([self._live[name] for name in names], averages)
-                torch._foreach_mul_(difference, rate.to(averages[0].dtype))
+                torch._foreach_mul_(difference, rate.to(averages[0]))
                 torch._foreach_add_(averages, difference)
 
     def reset(self, decays: Sequence[float]) -> None:

@@ -118,8 +118,8 @@ def first_step_moves_by_lr(world: World) -> list[str]:
     return wrong
 
 
-def non_finite_step_changes_nothing(world: World) -> dict[str, float]:
-    config = configured()
+def non_finite_step_changes_nothing(world: World, *more: str) -> dict[str, float]:
+    config = configured(*more)
     engine = made(config, world)
     ema = EMA(engine.master_shards(), (0.5,), warmup=False)
     run_steps(config, engine, world, 2)
@@ -141,10 +141,10 @@ def local_state(engine: FSDP2Engine) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
 
-def swapped_weights_are_used_and_given_back(world: World) -> dict[str, float]:
+def swapped_weights_are_used_and_given_back(world: World, *more: str) -> dict[str, float]:
     """Outputs within `swapped` equal those of an unsharded model with the averages; also after a training step,
     when a gathered copy of the live weights could be stale."""
-    config = configured("parallel.precision=fp32")
+    config = configured(*more, "parallel.precision=fp32")
     engine = made(config, world)
     ema = EMA(engine.master_shards(), (0.9,), warmup=False)
     result = run_steps(config, engine, world, 2)
@@ -185,9 +185,9 @@ def replicas_agree(world: World) -> float:
     return worst(whole(sharded), whole(copies))
 
 
-def save_and_load(world: World) -> dict[str, float]:
+def save_and_load(world: World, *more: str) -> dict[str, float]:
     """A fresh engine that loads a checkpoint holds every tensor of it, and its next step is the same, bit for bit."""
-    config = configured()
+    config = configured(*more)
     one = made(config, world)
     run_steps(config, one, world, 3)
     folder = [tempfile.mkdtemp() if world.rank == 0 else ""]

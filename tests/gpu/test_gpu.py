@@ -32,10 +32,10 @@ def test_sinusoids_stay_float32_under_bf16() -> None:
     torch.testing.assert_close(time_sinusoids(t.cuda()).cpu(), time_sinusoids(t), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])
-def test_trains_in_bf16_and_resumes_exactly(tmp_path: Path, compiled: str) -> None:
+@pytest.mark.parametrize("way", ["compile=false", "compile=true", "cpu_offload=true"])
+def test_trains_in_bf16_and_resumes_exactly(tmp_path: Path, way: str) -> None:
     """Six steps against three and three more, with deterministic algorithms: equal to the last bit."""
-    settings = (*TINY, f"parallel.compile={compiled}")
+    settings = (*TINY, f"parallel.{way}")
     whole = train(1, tmp_path / "whole", *settings, config=CONFIG)
     train(1, tmp_path / "parts", *settings, "train.steps=3", config=CONFIG)
     parts = train(1, tmp_path / "parts", *settings, "run.allow_change=[train.steps]", config=CONFIG)

@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.image
 import pytest
+from torch._dynamo.utils import counters
 
+import trainer.build
 from launch import coord_check
 from tests.distributed.runs import ROOT, environment
 from trainer.config import ConfigError
+from trainer.parallel.memory import compile_units
 
 SMALL = ("text_encoder.max_length=8", "text_encoder.width=32")
 
@@ -76,3 +80,31 @@ def test_bad_input(
     with pytest.raises(ConfigError, match=message):
         coord_check.main()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_are_seen_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """parallel.compile compiles the blocks, whose outputs are followed but no longer the layers inside them. Traced,
+    without code generation, which takes minutes."""
+    monkeypatch.setattr(trainer.build, "compile_units", partial(compile_units, backend="eager"))
+    monkeypatch.setattr(coord_check, "LEAST_WIDTHS", 2)
+    counters.clear()
+    found = {}
+    for compiled in ("true", "false"):
+        folder = tmp_path / compiled
+        shapes = ("--widths", "64,256", "--seeds", "1", "--steps", "2")
+        command = ["coord_check.py", "--config", "dit_debug_mup.yaml", "--output", str(folder), *shapes]
+        monkeypatch.setattr(sys, "argv", [*command, f"parallel.compile={compiled}"])
+        coord_check.main()
+        found[compiled] = json.loads((folder / "coord_check.json").read_text())
+    assert 2 <= counters["stats"]["unique_graphs"] <= 4  # a graph a width; another where the first block differs
+    assert found["true"]["verdict"] == found["false"]["verdict"]
+    slopes = {
+        compiled: {(row["run"], row["kind"], row["name"], row["step"]): row["slope"] for row in each["rows"]}
+        for compiled, each in found.items()
+    }
+    for key, slope in slopes["true"].items():
+        assert slope == pytest.approx(slopes["false"][key], abs=0.01), key
+    followed = {name for _, kind, name, _ in slopes["true"] if kind == "activation"}
+    assert {"blocks.0", "blocks.1", "final"} <= followed
+    assert not any(name.startswith("blocks.0.") for name in followed)

@@ -7,12 +7,14 @@ optimizer; one built before fully_shard trains nothing. Degree 1 goes the same w
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .dcp import AsyncSaver, load_tensors
@@ -23,11 +25,22 @@ Precision = Literal["bf16", "fp32", "fp64"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """reshard_after_forward: free a unit's gathered weights between forward and backward pass; if not, they stay over
+    all micro-batches of a step. prefetch: units gathered ahead of use, 0 as FSDP2 does by itself. cpu_offload: shards
+    of weights, gradients and optimizer state live in the host's memory, where the optimizer then runs."""
+
+    reshard_after_forward: bool = True
+    prefetch: int = 0
+    cpu_offload: bool = False
+
+
 class FSDP2Engine:
     """See engine.Engine.
 
-    model: on the meta device, unsharded. units: the parts gathered one at a time. initialise: fills buffers and
-    parameters once they exist. groups: optimizer groups for the sharded named parameters.
+    model: on the meta device, unsharded. units: the parts gathered one at a time, in the order of the forward pass.
+    initialise: fills buffers and parameters once they exist. groups: optimizer groups for the sharded named parameters.
     """
 
     def __init__(
@@ -36,7 +49,7 @@ class FSDP2Engine:
         units: Sequence[nn.Module],
         world: World,
         precision: Precision,
-        compile_units: bool,
+        sharding: Sharding,
         initialise: Callable[[nn.Module], None],
         groups: Callable[[dict[str, Tensor]], list[dict[str, Any]]],
         betas: tuple[float, float],
@@ -52,16 +65,20 @@ class FSDP2Engine:
             # A cast of the inputs would round t to 8 bits: the models cast what they want cast.
             cast_forward_inputs=False,
         )
-        for unit in units:
-            if compile_units:
-                unit.compile()
-            fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
-        # The root is resharded as well: its gathered copy would survive `swapped` and be stale.
-        root = fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
-        assert isinstance(root, FSDPModule)
-        self._root: FSDPModule = root
+        pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        offload = pinned if sharding.cpu_offload else OffloadPolicy()
+        # One copy of the weights needs no all-reduce between copies.
+        mesh = world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
+        shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        sharded = [shard(unit, reshard_after_forward=sharding.reshard_after_forward) for unit in units]
+        # The root's own weights end the forward pass and begin the backward pass: they stay.
+        self._root: FSDPModule = shard(model, reshard_after_forward=False)
+        _prefetch(self._root, sharded, sharding.prefetch)
+        self._keeps_weights = not sharding.reshard_after_forward
         self.model = model
-        model.to_empty(device=world.device)
+        model.to_empty(device="cpu" if sharding.cpu_offload else world.device)
+        if sharding.cpu_offload:
+            _move_buffers(model, world.device)
         initialise(model)
         self._parameters: dict[str, DTensor] = {}
         for name, parameter in model.named_parameters():
@@ -71,13 +88,15 @@ class FSDP2Engine:
         for parameter in self._parameters.values():
             # The state that fused AdamW makes at its first step, made now so that a checkpoint can be read into it.
             self._optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=world.device),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
             }
 
     def backward(self, loss: Tensor, last: bool) -> None:
         # Gradients are reduced in the backward pass of the last micro-batch; loss.backward runs hooks of FSDP2.
         self._root.set_requires_gradient_sync(last)
+        if self._keeps_weights:
+            self._root.set_reshard_after_backward(last)
         loss.backward()
 
     def step(self, lr: float, watch: Watch | None = None) -> StepResult:
@@ -99,7 +118,8 @@ class FSDP2Engine:
         if watch is not None:
             watch.after(self.master_shards())
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm, skipped, clipped)
+        device = self._world.device  # under cpu_offload they are in the host's memory
+        return StepResult(norm.to(device), skipped.to(device), clipped.to(device))
 
     def optimizer_settings(self) -> dict[str, tuple[float, float, float]]:
         """(lr, weight decay, epsilon) that the optimizer uses for each parameter, by name."""
@@ -134,6 +154,9 @@ class FSDP2Engine:
 
     @torch.no_grad()
     def _swap(self, shards: Mapping[str, Tensor]) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a gathered copy would be stale
         for name, live in self.master_shards().items():
             kept = live.clone()  # one tensor at a time: no second model in memory
             live.copy_(shards[name])
@@ -175,13 +198,24 @@ def _detached(parameter: DTensor) -> DTensor:
     return detached
 
 
+def _prefetch(root: FSDPModule, units: Sequence[FSDPModule], ahead: int) -> None:
+    """Gather `ahead` units before their turn; the root's own weights come first in both passes."""
+    if ahead == 0:
+        return
+    forward, backward = [root, *units], [root, *reversed(units)]
+    for number in range(len(forward)):
+        following = slice(number + 1, number + 1 + ahead)
+        forward[number].set_modules_to_forward_prefetch(forward[following])
+        backward[number].set_modules_to_backward_prefetch(backward[following])
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
 def _like(shard: Tensor, parameter: DTensor) -> DTensor:
-    """This rank's shard as a DTensor in the parameter's layout."""
-    return DTensor.from_local(
-        shard,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    """This rank's shard as a DTensor in the parameter's layout. Not by from_local, which would copy a shard in the
+    host's memory to the mesh's device."""
+    return DTensor(shard, parameter._spec, requires_grad=False)
