@@ -44,12 +44,14 @@ from .frozen import FrozenParts, precision_of
 from .health import Health, Watched
 from .loop import restore
 from .metrics import Metrics, peak_flops
-from .mup.apply import apply_multipliers, build_table, init_parameters, param_groups
+from .mup.apply import apply_multipliers, build_table, init_parameters, initial_value, param_groups
 from .mup.rules import ROLES, Settings
 from .mup.table import MuTable
 from .optim import lr_factor
+from .parallel.engine import Engine
 from .parallel.fsdp import FSDP2Engine
 from .parallel.mesh import World
+from .parallel.zero import ZeroEngine
 from .state import Plan, Run, TrainState
 
 _VALIDATION_SEED = 0x5EED  # of synthetic data: differs from any that a user is likely to train with
@@ -78,9 +80,9 @@ def build_mup_table(config: TrainConfig) -> MuTable:
     return build_table(factory, mup.base_width, model.width, mup.base_width, declarations(model), settings)
 
 
-def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:
+def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine | ZeroEngine:
     """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
-    optim = config.optim
+    optim, precision = config.optim, precision_of(config, world)
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
     apply_multipliers(model, table)
@@ -89,17 +91,37 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
         materialised.fill_buffers()  # pyright: ignore[reportCallIssue] (every backbone has it)
         init_parameters(materialised, table, config.train.seed)
 
-    engine = FSDP2Engine(
-        model,
-        units=model.shard_units(),  # pyright: ignore[reportCallIssue] (every backbone has it)
-        world=world,
-        precision=precision_of(config, world),
-        compile_units=config.parallel.compile,
-        initialise=initialise,
-        groups=lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
-        betas=optim.betas,
-        clip_norm=optim.clip_norm,
-    )
+    def groups(named: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+        return param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps)
+
+    units = model.shard_units()  # pyright: ignore[reportCallIssue] (every backbone has it)
+    if config.parallel.engine == "zero":
+        assert precision != "fp64"  # refused by the config
+        engine = ZeroEngine(
+            model,
+            units=units,
+            world=world,
+            precision=precision,
+            stage=config.parallel.zero_stage,
+            compile_units=config.parallel.compile,
+            fill_buffers=model.fill_buffers,  # pyright: ignore[reportArgumentType] (every backbone has it)
+            initial=lambda name: initial_value(table, name, config.train.seed, world.device),
+            groups=groups,
+            betas=optim.betas,
+            clip_norm=optim.clip_norm,
+        )
+    else:
+        engine = FSDP2Engine(
+            model,
+            units=units,
+            world=world,
+            precision=precision,
+            compile_units=config.parallel.compile,
+            initialise=initialise,
+            groups=groups,
+            betas=optim.betas,
+            clip_norm=optim.clip_norm,
+        )
     for name, settings in engine.optimizer_settings().items():
         row = table.rows[name]
         expected = (optim.lr * row.lr, optim.weight_decay * row.weight_decay, optim.eps * row.eps)
@@ -323,7 +345,7 @@ def _grid_writer(
     config: TrainConfig,
     source: Source,
     frozen: FrozenParts,
-    engine: FSDP2Engine,
+    engine: Engine,
     swapped: Callable[[], Any],
     resolved: Resolved,
     world: World,
@@ -346,7 +368,7 @@ def _grid_writer(
 
 def sample_images(
     config: TrainConfig,
-    engine: FSDP2Engine,
+    engine: Engine,
     frozen: FrozenParts,
     resolved: Resolved,
     world: World,
