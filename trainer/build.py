@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,9 @@ from models.registry import build_model, declarations
 from .checkpoint import (
     Checkpointer,
     CheckpointError,
+    check_same_engine,
     check_same_model,
+    check_weights_readable,
     find_checkpoint,
     lock_folder,
     read_meta,
@@ -82,7 +84,7 @@ def build_mup_table(config: TrainConfig) -> MuTable:
 
 def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine | ZeroEngine:
     """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
-    optim, precision = config.optim, precision_of(config, world)
+    optim = config.optim
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
     apply_multipliers(model, table)
@@ -91,42 +93,36 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
         materialised.fill_buffers()  # pyright: ignore[reportCallIssue] (every backbone has it)
         init_parameters(materialised, table, config.train.seed)
 
-    def groups(named: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-        return param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps)
-
-    units = model.shard_units()  # pyright: ignore[reportCallIssue] (every backbone has it)
+    common: dict[str, Any] = {
+        "units": model.shard_units(),  # pyright: ignore[reportCallIssue] (every backbone has it)
+        "world": world,
+        "precision": precision_of(config, world),
+        "compile_units": config.parallel.compile,
+        "groups": lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
+        "betas": optim.betas,
+        "clip_norm": optim.clip_norm,
+    }
     if config.parallel.engine == "zero":
-        assert precision != "fp64"  # refused by the config
+        fill_buffers: Any = model.fill_buffers
+        initial = partial(initial_value, table, seed=config.train.seed, device=world.device)
         engine = ZeroEngine(
-            model,
-            units=units,
-            world=world,
-            precision=precision,
-            stage=config.parallel.zero_stage,
-            compile_units=config.parallel.compile,
-            fill_buffers=model.fill_buffers,  # pyright: ignore[reportArgumentType] (every backbone has it)
-            initial=lambda name: initial_value(table, name, config.train.seed, world.device),
-            groups=groups,
-            betas=optim.betas,
-            clip_norm=optim.clip_norm,
+            model, stage=config.parallel.zero_stage, fill_buffers=fill_buffers, initial=initial, **common
         )
     else:
-        engine = FSDP2Engine(
-            model,
-            units=units,
-            world=world,
-            precision=precision,
-            compile_units=config.parallel.compile,
-            initialise=initialise,
-            groups=groups,
-            betas=optim.betas,
-            clip_norm=optim.clip_norm,
-        )
+        engine = FSDP2Engine(model, initialise=initialise, **common)
     for name, settings in engine.optimizer_settings().items():
         row = table.rows[name]
         expected = (optim.lr * row.lr, optim.weight_decay * row.weight_decay, optim.eps * row.eps)
         assert settings == expected, f"{name}: the optimizer has (lr, wd, eps) {settings}, the table {expected}"
     return engine
+
+
+def engine_identity(config: TrainConfig, world: World) -> dict[str, Any]:
+    """What a checkpoint of this run can be resumed by: fsdp2 by any world size, zero by the same one and stage."""
+    parallel = config.parallel
+    if parallel.engine == "zero":
+        return {"name": "zero", "stage": parallel.zero_stage, "world_size": world.size}
+    return {"name": parallel.engine}
 
 
 class Source:
@@ -245,6 +241,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if resumed is None and config.run.init_from is not None:
         initial = find_checkpoint(Path(config.run.init_from))
         check_same_model(read_meta(initial), table.to_json(), initial, rules=False)
+        check_weights_readable(read_meta(initial), initial)
 
     engine = build_engine(config, table, world)
     state = TrainState.start(world.device)
@@ -302,6 +299,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         checkpointer=checkpointer,
         meta={
             "config": plain(config),
+            "engine": engine_identity(config, world),
             "mup": table.to_json(),
             "fingerprints": fingerprints,
             "versions": {name: version(name) for name in _PACKAGES},
@@ -330,6 +328,7 @@ def _find_resumed(
         raise ConfigError(f"run.resume is false, but {folder} has checkpoints: use another run.name or remove them")
     meta = read_meta(checkpoint)
     check_same_model(meta, table.to_json(), checkpoint, rules=False)
+    check_same_engine(meta, engine_identity(config, world), checkpoint)
     changes = check_resume(meta["config"], config)
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
     for part, fingerprint in fingerprints.items():
@@ -411,6 +410,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     resolved = resolve(config, world.size)
     table = build_mup_table(config)
     check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
+    check_weights_readable(read_meta(checkpoint), checkpoint)
     frozen = FrozenParts(config, world)
     engine = build_engine(config, table, world)
     engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}")

@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -263,10 +264,10 @@ class ZeroEngine:
         with _quiet():
             self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         torch.save(dict(extra), folder / self._extra_name)
-        files = [self._extra_name, f"{_TAG}/*pp_rank_{self._world.rank}_*", *([f"{_TAG}/mp_rank*"] * _first(self._world))]
-        for path in (path for pattern in files for path in folder.glob(pattern)):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for name in (self._extra_name, f"{_TAG}/*pp_rank_{self._world.rank}_*", f"{_TAG}/mp_rank_00_*"):
+            for path in folder.glob(name):  # what this rank wrote, and what rank 0 wrote for all
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
 
     def load(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
         """Read in place what `save` wrote at this world size and stage.
@@ -311,10 +312,6 @@ class ZeroEngine:
         self._follow()
 
 
-def _first(world: World) -> bool:
-    return world.rank == 0
-
-
 def _settings(stage: Stage, precision: str, clip_norm: float | None) -> dict[str, Any]:
     """DeepSpeed's config. Whatever is left out here it, or accelerate, would choose."""
     return {
@@ -351,6 +348,8 @@ def _import_deepspeed() -> Any:
         import deepspeed
         import deepspeed.ops
 
+    # DeepSpeed calls collectives by names that torch is about to change; a line in every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # A reduction through shared memory, for inference: compiled for half a minute at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
