@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .runs import ROOT, assert_close, command, environment, exact, train, weights
+from .runs import ROOT, assert_close, environment, exact, train, weights
 
 KINDS = [f"{stage} {precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 # Difference of the initial values, parameters in no shard, numbers in two, parameters with other settings.
@@ -56,8 +56,10 @@ def test_after_a_resume_the_settings_are_those_of_the_config(ranks: Results) -> 
 def test_four_processes() -> None:
     """Small groups leave ranks without a piece of them."""
     for r in checked(4, "starts_as_the_table_says", "first_step_moves_by_lr"):
-        assert r["starts_as_the_table_says"] == EXACT
-        assert r["first_step_moves_by_lr"] == NONE
+        kinds = r["first_step_moves_by_lr"].keys()
+        assert len(kinds) == 4
+        assert r["starts_as_the_table_says"] == {kind: EXACT[kind] for kind in kinds}
+        assert r["first_step_moves_by_lr"] == {kind: NONE[kind] for kind in kinds}
 
 
 def test_losses_are_those_of_fsdp2(ranks: Results) -> None:
@@ -85,6 +87,12 @@ def test_save_and_load_is_bit_exact(ranks: Results) -> None:
         assert found == {"same": 0.0, "extra": 0.0, "totals": 3.0, "next": 0.0}
 
 
+def test_weights_of_fsdp2_start_a_run(ranks: Results) -> None:
+    for before, after in (found for r in ranks for found in r["weights_of_fsdp2"].values()):
+        assert before > 1e-3
+        assert after == 0.0
+
+
 def test_the_checks_can_fail(ranks: Results) -> None:
     """A group's lr changed after preparation, a schedule's factor changed, the clipping norm left to accelerate."""
     for r in ranks:
@@ -95,9 +103,9 @@ def test_the_checks_can_fail(ranks: Results) -> None:
 
 # ------------------------------------------------------------------------------------------------- runs, conversion
 
-STEPS = 8
+STEPS = 6
 SETTINGS = (
-    "parallel.precision=fp32", f"train.steps={STEPS}", "train.checkpoint_every=4", "train.log_every=1",
+    "parallel.precision=fp32", f"train.steps={STEPS}", "train.checkpoint_every=3", "train.log_every=1",
     f"train.validate_every={STEPS}", "train.sample_every=0", "train.micro_batch_size=0.03125",
 )  # fmt: skip
 ZERO3 = ("parallel.engine=zero", "parallel.zero_stage=3")
@@ -120,7 +128,7 @@ def test_resume_is_bit_exact(run_folder: tuple[Path, list[dict[str, Any]]], tmp_
 def test_converted_runs_go_on(run_folder: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     """zero 3 -> fsdp2 -> zero 1, from the middle of a run, which ends as it would have without."""
     folder, records = run_folder
-    middle = Path("checkpoints") / "step_00000004"
+    middle = Path("checkpoints") / "step_00000003"
     converted(folder / middle, tmp_path / "b", "--engine", "fsdp2")
     assert_close(train(2, tmp_path / "b", *SETTINGS), records, 1e-5)
     converted(tmp_path / "b" / middle, tmp_path / "c", "--engine", "zero", "--zero-stage", "1")
@@ -132,24 +140,3 @@ def test_converted_runs_go_on(run_folder: tuple[Path, list[dict[str, Any]]], tmp
 def converted(checkpoint: Path, output: Path, *arguments: str) -> None:
     done = started(2, "launch/convert.py", "--checkpoint", str(checkpoint), "--output", str(output), *arguments)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-@pytest.mark.parametrize(
-    ("processes", "changes", "named"),
-    [
-        (1, ZERO3, ["zero_stage 3 on 2 processes", "zero_stage 3 on 1 processes"]),
-        (1, ("parallel.engine=fsdp2",), ["launch/convert.py", "--nproc-per-node 2", "--engine fsdp2"]),
-    ],
-)
-def test_another_engine_is_refused(
-    processes: int, changes: tuple[str, ...], named: list[str], run_folder: tuple[Path, list[dict[str, Any]]]
-) -> None:
-    folder, _ = run_folder
-    arguments = [f"run.dir={folder.parent}", f"run.name={folder.name}", *SETTINGS, *changes]
-    done = subprocess.run(
-        command(processes, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    for part in named:
-        assert part in done.stderr

@@ -28,6 +28,8 @@ from .engine_checks import configured, dataclasses_seed, made, run_steps, whole,
 
 STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16")
 KINDS = [(stage, precision) for stage in STAGES for precision in PRECISIONS]
+# Each stage, each precision, each of DeepSpeed's three optimizers: for what takes several engines.
+SOME = [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")]
 # Two rows a micro-batch at 32 pixels: 2 micro-batches a step on 2 ranks.
 ACCUMULATED = "train.micro_batch_size=0.03125"
 
@@ -44,6 +46,7 @@ def made_zero(config: TrainConfig, world: World) -> ZeroEngine:
 
 
 def each(check: Callable[[int, str, World], Any], world: World, kinds: Any = KINDS) -> dict[str, Any]:
+    kinds = kinds if world.size == 2 else SOME  # more processes than cores
     return {f"{stage} {precision}": check(stage, precision, world) for stage, precision in kinds}
 
 
@@ -130,7 +133,7 @@ def first_step_after_a_resume(world: World) -> dict[str, Any]:
 
         return [*wrong_moves(new, world, resume), *settings[0]]
 
-    return each(check, world, [(1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+    return each(check, world, SOME)
 
 
 def losses(config: TrainConfig, engine: FSDP2Engine | ZeroEngine, world: World, steps: int) -> list[float]:
@@ -216,7 +219,7 @@ def swapped_weights(world: World) -> dict[str, Any]:
             "weights_given_back": worst(live, whole(engine)),
         }
 
-    return each(check, world)
+    return each(check, world, SOME)
 
 
 def iter_inputs(config: TrainConfig, world: World) -> Any:
@@ -254,7 +257,23 @@ def save_and_load(world: World) -> dict[str, Any]:
             "next": moved(local_state(one), two),
         }
 
-    return each(check, world)
+    return each(check, world, SOME)
+
+
+def weights_of_fsdp2(world: World) -> dict[str, Any]:
+    """run.init_from: difference of the weights from those of an fsdp2 checkpoint, before and after they are read."""
+    config = configured()
+    fsdp = made(dataclasses_seed(config), world)
+    folder = shared_folder(world)
+    fsdp.save(folder, {})
+
+    def check(stage: int, precision: str, world: World) -> list[float]:
+        engine = made_zero(zero_config(stage, precision), world)
+        before = worst(whole(fsdp), whole(engine))
+        engine.load_weights(folder)
+        return [before, worst(whole(fsdp), whole(engine))]
+
+    return each(check, world, [(2, "bf16"), (3, "fp32")])
 
 
 def shared_folder(world: World) -> Path:
@@ -302,6 +321,7 @@ CHECKS = {
         non_finite_step_changes,
         swapped_weights,
         save_and_load,
+        weights_of_fsdp2,
         planted_faults,
     )
 }
