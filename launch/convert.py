@@ -23,6 +23,7 @@ from trainer.checkpoint import (
     check_same_engine,
     check_same_model,
     complete_checkpoints,
+    convert_command,
     engine_of,
     find_checkpoint,
     read_meta,
@@ -50,7 +51,10 @@ def main() -> int:
     if written["name"] == arguments.engine:
         raise CheckpointError(f"{checkpoint} was written by parallel.engine {arguments.engine} already")
     if written["name"] == "zero" and written["world_size"] != world_size():
-        raise CheckpointError(f"{checkpoint} needs {written['world_size']} processes: torchrun --nproc-per-node")
+        raise CheckpointError(
+            f"{checkpoint} is of {written['world_size']} processes, this command runs on {world_size()}: "
+            f"{convert_command(meta, {}, checkpoint)} --engine fsdp2"
+        )
     if complete_checkpoints(arguments.output / "checkpoints"):
         raise CheckpointError(f"{arguments.output} has checkpoints: give a new folder")
     common = ["parallel.shard=0", "parallel.cpu_offload=false", "parallel.reshard_after_forward=true"]
