@@ -17,6 +17,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "accelerate>=1.15",
+        "deepspeed>=0.19",
         "diffusers>=0.42",
         "fsspec",
         "jinja2",

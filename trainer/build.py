@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,7 +26,9 @@ from models.registry import build_model, declarations
 from .checkpoint import (
     Checkpointer,
     CheckpointError,
+    check_same_engine,
     check_same_model,
+    check_weights_readable,
     find_checkpoint,
     lock_folder,
     newest_good,
@@ -48,13 +50,15 @@ from .frozen import FrozenParts, precision_of
 from .health import Health, Watched
 from .loop import restore
 from .metrics import Metrics, peak_flops
-from .mup.apply import apply_multipliers, build_table, init_parameters, param_groups
+from .mup.apply import apply_multipliers, build_table, init_parameters, initial_value, param_groups
 from .mup.rules import ROLES, Settings
 from .mup.table import MuTable
 from .optim import lr_factor
+from .parallel.engine import Engine
 from .parallel.fsdp import FSDP2Engine, Sharding
 from .parallel.memory import checkpoint_activations, compile_units
 from .parallel.mesh import World
+from .parallel.zero import ZeroEngine
 from .state import Plan, Run, TrainState
 
 _VALIDATION_SEED = 0x5EED  # of synthetic data: differs from any that a user is likely to train with
@@ -83,7 +87,7 @@ def build_mup_table(config: TrainConfig) -> MuTable:
     return build_table(factory, mup.base_width, model.width, mup.base_width, declarations(model), settings)
 
 
-def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:
+def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine | ZeroEngine:
     """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
     optim, parallel = config.optim, config.parallel
     with torch.device("meta"):
@@ -98,22 +102,33 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
         materialised.fill_buffers()  # pyright: ignore[reportCallIssue] (every backbone has it)
         init_parameters(materialised, table, config.train.seed)
 
-    engine = FSDP2Engine(
-        model,
-        units=units,
-        world=world,
-        precision=precision_of(config, world),
-        sharding=Sharding(parallel.reshard_after_forward, parallel.prefetch, parallel.cpu_offload),
-        initialise=initialise,
-        groups=lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
-        betas=optim.betas,
-        clip_norm=optim.clip_norm,
-    )
+    common: dict[str, Any] = {
+        "world": world,
+        "precision": precision_of(config, world),
+        "groups": lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
+        "betas": optim.betas,
+        "clip_norm": optim.clip_norm,
+    }
+    if parallel.engine == "zero":
+        fill_buffers: Any = model.fill_buffers
+        initial = partial(initial_value, table, seed=config.train.seed, device=world.device)
+        engine = ZeroEngine(model, stage=parallel.zero_stage, fill_buffers=fill_buffers, initial=initial, **common)
+    else:
+        sharding = Sharding(parallel.reshard_after_forward, parallel.prefetch, parallel.cpu_offload)
+        engine = FSDP2Engine(model, units=units, sharding=sharding, initialise=initialise, **common)
     for name, settings in engine.optimizer_settings().items():
         row = table.rows[name]
         expected = (optim.lr * row.lr, optim.weight_decay * row.weight_decay, optim.eps * row.eps)
         assert settings == expected, f"{name}: the optimizer has (lr, wd, eps) {settings}, the table {expected}"
     return engine
+
+
+def engine_identity(config: TrainConfig, world: World) -> dict[str, Any]:
+    """What a checkpoint of this run can be resumed by: fsdp2 by any world size, zero by the same one and stage."""
+    parallel = config.parallel
+    if parallel.engine == "zero":
+        return {"name": "zero", "stage": parallel.zero_stage, "world_size": world.size}
+    return {"name": parallel.engine}
 
 
 class Source:
@@ -233,6 +248,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         initial = find_checkpoint(Path(config.run.init_from))
         verify(initial, world.control)
         check_same_model(read_meta(initial), table.to_json(), initial, rules=False)
+        check_weights_readable(read_meta(initial), initial)
 
     engine = build_engine(config, table, world)
     state = TrainState.start(world.device)
@@ -308,6 +324,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         ),
         meta={
             "config": plain(config),
+            "engine": engine_identity(config, world),
             "mup": table.to_json(),
             "fingerprints": fingerprints,
             "versions": {name: version(name) for name in _PACKAGES},
@@ -338,6 +355,7 @@ def _find_resumed(
         raise ConfigError(f"run.resume is false, but {folder} has checkpoints: use another run.name or remove them")
     meta = read_meta(checkpoint)
     check_same_model(meta, table.to_json(), checkpoint, rules=False)
+    check_same_engine(meta, engine_identity(config, world), checkpoint)
     changes = check_resume(meta["config"], config)
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
     for part, fingerprint in fingerprints.items():
@@ -353,7 +371,7 @@ def _grid_writer(
     config: TrainConfig,
     source: Source,
     frozen: FrozenParts,
-    engine: FSDP2Engine,
+    engine: Engine,
     swapped: Callable[[], Any],
     resolved: Resolved,
     world: World,
@@ -376,7 +394,7 @@ def _grid_writer(
 
 def sample_images(
     config: TrainConfig,
-    engine: FSDP2Engine,
+    engine: Engine,
     frozen: FrozenParts,
     resolved: Resolved,
     world: World,
@@ -420,6 +438,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     table = build_mup_table(config)
     verify(checkpoint, world.control)
     check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
+    check_weights_readable(read_meta(checkpoint), checkpoint)
     frozen = FrozenParts(config, world)
     engine = build_engine(config, table, world)
     engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}")

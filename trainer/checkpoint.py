@@ -153,6 +153,45 @@ def check_same_model(meta: Mapping[str, Any], table: Mapping[str, Any], checkpoi
         )
 
 
+def check_same_engine(meta: Mapping[str, Any], engine: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise CheckpointError unless the checkpoint can be resumed by `engine` (see engine_of)."""
+    written = engine_of(meta)
+    if written != engine:
+        to = f"--engine {engine['name']}" + (f" --zero-stage {engine['stage']}" if engine["name"] == "zero" else "")
+        if written["name"] == engine["name"] == "zero":
+            to = "--engine fsdp2 (and from there to zero again)"
+        raise CheckpointError(
+            f"{checkpoint} was written by {_described(written)}, this run has {_described(engine)}: go on as it was "
+            f"written, or convert it to a new run folder: {convert_command(meta, engine, checkpoint)} {to}"
+        )
+
+
+def check_weights_readable(meta: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise CheckpointError for a checkpoint of DeepSpeed's own files, which only training can read."""
+    if engine_of(meta)["name"] == "zero":
+        raise CheckpointError(
+            f"{checkpoint} was written by {_described(engine_of(meta))}, whose files only a resumed run reads: convert "
+            f"it first: {convert_command(meta, {'name': 'fsdp2'}, checkpoint)} --engine fsdp2"
+        )
+
+
+def engine_of(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What wrote a checkpoint: {"name": "fsdp2"}, or {"name": "zero", "stage": S, "world_size": W}."""
+    return meta.get("engine", {"name": "fsdp2"})
+
+
+def convert_command(meta: Mapping[str, Any], engine: Mapping[str, Any], checkpoint: Path) -> str:
+    """How to start launch/convert.py: on the processes of the zero side."""
+    world_size = engine_of(meta).get("world_size") or engine.get("world_size", 1)
+    return f"torchrun --nproc-per-node {world_size} launch/convert.py --checkpoint {checkpoint} --output FOLDER"
+
+
+def _described(engine: Mapping[str, Any]) -> str:
+    if engine["name"] == "zero":
+        return f"parallel.engine zero with parallel.zero_stage {engine['stage']} on {engine['world_size']} processes"
+    return f"parallel.engine {engine['name']}"
+
+
 def lock_folder(folder: Path, wait_s: float = 30.0) -> IO[str]:
     """Hold the run folder as long as the returned file is open; two runs in one folder would mix their lines.
 

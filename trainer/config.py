@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
 from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
 
+from .config_conflicts import zero_conflicts
 from .config_files import CONFIG_DIR as CONFIG_DIR
 from .config_files import ConfigError, find_config, nearest, override, read
 
@@ -219,7 +220,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        problems = list(_conflicts(self))
+        problems = [*_conflicts(self), *zero_conflicts(self)]
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -30,6 +30,7 @@ from trainer.ema import EMA
 from trainer.mup.apply import apply_multipliers, init_parameters
 from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world
+from trainer.parallel.zero import ZeroEngine
 
 OVERRIDES = (
     "data.shards=synthetic", "text_encoder.width=16", "text_encoder.max_length=6", "train.sample_every=0",
@@ -42,10 +43,14 @@ def configured(*more: str) -> TrainConfig:
 
 
 def made(config: TrainConfig, world: World) -> FSDP2Engine:
-    return build_engine(config, build_mup_table(config), world)
+    engine = build_engine(config, build_mup_table(config), world)
+    assert isinstance(engine, FSDP2Engine)
+    return engine
 
 
-def run_steps(config: TrainConfig, engine: FSDP2Engine, world: World, steps: int, spoil: int | None = None) -> Any:
+def run_steps(
+    config: TrainConfig, engine: FSDP2Engine | ZeroEngine, world: World, steps: int, spoil: int | None = None
+) -> Any:
     """Train; at step `spoil` the last rank's batch holds a NaN. Returns the last step's result."""
     frozen, resolved = FrozenParts(config, world), resolve(config, world.size)
     objective = build_objective(config, resolved)
@@ -70,7 +75,7 @@ def run_steps(config: TrainConfig, engine: FSDP2Engine, world: World, steps: int
     return result
 
 
-def whole(engine: FSDP2Engine) -> dict[str, Tensor]:
+def whole(engine: FSDP2Engine | ZeroEngine) -> dict[str, Tensor]:
     return {name: engine.full(name).clone() for name in engine.master_shards()}
 
 

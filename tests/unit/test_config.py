@@ -560,3 +560,17 @@ def test_written_config_loads_back(path: Path, tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "config.yaml")) == config
     assert parse(yaml.safe_load(text), "any YAML reader") == config
     assert plain(config) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parallel.precision=fp64", "parallel.shard=1", "parallel.reshard_after_forward=false",
+        "parallel.cpu_offload=true", "optim.spike_threshold=4", "train.rollback_after=3",
+    ],
+)  # fmt: skip
+def test_zero_refuses_what_it_cannot_do(override: str) -> None:
+    """By the key's name and what to do, and only under zero."""
+    load_config("mmdit_debug_mup.yaml", [override])
+    with pytest.raises(ConfigError, match=f"{override.partition('=')[0]}.*(fsdp2|zero_stage)"):
+        load_config("mmdit_debug_mup.yaml", [override, "parallel.engine=zero"])

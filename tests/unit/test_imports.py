@@ -48,7 +48,10 @@ ROOMS: dict[str, Room] = {
     "models.configs": Room((), ()),
     "data": Room(DATA_PACKAGES, ("data",), ("torch.distributed",)),
     "data.config": Room((), ()),
-    "trainer.config": Room(("pydantic", "yaml"), ("models.configs", "data.config", "trainer.config_files")),
+    "trainer.config": Room(
+        ("pydantic", "yaml"), ("models.configs", "data.config", "trainer.config_files", "trainer.config_conflicts")
+    ),
+    "trainer.config_conflicts": Room((), ("trainer.config",)),
     "trainer.config_files": Room(("yaml",), ()),
     "trainer.mup": Room((), ("trainer.mup.rules", "trainer.mup.table")),
     "trainer.mup.apply": Room(("torch",), ("trainer.mup",)),

@@ -100,30 +100,31 @@ def check_names(model: nn.Module, table: MuTable) -> None:
 
 @torch.no_grad()
 def init_parameters(model: nn.Module, table: MuTable, seed: int) -> None:
-    """Fill every parameter by its row, from a generator seeded by (seed, name).
-
-    Each rank makes the whole tensor and keeps its shard, so that values depend neither on the world size nor on
-    the order of the parameters, and nothing is sent. Drawn in float32 whatever the parameter's type.
-    """
+    """Fill every parameter by its row; each rank makes the whole tensor and keeps its shard, and nothing is sent."""
     check_names(model, table)
     for name, parameter in model.named_parameters():
-        row = table.rows[name]
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if row.init == "ones":
-            local.fill_(1.0)
-        elif row.init_std == 0.0:
-            local.zero_()
-        else:
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator(device=local.device)
-            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            full = torch.empty(row.shape, dtype=torch.float32, device=local.device)
-            if row.init == "xavier_uniform":
-                bound = 3**0.5 * row.init_std  # a uniform's standard deviation is bound / sqrt(3)
-                full.uniform_(-bound, bound, generator=generator)
-            else:
-                full.normal_(0.0, row.init_std, generator=generator)
-            local.copy_(_shard_like(full, parameter))
+        local.copy_(_shard_like(initial_value(table, name, seed, local.device), parameter))
+
+
+def initial_value(table: MuTable, name: str, seed: int, device: torch.device) -> Tensor:
+    """The whole parameter (its row's shape, float32) from a generator seeded by (seed, name).
+
+    So values depend neither on the engine and the world size nor on the order of the parameters.
+    """
+    row = table.rows[name]
+    full = torch.zeros(row.shape, dtype=torch.float32, device=device)
+    if row.init == "ones":
+        return full.fill_(1.0)
+    if row.init_std == 0.0:
+        return full
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(device=device)
+    generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if row.init == "xavier_uniform":
+        bound = 3**0.5 * row.init_std  # a uniform's standard deviation is bound / sqrt(3)
+        return full.uniform_(-bound, bound, generator=generator)
+    return full.normal_(0.0, row.init_std, generator=generator)
 
 
 def _shard_like(full: Tensor, parameter: Tensor) -> Tensor:

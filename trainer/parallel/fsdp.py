@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch
@@ -143,6 +143,24 @@ class FSDP2Engine:
 
     def full(self, name: str) -> Tensor:
         return _detached(self._parameters[name]).full_tensor()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """By parameter name this rank's live "model", "exp_avg", "exp_avg_sq" and "step"."""
+        kept: dict[str, dict[str, Tensor]] = {}
+        for name, shard in self.master_shards().items():
+            state = self._optimizer.state[self._parameters[name]]
+            kept[name] = {"model": shard, "step": state["step"]}
+            kept[name] |= {moment: state[moment].to_local() for moment in _MOMENTS}
+        return kept
+
+    def cut(self, name: str, full: Tensor) -> Tensor:
+        """This rank's part of a whole tensor of a parameter's shape."""
+        parameter = self._parameters[name]
+        return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+    def whole(self, name: str, shard: Tensor) -> Tensor:
+        """The tensor of a parameter's shape, on every rank, of which each rank gives its part."""
+        return _like(shard, self._parameters[name]).full_tensor()
 
     @contextmanager
     def swapped(self, shards: Mapping[str, Tensor]) -> Iterator[None]:

@@ -1,0 +1,46 @@
+"""Which engine resumes which checkpoint, and what a user is told to do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.checkpoint import CheckpointError, check_same_engine, check_weights_readable
+
+FSDP2: dict[str, Any] = {"name": "fsdp2"}
+FOLDER = Path("runs/a/checkpoints/step_00000004")
+
+
+def zero(stage: int, world_size: int) -> dict[str, Any]:
+    return {"name": "zero", "stage": stage, "world_size": world_size}
+
+
+@pytest.mark.parametrize("engine", [FSDP2, zero(2, 4)])
+def test_the_same_engine_goes_on(engine: dict[str, Any]) -> None:
+    check_same_engine({"engine": engine}, engine, FOLDER)
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_is_of_fsdp2() -> None:
+    check_same_engine({}, FSDP2, FOLDER)
+    check_weights_readable({}, FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("written", "now", "parts"),
+    [
+        (FSDP2, zero(3, 4), ["--nproc-per-node 4", "--engine zero --zero-stage 3"]),
+        (zero(3, 4), FSDP2, ["--nproc-per-node 4", "--engine fsdp2"]),
+        (zero(3, 4), zero(3, 2), ["stage 3 on 4 processes", "stage 3 on 2 processes", "--nproc-per-node 4"]),
+        (zero(1, 4), zero(2, 4), ["stage 1 on 4 processes", "stage 2 on 4 processes", "--engine fsdp2"]),
+    ],
+)
+def test_another_engine_is_told_the_command(written: dict[str, Any], now: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_same_engine({"engine": written}, now, FOLDER)
+    for part in (*parts, "launch/convert.py", str(FOLDER)):
+        assert part in str(caught.value)
+
+
+def test_weights_of_zero_are_converted_first() -> None:
+    with pytest.raises(CheckpointError, match=r"torchrun --nproc-per-node 4 launch/convert\.py .* --engine fsdp2"):
+        check_weights_readable({"engine": zero(2, 4)}, FOLDER)
