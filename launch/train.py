@@ -2,13 +2,17 @@
 
 torchrun --nproc-per-node 2 launch/train.py --config mmdit_demo_mup.yaml [section.key=value ...]
 python launch/train.py --config mmdit_debug_mup.yaml
+
+SIGTERM or SIGUSR1 to a worker saves and ends all of them within two steps. torchrun passes signals on if it is told to:
+torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 ... launch/train.py ...
+(or PET_SIGNALS_TO_HANDLE and PET_SHUTDOWN_TIMEOUT in the environment).
 """
 
 import argparse
 
 import torch.distributed as dist
 
-from launch.common import run
+from launch.common import end_with_torchrun, run
 from trainer.build import build_run
 from trainer.config import load_config, resolve
 from trainer.loop import train
@@ -20,6 +24,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="a path, or a name under configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
+    end_with_torchrun()
     config = load_config(arguments.config, arguments.overrides)
     world = init_world(resolve(config, world_size()).shard)
     try:

@@ -133,6 +133,9 @@ class Checkpointer:
             self._clear()
         dist.barrier(group=self._group)
 
+    def wait(self) -> None:
+        """Until no save is in flight: none is once save() has returned."""
+
     def load(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
         """Read weights, optimizer and `tensors` in place."""
         self._engine.load(checkpoint, tensors)

@@ -33,7 +33,10 @@ class Room(NamedTuple):
 DATA_PACKAGES = (
     "torch", "numpy", "PIL", "simplejpeg", "fsspec", "pyarrow", "webdataset", "transformers", "diffusers",
 )  # fmt: skip
-STATE = ("trainer.state", "trainer.optim", "trainer.ema", "trainer.checkpoint", "trainer.metrics", "trainer.health")
+STATE = (
+    "trainer.state", "trainer.optim", "trainer.ema", "trainer.checkpoint", "trainer.metrics", "trainer.health",
+    "trainer.skipping", "trainer.jumps", "trainer.stopping", "trainer.watchdog", "trainer.rollback",
+)  # fmt: skip
 STEP = ("trainer.state", "trainer.parallel")
 STATE_ROOM = Room(("torch",), (*STATE, "trainer.mup", "trainer.parallel"))
 WHOLE = Room(("torch", "optuna", "matplotlib"), ("models.flops", "trainer", "data"))
