@@ -1,0 +1,51 @@
+"""launch/train.py with faults planted on one rank: what FAULTS in the environment says, as JSON.
+
+{"rank": 1, "nan": [5, 6], "hang": 8, "kill": 8, "kill_after_rollback": true}: data steps (from 0) whose batch holds a
+NaN, at which the rank sleeps for ever or kills itself, and whether it kills itself once the run has gone back.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import launch.train
+from launch.common import run as run_command
+from trainer.jumps import FILE
+from trainer.state import Encoded, Run
+
+FAULTS = json.loads(os.environ["FAULTS"])
+build_run = launch.train.build_run
+
+
+def with_faults(run: Run) -> Run:
+    if run.world.rank != FAULTS["rank"]:
+        return run
+    present = -1
+
+    def batches(first: int) -> Iterator[tuple[int, list[Any]]]:
+        nonlocal present
+        for step, micro_batches in run.batches(first):
+            present = step
+            yield step, micro_batches
+
+    def encode(batch: Any) -> Encoded:
+        encoded = run.encode(batch)
+        if present == FAULTS.get("kill") or (FAULTS.get("kill_after_rollback") and (run.folder / FILE).exists()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if present == FAULTS.get("hang"):
+            print(f"hanging at {time.time()}", flush=True)
+            time.sleep(1000)
+        if present in FAULTS.get("nan", ()):
+            encoded.x0[0] = float("nan")
+        return encoded
+
+    return dataclasses.replace(run, batches=batches, encode=encode)
+
+
+if __name__ == "__main__":
+    launch.train.build_run = lambda config, world: with_faults(build_run(config, world))
+    run_command(launch.train.main)
