@@ -1,7 +1,8 @@
 """launch/train.py with faults planted on one rank: what FAULTS in the environment says, as JSON.
 
-{"rank": 1, "nan": [5, 6], "hang": 8, "kill": 8, "kill_after_rollback": true}: data steps (from 0) whose batch holds a
-NaN, at which the rank sleeps for ever or kills itself, and whether it kills itself once the run has gone back.
+{"rank": 1, "nan": [5, 6], "hang": 8, "kill": 8, "kill_torchrun": 8, "kill_after_rollback": true}: the rank (null: every
+one); data steps (from 0) whose batch holds a NaN, at which it sleeps for ever, kills itself, or kills its torchrun; and
+whether it kills itself once the run has gone back.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ build_run = launch.train.build_run
 
 
 def with_faults(run: Run) -> Run:
-    if run.world.rank != FAULTS["rank"]:
+    if FAULTS["rank"] not in (None, run.world.rank):
         return run
     present = -1
 
@@ -36,6 +37,8 @@ def with_faults(run: Run) -> Run:
         encoded = run.encode(batch)
         if present == FAULTS.get("kill") or (FAULTS.get("kill_after_rollback") and (run.folder / FILE).exists()):
             os.kill(os.getpid(), signal.SIGKILL)
+        if present == FAULTS.get("kill_torchrun"):
+            os.kill(os.getppid(), signal.SIGKILL)
         if present == FAULTS.get("hang"):
             print(f"hanging at {time.time()}", flush=True)
             time.sleep(1000)

@@ -41,7 +41,7 @@ def test_a_killed_rank_ends_the_job_and_resumes_exactly(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------- NaNs and rollback
 
-BAD = {"rank": 1, "nan": [2, 9, 10, 11, 12]}  # data steps: one alone, then a row of four
+BAD = {"rank": 1, "nan": [2, 9, 10, 11]}  # data steps: one alone, then a row of three
 ROLLBACK = (*SETTINGS, "train.rollback_after=3")
 
 
@@ -62,7 +62,7 @@ def test_a_nan_on_one_rank_is_skipped_on_all(rolled_back: Path) -> None:
 
 
 def test_a_row_of_nans_rolls_back(rolled_back: Path) -> None:
-    """Steps 10 to 13 are bad; the log line of step 12 sees three of them, goes back to step 8 and past four steps."""
+    """Training steps 10 to 12 are bad: the log line of step 12 goes back to step 8, and past the data of four steps."""
     [jump] = json.loads((rolled_back / "jumps.json").read_text())
     assert (jump["at_step"], jump["steps"]) == (8, 4)
     assert "3 steps in a row" in jump["reason"]
