@@ -62,12 +62,12 @@ def job(
         process.wait()
 
 
-def wait_until(true: Callable[[], Any], timeout_s: float, what: str) -> float:
+def wait_until(true: Callable[[], Any], timeout_s: float, what: str, poll_s: float = 0.02) -> float:
     """Seconds until `true()`; fails after timeout_s."""
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < timeout_s, f"not within {timeout_s} s: {what}"
-        time.sleep(0.02)
+        time.sleep(poll_s)
     return time.monotonic() - began
 
 
