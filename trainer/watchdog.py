@@ -27,6 +27,7 @@ POLL_S = 1.0
 LOST_S = 20.0  # a neighbour without a sign of life; torch may hold Python's lock for some seconds
 SUSPECT_S = 3.0  # the same once this rank's own training has failed
 ENDING_S = 6.0  # for the training thread to end by itself after a fault elsewhere
+ANSWER_S = 3.0  # for the store, or the disk, to answer a rank that ends: either may be what hangs
 PHASE_FACTOR = 10  # validation, sampling, saving and going back may take so many times what a step may
 
 
@@ -133,7 +134,7 @@ class Watchdog:
                 fault = self._read_board()
             except RuntimeError:
                 fault = Fault(self._rank, "the rendezvous store is gone: its process or its host has ended", False)
-                write_status(self._folder, "failed", self._step, fault.reason)
+                self._write_status(fault.reason)
             now = time.monotonic()
             if beats != seen:
                 seen, seen_at = beats, now
@@ -148,7 +149,7 @@ class Watchdog:
     def _follow(self, fault: Fault) -> None:
         """End this rank, because of what is on the board."""
         if fault.stacks:
-            self._dump()
+            _within(ANSWER_S, self._dump)
         elif self._closed.wait(ENDING_S):  # the training thread ended by itself: its collective raised
             return
         print(f"rank {self._rank} ends: {fault.reason}", file=sys.stderr, flush=True)
@@ -157,13 +158,9 @@ class Watchdog:
     def _end(self, reason: str) -> None:
         """End this rank, which hangs, and with it the run."""
         self._closed.set()
-        self._dump()
-        # The store may be what hangs: it is given some seconds.
-        telling = threading.Thread(target=self._tell, args=[Fault(self._rank, reason, stacks=True)], daemon=True)
-        telling.start()
-        telling.join(3 * POLL_S)
-        if telling.is_alive():
-            write_status(self._folder, "failed", self._step, reason)
+        _within(ANSWER_S, self._dump)
+        if not _within(ANSWER_S, self._tell, Fault(self._rank, reason, stacks=True)):
+            _within(ANSWER_S, self._write_status, reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -176,16 +173,29 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):  # the store is gone
                 if self._board.compare_set("fault", "", text).decode() != text:
                     return self._read_board()
-        write_status(self._folder, "failed", self._step, fault.reason)
+        self._write_status(fault.reason)
         return None
 
     def _read_board(self) -> Fault | None:
         return Fault(*json.loads(self._board.get("fault"))) if self._board.check(["fault"]) else None
 
+    def _write_status(self, reason: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk, say: it must not hide the reason
+            write_status(self._folder, "failed", self._step, reason)
+
     def _dump(self) -> None:
-        """The stacks of all threads of this process, into the run folder and to stderr."""
+        """The stacks of all threads of this process, to stderr and into the run folder."""
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
         folder = self._folder / "stacks"
-        folder.mkdir(exist_ok=True)
-        with open(folder / f"rank_{self._rank}.txt", "w") as file:
-            for target in (file, sys.stderr):
-                faulthandler.dump_traceback(target, all_threads=True)
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            with open(folder / f"rank_{self._rank}.txt", "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+
+def _within(seconds: float, call: Callable[..., object], *arguments: object) -> bool:
+    """Whether `call` has ended after so many seconds; it is left alone where it has not."""
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.jumps import Jump
+from trainer.loop import restore
 from trainer.metrics import Metrics, read_metrics
 from trainer.parallel.mesh import World, init_world
 from trainer.rollback import MOST_IN_A_ROW, go_back
@@ -103,3 +104,14 @@ def test_in_vain(world: World, metrics: Metrics, tmp_path: Path) -> None:
     go_back(run, 3)
     assert run.state.step == 12, "a new checkpoint starts the count anew"
     assert [jump.steps for jump in run.state.jumps] == [4] * (MOST_IN_A_ROW + 1)
+
+
+def test_killed_after_going_back_the_row_is_over_as_well(world: World) -> None:
+    """The checkpoint was saved in a row of bad steps, and does not know the jump that leaves from it."""
+    meta = {"step": 8, "reads": [[{}, 0]], "jumps": [[4, 2, "NaN"]]}
+    for jumps, row in (((Jump(4, 2, "NaN"),), 2), ((Jump(4, 2, "NaN"), Jump(8, 4, "NaN")), 0)):
+        state = TrainState.start(torch.device("cpu"))
+        state.jumps = (*jumps, Jump(20, 1, "of a later step"))
+        state.skips.numbers[:2] = 2  # as loaded
+        restore(state, meta, rank=0)
+        assert state.skips.take_longest_row() == row
