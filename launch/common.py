@@ -14,7 +14,6 @@ from data.config import DataError
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 from trainer.stopping import RunError
-from trainer.watchdog import PeerError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -25,9 +24,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except (ConfigError, DataError, CheckpointError) as error:
         code = _report(str(error), 2)
-    except PeerError as error:  # each rank that is left has its own
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 1
     except RunError as error:
         code = _report(str(error), 1)
     sys.stdout.flush()

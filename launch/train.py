@@ -9,6 +9,8 @@ torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-ti
 """
 
 import argparse
+import os
+import sys
 
 import torch.distributed as dist
 
@@ -17,6 +19,7 @@ from trainer.build import build_run
 from trainer.config import load_config, resolve
 from trainer.loop import train
 from trainer.parallel.mesh import init_world, world_size
+from trainer.watchdog import PeerError
 
 
 def main() -> int:
@@ -34,6 +37,10 @@ def main() -> int:
         finally:
             job.metrics.close()
         job.metrics.say(f"{outcome} at step {job.state.step}: {job.folder}")
+    except PeerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # groups that have lost a rank cannot be left in order: NCCL would wait for it
     finally:
         dist.destroy_process_group()
     return 0

@@ -61,7 +61,7 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         too_bad = due["log"] and share > plan.max_bad_share
         record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
         if due["log"]:
-            record |= _figures(run, time.perf_counter() - began, state.step - begun_step) | {"bad_share": share}
+            record |= _figures(run, began, state.step - begun_step) | {"bad_share": share}
             watchdog.beat(state.step, record["step_time_s"])
             row = state.skips.take_longest_row()
             if plan.rollback_after and row >= plan.rollback_after:
@@ -159,10 +159,11 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _figures(run: Run, seconds: float, steps: int) -> dict[str, Any]:
-    """Read the totals back (the host sync of a log step) and start them anew."""
+def _figures(run: Run, began: float, steps: int) -> dict[str, Any]:
+    """Read the totals back (the host sync of a log step) and start them anew. began: when the `steps` began."""
     plan, state = run.plan, run.state
     totals = Totals.unpacked(state.totals.to("cpu", copy=True))
+    seconds = time.perf_counter() - began  # now that the device has done them
     state.totals.zero_()
     figures: dict[str, Any] = {
         "lr": run.lr(state.step - 1),

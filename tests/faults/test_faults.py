@@ -99,6 +99,18 @@ def test_killed_after_the_rollback_it_goes_on_the_same_way(rolled_back: Path, tm
     assert exact(read_metrics(run)) == exact(read_metrics(rolled_back))
 
 
+def test_a_run_of_one_epoch_ends_where_its_data_end(tmp_path: Path) -> None:
+    """16 steps of data, 4 of which a rollback jumps over: 12 are left."""
+    run, alone = tmp_path / "run", ("--standalone", "--nproc-per-node", "1")
+    settings = (*ROLLBACK, "train.global_batch_size=32", "data.epochs=1")
+    for said in ("finished at step 12", "has finished its 12 steps"):
+        with job(run, *settings, launcher=alone, faults={**BAD, "rank": 0}) as once:
+            assert once.wait(START_S) == 0, once.text()[-4000:]
+            assert said in once.text()
+    assert [r["step"] for r in read_metrics(run)] == list(range(0, 13, 2))
+    assert complete_checkpoints(run / "checkpoints")[-1].name == "step_00000012"
+
+
 # -------------------------------------------------------------------------------------------------------------- a hang
 
 
