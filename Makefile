@@ -68,7 +68,7 @@ schema: .venv/ready
 # ------------------------------------------------------------------------------------------------ long, and on a GPU
 
 soak: setup
-	$(BIN)/python -m benchmarks.kills --kills 20 --output benchmarks/results/kills.json
+	$(BIN)/python -m benchmarks.kills --kills 50 --output benchmarks/results/kills.json
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json

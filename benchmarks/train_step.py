@@ -21,6 +21,7 @@ from trainer.build import build_run
 from trainer.config import load_config, resolve
 from trainer.loop import train_step
 from trainer.parallel.mesh import init_world
+from trainer.state import Totals
 
 ON_CPU = {"mmdit_debug_mup.yaml": 8, "mmdit_demo_mup.yaml": 32}
 ON_GPU = {"mmdit_0.18b_mup.yaml": 128, "mmdit_0.7b_mup.yaml": 64, "mmdit_2b_mup.yaml": 24}
@@ -52,7 +53,8 @@ def measure(name: str, batch: int, overrides: list[str]) -> dict[str, Any]:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[WARM_UP:])
-        tokens = float(run.state.totals[2] / run.state.totals[4])  # text tokens a sample: their sum over steps
+        totals = Totals.unpacked(run.state.totals)
+        tokens = float(totals.text_tokens / totals.counted)
         flops_per_s = run.plan.image_flops(tokens) * batch / median
         run.metrics.close()
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """What every command shares: one message for a user's mistake, exit code 2, no traceback."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -12,8 +13,10 @@ from typing import NoReturn
 from data.config import DataError
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
-from trainer.loop import BadDataError
 from trainer.parallel.memory import CompileError
+from trainer.stopping import RunError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -22,10 +25,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except (ConfigError, DataError, CheckpointError, CompileError) as error:
         code = _report(str(error), 2)
-    except BadDataError as error:
+    except RunError as error:
         code = _report(str(error), 1)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def end_with_torchrun() -> None:
+    """Have the kernel kill this worker when torchrun dies. A check in a thread would not run while the worker is being
+    built, nor while a call holds Python's lock. Without torchrun nothing changes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def kill_tree(pid: int) -> None:

@@ -30,6 +30,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import TrainConfig, parse, plain, resolve
 from trainer.ema import EMA
+from trainer.jumps import FILE as JUMPS
 from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world, world_size
 from trainer.parallel.zero import ZeroEngine
@@ -81,20 +82,20 @@ def convert(checkpoint: Path, source: TrainConfig, target: TrainConfig, output: 
     check_same_engine(meta, engine_identity(source, world), checkpoint)
     old, new = (build_engine(config, table, world) for config in (source, target))
     averages = [EMA(engine.master_shards(), source.ema.decays, source.ema.warmup).tensors() for engine in (old, new)]
-    totals = TrainState.start(world.device).totals
-    old.load(checkpoint, {**averages[0], "totals": totals})
+    state = TrainState.start(world.device).tensors()
+    old.load(checkpoint, {**averages[0], **state})
     copy_state(old, new)
     for key, shard in averages[0].items():
         name = key.partition("/")[2]
         averages[1][key].copy_(new.cut(name, old.whole(name, shard)))
     if world.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        figures = checkpoint.parent.parent / "metrics.jsonl"
-        if figures.is_file():
-            shutil.copy(figures, output / figures.name)
+        for name in ("metrics.jsonl", JUMPS):
+            if (file := checkpoint.parent.parent / name).is_file():
+                shutil.copy(file, output / name)
     meta |= {"config": plain(target), "engine": engine_identity(target, world)}
     writer = Checkpointer(output, new, world.checkpoint, keep_last=1, keep_every=0, asynchronous=False, tell=print)
-    writer.save(meta["step"], {**averages[1], "totals": totals}, meta, wait=True)
+    writer.save(meta["step"], {**averages[1], **state}, meta, wait=True)
     on_rank_0(world, lambda: print(f"{checkpoint} as {target.parallel.engine}: {output}"))
 
 

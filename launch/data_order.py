@@ -1,17 +1,21 @@
 """What each step will see, read through the same per-rank readers as training: one JSON line a step.
 
+The jumps that a run has made past samples (rollback) are those of its folder, where there is one.
+
 python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-step 0 --to-step 10
 """
 
 import argparse
 import itertools
 import json
+from pathlib import Path
 
 import torch.distributed as dist
 
 from launch.common import run
 from trainer.build import Source
 from trainer.config import load_config, resolve
+from trainer.jumps import data_step, follow, jumps_of
 from trainer.parallel.mesh import init_world
 
 
@@ -28,15 +32,15 @@ def main() -> int:
         parser.error("needs --world-size of at least 1 and 0 <= --from-step <= --to-step")
     config = load_config(arguments.config, arguments.overrides)
     resolved = resolve(config, size)
+    jumps, step = jumps_of(Path(config.run.dir) / str(config.run.name)), first
     world = init_world(1)
     try:
         source = Source(config, resolved, world)
-        readers = [source.reader(rank, size).batches(first) for rank in range(size)]
+        readers = [follow(source.reader(rank, size).batches, lambda: data_step(step, jumps)) for rank in range(size)]
         for step in range(first, last):
             keys: list[str] = []
             for reader in readers:  # ranks own contiguous slots, so this is the order of the global batch
-                _, batches = next(reader)
-                keys += itertools.chain.from_iterable(filter(None, batch.names) for batch in batches)
+                keys += itertools.chain.from_iterable(filter(None, batch.names) for batch in next(reader))
             print(json.dumps({"step": step, "keys": keys}))
     finally:
         dist.destroy_process_group()

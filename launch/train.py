@@ -2,17 +2,24 @@
 
 torchrun --nproc-per-node 2 launch/train.py --config mmdit_demo_mup.yaml [section.key=value ...]
 python launch/train.py --config mmdit_debug_mup.yaml
+
+SIGTERM or SIGUSR1 to a worker saves and ends all of them within two steps. torchrun passes signals on if it is told to:
+torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 ... launch/train.py ...
+(or PET_SIGNALS_TO_HANDLE and PET_SHUTDOWN_TIMEOUT in the environment).
 """
 
 import argparse
+import os
+import sys
 
 import torch.distributed as dist
 
-from launch.common import run
+from launch.common import end_with_torchrun, run
 from trainer.build import build_run
 from trainer.config import load_config, resolve
 from trainer.loop import train
 from trainer.parallel.mesh import init_world, world_size
+from trainer.watchdog import PeerError
 
 
 def main() -> int:
@@ -20,6 +27,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="a path, or a name under configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
+    end_with_torchrun()
     config = load_config(arguments.config, arguments.overrides)
     world = init_world(resolve(config, world_size()).shard)
     try:
@@ -29,6 +37,10 @@ def main() -> int:
         finally:
             job.metrics.close()
         job.metrics.say(f"{outcome} at step {job.state.step}: {job.folder}")
+    except PeerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # groups that have lost a rank cannot be left in order: NCCL would wait for it
     finally:
         dist.destroy_process_group()
     return 0

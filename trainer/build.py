@@ -48,6 +48,7 @@ from .evaluate.generate import images_from_prompts, save_grid
 from .evaluate.val_loss import validation
 from .frozen import FrozenParts, precision_of
 from .health import Health, Watched
+from .jumps import jumps_of
 from .loop import restore
 from .metrics import Metrics, peak_flops
 from .mup.apply import apply_multipliers, build_table, init_parameters, initial_value, param_groups
@@ -137,6 +138,7 @@ class Source:
     def __init__(self, config: TrainConfig, resolved: Resolved, world: World) -> None:
         self._config, self._resolved, self._world = config, resolved, world
         self._index: ImageTextIndex | None = None
+        self.steps: int | None = None  # None: the data have no end
         if config.data.shards != SYNTHETIC:
             self._index = first_on_rank_0(world, lambda: _open_index(config.data.shards, "data.shards"))
             self._check_length(self._index)
@@ -181,8 +183,10 @@ class Source:
 
     def _check_length(self, index: ImageTextIndex) -> None:
         c = self._config
-        most = len(index) * (c.data.epochs or 0) // c.train.global_batch_size
-        if c.data.epochs is not None and c.train.steps > most:
+        if c.data.epochs is None:
+            return
+        self.steps = most = len(index) * c.data.epochs // c.train.global_batch_size
+        if c.train.steps > most:
             raise ConfigError(
                 f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {len(index)} samples: "
                 f"at most {most} steps of {c.train.global_batch_size}"
@@ -243,6 +247,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
     lock = on_rank_0(world, lambda: lock_folder(folder) if folder.is_dir() else None)
     resumed = _find_resumed(config, folder, table, fingerprints, world)
+    jumps = jumps_of(folder)
     initial = None
     if resumed is None and config.run.init_from is not None:
         initial = find_checkpoint(Path(config.run.init_from))
@@ -251,7 +256,8 @@ def build_run(config: TrainConfig, world: World) -> Run:
         check_weights_readable(read_meta(initial), initial)
 
     engine = build_engine(config, table, world)
-    state = TrainState.start(world.device)
+    state = TrainState.start(world.device, config.optim.spike_threshold)
+    state.jumps = jumps
     initial_weights = "model" if initial is None else weights_of(read_meta(initial))
     if initial is not None:
         engine.load_weights(initial, initial_weights)
@@ -260,7 +266,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if resumed is not None:
         checkpoint, meta, changes, damaged = resumed
         kept = [decay for decay in ema.decays if decay in meta["config"]["ema"]["decays"]]
-        engine.load(checkpoint, {**ema.tensors(kept), "totals": state.totals})
+        engine.load(checkpoint, {**ema.tensors(kept), **state.tensors()})
         ema.reset([decay for decay in ema.decays if decay not in kept])  # ema.decays may change on resume
         restore(state, meta, world.rank)
         notes = [
@@ -297,7 +303,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         metrics.status("running", state.step, text)
 
     return Run(
-        plan=_plan(config, frozen.synthetic, world, metrics),
+        plan=_plan(config, frozen.synthetic, source.steps, world, metrics),
         world=world,
         folder=folder,
         engine=engine,
@@ -465,7 +471,7 @@ def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:
     return DDPMSampler(ddpm, config.sampler, config.sample.steps)
 
 
-def _plan(config: TrainConfig, synthetic: bool, world: World, metrics: Metrics) -> Plan:
+def _plan(config: TrainConfig, synthetic: bool, data_steps: int | None, world: World, metrics: Metrics) -> Plan:
     train = config.train
     if synthetic and train.sample_every:
         metrics.say("no sample grids: synthetic data have no captions")
@@ -490,6 +496,10 @@ def _plan(config: TrainConfig, synthetic: bool, world: World, metrics: Metrics) 
         snapshot_every=train.ema_snapshot_every,
         sample_every=0 if synthetic else train.sample_every,
         max_bad_share=config.data.max_bad_share,
+        rollback_after=train.rollback_after,
+        data_steps=data_steps,
+        watchdog_factor=train.watchdog_factor,
+        watchdog_min_s=train.watchdog_min_s,
         image_flops=image_flops,
         peak_flops=None if peak is None else peak * world.size,
     )

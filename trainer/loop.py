@@ -1,93 +1,94 @@
 """The training loop, top to bottom. Nothing in a step waits for the device; figures are read at log steps."""
 
-import signal
 import time
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from .checkpoint import CheckpointError
 from .health import BINS, time_figures, time_sums
-from .state import Run, TrainState
-
-
-class BadDataError(RuntimeError):
-    """More samples were unreadable than data.max_bad_share allows; the run has been saved."""
-
-
-class StopRequest:
-    """SIGTERM or SIGUSR1 asks for a checkpoint and an orderly end; ranks agree at the next log step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+from .jumps import data_step, follow
+from .rollback import go_back
+from .state import Run, Totals, TrainState
+from .stopping import Agreement, BadDataError, RunError
+from .watchdog import Watchdog
 
 
 def train(run: Run) -> str:
-    """Train to the end; returns "finished" or "preempted". Raises BadDataError where too many samples are bad."""
+    """Train to the end; returns "finished" or "preempted". Raises RunError where the run cannot go on."""
     plan, state, metrics = run.plan, run.state, run.metrics
-    if state.step >= plan.steps:
-        metrics.say(f"{run.folder} has finished its {plan.steps} steps; nothing to do")
+    if state.step >= run.last_step:
+        metrics.say(f"{run.folder} has finished its {state.step} steps; nothing to do")
         metrics.status("finished", state.step)
         return "finished"
-    stop = StopRequest()
-    outcome, too_bad, share = "finished", False, 0.0
     metrics.status("running", state.step)
-    try:
-        if state.step == 0:
-            _look(run, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0, sample=False)
-        began, begun_step = time.perf_counter(), state.step
-        reads_before = _reads(state)
-        for step, micro_batches in run.batches(state.step):
-            train_step(run, step, micro_batches)
-            state.step = step + 1
-            due = {key: _due(state.step, every, plan.steps) for key, every in _intervals(run).items()}
-            record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
-            share = 0.0
-            if due["log"]:
-                record |= _figures(run, time.perf_counter() - began, state.step - begun_step)
-                stopping, share = _agree(run, stop.asked, reads_before)
-                record["bad_share"] = share
-                outcome = "preempted" if stopping and state.step < plan.steps else "finished"
-            too_bad = share > plan.max_bad_share
-            if due["log"] or due["validate"] or due["sample"]:
-                _look(run, record, due["validate"], due["sample"])
-            ending = outcome == "preempted" or too_bad
-            last = ending or state.step == plan.steps
-            if due["snapshot"]:  # before the checkpoint, which would have to be waited for longer
-                run.checkpointer.save_averages(state.step, run.ema.tensors(), {**run.meta, "step": state.step})
-            if due["checkpoint"] or last:
-                save(run, wait=last)
-            if ending:
-                break
-            if any(due.values()):
-                began, begun_step = time.perf_counter(), state.step  # time spent looking is not training time
-            if state.step >= plan.steps:
-                break
-        metrics.plot()
+    lag = plan.log_every if run.world.device.type == "cuda" else 0
+    watchdog = Watchdog(run.folder, run.world, plan.watchdog_factor, plan.watchdog_min_s, lag)
+    with watchdog, Agreement(run.world.control) as agreement:
+        try:
+            outcome, reason = _steps(run, agreement, watchdog)
+        except (RunError, CheckpointError) as error:  # on all ranks
+            run.checkpointer.wait()  # what is on its way is worth keeping
+            metrics.status("failed", state.step, str(error))
+            raise
+        except BaseException as error:
+            run.checkpointer.wait()
+            cause = watchdog.blame(error)
+            if cause is not error:
+                raise cause from None
+            raise
+    metrics.plot()
+    metrics.status(outcome, state.step, reason)
+    return outcome
+
+
+def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str]:
+    """Steps until the last one, or until the ranks agree to stop; returns the outcome and its reason."""
+    plan, state = run.plan, run.state
+    if state.step == 0:
+        _look(run, watchdog, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0, sample=False)
+    stream = follow(run.batches, lambda: data_step(state.step, state.jumps))
+    began, begun_step = time.perf_counter(), state.step
+    reads_before = _reads(state)
+    while state.step < run.last_step:
+        train_step(run, state.step, next(stream))
+        state.step += 1
+        watchdog.beat(state.step)
+        due = {key: _due(state.step, every, run.last_step) for key, every in _intervals(run).items()}
+        holes, read = (now - then for now, then in zip(_reads(state), reads_before, strict=True))
+        asked, holes, read = agreement.exchange(holes, read)
+        # Of what was read since this start, so that a run whose data were mended goes on; and of at least 1000: a few
+        # bad samples in the first steps are no share yet.
+        share = holes / max(1000, read)
+        too_bad = due["log"] and share > plan.max_bad_share
+        record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
+        if due["log"]:
+            record |= _figures(run, began, state.step - begun_step) | {"bad_share": share}
+            watchdog.beat(state.step, record["step_time_s"])
+            row = state.skips.take_longest_row()
+            if plan.rollback_after and row >= plan.rollback_after:
+                with watchdog.phase("going back"):
+                    go_back(run, row)
+                began, begun_step = time.perf_counter(), state.step
+                continue
+        if due["log"] or due["validate"] or due["sample"]:
+            _look(run, watchdog, record, due["validate"], due["sample"])
+        stopping = (asked and state.step < run.last_step) or too_bad
+        last = stopping or state.step == run.last_step
+        if due["snapshot"] or due["checkpoint"] or last:
+            with watchdog.phase("saving"):
+                if due["snapshot"]:  # before the checkpoint, which would have to be waited for longer
+                    run.checkpointer.save_averages(state.step, run.ema.tensors(), {**run.meta, "step": state.step})
+                if due["checkpoint"] or last:
+                    save(run, wait=last)
         if too_bad:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(state.holes.items()))
-            raise BadDataError(
-                f"{share:.2%} of the samples were unreadable, more than data.max_bad_share {plan.max_bad_share:.2%} "
-                f"(rank 0 saw {reasons or 'none of them'}). The run is saved at step {state.step}: make the samples "
-                "readable again, or raise data.max_bad_share, and start it again."
-            )
-        metrics.status(outcome, state.step, "asked to stop by a signal" if outcome == "preempted" else "")
-        return outcome
-    except BaseException as error:
-        run.checkpointer.wait()  # what is on its way is worth keeping
-        metrics.status("failed", state.step, f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        stop.restore()
+            raise BadDataError(_bad_data(run, share))
+        if stopping:
+            return "preempted", "asked to stop by a signal"
+        if any(due.values()):
+            began, begun_step = time.perf_counter(), state.step  # time spent looking is not training time
+    return "finished", "" if run.last_step == plan.steps else "the data ended: rollbacks jumped over the rest of them"
 
 
 def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
@@ -96,7 +97,7 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
     # FSDP averages gradients over ranks, while the loss is a mean over the global batch: hence W / B.
     scale = world.size / run.plan.global_batch_size
     # Sums: loss, text tokens, weight; loss and weight by time.
-    total = torch.zeros(3 + 2 * BINS, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(3 + 2 * BINS, dtype=torch.float64, device=world.device)
     for number, batch in enumerate(micro_batches):
         encoded = run.encode(batch)
         draw = run.objective.draw(encoded.x0, encoded.keys)
@@ -104,37 +105,42 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
         losses = run.objective.loss(prediction, draw)  # [b]
         loss = (encoded.weight * losses).sum()
         run.engine.backward(scale * loss, last=number == len(micro_batches) - 1)
-        sums = torch.stack([loss.detach().double(), encoded.text_tokens.double(), encoded.weight.sum().double()])
-        total += torch.cat([sums, time_sums(draw.t, losses.detach(), encoded.weight).flatten()])
+        scalars = torch.stack([loss.detach().double(), encoded.text_tokens.double(), encoded.weight.sum().double()])
+        sums += torch.cat([scalars, time_sums(draw.t, losses.detach(), encoded.weight).flatten()])
         state.samples_read += batch.read
         for reason in batch.holes:
             state.holes[reason] = state.holes.get(reason, 0) + 1
-    watch = run.health if _due(step + 1, run.plan.log_every, run.plan.steps) else None
-    result = run.engine.step(run.lr(step), watch)
+    watch = run.health if _due(step + 1, run.plan.log_every, run.last_step) else None
+    result = run.engine.step(run.lr(step), watch, state.skips.limit())
     run.ema.update(step, result.skipped)
+    state.skips.update(result.grad_norm, result.skipped)
     # Summed over ranks in every step, a few numbers on the device, so that a checkpoint between two log lines holds
     # the same totals on all ranks and a resumed run logs the same figures.
-    dist.all_reduce(total)
-    loss, text_tokens = total[:2] / total[2].clamp(min=1)
-    clipped, one = result.clipped.double(), torch.ones_like(loss)
-    figures = torch.cat([torch.stack([loss, result.grad_norm.double(), text_tokens, clipped, one, 1 - one]), total[3:]])
-    state.totals += torch.where(result.skipped > 0, torch.zeros_like(figures), figures)
-    state.totals[5] += result.skipped
+    dist.all_reduce(sums)
+    loss, text_tokens = sums[:2] / sums[2].clamp(min=1)
+    norm, one = result.grad_norm.double(), torch.ones_like(loss)
+    taken = Totals(loss, norm, text_tokens, result.clipped.double(), one, 1 - one, 1 - one, by_time=sums[3:]).packed()
+    finite = norm.isfinite().double()
+    left = Totals.unpacked(torch.zeros_like(taken))._replace(skipped=1 - finite, spikes=finite).packed()
+    state.totals += torch.where(result.skipped > 0, left, taken)
 
 
 def save(run: Run, wait: bool = False) -> None:
     """Start to write a checkpoint of the present step. wait: until it is complete, CheckpointError where it fails."""
     state = run.state
-    tensors = {**run.ema.tensors(), "totals": state.totals}
+    tensors = {**run.ema.tensors(), **state.tensors()}
     reads: list[Any] = [None] * run.world.size
     dist.all_gather_object(reads, (state.holes, state.samples_read), group=run.world.control)
-    meta = {**run.meta, "step": state.step, "reads": reads}
+    meta = {**run.meta, "step": state.step, "reads": reads, "jumps": state.jumps}
     run.checkpointer.save(state.step, tensors, meta, wait)
 
 
 def restore(state: TrainState, meta: dict[str, Any], rank: int) -> None:
-    """Host-side state from a checkpoint; the counts of bad samples go on at rank 0 if the world has changed."""
+    """Host-side state from a checkpoint, after its tensors; the counts of bad samples go on at rank 0 if the world
+    has changed. The jumps are those of the run folder: it may have gone back to this checkpoint since."""
     state.step = meta["step"]
+    if [list(jump) for jump in state.jumps if jump.at_step <= state.step] != meta["jumps"]:
+        state.skips.forget_rows()
     reads = meta["reads"]
     if len(reads) == dist.get_world_size():
         state.holes, state.samples_read = dict(reads[rank][0]), reads[rank][1]
@@ -161,17 +167,27 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _figures(run: Run, seconds: float, steps: int) -> dict[str, Any]:
-    """Read the totals back (the host sync of a log step) and start them anew."""
-    plan, totals = run.plan, run.state.totals
-    loss, grad_norm, text_tokens, clipped, counted, skipped, *by_time = totals.tolist()
-    totals.zero_()
-    figures: dict[str, Any] = {"lr": run.lr(run.state.step - 1), "skipped_steps": int(skipped)}
+def _figures(run: Run, began: float, steps: int) -> dict[str, Any]:
+    """Read the totals back (the host sync of a log step) and start them anew. began: when the `steps` began."""
+    plan, state = run.plan, run.state
+    totals = Totals.unpacked(state.totals.to("cpu", copy=True))
+    seconds = time.perf_counter() - began  # now that the device has done them
+    state.totals.zero_()
+    figures: dict[str, Any] = {
+        "lr": run.lr(state.step - 1),
+        "skipped_steps": int(totals.skipped),
+        "spike_steps": int(totals.spikes),
+    }
+    if jumped := data_step(state.step, state.jumps) - state.step:
+        figures["jumped_steps"] = jumped
+    counted = float(totals.counted)
     if counted:
-        figures |= {"loss": loss / counted, "grad_norm": grad_norm / counted, "mup/clip_share": clipped / counted}
-    figures |= time_figures(by_time) | run.health.figures() | run.checkpointer.figures()
+        for name in ("loss", "grad_norm"):
+            figures[name] = float(getattr(totals, name)) / counted
+        figures["mup/clip_share"] = float(totals.clipped) / counted
+    figures |= time_figures(totals.by_time.tolist()) | run.health.figures()
     images_per_s = plan.global_batch_size * steps / seconds
-    flops_per_s = plan.image_flops(text_tokens / max(1.0, counted)) * images_per_s
+    flops_per_s = plan.image_flops(float(totals.text_tokens) / max(1.0, counted)) * images_per_s
     figures |= {
         "images_per_s": images_per_s,
         "step_time_s": seconds / steps,
@@ -187,25 +203,23 @@ def _reads(state: TrainState) -> tuple[int, int]:
     return sum(state.holes.values()), state.samples_read
 
 
-def _agree(run: Run, asked: bool, before: tuple[int, int]) -> tuple[bool, float]:
-    """(any rank was asked to stop, share of unreadable samples over all ranks), on the control group.
-
-    The share is of what was read since this start (`before`), so that a run whose data were mended goes on.
-    """
-    holes, read = (now - then for now, then in zip(_reads(run.state), before, strict=True))
-    numbers = torch.tensor([int(asked), holes, read])
-    dist.all_reduce(numbers, group=run.world.control)
-    stopping, holes, read = numbers.tolist()
-    # Of at least 1000: a few bad samples in the first steps of a run are no share yet.
-    return stopping > 0, holes / max(1000, read)
+def _bad_data(run: Run, share: float) -> str:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(run.state.holes.items()))
+    return (
+        f"{share:.2%} of the samples were unreadable, more than data.max_bad_share {run.plan.max_bad_share:.2%} "
+        f"(rank 0 saw {reasons or 'none of them'}). The run is saved at step {run.state.step}: make the samples "
+        "readable again, or raise data.max_bad_share, and start it again."
+    )
 
 
-def _look(run: Run, record: dict[str, Any], validate: bool, sample: bool) -> None:
+def _look(run: Run, watchdog: Watchdog, record: dict[str, Any], validate: bool, sample: bool) -> None:
     """Validate and sample where due, and write one line of metrics."""
     if validate:
-        record |= run.validate()
+        with watchdog.phase("validation"):
+            record |= run.validate()
     if sample:
-        run.sample(run.folder / "samples" / f"step_{record['step']:08d}.png")
+        with watchdog.phase("sampling"):
+            run.sample(run.folder / "samples" / f"step_{record['step']:08d}.png")
     run.metrics.write(record)
     if validate or sample:
         run.metrics.plot()

@@ -34,6 +34,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
+    """status.json: running, finished, preempted or failed."""
+    text = json.dumps({"state": state, "step": step, "reason": reason})
+    write_atomically(folder / "status.json", text + "\n")
+
+
 class Wandb(Protocol):
     def log(self, data: dict[str, Any], step: int) -> None: ...
     def finish(self) -> None: ...
@@ -52,10 +58,17 @@ class Metrics:
         self._wandb: Wandb | None = None
         if not active:
             return
-        kept = [r for r in read_metrics(folder) if first_step and r["step"] <= first_step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(folder / "metrics.jsonl", text)
         self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.cut(first_step)
+
+    def cut(self, step: int) -> None:
+        """Drop the lines past `step`, from which the run goes on."""
+        if not self._active:
+            return
+        self._file.close()
+        kept = [r for r in read_metrics(self._folder) if step and r["step"] <= step]
+        write_atomically(self._folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = open(self._folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
 
     def start_wandb(self, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
         """Log to wandb as well; the run's id is kept in the run folder, so that a resumed run continues it."""
@@ -94,10 +107,8 @@ class Metrics:
             print(text, flush=True)
 
     def status(self, state: str, step: int, reason: str = "") -> None:
-        """status.json: running, finished, preempted or failed."""
         if self._active:
-            text = json.dumps({"state": state, "step": step, "reason": reason})
-            write_atomically(self._folder / "status.json", text + "\n")
+            write_status(self._folder, state, step, reason)
 
     def plot(self) -> None:
         """loss.png from metrics.jsonl."""
@@ -121,8 +132,8 @@ class Metrics:
             parts += [f"|g| {record['grad_norm']:.3g}", f"lr {record['lr']:.3g}"]
         if "images_per_s" in record:
             parts.append(f"{record['images_per_s']:.3g} images/s")
-        if record.get("skipped_steps"):
-            parts.append(f"{record['skipped_steps']} skipped")
+        if skipped := record.get("skipped_steps", 0) + record.get("spike_steps", 0):
+            parts.append(f"{skipped} skipped")
         if step > self._first:
             left = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")

@@ -11,9 +11,11 @@ from torch import Tensor
 from .checkpoint import Checkpointer
 from .ema import EMA
 from .health import BINS, Health
+from .jumps import Jump, last_step
 from .metrics import Metrics
 from .parallel.engine import Engine
 from .parallel.mesh import World
+from .skipping import Skips
 
 
 class Encoded(NamedTuple):
@@ -39,20 +41,50 @@ class Objective(Protocol):
     def loss(self, prediction: Tensor, draw: Any) -> Tensor: ...
 
 
+class Totals(NamedTuple):
+    """Sums over steps, scalars but the last, in the order in which one tensor holds them. Skipped steps count in
+    `skipped` (not finite) or `spikes` alone. by_time: losses and weights by time (health.time_sums), [2 BINS]."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    text_tokens: Tensor
+    """A sample."""
+    clipped: Tensor
+    counted: Tensor
+    skipped: Tensor
+    spikes: Tensor
+    by_time: Tensor
+
+    def packed(self) -> Tensor:
+        return torch.cat([torch.stack(self[:-1]), self.by_time])
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> "Totals":
+        """Views of a packed tensor."""
+        scalars = len(cls._fields) - 1
+        return cls(*packed[:scalars].unbind(), by_time=packed[scalars:])
+
+
 @dataclass
 class TrainState:
-    """step: updates done (skipped ones included). totals: of the steps since the last log line, on the device,
-    the same on all ranks: loss, grad norm, text tokens a sample, clipped steps, steps that count, skipped steps; then
-    losses and weights by time (health.time_sums)."""
+    """step: updates done (skipped ones included). totals: packed Totals of the steps since the last log line, float64
+    on the device, the same on all ranks."""
 
     totals: Tensor
+    skips: Skips
     step: int = 0
+    jumps: tuple[Jump, ...] = ()
     holes: dict[str, int] = field(default_factory=dict)
     samples_read: int = 0
 
     @classmethod
-    def start(cls, device: torch.device) -> "TrainState":
-        return cls(totals=torch.zeros(6 + 2 * BINS, dtype=torch.float64, device=device))
+    def start(cls, device: torch.device, spike_threshold: float | None = None) -> "TrainState":
+        totals = torch.zeros(len(Totals._fields) - 1 + 2 * BINS, dtype=torch.float64, device=device)
+        return cls(totals, Skips(device, spike_threshold))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it as tensors; the rest is in its meta."""
+        return {"totals": self.totals, "skips": self.skips.numbers}
 
 
 @dataclass(frozen=True)
@@ -67,6 +99,12 @@ class Plan:
     snapshot_every: int
     sample_every: int
     max_bad_share: float
+    rollback_after: int
+    """Skipped steps in a row after which the run goes back; 0: never."""
+    data_steps: int | None
+    """Steps that the data hold; None where they have no end."""
+    watchdog_factor: float | None
+    watchdog_min_s: float
     image_flops: Callable[[float], float]
     """Text tokens -> FLOPs of one image in a forward and a backward pass."""
     peak_flops: float | None
@@ -87,7 +125,7 @@ class Run:
     lr: Callable[[int], float]
     """Base learning rate of an update."""
     batches: Callable[[int], Iterator[tuple[int, list[Any]]]]
-    """First step -> (step, this rank's micro-batches); ends where the data end."""
+    """First step of the data -> (step, this rank's micro-batches), endless; of weight 0 where the data have ended."""
     encode: Callable[[Any], Encoded]
     validate: Callable[[], dict[str, float]]
     """Validation figures of the live and the EMA weights."""
@@ -100,3 +138,8 @@ class Run:
     state: TrainState
     lock: IO[str] | None
     """Open on rank 0 as long as this run holds its folder."""
+
+    @property
+    def last_step(self) -> int:
+        """Training steps in all: plan.steps, or fewer where rollbacks have used up data that have an end."""
+        return last_step(self.plan.steps, self.plan.data_steps, self.state.jumps)

@@ -49,7 +49,12 @@ def made(config: TrainConfig, world: World) -> FSDP2Engine:
 
 
 def run_steps(
-    config: TrainConfig, engine: FSDP2Engine | ZeroEngine, world: World, steps: int, spoil: int | None = None
+    config: TrainConfig,
+    engine: FSDP2Engine | ZeroEngine,
+    world: World,
+    steps: int,
+    spoil: int | None = None,
+    max_norm: Tensor | None = None,
 ) -> Any:
     """Train; at step `spoil` the last rank's batch holds a NaN. Returns the last step's result."""
     frozen, resolved = FrozenParts(config, world), resolve(config, world.size)
@@ -71,7 +76,7 @@ def run_steps(
             prediction, _ = engine.model(draw.x_t, draw.t, encoded.condition)
             loss = (encoded.weight * objective.loss(prediction, draw)).sum()
             engine.backward(world.size / config.train.global_batch_size * loss, number == len(batches) - 1)
-        result = engine.step(config.optim.lr)
+        result = engine.step(config.optim.lr, max_norm=max_norm)
     return result
 
 
@@ -138,6 +143,18 @@ def non_finite_step_changes_nothing(world: World, *more: str) -> dict[str, float
         "average_moved": max(float((averages[n] - t).abs().max()) for n, t in ema.tensors().items() if t.numel()),
         "next_is_finite": float(run_steps(config, engine, world, 1).grad_norm.isfinite()),
     }
+
+
+def norm_over_the_limit_changes_nothing(world: World) -> list[float]:
+    """[skipped, largest change of weights and optimizer state] at a limit over the norm, and at one under it."""
+    config = configured()
+    engine, found = made(config, world), []
+    norm = run_steps(config, engine, world, 1).grad_norm
+    for limit in (2 * norm, norm / 100):
+        state = {name: tensor.clone() for name, tensor in local_state(engine).items()}
+        result = run_steps(config, engine, world, 1, max_norm=limit.double())
+        found += [float(result.skipped), max(float((state[n] - t).abs().max()) for n, t in local_state(engine).items())]
+    return found
 
 
 def local_state(engine: FSDP2Engine) -> dict[str, Tensor]:
@@ -270,6 +287,7 @@ CHECKS: tuple[Callable[[World], Any], ...] = (
     optimizer_settings_are_the_tables,
     first_step_moves_by_lr,
     non_finite_step_changes_nothing,
+    norm_over_the_limit_changes_nothing,
     swapped_weights_are_used_and_given_back,
     replicas_agree,
     save_and_load,

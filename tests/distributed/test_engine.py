@@ -45,6 +45,13 @@ def test_non_finite_step_changes_nothing_on_any_rank(ranks: Results) -> None:
         }  # fmt: skip
 
 
+def test_a_norm_over_the_limit_changes_nothing_on_any_rank(ranks: Results) -> None:
+    for r in ranks:
+        taken, moved, skipped, still = r["norm_over_the_limit_changes_nothing"]
+        assert (taken, skipped, still) == (0.0, 1.0, 0.0)
+        assert moved > 0
+
+
 def test_swapped_weights_are_used_and_given_back(ranks: Results) -> None:
     for r in ranks:
         found = r["swapped_weights_are_used_and_given_back"]

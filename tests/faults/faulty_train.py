@@ -1,38 +1,54 @@
-"""launch/train.py with a fault, for the tests: python -m tests.faults.faulty_train FAULT ARGUMENTS.
+"""launch/train.py with faults planted on one rank: what FAULTS in the environment says, as JSON.
 
-none: none.
-slow: a checkpoint's files are written and stay incomplete for SLOW_S seconds, in the thread that writes them.
-no_room_check: a full disk is met in the middle of writing.
+{"rank": 1, "nan": [5, 6], "hang": 8, "kill": 8, "kill_torchrun": 8, "kill_after_rollback": true}: the rank (null: every
+one); data steps (from 0) whose batch holds a NaN, at which it sleeps for ever, kills itself, or kills its torchrun; and
+whether it kills itself once the run has gone back.
 """
 
-import runpy
-import sys
+import dataclasses
+import json
+import os
+import signal
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor
+import launch.train
+from launch.common import run as run_command
+from trainer.jumps import FILE
+from trainer.state import Encoded, Run
 
-from trainer.parallel import dcp
+FAULTS = json.loads(os.environ["FAULTS"])
+build_run = launch.train.build_run
 
-SLOW_S = 4.0
 
+def with_faults(run: Run) -> Run:
+    if FAULTS["rank"] not in (None, run.world.rank):
+        return run
+    present = -1
 
-def main() -> None:
-    fault = sys.argv.pop(1)
-    if fault == "slow":
-        write = dcp.save_tensors
+    def batches(first: int) -> Iterator[tuple[int, list[Any]]]:
+        nonlocal present
+        for step, micro_batches in run.batches(first):
+            present = step
+            yield step, micro_batches
 
-        def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-            write(folder, tensors, group)
-            time.sleep(SLOW_S)
+    def encode(batch: Any) -> Encoded:
+        encoded = run.encode(batch)
+        if present == FAULTS.get("kill") or (FAULTS.get("kill_after_rollback") and (run.folder / FILE).exists()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if present == FAULTS.get("kill_torchrun"):
+            os.kill(os.getppid(), signal.SIGKILL)
+        if present == FAULTS.get("hang"):
+            print(f"hanging at {time.time()}", flush=True)
+            time.sleep(1000)
+        if present in FAULTS.get("nan", ()):
+            encoded.x0[0] = float("nan")
+        return encoded
 
-        dcp.save_tensors = save_tensors
-    if fault == "no_room_check":
-        dcp.check_room = lambda folder, needed: None
-    runpy.run_path("launch/train.py", run_name="__main__")
+    return dataclasses.replace(run, batches=batches, encode=encode)
 
 
 if __name__ == "__main__":
-    main()
+    launch.train.build_run = lambda config, world: with_faults(build_run(config, world))
+    run_command(launch.train.main)

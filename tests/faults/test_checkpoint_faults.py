@@ -33,10 +33,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def faulty(fault: str, processes: int, folder: Path) -> list[str]:
-    """The command of a run with a fault; see faulty_train."""
+    """The command of a run with a fault; see disk_train."""
     whole = command(processes, f"run.dir={folder.parent}", f"run.name={folder.name}", *SETTINGS)
     script = whole.index("launch/train.py")
-    module = ["-m", "tests.faults.faulty_train", fault]
+    module = ["-m", "tests.faults.disk_train", fault]
     return [*whole[:script], *module, *whole[script + 1 :]]
 
 

@@ -14,7 +14,7 @@ from trainer.loop import train_step
 from trainer.metrics import _wandb_name
 from trainer.parallel.engine import StepResult
 from trainer.parallel.mesh import init_world
-from trainer.state import TrainState
+from trainer.state import Totals, TrainState
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +101,7 @@ def test_only_a_logged_step_is_watched() -> None:
     """Any other would pay for the copy of the weights."""
     seen: list[bool] = []
 
-    def step(lr: float, watch: object) -> StepResult:
+    def step(lr: float, watch: object, max_norm: None) -> StepResult:
         seen.append(watch is not None)
         return StepResult(*torch.zeros(3))
 
@@ -110,7 +110,8 @@ def test_only_a_logged_step_is_watched() -> None:
     run = SimpleNamespace(
         state=TrainState.start(torch.device("cpu")),
         world=SimpleNamespace(size=1, device=torch.device("cpu")),
-        plan=SimpleNamespace(global_batch_size=2, log_every=3, steps=7),
+        plan=SimpleNamespace(global_batch_size=2, log_every=3),
+        last_step=7,
         encode=lambda _: SimpleNamespace(x0=b, keys=b, condition=None, weight=b + 1, text_tokens=b.sum()),
         objective=SimpleNamespace(draw=lambda *_: SimpleNamespace(x_t=b, t=b), loss=lambda *_: b + 1),
         engine=engine,
@@ -121,4 +122,4 @@ def test_only_a_logged_step_is_watched() -> None:
     for number in range(7):
         train_step(run, number, [SimpleNamespace(read=2, holes=[])])  # pyright: ignore[reportArgumentType]
     assert seen == [False, False, True, False, False, True, True]
-    assert time_figures(run.state.totals.tolist()[6:]) == {"mup/loss_t0.0625": 1.0}
+    assert time_figures(Totals.unpacked(run.state.totals).by_time.tolist()) == {"mup/loss_t0.0625": 1.0}

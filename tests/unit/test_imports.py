@@ -35,7 +35,8 @@ DATA_PACKAGES = (
 )  # fmt: skip
 STATE = (
     "trainer.state", "trainer.optim", "trainer.ema", "trainer.checkpoint", "trainer.checkpoint_files",
-    "trainer.metrics", "trainer.health",
+    "trainer.metrics", "trainer.health", "trainer.skipping", "trainer.jumps", "trainer.stopping", "trainer.watchdog",
+    "trainer.rollback",
 )  # fmt: skip
 STEP = ("trainer.state", "trainer.parallel")
 STATE_ROOM = Room(("torch",), (*STATE, "trainer.mup", "trainer.parallel"))

@@ -14,8 +14,8 @@ class CheckpointError(ValueError):
 
 
 class StepResult(NamedTuple):
-    """Scalars on the device; reading them is the caller's host sync. skipped: 1 if the step was not finite.
-    clipped: 1 if the gradients were scaled down."""
+    """Scalars on the device; reading them is the caller's host sync. skipped: 1 if the step was not finite
+    or its norm over the limit. clipped: 1 if the gradients were scaled down."""
 
     grad_norm: Tensor
     skipped: Tensor
@@ -41,9 +41,9 @@ class Engine(Protocol):
         """Accumulate gradients; `last` marks the step's last micro-batch, at which they are reduced (mean)."""
         ...
 
-    def step(self, lr: float, watch: Watch | None = None) -> StepResult:
-        """Clip, update with base learning rate `lr`, clear gradients; a step with a non-finite norm changes nothing.
-        watch: is shown the update."""
+    def step(self, lr: float, watch: Watch | None = None, max_norm: Tensor | None = None) -> StepResult:
+        """Clip, update with base learning rate `lr`, clear gradients; a step with a non-finite norm, or one over
+        `max_norm` (a scalar on the device), changes nothing. watch: is shown the update."""
         ...
 
     def master_shards(self) -> dict[str, Tensor]:

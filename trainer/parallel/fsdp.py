@@ -99,7 +99,7 @@ class FSDP2Engine:
             self._root.set_reshard_after_backward(last)
         loss.backward()
 
-    def step(self, lr: float, watch: Watch | None = None) -> StepResult:
+    def step(self, lr: float, watch: Watch | None = None, max_norm: Tensor | None = None) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -109,7 +109,8 @@ class FSDP2Engine:
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip_norm, norm, foreach=True)
             clipped = (norm > self._clip_norm).float()
-        skipped = (~norm.isfinite()).float()
+        bad = ~norm.isfinite() if max_norm is None else ~norm.isfinite() | (norm > max_norm)
+        skipped = bad.float()
         # Fused AdamW reads this flag on the device and then leaves weights, moments and step count alone.
         setattr(self._optimizer, "found_inf", skipped)  # noqa: B010 (an attribute that torch looks up by name)
         if watch is not None:

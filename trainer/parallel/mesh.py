@@ -1,6 +1,7 @@
 """The world of a run: ranks, device, device mesh, and the two process groups beside it."""
 
 import os
+import secrets
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,15 @@ def init_world(shard: int) -> World:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
     return World(dist.get_rank(), size, device, mesh, control=_gloo_group(), checkpoint=_gloo_group())
+
+
+def open_board(world: World) -> dist.Store:
+    """Keys that all ranks share, over a connection of its own to the rendezvous store: a thread can use it while
+    another one waits in a collective. The same call on all ranks; empty at first, also after an elastic restart."""
+    store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
+    name = [secrets.token_hex(8)]
+    dist.broadcast_object_list(name, src=0, group=world.control)
+    return dist.PrefixStore(name[0], store)
 
 
 def _gloo_group() -> dist.ProcessGroup:

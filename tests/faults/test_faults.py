@@ -1,0 +1,168 @@
+"""What goes wrong in a long run, planted: a rank killed, NaNs, a hang, signals, torchrun itself killed."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.runs import ROOT, environment, exact, last_step, train
+from trainer.checkpoint import complete_checkpoints
+from trainer.metrics import read_metrics
+
+from .harness import job, kill, lives, status, wait_until, workers
+
+SETTINGS = (
+    "train.steps=16", "train.log_every=2", "train.checkpoint_every=4", "train.validate_every=8", "train.sample_every=0",
+)  # fmt: skip
+START_S = 180.0  # a start on a machine that others use as well
+FOR_EVER = ("train.steps=100000", "train.validate_every=0", "train.sample_every=0")
+
+# ------------------------------------------------------------------------------------------------------- a rank is lost
+
+
+def test_a_killed_rank_ends_the_job_and_resumes_exactly(tmp_path: Path) -> None:
+    """Rank 0, so that the survivor must write status.json; between two checkpoints."""
+    run = tmp_path / "run"
+    with job(run, *SETTINGS, faults={"rank": 0, "kill": 9}) as first:
+        wait_until(lambda: len(workers(first.process.pid)) == 2, START_S, "two workers")
+        victim = workers(first.process.pid)[0]
+        wait_until(lambda: not lives(victim), START_S, "rank 0 kills itself")
+        assert first.wait(15) == 1
+        assert "Traceback" not in first.text().partition("failed (exitcode")[0], "of torchrun alone"
+    assert status(run)["state"] == "failed"
+    assert "rank 0 is lost" in status(run)["reason"]
+    assert [p.name for p in complete_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000008"]
+    assert exact(train(2, run, *SETTINGS)) == exact(train(2, tmp_path / "whole", *SETTINGS))
+
+
+# ---------------------------------------------------------------------------------------------------- NaNs and rollback
+
+BAD = {"rank": 1, "nan": [2, 9, 10, 11]}  # data steps: one alone, then a row of three
+ROLLBACK = (*SETTINGS, "train.rollback_after=3")
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rollback") / "run"
+    with job(folder, *ROLLBACK, faults=BAD) as run:
+        assert run.wait(START_S) == 0, run.text()[-4000:]
+    return folder
+
+
+def test_a_nan_on_one_rank_is_skipped_on_all(rolled_back: Path) -> None:
+    records = read_metrics(rolled_back)
+    skipped = {r["step"]: r["skipped_steps"] for r in records if "skipped_steps" in r}
+    assert skipped == {step: int(step == 4) for step in range(2, 17, 2)}
+    assert all(r["spike_steps"] == 0 for r in records if r["step"])
+    assert all(0 < r["loss"] < 2 for r in records if r["step"]), "no figure holds a NaN"
+
+
+def test_a_row_of_nans_rolls_back(rolled_back: Path) -> None:
+    """Training steps 10 to 12 are bad: the log line of step 12 goes back to step 8, and past the data of four steps."""
+    [jump] = json.loads((rolled_back / "jumps.json").read_text())
+    assert (jump["at_step"], jump["steps"]) == (8, 4)
+    assert "3 steps in a row" in jump["reason"]
+    records = read_metrics(rolled_back)
+    assert [r["step"] for r in records] == list(range(0, 17, 2)), "no step twice, none left out"
+    assert [r.get("jumped_steps", 0) for r in records] == [0] * 4 + [0, 4, 4, 4, 4]
+    assert status(rolled_back) == {"state": "finished", "step": 16, "reason": ""}
+    meta = json.loads((rolled_back / "checkpoints" / "step_00000016" / "meta.json").read_text())
+    assert meta["jumps"] == [[8, 4, jump["reason"]]]
+
+
+def test_data_order_shows_the_jump(rolled_back: Path) -> None:
+    def keys(*of_run: str) -> list[Any]:
+        command = [sys.executable, "launch/data_order.py", "--config", "mmdit_debug_mup.yaml", "--to-step", "20"]
+        done = subprocess.run([*command, *of_run], cwd=ROOT, env=environment(), capture_output=True, check=True)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [line["step"] for line in lines] == list(range(20))
+        return [line["keys"] for line in lines]
+
+    jumped = keys(f"run.dir={rolled_back.parent}", f"run.name={rolled_back.name}")
+    straight = keys(f"run.dir={rolled_back.parent}", "run.name=none")
+    assert jumped == [*straight[:8], *straight[12:], *jumped[-4:]]
+    assert straight[8] not in jumped
+
+
+def test_killed_after_the_rollback_it_goes_on_the_same_way(rolled_back: Path, tmp_path: Path) -> None:
+    """Before it has saved again: jumps.json alone knows that it went back."""
+    run = tmp_path / "run"
+    with job(run, *ROLLBACK, faults={**BAD, "kill_after_rollback": True}) as first:
+        assert first.wait(START_S) == 1
+    assert complete_checkpoints(run / "checkpoints")[-1].name == "step_00000008"
+    with job(run, *ROLLBACK, faults=BAD) as second:
+        assert second.wait(START_S) == 0, second.text()[-4000:]
+    assert exact(read_metrics(run)) == exact(read_metrics(rolled_back))
+
+
+def test_a_run_of_one_epoch_ends_where_its_data_end(tmp_path: Path) -> None:
+    """16 steps of data, 4 of which a rollback jumps over: 12 are left."""
+    run, alone = tmp_path / "run", ("--standalone", "--nproc-per-node", "1")
+    settings = (*ROLLBACK, "train.global_batch_size=32", "data.epochs=1")
+    for said in ("finished at step 12", "has finished its 12 steps"):
+        with job(run, *settings, launcher=alone, faults={**BAD, "rank": 0}) as once:
+            assert once.wait(START_S) == 0, once.text()[-4000:]
+            assert said in once.text()
+    assert [r["step"] for r in read_metrics(run)] == list(range(0, 13, 2))
+    assert complete_checkpoints(run / "checkpoints")[-1].name == "step_00000012"
+
+
+# -------------------------------------------------------------------------------------------------------------- a hang
+
+
+def test_a_rank_that_hangs_leaves_stacks_and_a_reason(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("train.watchdog_min_s=4", "train.watchdog_factor=5", "train.log_every=1", "train.checkpoint_every=4")
+    with job(run, *FOR_EVER, *settings, faults={"rank": 1, "hang": 8}) as hung:
+        wait_until(lambda: "hanging at" in hung.text(), START_S, "rank 1 hangs")
+        assert hung.wait(60) == 1
+        assert "error: watchdog: step 9 took more than" in hung.text()
+    assert status(run)["state"] == "failed"
+    assert status(run)["step"] == 8
+    assert "times the median" in status(run)["reason"]
+    sleeping, waiting = ((run / "stacks" / f"rank_{rank}.txt").read_text() for rank in (1, 0))
+    assert "faulty_train.py" in sleeping
+    assert "train_step" in waiting
+    assert 'faulty_train.py", line 42 in encode' not in waiting
+    assert complete_checkpoints(run / "checkpoints")[-1].name == "step_00000008"
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+def test_a_signal_to_torchrun_saves_and_leaves_no_orphan(tmp_path: Path) -> None:
+    """Without a log line: ranks agree in the step itself."""
+    run = tmp_path / "run"
+    launcher = ("--standalone", "--nproc-per-node", "2", "--signals-to-handle", "SIGTERM,SIGUSR1")
+    more = {"PET_SHUTDOWN_TIMEOUT": "100"}
+    settings = (*FOR_EVER, "train.log_every=100000", "train.checkpoint_every=5")
+    with job(run, *settings, launcher=launcher, more_environment=more) as asked:
+        wait_until(lambda: complete_checkpoints(run / "checkpoints"), START_S, "a first checkpoint")
+        pids = workers(asked.process.pid)
+        kill([asked.process.pid], signal.SIGUSR1)
+        asked.wait(60)
+        assert len(pids) == 2
+        assert not any(lives(pid) for pid in pids)
+        assert "exitcode" not in asked.text(), "workers exit with 0"
+    told = status(run)
+    assert told["state"] == "preempted"
+    assert complete_checkpoints(run / "checkpoints")[-1].name == f"step_{told['step']:08d}"
+    assert last_step(run) < told["step"], "no log line was due"
+
+
+def test_workers_end_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with job(run, *FOR_EVER, "train.log_every=1") as orphaned:
+        wait_until(lambda: last_step(run) > 0, START_S, "a first step")
+        pids = workers(orphaned.process.pid)
+        assert len(pids) == 2
+        try:
+            kill([orphaned.process.pid], signal.SIGKILL)
+            # By the kernel: that the store is gone would end them as well, after some seconds.
+            wait_until(lambda: not any(lives(pid) for pid in pids), 3, "no orphan")
+        finally:
+            kill(pids, signal.SIGKILL)

@@ -1,0 +1,117 @@
+"""Going back to a checkpoint: what is loaded, cut and written, and when it is refused."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.jumps import Jump
+from trainer.loop import restore
+from trainer.metrics import Metrics, read_metrics
+from trainer.parallel.mesh import World, init_world
+from trainer.rollback import MOST_IN_A_ROW, go_back
+from trainer.state import TrainState
+from trainer.stopping import RunError
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    yield init_world(1)
+    dist.destroy_process_group()
+    torch.backends.cuda.enable_flash_sdp(flash)
+
+
+class Checkpoints:
+    """Loads totals of ones, in mid-row."""
+
+    loaded: Path | None = None
+    waited = False
+
+    def wait(self) -> None:
+        self.waited = True
+
+    def load(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
+        assert self.waited, "a save in flight may be newer than what is there"
+        self.loaded = checkpoint
+        for tensor in tensors.values():
+            tensor.fill_(1)
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Iterator[Metrics]:
+    metrics = Metrics(tmp_path, True, 100, 0)
+    yield metrics
+    metrics.close()
+
+
+def a_run(folder: Path, world: World, metrics: Metrics, *checkpoints: int) -> Any:
+    for step in checkpoints:
+        path = folder / "checkpoints" / f"step_{step:08d}"
+        path.mkdir(parents=True)
+        (path / "meta.json").write_text("{}")
+    state = TrainState.start(torch.device("cpu"))
+    state.step = 12
+    return SimpleNamespace(
+        state=state,
+        world=world,
+        folder=folder,
+        plan=SimpleNamespace(rollback_after=3),
+        ema=SimpleNamespace(tensors=dict),
+        checkpointer=Checkpoints(),
+        metrics=metrics,
+    )
+
+
+def test_goes_back_to_the_newest(world: World, metrics: Metrics, tmp_path: Path) -> None:
+    run = a_run(tmp_path, world, metrics, 4, 8)
+    for step in (2, 8, 9):
+        run.metrics.write({"step": step})
+    go_back(run, 3)
+    assert run.checkpointer.loaded == tmp_path / "checkpoints" / "step_00000008"
+    assert (run.state.step, run.state.jumps) == (8, (Jump(8, 4, run.state.jumps[0].reason),))
+    assert json.loads((tmp_path / "jumps.json").read_text()) == [run.state.jumps[0]._asdict()]
+    assert float(run.state.totals[0]) == 1, "as loaded"
+    assert run.state.skips.numbers.tolist() == [0, 0, 1, 1, 1], "the row in which the checkpoint was saved is over"
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2, 8]
+    run.metrics.write({"step": 10})
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2, 8, 10]
+    assert "back to step 8" in json.loads((tmp_path / "status.json").read_text())["reason"]
+
+
+def test_without_a_checkpoint_the_run_ends(world: World, metrics: Metrics, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"3 steps in a row .* no checkpoint to go back to: lower optim\.lr"):
+        go_back(a_run(tmp_path, world, metrics), 3)
+    assert not (tmp_path / "jumps.json").exists()
+
+
+def test_in_vain(world: World, metrics: Metrics, tmp_path: Path) -> None:
+    run = a_run(tmp_path, world, metrics, 8)
+    for _ in range(MOST_IN_A_ROW):
+        go_back(run, 3)
+        run.state.step = 12
+    with pytest.raises(RunError, match=r"step_00000008 3 times already"):
+        go_back(run, 3)
+    (tmp_path / "checkpoints" / "step_00000012").mkdir()
+    (tmp_path / "checkpoints" / "step_00000012" / "meta.json").write_text("{}")
+    run.state.step = 16
+    go_back(run, 3)
+    assert run.state.step == 12, "a new checkpoint starts the count anew"
+    assert [jump.steps for jump in run.state.jumps] == [4] * (MOST_IN_A_ROW + 1)
+
+
+def test_killed_after_going_back_the_row_is_over_as_well(world: World) -> None:
+    """The checkpoint was saved in a row of bad steps, and does not know the jump that leaves from it."""
+    meta = {"step": 8, "reads": [[{}, 0]], "jumps": [[4, 2, "NaN"]]}
+    for jumps, row in (((Jump(4, 2, "NaN"),), 2), ((Jump(4, 2, "NaN"), Jump(8, 4, "NaN")), 0)):
+        state = TrainState.start(torch.device("cpu"))
+        state.jumps = (*jumps, Jump(20, 1, "of a later step"))
+        state.skips.numbers[:2] = 2  # as loaded
+        restore(state, meta, rank=0)
+        assert state.skips.take_longest_row() == row

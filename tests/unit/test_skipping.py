@@ -1,0 +1,73 @@
+"""Rows of bad steps and the spike rule, against the same rule in plain floats."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from trainer.skipping import LEAST_STD, RATE, WARM_UP, Skips
+
+
+def fed(skips: Skips, norms: list[float]) -> list[bool]:
+    """Whether each step was skipped, as an engine skips it."""
+    skipped = []
+    for value in norms:
+        norm, limit = torch.tensor(value), skips.limit()
+        bad = ~norm.isfinite() if limit is None else ~norm.isfinite() | (norm > limit)
+        skips.update(norm, bad.float())
+        skipped.append(bool(bad))
+    return skipped
+
+
+def test_rows_are_counted_across_log_lines() -> None:
+    skips, nan = Skips(torch.device("cpu")), math.nan
+    assert fed(skips, [1, nan, nan, 1, nan]) == [False, True, True, False, True]
+    assert skips.take_longest_row() == 2
+    assert skips.take_longest_row() == 0, "seen"
+    fed(skips, [math.inf, nan])
+    assert skips.take_longest_row() == 3, "one that goes on is counted from its beginning"
+    fed(skips, [1.0])
+    assert skips.take_longest_row() == 0
+    fed(skips, [nan, nan])
+    skips.forget_rows()
+    fed(skips, [nan])
+    assert skips.take_longest_row() == 1
+
+
+def test_the_limit_is_that_of_the_rule() -> None:
+    skips, chance = Skips(torch.device("cpu"), threshold=4.0), random.Random(0)
+    mean = variance = 0.0
+    for count in range(4 * WARM_UP):
+        norm = math.exp(chance.gauss(-1, 0.3))
+        limit = skips.limit()
+        assert limit is not None
+        expected = math.exp(mean + 4 * math.sqrt(variance)) if count >= WARM_UP else math.inf
+        assert float(limit) == pytest.approx(expected, rel=1e-6)
+        skips.update(torch.tensor(norm, dtype=torch.float64), torch.tensor(0.0))
+        rate = max(1 / (count + 1), RATE)
+        away = math.log(norm) - mean
+        mean, variance = mean + rate * away, (1 - rate) * (variance + rate * away**2)
+    assert mean == pytest.approx(-1, abs=0.1)
+    assert math.sqrt(variance) == pytest.approx(0.3, abs=0.05)
+
+
+def test_a_spike_is_skipped_and_moves_no_statistic() -> None:
+    skips = Skips(torch.device("cpu"), threshold=5.0)
+    fed(skips, [1.0] * WARM_UP)
+    before = skips.numbers.clone()
+    over = math.exp(5 * LEAST_STD) * 1.001
+    assert fed(skips, [over, math.nan, 1e30]) == [True, True, True]
+    assert torch.equal(skips.numbers[2:], before[2:])
+    assert fed(skips, [over / 1.01]) == [False]
+
+
+def test_nothing_is_a_spike_before_the_warm_up_or_without_a_threshold() -> None:
+    assert not any(fed(Skips(torch.device("cpu"), 3.0), [1.0] * (WARM_UP - 1) + [1e9]))
+    assert not any(fed(Skips(torch.device("cpu")), [1.0] * WARM_UP + [1e9]))
+
+
+def test_a_norm_of_zero_is_no_error() -> None:
+    skips = Skips(torch.device("cpu"), 3.0)
+    fed(skips, [0.0, 1.0])
+    assert bool(skips.numbers.isfinite().all())

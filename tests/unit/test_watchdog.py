@@ -1,0 +1,70 @@
+"""The watchdog's limits, and who is blamed; what it does in a real run is in tests/faults."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from trainer.parallel.mesh import World, init_world
+from trainer.watchdog import PHASE_FACTOR, Fault, PeerError, Watchdog
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    yield init_world(1)
+    dist.destroy_process_group()
+    torch.backends.cuda.enable_flash_sdp(flash)
+
+
+def test_limits(world: World, tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, world, factor=20, min_s=30, host_lag_steps=10)
+    assert watchdog.limit_s() is None, "blocks may still be compiled"
+    watchdog.beat(10, step_time_s=100.0)  # compiled in it
+    assert watchdog.limit_s() == 20 * 100 + 10 * 100
+    for step in (20, 30):
+        watchdog.beat(step, step_time_s=1.0)
+    assert watchdog.limit_s() == 30 + 10, "the median"
+    with watchdog.phase("validation"):
+        assert watchdog.limit_s() == PHASE_FACTOR * 40
+    assert watchdog.limit_s() == 40
+    assert Watchdog(tmp_path, world, None, 30, 0).limit_s() is None
+
+
+def test_a_fault_of_its_own_is_told(world: World, tmp_path: Path) -> None:
+    error = ValueError("no such thing")
+    watchdog = Watchdog(tmp_path, world, 20, 30, 0)
+    watchdog.beat(7)
+    assert watchdog.blame(error) is error
+    told = json.loads((tmp_path / "status.json").read_text())
+    assert told == {"state": "failed", "step": 7, "reason": "ValueError: no such thing"}
+
+
+def test_the_first_fault_on_the_board_counts(world: World, tmp_path: Path) -> None:
+    first, second = (Watchdog(tmp_path, world, 20, 30, 0) for _ in range(2))
+    for rank, watchdog in enumerate((first, second)):
+        watchdog._rank, watchdog._size, watchdog._board = rank, 2, first._board
+    error = ValueError("no such thing")
+    assert first.blame(error) is error
+    other = second.blame(KeyError("what follows from it"))
+    assert isinstance(other, PeerError)
+    assert str(other).startswith("ValueError: no such thing (here: KeyError")
+    assert "no such thing" in json.loads((tmp_path / "status.json").read_text())["reason"]
+
+
+def test_a_silent_neighbour_is_found(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.watchdog.POLL_S", 0.05)
+    monkeypatch.setattr("trainer.watchdog.SUSPECT_S", 0.3)
+    watchdog = Watchdog(tmp_path, world, None, 30, 0)
+    watchdog._size = 2
+    with watchdog:
+        began = time.monotonic()
+        found = watchdog.blame(RuntimeError("Connection closed by peer"))
+        assert time.monotonic() - began < 5
+    assert isinstance(found, PeerError)
+    assert str(found).startswith("rank 1 is lost")
+    assert watchdog._fault == Fault(0, "rank 1 is lost: killed, or its host is gone", stacks=False)

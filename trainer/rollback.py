@@ -1,0 +1,41 @@
+"""Going back: after a row of skipped steps a run returns to its newest checkpoint and jumps past the samples since."""
+
+import torch.distributed as dist
+
+from .checkpoint import newest_good
+from .jumps import jump_back, write_jumps
+from .state import Run
+from .stopping import RunError
+
+MOST_IN_A_ROW = 3  # rollbacks to one checkpoint
+
+
+def go_back(run: Run, row: int) -> None:
+    """Return to the newest complete checkpoint after `row` skipped steps in a row; the same call on all ranks.
+
+    Raises RunError where there is none, or where going back to it has not helped.
+    """
+    state, present = run.state, run.state.step
+    run.checkpointer.wait()
+    checkpoint, _ = newest_good(run.folder, run.world.control)
+    why = f"{row} steps in a row were skipped before step {present} (train.rollback_after {run.plan.rollback_after})"
+    advice = "lower optim.lr or lengthen optim.warmup_steps"
+    if checkpoint is None:
+        raise RunError(f"{why}, and there is no checkpoint to go back to: {advice}, or set train.checkpoint_every")
+    target = int(checkpoint.name.removeprefix("step_"))
+    if sum(jump.at_step == target for jump in state.jumps) >= MOST_IN_A_ROW:
+        raise RunError(
+            f"{why}, and the run has gone back to {checkpoint} {MOST_IN_A_ROW} times already: remove that "
+            f"checkpoint to start from an older one, or {advice}"
+        )
+    jumps = jump_back(state.jumps, present, target, why)
+    if run.world.rank == 0:
+        write_jumps(run.folder, jumps)
+    dist.barrier(group=run.world.control)
+    run.checkpointer.load(checkpoint, {**run.ema.tensors(), **state.tensors()})
+    state.step, state.jumps = target, jumps
+    state.skips.forget_rows()
+    run.metrics.cut(target)
+    text = f"{why}: back to step {target}, past the samples of {jumps[-1].steps} steps"
+    run.metrics.say(text)
+    run.metrics.status("running", target, text)
