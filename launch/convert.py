@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from launch.common import run
-from trainer.build import build_engine, build_mup_table, engine_identity, on_rank_0
+from trainer.build import build_engine, build_mup_table, on_rank_0
 from trainer.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -34,6 +34,7 @@ from trainer.jumps import FILE as JUMPS
 from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world, world_size
 from trainer.parallel.zero import ZeroEngine
+from trainer.resume import engine_identity
 from trainer.state import TrainState
 
 AnEngine = FSDP2Engine | ZeroEngine

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,19 +26,17 @@ from models.registry import build_model, declarations
 from .checkpoint import (
     Checkpointer,
     CheckpointError,
-    check_same_engine,
     check_same_model,
     check_weights_readable,
     find_checkpoint,
     lock_folder,
-    newest_good,
     read_meta,
     set_aside,
     verify,
     weights_of,
     write_atomically,
 )
-from .config import ConfigError, Resolved, TrainConfig, check_resume, plain, resolve, to_yaml
+from .config import ConfigError, Resolved, TrainConfig, plain, resolve, to_yaml
 from .diffusion.ddpm import DDPM
 from .diffusion.ddpm_sampling import DDPMSampler
 from .diffusion.flow import RectifiedFlow
@@ -60,6 +58,7 @@ from .parallel.fsdp import FSDP2Engine, Sharding
 from .parallel.memory import checkpoint_activations, compile_units
 from .parallel.mesh import World
 from .parallel.zero import ZeroEngine
+from .resume import engine_identity, find_resumed
 from .state import Plan, Run, TrainState
 
 _VALIDATION_SEED = 0x5EED  # of synthetic data: differs from any that a user is likely to train with
@@ -122,14 +121,6 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
         expected = (optim.lr * row.lr, optim.weight_decay * row.weight_decay, optim.eps * row.eps)
         assert settings == expected, f"{name}: the optimizer has (lr, wd, eps) {settings}, the table {expected}"
     return engine
-
-
-def engine_identity(config: TrainConfig, world: World) -> dict[str, Any]:
-    """What a checkpoint of this run can be resumed by: fsdp2 by any world size, zero by the same one and stage."""
-    parallel = config.parallel
-    if parallel.engine == "zero":
-        return {"name": "zero", "stage": parallel.zero_stage, "world_size": world.size}
-    return {"name": parallel.engine}
 
 
 class Source:
@@ -246,7 +237,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
 
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
     lock = on_rank_0(world, lambda: lock_folder(folder) if folder.is_dir() else None)
-    resumed = _find_resumed(config, folder, table, fingerprints, world)
+    resumed = find_resumed(config, folder, table, fingerprints, world)
     jumps = jumps_of(folder)
     initial = None
     if resumed is None and config.run.init_from is not None:
@@ -339,38 +330,6 @@ def build_run(config: TrainConfig, world: World) -> Run:
         state=state,
         lock=lock,
     )
-
-
-class _Resumed(NamedTuple):
-    """changes: of the config, as text. damaged: newer checkpoints that were passed over, and why."""
-
-    checkpoint: Path
-    meta: dict[str, Any]
-    changes: list[str]
-    damaged: dict[Path, str]
-
-
-def _find_resumed(
-    config: TrainConfig, folder: Path, table: MuTable, fingerprints: dict[str, str], world: World
-) -> _Resumed | None:
-    """The newest undamaged checkpoint of the run folder, if there is one and this config may continue it."""
-    checkpoint, damaged = newest_good(folder, world.control)
-    if checkpoint is None:
-        return None
-    if not config.run.resume:
-        raise ConfigError(f"run.resume is false, but {folder} has checkpoints: use another run.name or remove them")
-    meta = read_meta(checkpoint)
-    check_same_model(meta, table.to_json(), checkpoint, rules=False)
-    check_same_engine(meta, engine_identity(config, world), checkpoint)
-    changes = check_resume(meta["config"], config)
-    check_same_model(meta, table.to_json(), checkpoint, rules=True)
-    for part, fingerprint in fingerprints.items():
-        if meta["fingerprints"].get(part) != fingerprint:
-            raise CheckpointError(
-                f"{checkpoint} was trained with other {part.replace('_', ' ')} contents than {part} has now; "
-                "use another run.name for a new run"
-            )
-    return _Resumed(checkpoint, meta, changes, damaged)
 
 
 def _grid_writer(

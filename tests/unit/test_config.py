@@ -412,7 +412,8 @@ def test_frozen() -> None:
 # Decision 10, by key: a new key must be given a class here as well, on purpose.
 SCHEDULE = {"train.steps", "optim.", "ema."}
 RUNTIME = {"run.", "parallel.", "validation.", "sample.", "wandb.", "train.micro_batch_size", "train.deterministic"}
-RUNTIME |= {f"train.{name}_every" for name in ("log", "validate", "checkpoint", "sample")}
+RUNTIME |= {f"train.{name}_every" for name in ("log", "validate", "checkpoint", "sample", "ema_snapshot")}
+RUNTIME |= {f"train.{key}" for key in ("checkpoint_async", "rollback_after", "watchdog_factor", "watchdog_min_s")}
 RUNTIME |= {"data.shards", "data.val_shards", "data.num_workers", "data.max_bad_share"}
 RUNTIME |= {f"{part}.{key}" for part in ("text_encoder", "autoencoder") for key in ("path", "subfolder")}
 IDENTITY = {"model.", "mup.", "objective.", "train.seed", "train.global_batch_size"}
