@@ -161,6 +161,8 @@ class Watchdog:
         _within(ANSWER_S, self._dump)
         if not _within(ANSWER_S, self._tell, Fault(self._rank, reason, stacks=True)):
             _within(ANSWER_S, self._write_status, reason)
+        if self._size > 1:  # the others' collective would raise once this rank ends: they leave their stacks before
+            time.sleep(ANSWER_S)
         print(f"error: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 
