@@ -52,7 +52,9 @@ class SourceConfig:
     captions: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self.shards.strip() not in ("", SYNTHETIC), "data.sources: shards", "a folder or .tar files", self.shards)
+        _check(
+            self.shards.strip() not in ("", SYNTHETIC), "data.sources: shards", "a folder or .tar files", self.shards
+        )
         _check(0 < self.weight < math.inf, "data.sources: weight", "a number above 0", self.weight)
         _check_no_secret("data.sources: shards", self.shards)
         _check_no_secret("data.sources: captions", self.captions)
@@ -110,7 +112,8 @@ class DataConfig:
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """The sources that are read: `sources`, or the one that `shards` names."""
-        return self.sources or (SourceConfig(self.shards, captions=self.captions),)
+        own = () if self.shards == SYNTHETIC else (SourceConfig(self.shards, captions=self.captions),)
+        return self.sources or own
 
     def __post_init__(self) -> None:
         _check(self.shards.strip() != "", "data.shards", "a folder, .tar files or 'synthetic'", self.shards)

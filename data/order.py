@@ -126,7 +126,8 @@ class _Stream:
                 del self._permutations[min(self._permutations)]
             self._permutations[epoch] = self._permute(np.array([epoch]))[0].astype(np.uint32)
         chunk = int(self._permutations[epoch][j])
-        order = np.argsort(mix(self._seed, _PURPOSE_INSIDE, epoch, chunk, np.arange(self.lengths[chunk])), kind="stable")
+        within = np.arange(self.lengths[chunk])
+        order = np.argsort(mix(self._seed, _PURPOSE_INSIDE, epoch, chunk, within), kind="stable")
         shard = int(np.searchsorted(self._ends, chunk, side="right"))
         before = int(self._ends[shard - 1]) if shard else 0
         return Run(self._first_shard + shard, (chunk - before) * self._chunk_length + order)
