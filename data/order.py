@@ -119,13 +119,13 @@ class _Stream:
     def run(self, number: int, epochs: int | None) -> Run:
         """Chunk `number` of the stream."""
         epoch, j = divmod(number, self.chunks)
-        if epochs is not None and epoch >= epochs:
-            return Run(END_OF_DATA, np.full(self._chunk_length, END_OF_DATA))
         if epoch not in self._permutations:
             while len(self._permutations) >= self.kept:
                 del self._permutations[min(self._permutations)]
             self._permutations[epoch] = self._permute(np.array([epoch]))[0].astype(np.uint32)
         chunk = int(self._permutations[epoch][j])
+        if epochs is not None and epoch >= epochs:  # as long as the chunk would be: the other sources' are not shifted
+            return Run(END_OF_DATA, np.full(self.lengths[chunk], END_OF_DATA))
         within = np.arange(self.lengths[chunk])
         order = np.argsort(mix(self._seed, _PURPOSE_INSIDE, epoch, chunk, within), kind="stable")
         shard = int(np.searchsorted(self._ends, chunk, side="right"))
@@ -247,7 +247,8 @@ class Order:
 
         chunk, offset = np.full(len(slots), -1), np.zeros(len(slots), np.int64)
         remaining = np.full(len(slots), step, np.int64)
-        block = max(SEEK_BLOCK, self._chunks, batch)  # at least an epoch: each is permuted twice at most
+        # At least an epoch, so that each is permuted twice at most; more chunks than samples are asked for is too many.
+        block = max(min(SEEK_BLOCK, (step + 1) * batch), self._chunks, batch)
         base = 0
         while (chunk < 0).any():
             lengths = self._lengths(base, base + block)
