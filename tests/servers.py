@@ -23,7 +23,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, files: Callable[[str], Path], latency_s: float = 0.0, faulty: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.latency_s, self.faulty = files, latency_s, faulty
-        self.faults = FAULTS
+        self.faults: tuple[str, ...] = FAULTS
         self.stall_s = 30.0
         self.requests: list[tuple[str, int, int]] = []
         """(path, first byte, one past the last) of every GET."""
@@ -38,7 +38,7 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride] (the base has any server)
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
