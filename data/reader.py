@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .batch import Batch
+from .batch import Batch, concatenate, split
 from .config import AutoencoderConfig, DataConfig, TextEncoderConfig
+from .fetch import Raw, SampleFiles
 from .images import SampleError, decode_image
-from .index import ABSENT, UNREADABLE, ImageTextIndex, caption_from_bytes, read_member
-from .order import END_OF_DATA, Order, Position, mix, position_keys, share_of, slots_of, uniforms
+from .index import ImageTextIndex
+from .order import Order, mix, position_keys, share_of, slots_of, uniforms
+from .shard_index import ABSENT, MAX_MEMBER_BYTES, UNREADABLE, caption_from_bytes
 
-_FILL_UP = Position(step=-1, slot=-1, position=-1, shard=END_OF_DATA, sample=END_OF_DATA)
-_MAX_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors a process
+_FILL_UP = -1  # position of a row that fills up the micro-batch of a short rank
+_BLOCK = 1 << 20  # samples of a set that are looked at together
 _VALIDATION_SEED = 0x5EED  # fixed: the validation bank must not change with the run's seed
 
 
@@ -31,40 +31,8 @@ def micro_batch_shape(global_batch_size: int, world: int, micro_batch_size: int)
     return count, -(-largest // count)
 
 
-def _micro_batches(order: Order, first_step: int, slots: range, count: int, rows: int) -> Iterator[list[Position]]:
-    """Positions of one micro-batch after the other, `count` a step, filled up to `rows`."""
-    for _, positions in order.steps(first_step, slots):
-        positions += [_FILL_UP] * (count * rows - len(positions))
-        for i in range(count):
-            yield positions[i * rows : (i + 1) * rows]
-
-
-class _Files:
-    """Open shards of this process, least recently used closed first."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._open: OrderedDict[int, int] = OrderedDict()
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a member; SampleError where shard or bytes are gone."""
-        if shard not in self._open:
-            try:
-                self._open[shard] = os.open(self._paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise SampleError("shard: cannot be opened") from error
-            if len(self._open) > _MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        self._open.move_to_end(shard)
-        return read_member(self._open[shard], offset, size)
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-
-class _ImageTextSamples(Dataset[Batch]):
-    """Map from a list of positions to a Batch; failures of samples become holes.
+class _Decoder:
+    """Raw samples at positions of the run -> a Batch; failures of samples become holes.
 
     dropout: of captions, or of labels where `classes` is given: the model's number of classes. Then a sample needs
     a label and no caption is read; else it needs a caption.
@@ -82,11 +50,12 @@ class _ImageTextSamples(Dataset[Batch]):
     ) -> None:
         self._index, self._cfg, self._seed = index, cfg, seed
         self._flip, self._dropout, self._crop, self._classes = flip, dropout, crop, classes
-        self._files = _Files(index.paths)
+        self.files = SampleFiles(index, cfg, images_only=classes is not None)
 
-    def __getitem__(self, positions: list[Position]) -> Batch:
+    def batch(self, positions: Sequence[int], samples: Sequence[Raw | None]) -> Batch:
+        """A row a position; None is a row without a sample."""
         size, rows = self._cfg.resolution, len(positions)
-        keys = position_keys(self._seed, np.array([p.position for p in positions], np.int64))
+        keys = position_keys(self._seed, np.array(positions, np.int64))
         flip = uniforms(keys, "flip") < self._flip
         dropped = uniforms(keys, "caption dropout" if self._classes is None else "label dropout") < self._dropout
         crop_x, crop_y = uniforms(keys, "crop x"), uniforms(keys, "crop y")
@@ -106,17 +75,17 @@ class _ImageTextSamples(Dataset[Batch]):
             read=0,
         )
         assert batch.images is not None
-        for i, position in enumerate(positions):
-            if position.shard == END_OF_DATA:
+        for i, sample in enumerate(samples):
+            if sample is None:
                 continue
             batch.read += 1
-            batch.names[i] = self._index.name(position.shard, position.sample)
+            batch.names[i] = f"{self._index.names[sample.shard]}/{self._index.key(sample.row)}"
             try:
-                row = self._index.row(position.shard, position.sample)
-                caption = self._caption(position.shard, row) if self._classes is None else ""
-                label = self._label(row)
+                caption = self._caption(sample) if self._classes is None else ""
+                label = self._label(sample)
                 crop = (float(crop_x[i]), float(crop_y[i])) if self._crop else None
-                pixels = self._pixels(position.shard, row, crop, bool(flip[i]))
+                data = self._member(sample, "image")
+                pixels = decode_image(data, size, self._cfg.max_image_pixels, crop, bool(flip[i]))
             except SampleError as error:
                 batch.holes.append(str(error))
                 continue
@@ -127,15 +96,13 @@ class _ImageTextSamples(Dataset[Batch]):
             batch.weight[i] = 1.0
         return batch
 
-    def _caption(self, shard: int, row: int) -> str:
-        index = self._index
-        if index.caption_offset[row] == ABSENT:
-            raise SampleError("caption: missing")
-        data = self._files.read(shard, int(index.caption_offset[row]), int(index.caption_size[row]))
-        return caption_from_bytes(data, bool(index.caption_is_json[row]))
+    def _caption(self, sample: Raw) -> str:
+        if sample.row["caption_beside"] and sample.row["caption_offset"] != ABSENT:
+            return caption_from_bytes(self._index.caption_beside(sample.row), is_json=False)
+        return caption_from_bytes(self._member(sample, "caption"), bool(sample.row["caption_is_json"]))
 
-    def _label(self, row: int) -> int:
-        label = int(self._index.label[row])
+    def _label(self, sample: Raw) -> int:
+        label = int(sample.row["label"])
         if self._classes is None:
             return max(label, ABSENT)
         if label == ABSENT:
@@ -146,12 +113,39 @@ class _ImageTextSamples(Dataset[Batch]):
             raise SampleError(f"label: not below model.num_classes {self._classes}")
         return label
 
-    def _pixels(self, shard: int, row: int, crop: tuple[float, float] | None, flip: bool) -> np.ndarray:
-        index, cfg = self._index, self._cfg
-        if index.image_offset[row] == ABSENT:
-            raise SampleError("image: missing")
-        data = self._files.read(shard, int(index.image_offset[row]), int(index.image_size[row]))
-        return decode_image(data, cfg.resolution, cfg.max_image_pixels, crop, flip)
+    @staticmethod
+    def _member(sample: Raw, kind: str) -> bytes:
+        """Bytes of the sample's "image" or "caption"."""
+        offset, size = int(sample.row[f"{kind}_offset"]), int(sample.row[f"{kind}_size"])
+        if offset == ABSENT:
+            raise SampleError(f"{kind}: missing")
+        if size > MAX_MEMBER_BYTES:
+            raise SampleError("shard: member too large")
+        return sample.read(offset, size)
+
+
+class _Rows(IterableDataset[Batch]):
+    """A rank's rows of each step from first_step on, those of this worker; endless.
+
+    Worker w owns a contiguous part of the rows, so that a chunk is read by one process.
+    """
+
+    def __init__(self, decoder: _Decoder, order: Order, first_step: int, slots: range, rows: int) -> None:
+        self._decoder, self._order, self._first_step = decoder, order, first_step
+        self._slots, self._rows = slots, rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        rows = share_of(info.id, info.num_workers, self._rows) if info else range(self._rows)
+        slots = self._slots[rows.start : rows.stop]
+        fill_up = len(rows) - len(slots)
+        streams = self._decoder.files.streams(self._order.queues(self._first_step, slots))
+        first = self._first_step * self._order.global_batch_size
+        while True:
+            positions = [*(first + slot for slot in slots), *[_FILL_UP] * fill_up]
+            samples = [*(next(stream) for stream in streams), *[None] * fill_up]
+            yield self._decoder.batch(positions, samples)
+            first += self._order.global_batch_size
 
 
 def _start_worker(_: int) -> None:
@@ -192,9 +186,9 @@ class ImageTextReader:
         classes: int | None = None,
     ) -> None:
         self._slots = slots_of(rank, world, global_batch_size)
-        self._order = Order(seed, index.shard_sizes, global_batch_size, cfg.epochs)
+        self._order = Order(seed, index.shard_sizes, global_batch_size, cfg.epochs, index.parts)
         dropout = caption_dropout if classes is None else cfg.label_dropout
-        self._samples = _ImageTextSamples(index, cfg, seed, cfg.flip, dropout, crop=True, classes=classes)
+        self._decoder = _Decoder(index, cfg, seed, cfg.flip, dropout, crop=True, classes=classes)
         self._workers = cfg.num_workers
         self.micro_batches, self.rows = micro_batch_shape(global_batch_size, world, micro_batch_size)
         self.fingerprint = index.fingerprint
@@ -206,31 +200,21 @@ class ImageTextReader:
         """
         workers = self._workers
         loader = DataLoader(
-            self._samples,
-            sampler=_PositionSampler(self._order, first_step, self._slots, self.micro_batches, self.rows),
+            _Rows(self._decoder, self._order, first_step, self._slots, self.micro_batches * self.rows),
             batch_size=None,
             num_workers=workers,
             collate_fn=_same,
             prefetch_factor=2 if workers else None,
-            pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker if workers else None,
             generator=torch.Generator(),  # else the loader draws its seed from the trainer's generator
         )
-        iterator = iter(loader)
+        iterator = iter(loader)  # hands out the workers' rows in turn
         step = first_step
         while True:
-            yield step, [next(iterator) for _ in range(self.micro_batches)]
+            batch = concatenate([next(iterator) for _ in range(max(1, workers))])
+            batch = batch.pin_memory() if torch.cuda.is_available() else batch
+            yield step, split(batch, self.rows)
             step += 1
-
-
-class _PositionSampler:
-    """Sampler whose elements are whole micro-batches of positions."""
-
-    def __init__(self, order: Order, first_step: int, slots: range, count: int, rows: int) -> None:
-        self._arguments = (order, first_step, slots, count, rows)
-
-    def __iter__(self) -> Iterator[list[Position]]:
-        return _micro_batches(*self._arguments)
 
 
 def validation_batches(
@@ -247,17 +231,26 @@ def validation_batches(
     Centre crop, no flip, no dropout; a sample's key depends on its number in the bank alone. All ranks yield
     the same number of batches of batch_rows rows, filled up with weight 0.
     """
-    hashes = mix(_VALIDATION_SEED, np.arange(len(index)))
-    bank = np.argsort(hashes, kind="stable")[:count]
-    samples = _ImageTextSamples(index, cfg, _VALIDATION_SEED, flip=0.0, dropout=0.0, crop=False, classes=classes)
-    positions = [
-        Position(0, number, number, *index.locate(int(bank[number]))) for number in share_of(rank, world, len(bank))
-    ]
+    bank = _bank(len(index), count)
+    decoder = _Decoder(index, cfg, _VALIDATION_SEED, flip=0.0, dropout=0.0, crop=False, classes=classes)
+    numbers = [*share_of(rank, world, len(bank))]
     largest = -(-len(bank) // world)
-    batches = -(-largest // batch_rows)
-    positions += [_FILL_UP] * (batches * batch_rows - len(positions))
-    for i in range(batches):
-        yield samples[positions[i * batch_rows : (i + 1) * batch_rows]]
+    numbers += [_FILL_UP] * (-(-largest // batch_rows) * batch_rows - len(numbers))
+    for i in range(0, len(numbers), batch_rows):
+        rows = numbers[i : i + batch_rows]
+        located = [index.locate(int(bank[number])) if number != _FILL_UP else None for number in rows]
+        yield decoder.batch(rows, [decoder.files.sample(*place) if place else None for place in located])
+
+
+def _bank(samples: int, count: int) -> np.ndarray:
+    """int64: the `count` samples with the smallest hashes, in the order of these."""
+    best, hashes = np.empty(0, np.int64), np.empty(0, np.uint64)
+    for first in range(0, samples, _BLOCK):
+        block = np.arange(first, min(first + _BLOCK, samples))
+        best, hashes = np.concatenate([best, block]), np.concatenate([hashes, mix(_VALIDATION_SEED, block)])
+        smallest = np.argsort(hashes, kind="stable")[:count]
+        best, hashes = best[smallest], hashes[smallest]
+    return best
 
 
 class SyntheticReader:

@@ -10,7 +10,7 @@ from pathlib import Path
 from webdataset.writer import TarWriter
 
 from .config import DataError
-from .index import index_path, load_index
+from .shard_index import index_path, load_index
 
 # Key, image file, its extension, caption, and where there is one the class label.
 Sample = tuple[str, bytes, str, str] | tuple[str, bytes, str, str, int]

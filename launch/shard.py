@@ -2,12 +2,13 @@
 
 python launch/shard.py --images DIR --output PREFIX          DIR holds NAME.jpg and NAME.txt (or NAME.json)
 python launch/shard.py --manifest FILE.jsonl --output PREFIX lines {"image": path, "caption": "..."}
-python launch/shard.py index SHARD...                        shards, folders or patterns
+python launch/shard.py index SHARD... [--workers N]          shards, folders, patterns or URLs
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -15,6 +16,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +25,8 @@ from PIL import Image
 
 from data.config import DataConfig, DataError
 from data.images import IMAGE_EXTENSIONS, SampleError, image_size, load_rgb
-from data.index import ABSENT, caption_from_bytes, index_path, load_index, open_shards
+from data.shard_index import ABSENT, caption_from_bytes, load_index
+from data.store import Shard, open_shards
 from data.write import write_shards
 from launch.common import run
 
@@ -168,14 +172,34 @@ def build_shards(args: argparse.Namespace) -> None:
         print(f"skipped {count}: {reason}")
 
 
-def index_shards(specs: list[str]) -> None:
-    """Build the index of every shard anew and say what is in it."""
-    for path in [path for spec in specs for path in open_shards(spec, "SHARD")]:
-        index_path(path).unlink(missing_ok=True)
-        table = load_index(path).table
-        rows = table.select(["width", "caption_length"]).to_pylist()
-        bad = sum(row["width"] == 0 or row["caption_length"] == ABSENT for row in rows)
-        print(f"{path}: {table.num_rows} samples, {bad} of them without a readable image and caption")
+def _index_shard(shard: Shard, cache: Path) -> str:
+    """Build the index of a shard anew; says what is in it, or what is wrong (raising it would end the others)."""
+    try:
+        table = load_index(shard, cache, rebuild=True).table
+    except DataError as error:
+        return f"error: {error}"
+    width, caption = (table.column(name).to_numpy() for name in ("width", "caption_length"))
+    bad = int(((width == 0) | (caption == ABSENT)).sum())
+    return f"{shard}: {table.num_rows} samples, {bad} of them without a readable image and caption"
+
+
+def index_shards(specs: list[str], workers: int, cache: Path) -> None:
+    """Build the index of every shard anew, several at a time. DataError in the end where some have none."""
+    if workers < 1:
+        raise DataError(f"--workers must be at least 1, got {workers}")
+    shards = [shard for spec in specs for shard in open_shards(spec, "SHARD")]
+    failed = []
+    with contextlib.ExitStack() as stack:
+        apply = map
+        if workers > 1:  # spawned, not forked: the listing of URLs may have left threads here
+            processes = ProcessPoolExecutor(min(workers, len(shards)), get_context("spawn"))
+            apply = stack.enter_context(processes).map
+        for line in apply(_index_shard, shards, [cache] * len(shards)):
+            if line.startswith("error: "):
+                failed.append(line.removeprefix("error: "))
+            print(line, flush=True)
+    if failed:
+        raise DataError(f"{len(failed)} of {len(shards)} shards have no index; the first: {failed[0]}")
 
 
 def main() -> None:
@@ -188,10 +212,12 @@ def main() -> None:
     parser.add_argument("--resize", type=int, help="reduce the shorter side to this many pixels")
     commands = parser.add_subparsers(dest="command", metavar="index SHARD...")
     index = commands.add_parser("index", help="build the index of existing shards")
-    index.add_argument("shards", nargs="+", help="shards, folders or patterns")
+    index.add_argument("shards", nargs="+", help="shards, folders, patterns or URLs")
+    index.add_argument("--workers", type=int, default=1, help="shards indexed at the same time")
+    index.add_argument("--cache", type=Path, default=Path(DataConfig.index_cache), help="for indexes of URLs")
     args = parser.parse_args()
     if args.command == "index":
-        index_shards(args.shards)
+        index_shards(args.shards, args.workers, args.cache)
     else:
         build_shards(args)
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from data.batch import Batch
-from data.config import SYNTHETIC, DataError
+from data.config import DataConfig, DataError
 from data.debug import ensure_debug_assets
-from data.index import ImageTextIndex, open_shards
+from data.index import ImageTextIndex, open_index, open_validation_index
 from data.reader import ImageTextReader, SyntheticReader, validation_batches
 from models.configs import ModelConfig
 from models.flops import forward_flops
@@ -130,8 +130,8 @@ class Source:
         self._config, self._resolved, self._world = config, resolved, world
         self._index: ImageTextIndex | None = None
         self.steps: int | None = None  # None: the data have no end
-        if config.data.shards != SYNTHETIC:
-            self._index = first_on_rank_0(world, lambda: _open_index(config.data.shards, "data.shards"))
+        if not config.data.synthetic:
+            self._index = first_on_rank_0(world, lambda: _open_index(config.data))
             self._check_length(self._index)
         reader = self.reader(world.rank, world.size)
         self.batches, self.fingerprint = reader.batches, reader.fingerprint
@@ -166,21 +166,22 @@ class Source:
 
     @cached_property
     def _validation_index(self) -> ImageTextIndex:
-        shards = self._config.data.val_shards
-        if shards is None:
+        if self._config.data.val_shards is None:
             assert self._index is not None
             return self._index
-        return first_on_rank_0(self._world, lambda: _open_index(shards, "data.val_shards"))
+        return first_on_rank_0(self._world, lambda: _open_index(self._config.data, validation=True))
 
     def _check_length(self, index: ImageTextIndex) -> None:
         c = self._config
         if c.data.epochs is None:
             return
-        self.steps = most = len(index) * c.data.epochs // c.train.global_batch_size
+        epoch = index.samples_until_first_end()
+        self.steps = most = epoch * c.data.epochs // c.train.global_batch_size
         if c.train.steps > most:
+            first_end = ", when the first source ends" if len(index.parts) > 1 else ""
             raise ConfigError(
-                f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {len(index)} samples: "
-                f"at most {most} steps of {c.train.global_batch_size}"
+                f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {epoch} samples"
+                f"{first_end}: at most {most} steps of {c.train.global_batch_size}"
             )
 
 
@@ -189,10 +190,10 @@ def _is_debug(path: str) -> bool:
     return Path(path).is_relative_to(_DEBUG_ASSETS)
 
 
-def _open_index(shards: str, key: str) -> ImageTextIndex:
-    if _is_debug(shards):
+def _open_index(data: DataConfig, validation: bool = False) -> ImageTextIndex:
+    if any(_is_debug(shards) for shards in (data.val_shards, *(s.shards for s in data.all_sources())) if shards):
         ensure_debug_assets()
-    return ImageTextIndex(open_shards(shards, key))
+    return open_validation_index(data) if validation else open_index(data)
 
 
 T = TypeVar("T")
@@ -397,7 +398,7 @@ class Inference:
 
 def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Inference:
     """Load the EMA weights of a checkpoint that was trained with `config`."""
-    if config.data.shards == SYNTHETIC:
+    if config.data.synthetic:
         raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
     resolved = resolve(config, world.size)
     table = build_mup_table(config)

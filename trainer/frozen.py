@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from data.config import SYNTHETIC, DataError
+from data.config import DataError
 from data.encoders import load_autoencoder, load_text_encoder
 from models.layers import ClassCondition, TextCondition
 
@@ -30,7 +30,7 @@ class FrozenParts:
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
         self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
         self._device = world.device
-        self.synthetic = config.data.shards == SYNTHETIC
+        self.synthetic = config.data.synthetic
         self._classes = config.label_classes
         self._text_encoder = None
         if not self.synthetic:

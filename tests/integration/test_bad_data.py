@@ -15,7 +15,7 @@ from trainer.metrics import read_metrics
 def half_broken(folder: Path) -> str:
     """The debug shards' size, every second image no image; returns data.shards."""
     index = ImageTextIndex(open_shards(str(ensure_debug_assets(ROOT / ".cache" / "debug") / "train-000000.tar")))
-    with open(index.paths[0], "rb") as tar:
+    with open(str(index.paths[0]), "rb") as tar:
         tar.seek(int(index.image_offset[0]))
         image = tar.read(int(index.image_size[0]))
     samples = [(f"{i:04d}", image if i % 2 else b"not a picture", "png", f"number {i}") for i in range(256)]

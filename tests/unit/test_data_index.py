@@ -14,7 +14,8 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from data.config import DataError
-from data.index import ABSENT, ImageTextIndex, index_path, load_index, open_shards
+from data.index import ABSENT, ImageTextIndex, open_shards
+from data.shard_index import index_path, load_index
 from data.write import write_shards
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from itertools import chain, islice
 
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from data.config import DataError
-from data.order import END_OF_DATA, Order, mix, position_keys, slots_of, uniforms
+from data.order import END_OF_DATA, Order, Part, mix, position_keys, slots_of, uniforms
 
 SIZES = [257, 3, 100, 64, 500]
 
@@ -61,7 +64,7 @@ def test_seeking_equals_replaying(sizes: list[int], batch: int) -> None:
 
 def test_a_batch_mixes_as_many_chunks_as_it_has_slots() -> None:
     order = Order(0, [6400], 16, None)
-    assert order.chunk_length == 64
+    assert {len(run.samples) for run in islice(order.queues(0, range(1))[0], 9)} == {64}
     for step in read(order, 0, 200, range(16)):
         assert len({(shard, sample // 64) for shard, sample in step}) == 16
 
@@ -108,3 +111,128 @@ def test_hash_is_fixed_uniform_and_independent() -> None:
     assert abs(a.mean() - 0.5) < 0.01
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
     assert (uniforms(keys[:5], "flip") == a[:5]).all()
+
+
+# ------------------------------------------------------------------------------------------------- several sources
+
+
+def test_one_source_keeps_the_order_of_older_runs() -> None:
+    """A digest of the order as the first release made it: runs that were started then must go on."""
+    digest = hashlib.sha256()
+    for sizes, batch, epochs, first in (
+        (SIZES, 8, None, 0),
+        (SIZES, 8, 1, 90),
+        ([64 * 40], 4, None, 333),
+        ([5], 16, 2, 1),
+    ):
+        steps = read(Order(7, sizes, batch, epochs), first, 40, range(batch))
+        digest.update(repr(steps).encode())
+    assert digest.hexdigest() == "6b7faccc33cf2a295f1bdd8de43ced2f7b1b39fb401d8d3a0df151d7f1b80dd1"
+
+
+@pytest.mark.parametrize(("weights", "batch"), [((1, 1), 8), ((0.7, 0.3), 8), ((5, 2, 1), 6), ((0.98, 0.02), 3)])
+def test_shares_follow_the_weights(weights: tuple[float, ...], batch: int) -> None:
+    sizes = [[500, 1003], [64 * 9], [77, 5, 900]][: len(weights)]
+    parts = [Part(len(own), weight) for own, weight in zip(sizes, weights, strict=True)]
+    source_of = [i for i, own in enumerate(sizes) for _ in own]
+    steps = 3000
+    counts = np.zeros(len(weights))
+    longest = 0.0
+    for n, step in enumerate(read(Order(1, [*chain(*sizes)], batch, None, parts), 0, steps, range(batch)), start=1):
+        for shard, _ in step:
+            counts[source_of[shard]] += 1
+        longest = max(longest, float(np.abs(counts - n * batch * np.array(weights) / sum(weights)).max()))
+    assert longest < 2 * 64 * batch, "bounded: it does not grow with the steps"
+
+
+def test_every_source_runs_its_own_epochs() -> None:
+    sizes, parts = [30, 31, 200], [Part(2, 1.0), Part(1, 1.0)]
+    seen = [s for step in read(Order(0, sizes, 4, None, parts), 0, 61 * 4, range(4)) for s in step]
+    small = Counter(s for s in seen if s[0] < 2)
+    large = Counter(s for s in seen if s[0] == 2)
+    assert len(small) == 61
+    assert max(small.values()) - min(small.values()) <= 2
+    assert len(large) == 200
+    assert max(large.values()) - min(large.values()) <= 2
+
+    once = Counter(s for step in read(Order(0, sizes, 4, 1, parts), 0, 900, range(4)) for s in step)
+    del once[END_OF_DATA, END_OF_DATA]
+    assert once == Counter(dict.fromkeys(((shard, i) for shard, n in enumerate(sizes) for i in range(n)), 1))
+
+
+def test_equal_sources_are_not_in_step() -> None:
+    order = Order(0, [640, 640], 2, None, [Part(1, 1.0), Part(1, 1.0)])
+    steps = read(order, 0, 300, range(2))
+    assert all({shard for shard, _ in step} == {0, 1} for step in steps)
+    assert sum(a[1] == b[1] for a, b in steps) < 20
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> tuple[int, list[int], int, int | None, list[Part]]:
+    parts, sizes = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        own = draw(st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any))
+        parts.append(Part(len(own), draw(st.floats(0.3, 3))))
+        sizes += own
+    return draw(st.integers(0, 2**40)), sizes, draw(st.integers(1, 24)), draw(st.sampled_from([None, 1, 3])), parts
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(orders(), st.integers(1, 6), st.integers(0, 200))
+def test_any_order_seeks_and_is_dealt_to_any_world(
+    case: tuple[int, list[int], int, int | None, list[Part]], world: int, first: int
+) -> None:
+    batch = case[2]
+    world = min(world, batch)
+    whole = read(Order(*case), first, 30, range(batch))
+    assert read(Order(*case), first + 11, 19, range(batch)) == whole[11:]
+    parts = [read(Order(*case), first, 30, slots_of(r, world, batch)) for r in range(world)]
+    assert [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)] == whole
+    # Replayed from the start, a slot's queue has at step `first` what the seek found.
+    queue = Order(*case).steps(0, range(batch))
+    replayed = next(islice(queue, first, None))[1]
+    assert [(p.shard, p.sample) for p in replayed] == whole[0]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(orders())
+def test_any_epoch_reads_each_sample_once(case: tuple[int, list[int], int, int | None, list[Part]]) -> None:
+    seed, sizes, batch, _, parts = case
+    queues = Order(seed, sizes, batch, 1, parts).queues(0, range(batch))
+    everything = {(shard, i) for shard, n in enumerate(sizes) for i in range(n)}
+    seen: Counter[tuple[int, int]] = Counter()
+    for _ in range(20_000 // batch):
+        for run in map(next, queues):
+            if run.shard != END_OF_DATA:
+                seen.update((run.shard, int(i)) for i in run.samples)
+        if len(seen) == len(everything):
+            break
+    assert seen == Counter(dict.fromkeys(everything, 1))
+
+
+# -------------------------------------------------------------------------------------------------- a cluster's size
+
+SA_1B = [11_186 - i % 7 for i in range(1000)]
+
+
+@pytest.mark.parametrize(("world", "batch"), [(256, 2048), (512, 5632)])
+def test_ranks_of_a_cluster_read_the_global_order(world: int, batch: int) -> None:
+    whole = read(Order(0, SA_1B, batch, None), 2_000, 3, range(batch))
+    order = Order(0, SA_1B, batch, None)  # of all ranks: its arrays are the same on each
+    parts = [read(order, 2_000, 3, slots_of(rank, world, batch)) for rank in range(0, world, 37)]
+    for rank, part in zip(range(0, world, 37), parts, strict=True):
+        slots = slots_of(rank, world, batch)
+        assert part == [step[slots.start : slots.stop] for step in whole]
+    assert [len(slots_of(rank, world, batch)) for rank in range(world)] == [batch // world] * world
+
+
+def test_an_epoch_at_the_batch_of_a_cluster_reads_each_sample_once() -> None:
+    batch = 2048
+    order = Order(0, SA_1B[:100], batch, 1)
+    seen = [np.zeros(size, np.uint8) for size in SA_1B[:100]]
+    for queue in order.queues(0, range(batch)):
+        for run in queue:
+            if run.shard == END_OF_DATA:
+                break
+            seen[run.shard][run.samples] += 1
+    assert all((count == 1).all() for count in seen)

@@ -227,6 +227,19 @@ def test_a_large_jpeg_is_reduced_like_a_full_decode() -> None:
     assert np.abs(fast - slow.transpose(2, 0, 1)).max() < 6
 
 
+def test_a_photograph_is_decoded_near_to_a_full_decode() -> None:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (60, 40, 3), np.uint8))
+    picture = coarse.resize((1000, 1500), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=92)
+    fast = decode_image(buffer.getvalue(), 256, 10**7, None, False).astype(int)
+    whole = Image.open(io.BytesIO(buffer.getvalue())).convert("RGB").crop((0, 250, 1000, 1250))
+    slow = np.asarray(whole.resize((256, 256), Image.Resampling.BICUBIC, reducing_gap=2.0)).transpose(2, 0, 1)
+    assert np.abs(fast - slow).mean() < 2.5
+    assert (fast == decode_image(buffer.getvalue(), 256, 10**7, None, False)).all()
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_validation_is_a_fixed_bank(index: ImageTextIndex, world: int) -> None:
     cfg = DataConfig(shards="unused", resolution=8)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.index import ImageTextIndex, index_path, open_shards
+from data.index import ImageTextIndex, open_shards
 from data.palette import PALETTE
+from data.shard_index import index_path
 from launch import demo_data, shard
 from tests.unit.test_data_index import png, write_tar
 

@@ -15,8 +15,9 @@ from PIL import Image
 from data.config import AutoencoderConfig, DataConfig, DataError, TextEncoderConfig
 from data.debug import CLASSES as DEBUG_CLASSES
 from data.debug import ensure_debug_assets
-from data.index import ABSENT, UNREADABLE, ImageTextIndex, label_from_bytes, open_shards
+from data.index import ABSENT, ImageTextIndex, open_shards
 from data.reader import ImageTextReader, SyntheticReader, validation_batches
+from data.shard_index import UNREADABLE, label_from_bytes
 from data.write import write_shards
 from launch import archives, cifar_data
 from models.layers import ClassCondition

@@ -1,0 +1,216 @@
+"""Bytes of samples: local files are read when a sample is, URLs ahead of it, a chunk at a time."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .cache import BlockCache
+from .config import DataConfig
+from .images import SampleError
+from .index import ImageTextIndex
+from .order import END_OF_DATA, Run
+from .shard_index import ABSENT, MAX_MEMBER_BYTES
+from .store import Patience, Remote, read_remote
+
+MAX_GAP = 512 << 10  # bytes that are read for nothing rather than in another request
+MAX_SPAN = 64 << 20  # bytes of one request
+_THREADS = 16  # reads at the same time in a process
+_MAX_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors a process
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One sample before it is decoded: its row of the index, and how to read bytes (offset, size) of its shard."""
+
+    shard: int
+    row: np.void
+    read: Callable[[int, int], bytes]
+
+
+class _Threads:
+    """Daemon threads that do what is put in a queue, in order: a server that hangs holds up no exit."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._queue: queue.SimpleQueue[tuple[Future[bytes], Callable[[], bytes]]] = queue.SimpleQueue()
+        for _ in range(_THREADS):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            future, work = self._queue.get()
+            try:
+                future.set_result(work())
+            except BaseException as error:  # it is raised where the result is asked for
+                future.set_exception(error)
+            del future, work  # else this thread keeps the bytes until its next task
+
+    def submit(self, work: Callable[[], bytes]) -> Future[bytes]:
+        future: Future[bytes] = Future()
+        self._queue.put((future, work))
+        return future
+
+
+class _LocalFiles:
+    """Open shards of this process, least recently used closed first."""
+
+    def __init__(self, paths: Sequence[Path | Remote]) -> None:
+        self._paths = paths
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def descriptor(self, shard: int) -> int:
+        """An open shard; SampleError where it is gone."""
+        if shard not in self._open:
+            try:
+                self._open[shard] = os.open(str(self._paths[shard]), os.O_RDONLY)
+            except OSError as error:
+                raise SampleError("shard: cannot be opened") from error
+            if len(self._open) > _MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Bytes of a shard; SampleError where shard or bytes are gone."""
+        try:
+            data = os.pread(self.descriptor(shard), size, offset)
+        except OSError as error:
+            raise SampleError("shard: read error") from error
+        if len(data) != size:
+            raise SampleError("shard: short read")
+        return data
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+class SampleFiles:
+    """Reads samples of an index. One a process; made before a fork, used after it."""
+
+    def __init__(self, index: ImageTextIndex, cfg: DataConfig, images_only: bool) -> None:
+        self._index, self._images_only = index, images_only
+        self._patience = Patience(cfg.timeout_s, cfg.retries)
+        self._budget = cfg.prefetch_mib << 20
+        self._local = _LocalFiles(index.paths)
+        self._cache = BlockCache(Path(cfg.cache_dir), int(cfg.cache_gib * 2**30)) if cfg.cache_dir else None
+        self._threads: _Threads | None = None
+
+    def sample(self, shard: int, sample: int) -> Raw:
+        """One sample, read when it is used."""
+        row = self._index.rows(shard, np.array([sample]))[0]
+        return Raw(shard, row, lambda offset, size: self._read(shard, offset, size))
+
+    def streams(self, queues: Sequence[Iterator[Run]]) -> list[Iterator[Raw | None]]:
+        """The samples of each slot's queue, None past the end of the data; bytes behind URLs are read ahead.
+
+        A slot holds the bytes of two parts at most, the one that is used and the next; a part is a chunk, or as much
+        of it as keeps all slots within data.prefetch_mib.
+        """
+        most = self._budget // (2 * len(queues)) if queues else 0
+        parts = [self._parts(queue, most) for queue in queues]
+        # All slots' first parts are on their way before one is waited for; they are short, so that training starts.
+        ahead = [deque([next(part)]) for part in parts]
+        return [self._stream(slot, part) for slot, part in zip(ahead, parts, strict=True)]
+
+    @staticmethod
+    def _stream(ahead: deque[list[Raw | None]], parts: Iterator[list[Raw | None]]) -> Iterator[Raw | None]:
+        while True:
+            ahead.append(next(parts))
+            samples = ahead.popleft()
+            samples.reverse()
+            while samples:
+                yield samples.pop()  # so that nothing here holds the bytes of a part that is used up
+
+    def _parts(self, runs: Iterator[Run], most: int) -> Iterator[list[Raw | None]]:
+        """The samples of a queue in parts, each asked for when it is handed out. most: bytes of a part."""
+        first = True
+        for shard, samples in runs:
+            if shard == END_OF_DATA:
+                yield [None] * len(samples)
+                continue
+            rows = self._index.rows(shard, samples)
+            if not isinstance(self._index.paths[shard], Remote):
+                self._tell_kernel(shard, rows)
+                yield [self._raw_local(shard, row) for row in rows]
+                continue
+            ends = np.cumsum([sum(size for _, size in self._ranges(row)) for row in rows])
+            start = 0
+            while start < len(rows):
+                before = int(ends[start - 1]) if start else 0
+                fitting = int(np.searchsorted(ends, before + most, side="right"))
+                end = start + 1 if first else max(start + 1, fitting)
+                first = False
+                yield self._remote_part(shard, rows[start:end])
+                start = end
+
+    def _raw_local(self, shard: int, row: np.void) -> Raw:
+        return Raw(shard, row, lambda offset, size: self._local.read(shard, offset, size))
+
+    def _tell_kernel(self, shard: int, rows: np.ndarray) -> None:
+        """Have the kernel read a local chunk ahead."""
+        spans = _spans([r for row in rows for r in self._ranges(row)])
+        try:
+            for start, end in spans:
+                os.posix_fadvise(self._local.descriptor(shard), start, end - start, os.POSIX_FADV_WILLNEED)
+        except (SampleError, OSError):
+            pass  # the shard is gone: its samples will be holes
+
+    def _remote_part(self, shard: int, rows: np.ndarray) -> list[Raw | None]:
+        """Samples whose bytes are on their way."""
+        if self._threads is None or self._threads.process != os.getpid():
+            self._threads = _Threads()
+        spans = _spans([r for row in rows for r in self._ranges(row)])
+        starts = np.array([start for start, _ in spans])
+        futures = [self._threads.submit(lambda s=s, e=e: self._fetch(shard, s, e)) for s, e in spans]
+
+        def read(offset: int, size: int) -> bytes:
+            at = int(np.searchsorted(starts, offset, side="right")) - 1
+            begin = offset - spans[at][0]
+            return futures[at].result()[begin : begin + size]
+
+        return [Raw(shard, row, read) for row in rows]
+
+    def _ranges(self, row: np.void) -> list[tuple[int, int]]:
+        """(offset, size) of what a sample needs of its tar; nothing of members that claim too much."""
+        columns = ["image"] if self._images_only or row["caption_beside"] else ["image", "caption"]
+        ranges = [(int(row[f"{c}_offset"]), int(row[f"{c}_size"])) for c in columns]
+        return [(offset, size) for offset, size in ranges if offset != ABSENT and size <= MAX_MEMBER_BYTES]
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        if isinstance(self._index.paths[shard], Remote):
+            return self._fetch(shard, offset, offset + size)
+        return self._local.read(shard, offset, size)
+
+    def _fetch(self, shard: int, start: int, end: int) -> bytes:
+        """A range of a remote shard, through the cache where there is one."""
+        remote = self._index.paths[shard]
+        assert isinstance(remote, Remote)
+
+        def fetch(first: int, last: int) -> bytes:
+            return read_remote(remote.url, first, last, self._patience, first)
+
+        if self._cache is None:
+            return fetch(start, end)
+        name = f"{remote.url.partition('?')[0]}\0{self._index.stamps[shard]}"
+        return self._cache.read(name, start, end, self._index.bytes[shard], fetch)
+
+
+def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, end) of the reads that cover (offset, size) ranges: neighbours together, bounded."""
+    spans: list[tuple[int, int]] = []
+    for offset, size in sorted(ranges):
+        if spans and offset - spans[-1][1] <= MAX_GAP and offset + size - spans[-1][0] <= MAX_SPAN:
+            spans[-1] = spans[-1][0], max(spans[-1][1], offset + size)
+        else:
+            spans.append((offset, offset + size))
+    return spans

@@ -1,0 +1,222 @@
+"""Index of WebDataset shards: where each sample's image and caption lie in its tar, and its class label.
+
+A shard's index is stored beside it as NAME.tar.index.parquet, one row a sample; that of a URL, or of a folder that
+cannot be written, in a cache folder. Member names are only ever used as keys, never as paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .config import DataError
+from .files import temporary_beside
+from .images import IMAGE_EXTENSIONS, SampleError, image_size
+from .store import LocalBytes, Patience, Remote, RemoteBytes, Shard, stamp
+from .tar import Bytes, Member, TarError, members
+
+logger = logging.getLogger(__name__)
+
+ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
+UNREADABLE = -2  # label of a .cls member that holds no number
+MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
+_VERSION = b"2"
+_HEADER_BYTES = 1 << 16  # of an image: nearly always enough to tell its size
+_MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
+_MAX_LABEL = 2**31 - 1
+SCHEMA = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("caption_offset", pa.int64()),
+        ("caption_size", pa.int64()),
+        ("caption_is_json", pa.bool_()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("caption_length", pa.int32()),
+        ("label", pa.int32()),
+    ]
+)
+# WebDataset's rule: the key ends at the first dot of the last path component.
+_MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Index of one shard: where the tar is and a table with the columns of SCHEMA.
+
+    Offsets and sizes are bytes in the tar (ABSENT, 0 where the sample lacks the member); width and height are
+    pixels (0 where the image is unreadable); caption_length is characters (ABSENT where unreadable). label is the
+    number in the .cls member (ABSENT or UNREADABLE where there is none). stamp: identity of the tar's content.
+    """
+
+    path: Shard
+    table: pa.Table
+    stamp: str
+
+
+def caption_from_bytes(data: bytes, is_json: bool) -> str:
+    """Caption of a .txt or .json member, stripped; SampleError where there is none."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SampleError("caption: not utf-8") from error
+    if is_json:
+        try:
+            text = json.loads(text)["caption"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SampleError("caption: not JSON with a caption") from error
+        if not isinstance(text, str):
+            raise SampleError("caption: not JSON with a caption")
+    text = text.strip()
+    if not text:
+        raise SampleError("caption: empty")
+    return text
+
+
+def label_from_bytes(data: bytes) -> int:
+    """Class number of a .cls member (ASCII digits, as webdataset writes it), UNREADABLE where it is none."""
+    text = data.strip()
+    if not text.isdigit() or len(text) > len(str(_MAX_LABEL)) or int(text) > _MAX_LABEL:
+        return UNREADABLE
+    return int(text)
+
+
+def _read_whole(file: Bytes, member: Member, at_most: int = MAX_MEMBER_BYTES) -> bytes:
+    """A member's bytes; SampleError where it claims more than `at_most` or the file is shorter."""
+    if member.size > at_most:
+        raise SampleError("shard: member too large")
+    data = file.read_at(member.offset, member.size)
+    if len(data) != member.size:
+        raise SampleError("shard: short read")
+    return data
+
+
+@contextlib.contextmanager
+def _open(shard: Shard, patience: Patience) -> Iterator[Bytes]:
+    if isinstance(shard, Remote):
+        yield RemoteBytes(shard, stamp(shard, patience)[0], patience)
+    else:
+        with open(shard, "rb") as file:
+            yield LocalBytes(file.fileno())
+
+
+def build_index(shard: Shard, patience: Patience = Patience()) -> pa.Table:  # noqa: B008 (frozen)
+    """Index a shard by reading its headers, image headers, captions and labels: SCHEMA, a row a sample.
+
+    A tar that ends early keeps its members up to there (the last one becomes a hole when it is read).
+    Raises DataError where the file is no tar or holds no image with an extension of IMAGE_EXTENSIONS.
+    """
+    rows: list[dict[str, object]] = []
+    try:
+        with _open(shard, patience) as file:
+            try:
+                for member in members(file):
+                    _add_member(rows, member, file)
+            except TarError as error:
+                if not rows:
+                    raise
+                logger.warning("%s ends early (%s): its last samples are missing", shard, error)
+    except (TarError, SampleError, OSError) as error:
+        raise DataError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
+    if not any(row["image_offset"] != ABSENT for row in rows):
+        raise DataError(
+            f"{shard} holds no image: expected members like KEY.jpg and KEY.txt with one of the extensions "
+            f"{', '.join(IMAGE_EXTENSIONS)}; build shards with launch/shard.py"
+        )
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _size(file: Bytes, member: Member) -> tuple[int, int]:
+    """(width, height) of an image member; (0, 0) where its header is unreadable."""
+    with contextlib.suppress(SampleError):
+        return image_size(file.read_at(member.offset, min(member.size, _HEADER_BYTES)))
+    with contextlib.suppress(SampleError):  # the header is longer, or the format needs all (WebP)
+        return image_size(_read_whole(file, member))
+    return 0, 0
+
+
+def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> None:
+    """Enter one tar member into the row of its key; members of a sample are neighbours in the tar."""
+    match = _MEMBER.match(member.name)
+    if match is None:
+        return
+    key = match[1].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    extension = match[2].lower()
+    if extension not in (*IMAGE_EXTENSIONS, "txt", "json", "cls"):
+        return
+    if not rows or rows[-1]["key"] != key:
+        row: dict[str, object] = dict.fromkeys(SCHEMA.names, 0)
+        row.update(key=key, caption_is_json=False, caption_length=ABSENT)
+        row.update(image_offset=ABSENT, caption_offset=ABSENT, label=ABSENT)
+        rows.append(row)
+    row = rows[-1]
+    if extension in IMAGE_EXTENSIONS:
+        row.update(image_offset=member.offset, image_size=member.size)
+        row["width"], row["height"] = _size(file, member)
+    elif extension == "cls":
+        try:
+            row["label"] = label_from_bytes(_read_whole(file, member, _MAX_JSON_BYTES))
+        except SampleError:
+            row["label"] = UNREADABLE
+    elif extension == "txt" or row["caption_offset"] == ABSENT:  # .txt wins over .json
+        is_json = extension == "json"
+        row.update(caption_offset=member.offset, caption_size=member.size, caption_is_json=is_json)
+        try:
+            row["caption_length"] = len(caption_from_bytes(_read_whole(file, member, _MAX_JSON_BYTES), is_json))
+        except SampleError:
+            row["caption_length"] = ABSENT
+
+
+def index_path(tar_path: Path) -> Path:
+    """Where the index of a local shard is stored."""
+    return tar_path.with_name(tar_path.name + ".index.parquet")
+
+
+def _cached_path(shard: Shard, cache: Path) -> Path:
+    """Where the index of a shard is stored that cannot have one beside it."""
+    where = shard.url.partition("?")[0] if isinstance(shard, Remote) else str(shard.resolve())
+    return cache / f"{hashlib.sha256(where.encode()).hexdigest()[:32]}.index.parquet"
+
+
+def load_index(
+    shard: Shard,
+    cache: Path | None = None,
+    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    rebuild: bool = False,
+    known_stamp: str | None = None,
+) -> ShardIndex:
+    """The stored index of a shard; built (and stored where a folder is writable) when missing, stale or to be rebuilt.
+
+    cache: folder for indexes that cannot be stored beside their shard; None keeps those in memory.
+    known_stamp: the shard's, where it was asked for already.
+    """
+    current = known_stamp or stamp(shard, patience)[1]
+    beside = [] if isinstance(shard, Remote) else [index_path(shard)]
+    places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
+    for path in places if not rebuild else ():
+        with contextlib.suppress(OSError, pa.ArrowException):  # missing or damaged: the tar itself is the truth
+            table = pq.read_table(path)
+            metadata = table.schema.metadata or {}
+            if metadata.get(b"version") == _VERSION and metadata.get(b"stamp") == current.encode():
+                return ShardIndex(shard, table, current)
+    table = build_index(shard, patience)
+    stored = table.replace_schema_metadata({b"version": _VERSION, b"stamp": current.encode()})
+    for path in places:
+        try:
+            with temporary_beside(path) as temporary:
+                pq.write_table(stored, temporary)
+            break
+        except OSError as error:
+            logger.info("index of %s cannot be stored in %s: %s", shard, path.parent, error)
+    return ShardIndex(shard, table, current)

@@ -1,0 +1,107 @@
+"""Members of a tar file by its headers alone: names, offsets, sizes. Written for hostile files.
+
+Every step goes forward in the file and every allocation is bounded, so that no content makes it hang or fill memory;
+Python's tarfile trusts sizes in extended headers. POSIX 1003.1 (ustar, pax) and GNU long names are understood.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+BLOCK = 512
+_MAX_EXTENSION = 1 << 20  # bytes of a long name or of pax records
+_MAX_OFFSET = 1 << 62
+_REGULAR = (b"0", b"\0", b"7")
+_NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: a size there is not a length
+_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
+
+
+class TarError(ValueError):
+    """The file is no tar, or stops being one."""
+
+
+class Bytes(Protocol):
+    """Something to read from at an offset."""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Bytes at an offset, fewer only at the end of the file."""
+        ...
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: bytes offset ... offset + size."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(file: Bytes) -> Iterator[Member]:
+    """Regular files of a tar in order; links, devices, folders and sparse files are left out.
+
+    Raises TarError where a header is damaged, or the file ends before its end mark (after what came before).
+    """
+    offset, extended, name = 0, dict[bytes, bytes](), None
+    while True:
+        header = file.read_at(offset, BLOCK)
+        if len(header) < BLOCK:
+            raise TarError("no end mark" if offset and not header else "a header is cut off")
+        if not header.strip(b"\0"):
+            return
+        if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 0x20:
+            raise TarError(f"no header at byte {offset}")
+        kind, size, data = header[156:157], _number(header[124:136]), offset + BLOCK
+        if kind in (b"x", b"L", b"g", b"K"):  # pax of the next member, its long name; global pax, long link: not used
+            if size > _MAX_EXTENSION:
+                raise TarError(f"an extended header of {size} bytes at byte {offset}")
+            if kind == b"x":
+                extended = _pax(file.read_at(data, size))
+            elif kind == b"L":
+                name = _text(file.read_at(data, size))
+        else:
+            if (claimed := extended.get(b"size", b"").decode("ascii", "replace")).isdecimal() and len(claimed) < 19:
+                size = int(claimed)
+            if kind in _NO_DATA:
+                size = 0
+            path = _text(extended[b"path"]) if b"path" in extended else name or _name(header)
+            sparse = any(record.startswith(b"GNU.sparse.") for record in extended)
+            if kind in _REGULAR and not sparse and not (kind == b"\0" and path.endswith("/")):
+                yield Member(path, data, size)
+            extended, name = {}, None
+        offset = data + -(-size // BLOCK) * BLOCK
+        if offset > _MAX_OFFSET:
+            raise TarError(f"a member of {size} bytes at byte {data}")
+
+
+def _text(data: bytes) -> str:
+    return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _name(header: bytes) -> str:
+    """Name of a ustar header, with its prefix."""
+    name, prefix = _text(header[:100]), _text(header[345:500])
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _number(field: bytes) -> int:
+    """A size or checksum: octal digits, or a big-endian number after a byte 0x80 (GNU)."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    digits = field.split(b"\0", 1)[0].strip()
+    if not re.fullmatch(rb"[0-7]*", digits):
+        raise TarError(f"{field!r} is no number")
+    return int(digits or b"0", 8)
+
+
+def _pax(data: bytes) -> dict[bytes, bytes]:
+    """Records "LENGTH key=value\\n" of an extended header, up to the first that is damaged."""
+    records, start = {}, 0
+    while match := _PAX_RECORD.match(data, start):
+        end = start + int(match[1])
+        if end <= match.end() or data[end - 1 : end] != b"\n":
+            break
+        records[match[2]] = data[match.end() : end - 1]
+        start = end
+    return records
