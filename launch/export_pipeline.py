@@ -96,6 +96,8 @@ class MuDiTPipeline(DiffusionPipeline):
         device = self._execution_device
         cell = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         rows, columns = ((side // cell if side else config.latent_size) for side in (height, width))
+        if self._class() == "DiTTransformer2DModel" and (rows, columns) != (config.latent_size,) * 2:
+            raise ValueError(f"this model knows one size: {config.latent_size * cell} pixels a side")
         if latents is None:
             shape = (len(prompts), channels, rows, columns)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -141,9 +143,12 @@ class MuDiTPipeline(DiffusionPipeline):
 
     # ------------------------------------------------------------------------------------------- what is conditioned on
 
+    def _class(self) -> str:
+        return type(self.transformer).__name__
+
     def _predictor(self, prompts: list[Any]) -> Predict:
         """The transformer under these prompts; None is no condition."""
-        kind = self.transformer.config["_class_name"]
+        kind = self._class()
         if kind == "DiTTransformer2DModel":
             return self._of_classes(prompts)
         states, mask = self._encode(["" if prompt is None else str(prompt) for prompt in prompts])
