@@ -80,7 +80,7 @@ def main() -> int:
     return 0
 
 
-def _layout(config: TrainConfig, table: MuTable, form: Format) -> Layout:
+def layout_of(config: TrainConfig, table: MuTable, form: Format) -> Layout:
     shapes = {name: row.shape for name, row in table.rows.items()}
     return layout(
         config.model, config.autoencoder.channels, shapes, form, config.latent_size // config.model.patch_size
@@ -117,7 +117,7 @@ def _export(arguments: argparse.Namespace) -> str:
         else:
             where, stem = folder, "model"
         limit = int(arguments.max_shard_gib * GIB)
-        write_weights(reader, group, table, config, _layout(config, table, form), where, stem, limit)
+        write_weights(reader, group, table, config, layout_of(config, table, form), where, stem, limit)
         text = card(config, meta, form, arguments.weights, own, arguments.encoders)
         write_atomically(folder / "README.md", text)
     pipeline = f", with a pipeline of its own: {'; '.join(own)}" if own else ""
@@ -157,9 +157,9 @@ def _import(arguments: argparse.Namespace) -> str:
     source = PublishedWeights(arguments.source)
     form: Format = "diffusers" if any("transformer_blocks." in name for name in source.shapes) else "official"
     note = check_import(config, form, source)
-    tensors = read_published(source, _layout(config, table, form), config, table)
+    tensors = read_published(source, layout_of(config, table, form), config, table)
     with folder_once(arguments.output) as folder:
-        write_checkpoint(folder, config, table, tensors)
+        write_checkpoint(folder, config, table, {f"model/{name}": tensor for name, tensor in tensors.items()})
     return f"{len(tensors)} parameters from {arguments.source} ({form} names): run.init_from={arguments.output}{note}"
 
 
@@ -232,11 +232,11 @@ def read_published(source: PublishedWeights, to: Layout, config: TrainConfig, ta
 
 
 def write_checkpoint(folder: Path, config: TrainConfig, table: MuTable, tensors: dict[str, Tensor]) -> None:
-    """Weights alone, as run.init_from reads them."""
+    """Weights alone, under their full names ("model/final.weight"), as run.init_from reads them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it writes in one process, which is what is meant
         writer = dcp.FileSystemWriter(folder, sync_files=True)
-        dcp.save({f"model/{name}": tensor for name, tensor in tensors.items()}, storage_writer=writer, no_dist=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
     meta = {
         "config": plain(config),
         "mup": table.to_json(),

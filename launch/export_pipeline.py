@@ -101,7 +101,7 @@ class MuDiTPipeline(DiffusionPipeline):
         if latents is None:
             shape = (len(prompts), channels, rows, columns)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        x = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        x = latents.to(device, torch.float32)  # the schedulers of these models begin with a variance of 1
 
         conditional = self._predictor(prompts)
         unconditional = self._predictor([None] * len(prompts)) if guidance != 1 else None
@@ -116,7 +116,7 @@ class MuDiTPipeline(DiffusionPipeline):
                 output[:, :count] = without + guidance * (output[:, :count] - without)
             output = output if learned else output[:, :channels]
             x = self.scheduler.step(output, t, x, return_dict=False, **step_arguments)[0]
-        images = x if output_type == "latent" else self._finish(x, output_type)
+        images: Any = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

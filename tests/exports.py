@@ -25,16 +25,19 @@ def config_of(kind: str, *overrides: str) -> TrainConfig:
 
 
 def random_checkpoint(
-    folder: Path, config: TrainConfig, dtype: torch.dtype = torch.float32
+    folder: Path, config: TrainConfig, dtype: torch.dtype = torch.float32, scale: float = 1.0
 ) -> tuple[Any, dict[str, Tensor]]:
-    """(our model with its multipliers, its parameters), the latter also as the live weights of a checkpoint."""
+    """(our model with its multipliers, its parameters times `scale`); the latter are the live weights of a checkpoint,
+    whose averages are half of them."""
     table = build_mup_table(config)
     model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
     apply_multipliers(model, table)
     random_weights(model, dtype)
-    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tensors = {name: p.detach().mul_(scale).clone() for name, p in model.named_parameters()}
     folder.mkdir(parents=True)
-    export.write_checkpoint(folder, config, table, tensors)
+    live = {f"model/{name}": tensor for name, tensor in tensors.items()}
+    average = {f"ema_{config.ema.decays[0]}/{name}": tensor / 2 for name, tensor in tensors.items()}
+    export.write_checkpoint(folder, config, table, live | average)
     return model, tensors
 
 
