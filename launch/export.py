@@ -11,7 +11,6 @@ import warnings
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -35,14 +34,6 @@ from trainer.checkpoint import META, CheckpointError, check_same_model, find_che
 from trainer.config import ConfigError, TrainConfig, load_config, parse, plain
 from trainer.mup.table import MuTable
 from trainer.parallel.dcp import TensorReader
-
-
-class Tensors(Protocol):
-    """What weights are exported from; see trainer.parallel.dcp.TensorReader."""
-
-    def entries(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]: ...
-    def read(self, name: str) -> Tensor: ...
-
 
 GIB = 2**30
 SHOWN = 20  # names that an error lists
@@ -125,7 +116,7 @@ def _export(arguments: argparse.Namespace) -> str:
 
 
 def write_weights(
-    reader: Tensors,
+    reader: TensorReader,
     group: str,
     table: MuTable,
     config: TrainConfig,

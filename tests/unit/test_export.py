@@ -77,6 +77,10 @@ def test_other_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         run_export(monkeypatch, *arguments, "ema.decays=[0.5]")
     with pytest.raises(CheckpointError, match="of another model"):
         run_export(monkeypatch, *arguments, "model.width=32")
+    (data,) = (tmp_path / "from").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run_export(monkeypatch, *arguments)
     (tmp_path / "from" / ".metadata").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="has no readable index"):
         run_export(monkeypatch, *arguments)
