@@ -90,14 +90,15 @@ def _fingerprint(config: Mapping[str, Any], names: Sequence[str], module: nn.Mod
 class TextEncoder:
     """A frozen Hugging Face text encoder.
 
-    model: called with input_ids and attention_mask. width: its hidden size D. max_length: L, tokens a caption.
+    model: called with input_ids and attention_mask. tokenizer: of Hugging Face. width: its hidden size D.
+    max_length: L, tokens a caption.
     fingerprint: identity of weights and tokenizer, whatever the path.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str) -> None:
         self.model = model
         self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._empty: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
@@ -124,7 +125,7 @@ class TextEncoder:
     def _encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(states [n, L, D], mask [n, L]) from one forward at the longest true length."""
         device = next(self.model.parameters()).device
-        tokens = self._tokenizer(
+        tokens = self.tokenizer(
             captions,
             padding="longest",
             padding_side="right",
@@ -138,9 +139,28 @@ class TextEncoder:
         missing = self.max_length - mask.shape[1]
         return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
 
+    def save(self, model_folder: Path, tokenizer_folder: Path) -> None:
+        """Write model and tokenizer as from_pretrained reads them."""
+        self.model.save_pretrained(model_folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(tokenizer_folder)
+
 
 def _freeze(module: nn.Module, device: torch.device | str) -> None:
     module.requires_grad_(False).eval().to(device)
+
+
+def tokenizer_subfolder(cfg: TextEncoderConfig) -> str | None:
+    """A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3."""
+    return cfg.subfolder.replace("text_encoder", "tokenizer") if cfg.subfolder else None
+
+
+def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
+    """(class of transformers that loads it, type of its stored weights), from its config alone; DataError as below."""
+    try:
+        config = AutoConfig.from_pretrained(cfg.path, **({"subfolder": cfg.subfolder} if cfg.subfolder else {}))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
+    return _ENCODERS.get(config.model_type, AutoModel).__name__, getattr(config, "dtype", None) or torch.float32
 
 
 def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
@@ -152,8 +172,7 @@ def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype:
         raise DataError("text_encoder.path is 'none': give the folder or hub id of a text encoder")
     quieten()
     where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
-    # A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3.
-    tokenizer_where = {"subfolder": cfg.subfolder.replace("text_encoder", "tokenizer")} if cfg.subfolder else {}
+    tokenizer_where = {"subfolder": folder} if (folder := tokenizer_subfolder(cfg)) else {}
     try:
         config = AutoConfig.from_pretrained(cfg.path, **where)
         model_class = _ENCODERS.get(config.model_type, AutoModel)

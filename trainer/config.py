@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
 from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
 
-from .config_conflicts import zero_conflicts
+from .config_conflicts import conflicts
 from .config_files import CONFIG_DIR as CONFIG_DIR
 from .config_files import ConfigError, find_config, nearest, override, read
 
@@ -220,7 +220,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        problems = [*_conflicts(self), *zero_conflicts(self)]
+        problems = list(_conflicts(self))
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -228,68 +228,12 @@ class TrainConfig(Section):
 
 def _conflicts(c: TrainConfig) -> Iterator[str]:
     """Keys that are fine alone and wrong together."""
-    cell = c.autoencoder.downsample * c.model.patch_size
-    if c.data.resolution % cell:
-        yield (
-            f"data.resolution {c.data.resolution} is not a multiple of {cell} "
-            "(autoencoder.downsample x model.patch_size)"
-        )
-    else:
-        yield from c.model.conflicts(c.data.resolution, c.data.resolution // cell, c.text_encoder.max_length)
-    if c.mup.base_width % c.model.head_dim:
-        yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
-    if c.mup.base_depth is not None and not c.model.residual:
-        yield (
-            f"mup.base_depth does not fit model.kind {c.model.kind}, which is not deep by residual branches alone: "
-            "no scale of branches makes it independent of depth; leave it null"
-        )
-    if c.optim.warmup_steps >= c.train.steps:
-        yield f"optim.warmup_steps {c.optim.warmup_steps} must be less than train.steps {c.train.steps}"
-    if (c.optim.schedule == "wsd") != (c.optim.decay_steps > 0):
-        yield "optim.decay_steps goes with optim.schedule wsd, and wsd needs it"
-    if c.optim.decay_steps > c.train.steps:
-        yield f"optim.decay_steps {c.optim.decay_steps} is more than train.steps {c.train.steps}"
-    if not all(0 <= b < 1 for b in c.optim.betas):
-        yield f"optim.betas must lie in [0, 1), got {list(c.optim.betas)}"
-    if not c.ema.decays or not all(0 < d < 1 for d in c.ema.decays) or len(set(c.ema.decays)) < len(c.ema.decays):
-        yield f"ema.decays must be different numbers between 0 and 1, got {list(c.ema.decays)}"
-    if c.data.shards != "synthetic" and c.text_encoder.path == "none" and c.label_classes is None:
-        yield f'text_encoder.path is needed to read captions of data.shards "{c.data.shards}"'
-    if c.data.shards != "synthetic" and c.autoencoder.path == "none" and c.autoencoder.downsample != 1:
-        yield (
-            f'autoencoder.path is needed to turn images of data.shards "{c.data.shards}" into latents; '
-            "for pixels set autoencoder.channels=3 and autoencoder.downsample=1"
-        )
-    yield from _sampling_conflicts(c)
+    yield from conflicts(c)
     for key in c.run.allow_change:
         if key not in (leaves := list(_leaves(TrainConfig, type(c.model)))):
             yield f'run.allow_change: "{key}" is no config key{nearest(key, leaves)}'
         elif key_class(key) == "identity":
             yield f'run.allow_change: "{key}" is what the run is; start another run instead'
-
-
-def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:
-    """Keys of objective and sample that do not go together, or not with the model."""
-    kind, sampler = c.objective.kind, c.sampler
-    if (sampler == "euler") != (kind == "rectified_flow"):
-        fitting = "euler" if kind == "rectified_flow" else "ancestral, ddim or dpm_solver"
-        yield f"sample.sampler {sampler} does not fit objective.kind {kind}: use {fitting}"
-    if kind == "rectified_flow" and c.model.learn_sigma:
-        yield "model.learn_sigma needs objective.kind ddpm: a rectified flow has no variance to learn"
-    if kind == "ddpm":
-        # DPM-Solver's times are steps + 1 different ones of the 1000; DDIM strides over them evenly.
-        most = 999 if sampler == "dpm_solver" else 1000
-        if c.sample.steps > most:
-            yield f"sample.steps {c.sample.steps} is more than the {most} of sample.sampler {sampler}"
-        elif sampler == "ddim" and 1000 % c.sample.steps:
-            yield f"sample.steps {c.sample.steps} must divide 1000 under sample.sampler ddim"
-    channels = c.sample.guidance_channels
-    if channels is not None and channels > c.autoencoder.channels:
-        yield f"sample.guidance_channels {channels} is more than autoencoder.channels {c.autoencoder.channels}"
-    classes = c.label_classes
-    wrong = [prompt for prompt in c.sample.prompts if classes and not (prompt.isdecimal() and int(prompt) < classes)]
-    if wrong:
-        yield f"sample.prompts of a model of classes are numbers from 0 to {classes - 1 if classes else 0}, got {wrong}"
 
 
 # ---------------------------------------------------------------------------------------------------- key classes
@@ -312,6 +256,8 @@ _CLASSES: dict[str, KeyClass] = {
     "data.shards": "runtime",
     "data.val_shards": "runtime",
     "data.num_workers": "runtime",
+    **{f"data.{key}": "runtime" for key in ("sources", "captions", "index_cache", "prefetch_mib", "timeout_s")},
+    **{f"data.{key}": "runtime" for key in ("retries", "cache_dir", "cache_gib")},
     "data.max_bad_share": "runtime",
     "text_encoder": "identity",
     "text_encoder.path": "runtime",

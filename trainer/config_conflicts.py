@@ -1,4 +1,4 @@
-"""Keys that are fine alone and wrong together, of the engines."""
+"""Keys that are fine alone and wrong together."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -7,7 +7,69 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 
-def zero_conflicts(c: "TrainConfig") -> Iterator[str]:
+def conflicts(c: "TrainConfig") -> Iterator[str]:
+    """Keys that are fine alone and wrong together."""
+    cell = c.autoencoder.downsample * c.model.patch_size
+    if c.data.resolution % cell:
+        yield (
+            f"data.resolution {c.data.resolution} is not a multiple of {cell} "
+            "(autoencoder.downsample x model.patch_size)"
+        )
+    else:
+        yield from c.model.conflicts(c.data.resolution, c.data.resolution // cell, c.text_encoder.max_length)
+    if c.mup.base_width % c.model.head_dim:
+        yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
+    if c.mup.base_depth is not None and not c.model.residual:
+        yield (
+            f"mup.base_depth does not fit model.kind {c.model.kind}, which is not deep by residual branches alone: "
+            "no scale of branches makes it independent of depth; leave it null"
+        )
+    if c.optim.warmup_steps >= c.train.steps:
+        yield f"optim.warmup_steps {c.optim.warmup_steps} must be less than train.steps {c.train.steps}"
+    if (c.optim.schedule == "wsd") != (c.optim.decay_steps > 0):
+        yield "optim.decay_steps goes with optim.schedule wsd, and wsd needs it"
+    if c.optim.decay_steps > c.train.steps:
+        yield f"optim.decay_steps {c.optim.decay_steps} is more than train.steps {c.train.steps}"
+    if not all(0 <= b < 1 for b in c.optim.betas):
+        yield f"optim.betas must lie in [0, 1), got {list(c.optim.betas)}"
+    if not c.ema.decays or not all(0 < d < 1 for d in c.ema.decays) or len(set(c.ema.decays)) < len(c.ema.decays):
+        yield f"ema.decays must be different numbers between 0 and 1, got {list(c.ema.decays)}"
+    if not c.data.synthetic and c.text_encoder.path == "none" and c.label_classes is None:
+        yield f'text_encoder.path is needed to read captions of data.shards "{c.data.shards}"'
+    if not c.data.synthetic and c.autoencoder.path == "none" and c.autoencoder.downsample != 1:
+        yield (
+            f'autoencoder.path is needed to turn images of data.shards "{c.data.shards}" into latents; '
+            "for pixels set autoencoder.channels=3 and autoencoder.downsample=1"
+        )
+    yield from _sampling_conflicts(c)
+    yield from _zero_conflicts(c)
+
+
+def _sampling_conflicts(c: "TrainConfig") -> Iterator[str]:
+    """Keys of objective and sample that do not go together, or not with the model."""
+    kind, sampler = c.objective.kind, c.sampler
+    if (sampler == "euler") != (kind == "rectified_flow"):
+        fitting = "euler" if kind == "rectified_flow" else "ancestral, ddim or dpm_solver"
+        yield f"sample.sampler {sampler} does not fit objective.kind {kind}: use {fitting}"
+    if kind == "rectified_flow" and c.model.learn_sigma:
+        yield "model.learn_sigma needs objective.kind ddpm: a rectified flow has no variance to learn"
+    if kind == "ddpm":
+        # DPM-Solver's times are steps + 1 different ones of the 1000; DDIM strides over them evenly.
+        most = 999 if sampler == "dpm_solver" else 1000
+        if c.sample.steps > most:
+            yield f"sample.steps {c.sample.steps} is more than the {most} of sample.sampler {sampler}"
+        elif sampler == "ddim" and 1000 % c.sample.steps:
+            yield f"sample.steps {c.sample.steps} must divide 1000 under sample.sampler ddim"
+    channels = c.sample.guidance_channels
+    if channels is not None and channels > c.autoencoder.channels:
+        yield f"sample.guidance_channels {channels} is more than autoencoder.channels {c.autoencoder.channels}"
+    classes = c.label_classes
+    wrong = [prompt for prompt in c.sample.prompts if classes and not (prompt.isdecimal() and int(prompt) < classes)]
+    if wrong:
+        yield f"sample.prompts of a model of classes are numbers from 0 to {classes - 1 if classes else 0}, got {wrong}"
+
+
+def _zero_conflicts(c: "TrainConfig") -> Iterator[str]:
     """What parallel.engine zero does not do."""
     parallel = c.parallel
     if parallel.engine != "zero":

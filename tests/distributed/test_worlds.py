@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from tests.exports import run_export
 
 from .runs import assert_close, train, weights
 
@@ -52,6 +55,18 @@ def test_the_comparison_can_fail(runs: Runs) -> None:
     live, average = weights(folder), weights(folder, "ema_0.99")
     assert all(float((live[name] - average[name]).abs().max()) > 1e-7 for name in live)
     assert all(tensor.dtype == torch.float64 for tensor in live.values())
+
+
+def test_exports_agree(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that lie in three uneven shards are read whole."""
+    for world in (1, 3):
+        run_export(monkeypatch, "--checkpoint", runs[world][1], "--output", tmp_path / str(world))
+    one, three = (load_file(next((tmp_path / str(world)).glob("transformer/*.safetensors"))) for world in (1, 3))
+    assert one.keys() == three.keys()
+    assert max(float((one[name] - three[name]).abs().max()) for name in one) <= 1e-10
+    average = weights(runs[3][1], "ema_0.99")
+    assert torch.equal(three["proj_out.weight"], average["final.weight"] / 2)  # m is 2
+    assert torch.equal(three["transformer_blocks.0.ff.net.2.weight"], average["blocks.0.image.mlp.fc2.weight"])
 
 
 @pytest.mark.parametrize("config", ["dit_debug_mup.yaml", "pixart_debug_mup.yaml", "uvit_debug_mup.yaml"])

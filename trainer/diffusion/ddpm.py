@@ -22,13 +22,15 @@ _LAST_BINS = 0.999  # values beyond it are in the first or last bin, which reach
 _LEAST_PROBABILITY = 1e-12  # of a bin, before the logarithm
 
 BetaSchedule = Literal["linear", "scaled_linear"]
+BETA_RANGES: dict[BetaSchedule, tuple[float, float]] = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 
 def betas(schedule: BetaSchedule) -> Tensor:
     """float64 [1000]. linear: Ho et al. (arXiv 2006.11239); scaled_linear: Stable Diffusion's."""
+    first, last = BETA_RANGES[schedule]
     if schedule == "linear":
-        return torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
-    return torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64).square()
+        return torch.linspace(first, last, TIMESTEPS, dtype=torch.float64)
+    return torch.linspace(first**0.5, last**0.5, TIMESTEPS, dtype=torch.float64).square()
 
 
 class _Tables(NamedTuple):

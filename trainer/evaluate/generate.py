@@ -41,8 +41,7 @@ def images_from_prompts(
     with torch.no_grad():
         for start in range(0, share, batch_size):
             part = numbers[start : start + batch_size]
-            keys = torch.from_numpy(position_keys(seed, np.array(part, dtype=np.int64))).to(device)
-            noise = normal(keys, latent_shape, "noise").float()
+            keys, noise = initial_noise(seed, part, latent_shape, device)
             conditional = _predict(model, encode_prompts([prompts[i] for i in part]))
             unconditional = _predict(model, encode_prompts([""] * len(part)))
             latents = sampler(guided(conditional, unconditional, guidance, guidance_channels), noise, keys)
@@ -52,6 +51,14 @@ def images_from_prompts(
     parts = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(parts, mine, group=group)
     return torch.cat(parts)[: len(prompts)].numpy()
+
+
+def initial_noise(
+    seed: int, numbers: Sequence[int], latent_shape: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Keys int64 [n] and starting noise [n, C, h, w] float32 of images by their numbers."""
+    keys = torch.from_numpy(position_keys(seed, np.array(numbers, dtype=np.int64))).to(device)
+    return keys, normal(keys, latent_shape, "noise").float()
 
 
 def _predict(model: nn.Module, condition: Any) -> Predict:

@@ -3,6 +3,7 @@
 import io
 import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -140,3 +141,42 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
 
 def _first_reason(error: CheckpointException) -> BaseException:
     return next(iter(error.failures.values()))[0]
+
+
+class TensorReader:
+    """Whole tensors of a checkpoint, one after the other, without a process group.
+
+    A read holds the tensor and, while a shard of it is copied, up to twice that shard. Raises CheckpointError where
+    the folder is no checkpoint or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            self._index = SafeReader(folder).read_metadata()
+        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{folder} has no readable index of tensors: {error}") from None
+
+    def entries(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type by name of the tensors of "model", or of an average such as "ema_0.9999"."""
+        return {
+            name.partition("/")[2]: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in self._index.state_dict_metadata.items()
+            if name.startswith(f"{group}/") and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, name: str) -> Tensor:
+        """By its full name, such as "model/final.weight"."""
+        entry = self._index.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata), name
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        reader = SafeReader(self._folder)
+        reader.read_metadata = lambda *_, **__: self._index  # the index is the same for all
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it reads in one process, which is what is meant
+            try:
+                dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+            except CheckpointException as error:
+                reason = next(iter(error.failures.values()))[0]
+                raise CheckpointError(f"{self._folder} cannot be read: {reason}; use another checkpoint") from None
+        return tensor
