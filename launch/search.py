@@ -21,12 +21,15 @@ import torch.distributed as dist
 
 from launch.common import kill_tree, run
 from launch.search_array import submit_array
+from launch.search_page import write_page
 from launch.search_table import Table
 from trainer.config import ConfigError, load_config, resolve
 from trainer.parallel.mesh import init_world, rank, world_size
 from trainer.search.cost import cost_of
 from trainer.search.definition import Search, load_search
+from trainer.search.report import make_report
 from trainer.search.study import Study
+from trainer.search.transfer import write_target
 from trainer.search.worker import Worker
 
 STOPPED = 3  # a worker was asked to stop; its trial is saved
@@ -137,10 +140,15 @@ def _device(worker: int) -> dict[str, str]:
 
 
 def report_study(arguments: argparse.Namespace) -> int:
+    study = Study.load(arguments.study)
+    print(Table(study).summary())
+    print(write_page(make_report(study)))
     return 0
 
 
 def transfer_study(arguments: argparse.Namespace) -> int:
+    study = Study.load(arguments.study)
+    print("\n".join(write_target(study, arguments.to, arguments.output, arguments.trial)))
     return 0
 
 

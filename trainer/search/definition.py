@@ -88,9 +88,11 @@ def parse_search(data: Mapping[str, Any], source: str, name: str, overrides: Seq
         values["published"] = Published(**values["published"])
     values["overrides"] = (*values.get("overrides", ()), *overrides)
     proxy = load_config(values["config"], values["overrides"])
-    integers = [k for k, v in flatten(plain(proxy)).items() if isinstance(v, int) and not isinstance(v, bool)]
+    known = flatten(plain(proxy))
+    integers = [k for k, v in known.items() if isinstance(v, int) and not isinstance(v, bool)]
     space, problems = parse_space(values["space"], integers)
-    problems += [line for d in space if (line := refusal(d.key))]
+    # A key that no config has is left to the config's own check, which names the nearest one.
+    problems += [line for d in space if d.key in known and (line := refusal(d.key))]
     if problems:
         raise ConfigError(f"{source}:\n  " + "\n  ".join(problems))
     if values.get("sampler") == "grid":

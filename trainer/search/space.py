@@ -112,7 +112,7 @@ def transfers(key: str) -> bool:
 
 
 def refusal(key: str) -> str | None:
-    """Why a key cannot be searched; None of a base hyperparameter, and of a key that no config has."""
+    """Why a key cannot be searched; None of a base hyperparameter."""
     if transfers(key):
         return None
     prefixes = [name for name in _REASONS if key == name or key.startswith(f"{name}.")]

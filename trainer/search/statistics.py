@@ -213,20 +213,25 @@ def best_region(
     x, y = x[better], y[better]
     if len(y) < 2 * x.shape[1] + 3:
         return None
+    centre, scale = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    z = (x - centre) / scale
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(y), (replicates, len(y)), generator=generator)
-    value = _separable_minimum(x[None], y[None])[0]
-    found = _separable_minimum(x[draws], y[draws])
+    within = (z.amin(dim=0), z.amax(dim=0))  # where the better half lies: nothing is known beyond
+    value = centre + scale * _separable_minimum(z[None], y[None], within)[0]
+    found = centre + scale * _separable_minimum(z[draws], y[draws], within)
     return [interval(found[:, i].tolist(), value[i].item()) for i in range(x.shape[1])]
 
 
-def _separable_minimum(x: Tensor, y: Tensor) -> Tensor:
-    """x [R, n, k] in [0, 1], y [R, n] -> minimum [R, k] of a + sum(b x + c x^2) within [0, 1]."""
-    design = torch.cat([torch.ones_like(x[..., :1]), x, x * x], dim=-1)  # [R, n, 1 + 2k]
-    scale = y.std(dim=1, keepdim=True).clamp(min=1e-12)
-    target = ((y - y.mean(dim=1, keepdim=True)) / scale)[..., None]
+def _separable_minimum(z: Tensor, y: Tensor, within: tuple[Tensor, Tensor]) -> Tensor:
+    """z [R, n, k], y [R, n] -> minimum [R, k] of the fitted a + sum(b z + c z^2) within (low [k], high [k])."""
+    count, (low, high) = z.shape[-1], within
+    design = torch.cat([torch.ones_like(z[..., :1]), z, z * z], dim=-1)  # [R, n, 1 + 2k]
+    spread = y.std(dim=1, keepdim=True).clamp(min=1e-12)
+    target = ((y - y.mean(dim=1, keepdim=True)) / spread)[..., None]
     # A little ridge: a replicate may hold too few different points.
-    normal = design.mT @ design + 1e-3 * torch.eye(design.shape[-1], dtype=x.dtype)
-    _, b, c = torch.linalg.solve(normal, design.mT @ target)[..., 0].split([1, x.shape[-1], x.shape[-1]], dim=-1)
-    ends = torch.where(b + c < 0, 1.0, 0.0).to(x.dtype)
-    return torch.where(c > 0, (-b / (2 * c)).clamp(0, 1), ends)
+    normal = design.mT @ design + 1e-3 * torch.eye(design.shape[-1], dtype=z.dtype)
+    _, b, c = torch.linalg.solve(normal, design.mT @ target)[..., 0].split([1, count, count], dim=-1)
+    vertex = torch.minimum(torch.maximum(-b / (2 * c), low), high)
+    end = torch.where(b * low + c * low**2 < b * high + c * high**2, low, high)
+    return torch.where(c > 0, vertex, end)
