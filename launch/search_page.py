@@ -34,13 +34,13 @@ _PAGE = """<!doctype html>
 <h2>Loss against each hyperparameter</h2>
 <img id="losses" src="{{ png(r.pictures.losses) }}" alt="loss of every trial against each key">
 <table><tr><th>key</th><th>best trial</th><th>best region, 95 %</th><th>importance</th>
-<th>first divergence above it</th></tr>
+<th>all diverged from</th></tr>
 {% for k in r.keys %}<tr><td><code>{{ k.dimension.key }}</code></td><td>{{ number(k.best) }}</td>
 <td>{% if k.region %}{{ number(k.region.value) }} ({{ number(k.region.low) }} to {{ number(k.region.high) }}){% else %}
-too few trials{% endif %}</td>
+{{ 'too few trials' if k.dimension.numeric else 'no order' }}{% endif %}</td>
 <td>{{ "%.0f %%"|format(100 * k.importance) if k.importance is not none else "" }}</td>
 <td>{% if k.edge %}{{ number(k.edge[1]) }}{% if k.octaves_to_edge %}, {{ "%.1f"|format(k.octaves_to_edge) }} octaves
-up{% endif %}{% else %}none{% endif %}</td></tr>{% endfor %}</table>
+above the best{% endif %}{% else %}none{% endif %}</td></tr>{% endfor %}</table>
 <p class="note">Loss: of the EMA weights on the fixed bank of images, times and noise, without auxiliary losses; the
 same data, noise and initial weights in all trials. Best region: minimum of a separable parabola through the better half
 of the trials, with the interval that resampling them gives. A trial diverged if a figure was not finite, or its loss

@@ -28,6 +28,7 @@ def fill(study: Study, loss: Callable[[Point], float | None]) -> None:
     while claim := study.claim():
         value = loss(claim.point)
         if value is None:
+            claim.trial.report(0.001, 0)  # below every loss: it must not count as one
             study.finish(claim, "diverged", [], "loss is not finite at step 1")
             continue
         for step in range(0, steps + 1, 5):

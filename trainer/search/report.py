@@ -20,8 +20,8 @@ _COLOURS = {"complete": "#4c78a8", "halved": "#b0b0b0", "diverged": "#cf222e", "
 
 @dataclass(frozen=True)
 class Key:
-    """What the study says of one key. edge: the largest value that was stable and the smallest above it that diverged,
-    None where nothing above the best diverged. region: the optimum with its 95 % interval, None of too few trials.
+    """What the study says of one key. edge: the largest value that was stable and the smallest one above which
+    every trial diverged, None where there is none. region: the optimum with its 95 % interval, None of too few trials.
     Both need values that have an order."""
 
     dimension: Dimension
@@ -95,15 +95,12 @@ def make_report(study: Study) -> Report:
 
 
 def _edge(dimension: Dimension, done: Sequence[Trial], diverged: Sequence[Trial]) -> tuple[float, float] | None:
-    """(largest stable value below the first diverged one, smallest diverged value above the best)."""
-    if not dimension.numeric or not diverged:
+    """(largest value of a trial that did not diverge, smallest one above which all did)."""
+    if not dimension.numeric:
         return None
-    best = float(done[0].point[dimension.key] or 0)
-    above = [v for t in diverged if (v := float(t.point[dimension.key] or 0)) > best]
-    if not above:
-        return None
-    stable = [v for t in done if (v := float(t.point[dimension.key] or 0)) < min(above)]
-    return max(stable, default=best), min(above)
+    stable = max(float(t.point[dimension.key] or 0) for t in done)
+    above = [v for t in diverged if (v := float(t.point[dimension.key] or 0)) > stable]
+    return (stable, min(above)) if above else None
 
 
 def _scaled(dimension: Dimension, value: Value) -> float:
@@ -190,6 +187,9 @@ def _panel(axes: Axes, key: Key, done: Sequence[Trial], diverged: Sequence[Trial
         axes.set_xscale("log", base=2 if dimension.scale == "powers_of_two" else 10)
     if names:
         axes.set_xticks(range(len(names)), names)
+    elif dimension.choices is not None:
+        axes.set_xticks([float(v or 0) for v in dimension.choices], [f"{v:.4g}" for v in dimension.choices])
+        axes.minorticks_off()
     axes.set(xlabel=dimension.key, ylabel="val_loss_ema")
     axes.grid(True, alpha=0.25)
     axes.legend(fontsize=8, loc="best")

@@ -165,7 +165,7 @@ class Study:
             number=frozen.number,
             state="waiting" if waiting else outcome if frozen.state.is_finished() else "running",
             point=frozen.system_attrs["fixed_params"] if waiting else dict(frozen.params),
-            value=frozen.value,
+            value=frozen.value if frozen.state == TrialState.COMPLETE else None,  # a pruned one has its last loss
             losses=attributes.pop("losses", []),
             reason=attributes.pop("reason", ""),
             curve=dict(sorted(frozen.intermediate_values.items())),

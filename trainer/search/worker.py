@@ -53,6 +53,7 @@ class Worker:
         self._search, self._world, self._say = search, world, say
         self._study = on_rank_0(world, lambda: Study.open(search))
         self._folder = search.folder
+        self._device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
 
     def work(self) -> Literal["done", "preempted"]:
         """Run trials until none is left to take, or until a signal asks to stop; what runs is saved then."""
@@ -73,10 +74,11 @@ class Worker:
         self._tell(f"trial {number} starts: {' '.join(as_overrides(point))}")
         losses: list[float] = []
         state, reason = "complete", ""
-        attributes: dict[str, Any] = {}
+        attributes: dict[str, Any] = {"processes": self._world.size, "device": self._device}
         try:
             for seed in range(self._search.seeds):
-                outcome, loss, attributes = self._run(claim, number, seed, point)
+                outcome, loss, of_run = self._run(claim, number, seed, point)
+                attributes |= of_run
                 if outcome == "preempted":
                     self._tell(f"trial {number} is saved: start the search again to go on")
                     return outcome
@@ -89,17 +91,12 @@ class Worker:
         return "finished"
 
     def _run(self, claim: Claim | None, number: int, seed: int, point: Point) -> tuple[str, float, dict[str, Any]]:
-        """(how the run ended, its objective, what it was run with); raises EarlyEnd."""
+        """(how the run ended, its objective, its commit and table); raises EarlyEnd."""
         torch.compiler.reset()  # graphs of the trials before would count against the recompile limit
         # What training prints is the same 80 times over: it goes to a file.
         with self._log(number) as log, contextlib.redirect_stdout(log):
             run = build_run(self._search.run_config(self._folder, number, seed, point), self._world)
-            attributes = {
-                "commit": run.meta["commit"],
-                "table": run.meta["mup"]["sha256"],
-                "processes": self._world.size,
-                "device": torch.cuda.get_device_name() if self._world.device.type == "cuda" else "cpu",
-            }
+            of_run = {"commit": run.meta["commit"], "table": run.meta["mup"]["sha256"]}
 
             def look(record: Mapping[str, Any]) -> None:
                 self._look(claim, number, seed, record)
@@ -113,7 +110,7 @@ class Worker:
         folder = run.folder
         del run, look
         gc.collect()  # a sharded model holds itself in cycles, and with it its memory
-        return outcome, self._on_all(lambda: read_metrics(folder)[-1].get(OBJECTIVE, math.nan)), attributes
+        return outcome, self._on_all(lambda: read_metrics(folder)[-1].get(OBJECTIVE, math.nan)), of_run
 
     def _look(self, claim: Claim | None, number: int, seed: int, record: Mapping[str, Any]) -> None:
         """End the trial, on all ranks alike, where a figure is not finite or the study's verdict is against it."""
