@@ -11,6 +11,7 @@ Overrides after `run` and `cost`: section.key=value is the proxy's (train.steps=
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,8 +32,6 @@ from trainer.search.report import make_report
 from trainer.search.study import Study
 from trainer.search.transfer import write_target
 from trainer.search.worker import Worker
-
-STOPPED = 3  # a worker was asked to stop; its trial is saved
 
 
 def main() -> int:
@@ -86,12 +85,12 @@ def run_search(arguments: argparse.Namespace) -> int:
     world = init_world(resolve(search.proxy(), world_size()).shard)
     try:
         terminal = sys.stdout  # what training prints goes to the logs of its trial
-        outcome = Worker(search, world, lambda text: print(text, file=terminal, flush=True)).work()
+        Worker(search, world, lambda text: print(text, file=terminal, flush=True)).work()
     finally:
         dist.destroy_process_group()
     if rank() == 0:
         print(Table(Study.open(search)).summary())
-    return STOPPED if outcome == "preempted" else 0
+    return 0
 
 
 def run_workers(search: Search, arguments: argparse.Namespace) -> int:
@@ -100,18 +99,24 @@ def run_workers(search: Search, arguments: argparse.Namespace) -> int:
     logs = study.folder / "logs"
     logs.mkdir(exist_ok=True)
     command = [sys.executable, __file__, "run", "--config", arguments.config, *arguments.overrides]
-    workers = []
+    workers, expected = [], {0}
     table = Table(study)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         for number in range(arguments.workers):
             with open(logs / f"worker_{number}.log", "a") as log:
                 environment = {**os.environ, **_device(number)}
-                workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+                # In a session of its own a worker does not get the terminal's Ctrl-C, which would not let it save.
+                worker = subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                workers.append(worker)
         while any(worker.poll() is None for worker in workers):
             table.show()
             time.sleep(1)
     except KeyboardInterrupt:
         print("asking the workers to save and stop", flush=True)
+        expected.add(-signal.SIGTERM)  # of one that was between two trials
         for worker in workers:
             worker.terminate()
         for worker in workers:
@@ -121,12 +126,12 @@ def run_workers(search: Search, arguments: argparse.Namespace) -> int:
             if worker.poll() is None:
                 kill_tree(worker.pid)
     table.show(last=True)
-    failed = [number for number, worker in enumerate(workers) if worker.returncode not in (0, STOPPED)]
+    failed = [number for number, worker in enumerate(workers) if worker.returncode not in expected]
     for number in failed:
         log = logs / f"worker_{number}.log"
         said = log.read_text().splitlines()[-1:]
         print(f"worker {number}: exit code {workers[number].returncode}, {' '.join(said)} ({log})", file=sys.stderr)
-    return 1 if failed else max(worker.returncode for worker in workers)
+    return 1 if failed else 0
 
 
 def _device(worker: int) -> dict[str, str]:

@@ -25,7 +25,7 @@ def test_points_follow_from_seed_and_number(sampler: Sampler) -> None:
     drawn = [point(SPACES, sampler, 3, number) for number in range(40)]
     assert [point(SPACES, sampler, 3, number) for number in reversed(range(40))] == drawn[::-1]
     assert point(SPACES, sampler, 4, 0) != drawn[0]
-    values = {d.key: [p[d.key] for p in drawn if p] for d in SPACES}
+    values: dict[str, list[Any]] = {d.key: [p[d.key] for p in drawn if p] for d in SPACES}
     assert all(1e-4 <= v <= 1e-1 for v in values["optim.lr"])
     assert set(values["optim.clip_norm"]) == {0.3, 1.0, 3.0}
     assert all(isinstance(v, int) and 0 <= v <= 1000 for v in values["optim.warmup_steps"])
@@ -143,7 +143,8 @@ def test_trials_see_the_same_data_and_noise(tmp_path: Path) -> None:
     assert one["train"]["seed"] == found.proxy().train.seed + 1
     for key in SPACE:
         section, name = key.split(".")
-        one[section].pop(name), two[section].pop(name)
+        del one[section][name]
+        del two[section][name]
     assert one.pop("run")["name"] == "0000_seed1"
     assert two.pop("run")["name"] == "0001_seed1"
     assert one == two

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from tests.studies import fill, search
 from trainer.config import ConfigError
@@ -167,6 +168,6 @@ def test_importance_finds_the_key_that_matters(tmp_path: Path) -> None:
 def test_optuna_reads_the_journal_as_a_study(tmp_path: Path) -> None:
     """As optuna-dashboard does: by the file alone."""
     study = Study.open(search(tmp_path))
-    backend = optuna.storages.journal.JournalFileBackend(str(study.folder / JOURNAL))
+    backend = JournalFileBackend(str(study.folder / JOURNAL))
     [summary] = optuna.get_all_study_summaries(optuna.storages.JournalStorage(backend))
     assert (summary.study_name, summary.n_trials) == ("study", 12)

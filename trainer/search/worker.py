@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -55,14 +55,14 @@ class Worker:
         self._folder = search.folder
         self._device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
 
-    def work(self) -> Literal["done", "preempted"]:
+    def work(self) -> None:
         """Run trials until none is left to take, or until a signal asks to stop; what runs is saved then."""
-        while True:
+        outcome = "finished"
+        while outcome == "finished":
             claim, taken = self._claim()
             if taken is None:
-                return "done"
-            if self._trial(claim, *taken) == "preempted":
-                return "preempted"
+                return
+            outcome = self._trial(claim, *taken)
 
     def _claim(self) -> tuple[Claim | None, tuple[int, Point] | None]:
         """(the claim, on rank 0; number and point, on all ranks)."""
