@@ -53,7 +53,7 @@ class Sweep:
     workers: int = 2
 
 
-_SIZES = {"width": (64, 128, 256), "batch": (32, 64, 128), "steps": (400, 800, 1600)}
+_SIZES = {"width": (64, 128, 256), "batch": (32, 64, 128), "steps": (300, 600, 1200)}
 SWEEPS = {
     "mmdit_cpu": Sweep("mmdit_demo_mup.yaml", ("model.depth=3",), _SIZES),
     "dit_cpu": Sweep("dit_cifar_mup.yaml", ("model.depth=3",), _SIZES),
