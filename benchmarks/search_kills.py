@@ -47,14 +47,16 @@ def main() -> int:
             *(sys.executable, "launch/search.py", "run", "--config", str(config), f"run.dir={scratch}"),
             *(f"trials={arguments.trials}", "--workers", str(arguments.workers)),
         ]
-        for kill in range(arguments.kills + 1):
+        kills = 0
+        while True:
             process = subprocess.Popen(command, cwd=ROOT, env=environment())
             try:
                 # Workers need some seconds to start; the last call runs to the end.
-                process.wait(None if kill == arguments.kills else chance.uniform(10, 40))
+                process.wait(None if kills == arguments.kills else chance.uniform(10, 40))
                 break
             except subprocess.TimeoutExpired:
-                print(f"kill {kill + 1}", flush=True)
+                kills += 1
+                print(f"kill {kills}", flush=True)
             finally:
                 kill_tree(process.pid)
                 process.wait()
@@ -68,7 +70,7 @@ def main() -> int:
         ]
     states = Counter(trial.state for trial in trials)
     accounted = states["complete"] + states["diverged"] == len(trials) == arguments.trials and not wrong
-    write(arguments.output, {"trials": len(trials), "kills": kill, "states": dict(states), "wrong": wrong,
+    write(arguments.output, {"trials": len(trials), "kills": kills, "states": dict(states), "wrong": wrong,
                              "all_accounted_for": accounted, "seconds": round(time.monotonic() - began)})  # fmt: skip
     return 0 if accounted else 1
 
