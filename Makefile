@@ -69,6 +69,7 @@ schema: .venv/ready
 
 soak: setup
 	$(BIN)/python -m benchmarks.kills --kills 50 --output benchmarks/results/kills.json
+	$(BIN)/python -m benchmarks.search_kills --trials 80 --kills 10 --output benchmarks/results/search_kills.json
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json
@@ -80,4 +81,6 @@ gpu-check:
 	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v $(PYTHON)); set -ex; \
 	export PYTHONPATH=$(CURDIR); \
 	$$python -m pytest -m gpu -o addopts="" tests/gpu; \
-	$$python -m benchmarks.train_step --output benchmarks/results/train_step_gpu.json
+	$$python -m benchmarks.train_step --output benchmarks/results/train_step_gpu.json; \
+	if [ -n "$(LONG)" ]; then $$python -m benchmarks.transfer --study mmdit_gpu --folder runs/transfer_mmdit_gpu \
+	    --output docs/transfer_mmdit_gpu.json; fi

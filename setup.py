@@ -23,6 +23,7 @@ setup(
         "jinja2",
         "matplotlib",
         "numpy>=2",
+        "optuna>=5",
         "pillow",
         "protobuf",
         "pyarrow",

@@ -1,0 +1,102 @@
+"""What tuning on the proxy costs, as a share of one run of the target: in true FLOPs and by the paper's formula."""
+
+import math
+from dataclasses import dataclass
+
+from models.flops import forward_flops
+
+from ..build import build_mup_table
+from ..config import TrainConfig
+from .definition import Published, Search
+
+
+@dataclass(frozen=True)
+class Size:
+    """A run: parameters, steps x images, FLOPs of the whole training."""
+
+    name: str
+    width: int
+    parameters: int
+    batch: int
+    steps: int
+    flops: float
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Size":
+        table = build_mup_table(config)
+        parameters = sum(math.prod(row.shape) for row in table.rows.values())
+        train = config.train
+        flops = train.steps * train.global_batch_size * image_flops(config)
+        return cls(str(config.run.name), config.model.width, parameters, train.global_batch_size, train.steps, flops)
+
+    @property
+    def images(self) -> int:
+        return self.batch * self.steps
+
+
+def image_flops(config: TrainConfig) -> float:
+    """FLOPs of an image in a forward and a backward pass (twice the forward), captions at full length."""
+    text_tokens = config.text_encoder.max_length if config.model.condition == "text" else 0
+    channels, text_width = config.autoencoder.channels, config.text_encoder.width
+    return 3.0 * forward_flops(config.model, channels, text_width, config.image_tokens, text_tokens)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """runs: trials x seeds, each to its end (trials that end early cost less)."""
+
+    runs: int
+    proxy: Size
+    target: Size
+    published: Published | None
+
+    @property
+    def flops(self) -> float:
+        return self.runs * self.proxy.flops
+
+    @property
+    def flops_share(self) -> float:
+        return self.flops / self.target.flops
+
+    @property
+    def formula_share(self) -> float:
+        """The paper's formula: trials x parameters x images of the proxy over parameters x images of the target."""
+        return self._formula(self.proxy.parameters, self.target.parameters)
+
+    @property
+    def published_share(self) -> float | None:
+        """The formula with a paper's rounded sizes."""
+        p = self.published
+        return None if p is None else self._formula(p.proxy_parameters, p.target_parameters)
+
+    def _formula(self, proxy_parameters: float, target_parameters: float) -> float:
+        return self.runs * proxy_parameters * self.proxy.images / (target_parameters * self.target.images)
+
+    def describe(self) -> str:
+        """The account as text."""
+        lines = [
+            f"search: {self.runs} runs of {_describe(self.proxy)}",
+            f"target: one run of {_describe(self.target)}",
+            "tuning as a share of one run of the target, trials counted to their end:",
+            f"  {self.flops_share:7.2%}  true FLOPs, {self.flops:.3g} of {self.target.flops:.3g} (attention included; "
+            "forward and twice that backward; captions at full length)",
+            f"  {self.formula_share:7.2%}  trials x parameters x images, exact parameters",
+        ]
+        if self.published and (share := self.published_share) is not None:
+            sizes = f"{self.published.proxy_parameters / 1e9:g} B and {self.published.target_parameters / 1e9:g} B"
+            lines.append(f"  {share:7.2%}  the same with the paper's rounded sizes, {sizes}")
+        if self.proxy.batch != self.target.batch:
+            lines.append(f"The batches differ ({self.proxy.batch} and {self.target.batch}): images count, not steps.")
+        if self.published and self.published.note:
+            lines.append(self.published.note)
+        return "\n".join(lines)
+
+
+def cost_of(search: Search, proxy: TrainConfig, target: TrainConfig) -> Cost:
+    return Cost(search.trials * search.seeds, Size.of(proxy), Size.of(target), search.published)
+
+
+def _describe(size: Size) -> str:
+    return (
+        f"{size.name}, width {size.width}: {size.parameters / 1e9:.4g} B parameters, {size.steps} steps of {size.batch}"
+    )

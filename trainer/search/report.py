@@ -1,0 +1,231 @@
+"""What a study found, as figures and pictures: losses by key, importance, stability edge, best region, cost."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..config import ConfigError, load_config
+from ..metrics import read_metrics
+from .cost import Cost, cost_of, image_flops
+from .space import Dimension, Point, Value
+from .statistics import Estimate, best_region
+from .study import DIVERGED_AT, Study, Trial
+
+_COLOURS = {"complete": "#4c78a8", "halved": "#b0b0b0", "diverged": "#cf222e", "best": "#e4a11b"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the study says of one key. edge: the largest value that was stable and the smallest one above which
+    every trial diverged, None where there is none. region: the optimum with its 95 % interval, None of too few trials.
+    Both need values that have an order."""
+
+    dimension: Dimension
+    best: Value
+    importance: float | None
+    edge: tuple[float, float] | None
+    region: Estimate | None
+
+    @property
+    def octaves_to_edge(self) -> float | None:
+        """log2 of (smallest diverged value / best value)."""
+        if self.edge is None or not self.dimension.log:
+            return None
+        return math.log2(self.edge[1] / float(self.best or 0))
+
+
+@dataclass(frozen=True)
+class Spent:
+    """By all trials, those that ended early with what they did."""
+
+    flops: float
+    process_hours: float
+    device: str
+    share: float | None
+    """Of the target's FLOPs."""
+
+
+@dataclass(frozen=True)
+class Report:
+    study: Study
+    trials: list[Trial]
+    best: Trial
+    keys: list[Key]
+    spent: Spent
+    planned: Cost | None
+    pictures: dict[str, Path]
+
+
+def completed(study: Study) -> list[Trial]:
+    """Trials with an objective, best first; one that the early checks let pass and that ended above the same limit is
+    no longer among them. ConfigError where there is none."""
+    done = sorted((t for t in study.trials() if t.value is not None), key=lambda t: t.value or 0.0)
+    if not done:
+        raise ConfigError(f"{study.folder} has no finished trial yet: launch/search.py run goes on with it")
+    limit = DIVERGED_AT * (done[len(done) // 2].value or 0.0)
+    return [t for t in done if (t.value or 0.0) <= limit]
+
+
+def make_report(study: Study) -> Report:
+    """Figures and PNGs of a study, in its folder's report/; raises ConfigError where no trial is finished."""
+    done = completed(study)
+    trials = study.trials()
+    diverged = [t for t in trials if t.state == "diverged" or (t.value is not None and t not in done)]
+    importance = study.importance()
+    regions = _regions(study.search.space, done)
+    keys = [
+        Key(d, done[0].point[d.key], importance.get(d.key), _edge(d, done, diverged), regions.get(d.key))
+        for d in study.search.space
+    ]
+    target = load_config(study.search.target) if study.search.target else None
+    planned = cost_of(study.search, study.proxy, target) if target else None
+    folder = study.folder / "report"
+    folder.mkdir(exist_ok=True)
+    pictures = {
+        "losses": _plot_losses(keys, done, diverged, folder / "losses.png"),
+        "curves": _plot_curves(study, done, folder / "curves.png"),
+    }
+    if importance:
+        pictures["importance"] = _plot_importance(importance, folder / "importance.png")
+    return Report(study, trials, done[0], keys, _spent(study, trials, planned), planned, pictures)
+
+
+def _edge(dimension: Dimension, done: Sequence[Trial], diverged: Sequence[Trial]) -> tuple[float, float] | None:
+    """(largest value of a trial that did not diverge, smallest one above which all did)."""
+    if not dimension.numeric:
+        return None
+    stable = max(float(t.point[dimension.key] or 0) for t in done)
+    above = [v for t in diverged if (v := float(t.point[dimension.key] or 0)) > stable]
+    return (stable, min(above)) if above else None
+
+
+def _scaled(dimension: Dimension, value: Value) -> float:
+    """Where a value lies between the ends, 0 to 1."""
+    low, high = (float(v or 0) for v in dimension.ends)
+    x = float(value or 0)
+    if dimension.log:
+        low, high, x = math.log(low), math.log(high), math.log(x)
+    return (x - low) / (high - low)
+
+
+def _unscaled(dimension: Dimension, u: float) -> float:
+    low, high = (float(v or 0) for v in dimension.ends)
+    return low * (high / low) ** u if dimension.log else low + (high - low) * u
+
+
+def _regions(space: Sequence[Dimension], done: Sequence[Trial]) -> dict[str, Estimate]:
+    ordered = [d for d in space if d.numeric and d.ends[0] != d.ends[-1]]
+    if not ordered:
+        return {}
+    points = [[_scaled(d, t.point[d.key]) for d in ordered] for t in done]
+    found = best_region(points, [t.value or 0.0 for t in done])
+    if found is None:
+        return {}
+    return {
+        d.key: Estimate(*(_unscaled(d, u) for u in (e.value, e.low, e.high)))
+        for d, e in zip(ordered, found, strict=True)
+    }
+
+
+def _spent(study: Study, trials: Sequence[Trial], planned: Cost | None) -> Spent:
+    """From the runs' own metrics. Steps that were lost to a kill and done again are not counted."""
+    steps, hours, device = 0, 0.0, "not started"
+    for trial in trials:
+        for seed in range(study.search.seeds):
+            records = read_metrics(study.run_folder(trial.number, seed))
+            steps += max((r["step"] for r in records), default=0)
+            timed = [r for r in records if "step_time_s" in r]
+            before = [0, *(r["step"] for r in timed)]
+            seconds = sum(r["step_time_s"] * (r["step"] - b) for r, b in zip(timed, before, strict=False))
+            hours += seconds / 3600 * trial.attributes.get("processes", 1)
+        device = trial.attributes.get("device", device)
+    flops = steps * study.proxy.train.global_batch_size * image_flops(study.proxy)
+    return Spent(flops, hours, device, flops / planned.target.flops if planned else None)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def _plot_losses(keys: Sequence[Key], done: Sequence[Trial], diverged: Sequence[Trial], path: Path) -> Path:
+    """One panel a key, as the paper's Figure 4: every trial's loss; diverged ones as crosses at the top."""
+    columns = min(2, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axes, key in zip(panels, keys, strict=False):
+        _panel(axes, key, done, diverged)
+    for axes in panels[len(keys) :]:
+        axes.set_visible(False)
+    return _save(figure, path)
+
+
+def _panel(axes: Axes, key: Key, done: Sequence[Trial], diverged: Sequence[Trial]) -> None:
+    dimension = key.dimension
+    names = [str(v) for v in dimension.ends] if not dimension.numeric else None
+
+    def place(point: Point) -> float:
+        value = point[dimension.key]
+        return names.index(str(value)) if names else float(value or 0)
+
+    values = [t.value or 0.0 for t in done]
+    top = max(values) + 0.06 * ((max(values) - min(values)) or 1.0)
+    if key.region is not None:
+        axes.axvspan(
+            key.region.low, key.region.high, color=_COLOURS["best"], alpha=0.2, lw=0, label="best region, 95 %"
+        )
+    axes.scatter([place(t.point) for t in done], values, s=22, color=_COLOURS["complete"], label="trials")
+    if diverged:
+        places = [place(t.point) for t in diverged]
+        axes.scatter(places, [top] * len(places), marker="x", color=_COLOURS["diverged"], label="diverged")
+    axes.scatter([place(done[0].point)], values[:1], s=150, marker="*", color=_COLOURS["best"], ec="black", lw=0.6,
+                 label="best", zorder=3)  # fmt: skip
+    if dimension.log:
+        axes.set_xscale("log", base=2 if dimension.scale == "powers_of_two" else 10)
+    if names:
+        axes.set_xticks(range(len(names)), names)
+    elif dimension.choices is not None:
+        axes.set_xticks([float(v or 0) for v in dimension.choices], [f"{v:.4g}" for v in dimension.choices])
+        axes.minorticks_off()
+    axes.set(xlabel=dimension.key, ylabel="val_loss_ema")
+    axes.grid(True, alpha=0.25)
+    axes.legend(fontsize=8, loc="best")
+
+
+def _plot_curves(study: Study, done: Sequence[Trial], path: Path) -> Path:
+    """Validation loss against the step, the better the darker; trials that ended early end early here, too."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    rank = {trial.number: place for place, trial in enumerate(done)}
+    for trial in sorted(study.trials(), key=lambda t: -rank.get(t.number, len(rank))):
+        if not trial.curve:
+            continue
+        best = rank.get(trial.number) == 0
+        colour = _COLOURS["best" if best else "complete" if trial.number in rank else "diverged"]
+        shade = 1.0 if best else 0.25 + 0.5 * (1 - rank.get(trial.number, 0) / max(1, len(rank)))
+        label = f"best: trial {trial.number}" if best else None
+        axes.plot(
+            *zip(*trial.curve.items(), strict=True), color=colour, alpha=shade, lw=2.2 if best else 1, label=label
+        )
+    axes.set(xlabel="step", ylabel="val_loss_ema", yscale="log")
+    axes.grid(True, which="both", alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    return _save(figure, path)
+
+
+def _plot_importance(importance: dict[str, float], path: Path) -> Path:
+    figure = Figure(figsize=(7, 0.8 + 0.4 * len(importance)), layout="constrained")
+    axes = figure.subplots()
+    keys = list(importance)[::-1]
+    axes.barh(keys, [importance[key] for key in keys], color=_COLOURS["complete"])
+    axes.set(xlabel="importance (PED-ANOVA)", xlim=(0, 1))
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=110, format="png")
+    return path

@@ -1,0 +1,151 @@
+"""A worker: takes trials from the study, one after another, and trains them in this process (or this torchrun)."""
+
+import contextlib
+import dataclasses
+import gc
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from ..build import build_run, on_rank_0
+from ..loop import train
+from ..metrics import Metrics, read_metrics
+from ..parallel.mesh import World
+from .definition import Search
+from .space import Point, as_overrides
+from .study import Claim, State, Study
+
+OBJECTIVE = "val_loss_ema"
+T = TypeVar("T")
+
+
+class EarlyEnd(Exception):
+    """A trial is not worth its remaining steps."""
+
+    def __init__(self, state: State, reason: str) -> None:
+        super().__init__(f"{state}: {reason}")
+        self.state: State = state
+        self.reason = reason
+
+
+class Watched:
+    """The metrics of a run, with a look at every line after it is written."""
+
+    def __init__(self, metrics: Metrics, look: Callable[[Mapping[str, Any]], None]) -> None:
+        self._metrics, self._look = metrics, look
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._metrics, name)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._metrics.write(record)
+        self._look(record)
+
+
+class Worker:
+    """One process, or all ranks of a torchrun: rank 0 speaks with the study, the others follow it."""
+
+    def __init__(self, search: Search, world: World, say: Callable[[str], None]) -> None:
+        """say: a line for the person at the terminal (called on rank 0)."""
+        self._search, self._world, self._say = search, world, say
+        self._study = on_rank_0(world, lambda: Study.open(search))
+        self._folder = search.folder
+        self._device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+
+    def work(self) -> None:
+        """Run trials until none is left to take, or until a signal asks to stop; what runs is saved then."""
+        outcome = "finished"
+        while outcome == "finished":
+            claim, taken = self._claim()
+            if taken is None:
+                return
+            outcome = self._trial(claim, *taken)
+
+    def _claim(self) -> tuple[Claim | None, tuple[int, Point] | None]:
+        """(the claim, on rank 0; number and point, on all ranks)."""
+        claim = on_rank_0(self._world, lambda: self._study.claim() if self._study else None)
+        return claim, self._on_all(lambda: (claim.number, claim.point) if claim else None)
+
+    def _trial(self, claim: Claim | None, number: int, point: Point) -> str:
+        """All seeds of a point; the outcome goes to the study."""
+        self._tell(f"trial {number} starts: {' '.join(as_overrides(point))}")
+        losses: list[float] = []
+        state, reason = "complete", ""
+        attributes: dict[str, Any] = {"processes": self._world.size, "device": self._device}
+        try:
+            for seed in range(self._search.seeds):
+                outcome, loss, of_run = self._run(claim, number, seed, point)
+                attributes |= of_run
+                if outcome == "preempted":
+                    self._tell(f"trial {number} is saved: start the search again to go on")
+                    return outcome
+                losses.append(loss)
+        except EarlyEnd as end:
+            state, reason = end.state, end.reason
+        if self._study and claim:
+            self._study.finish(claim, cast(State, state), losses, reason, **attributes)
+        self._tell(f"trial {number} is {state}: {reason or f'{OBJECTIVE} {sum(losses) / len(losses):.4g}'}")
+        return "finished"
+
+    def _run(self, claim: Claim | None, number: int, seed: int, point: Point) -> tuple[str, float, dict[str, Any]]:
+        """(how the run ended, its objective, its commit and table); raises EarlyEnd."""
+        torch.compiler.reset()  # graphs of the trials before would count against the recompile limit
+        # What training prints is the same 80 times over: it goes to a file.
+        with self._log(number) as log, contextlib.redirect_stdout(log):
+            run = build_run(self._search.run_config(self._folder, number, seed, point), self._world)
+            of_run = {"commit": run.meta["commit"], "table": run.meta["mup"]["sha256"]}
+
+            def look(record: Mapping[str, Any]) -> None:
+                self._look(claim, number, seed, record)
+
+            try:
+                outcome = train(dataclasses.replace(run, metrics=cast(Metrics, Watched(run.metrics, look))))
+            finally:
+                run.metrics.close()
+                if run.lock is not None:
+                    run.lock.close()
+        folder = run.folder
+        del run, look
+        gc.collect()  # a sharded model holds itself in cycles, and with it its memory
+        return outcome, self._on_all(lambda: read_metrics(folder)[-1].get(OBJECTIVE, math.nan)), of_run
+
+    def _look(self, claim: Claim | None, number: int, seed: int, record: Mapping[str, Any]) -> None:
+        """End the trial, on all ranks alike, where a figure is not finite or the study's verdict is against it."""
+        step = record["step"]
+        for key in ("loss", "val_loss", OBJECTIVE):
+            if not math.isfinite(record.get(key, 0.0)):
+                raise EarlyEnd("diverged", f"{key} is not finite at step {step}")
+        if record.get("skipped_steps") and "loss" not in record:
+            raise EarlyEnd("diverged", f"no step since the last log line had finite gradients, step {step}")
+        if OBJECTIVE not in record:
+            return
+        loss = record[OBJECTIVE]
+        steps = self._search.proxy().train.steps
+        self._tell(f"trial {number}  step {step}/{steps}  {OBJECTIVE} {loss:.4g}")
+        verdict = self._on_all(lambda: self._verdict(claim, seed, step, loss))
+        if verdict is not None:
+            raise EarlyEnd(*verdict)
+
+    def _verdict(self, claim: Claim | None, seed: int, step: int, loss: float) -> tuple[State, str] | None:
+        if self._study is None or claim is None:
+            return None
+        # The study knows one curve a trial: that of its first seed.
+        return self._study.diverged(claim.number, step, loss) if seed else self._study.report(claim, step, loss)
+
+    def _on_all(self, make: Callable[[], T]) -> T:
+        """make() on rank 0; what it returned, on all ranks."""
+        box = [on_rank_0(self._world, make)]
+        dist.broadcast_object_list(box, src=0, group=self._world.control)
+        return cast(T, box[0])
+
+    def _tell(self, text: str) -> None:
+        if self._world.rank == 0:
+            self._say(text)
+
+    def _log(self, number: int) -> Any:
+        folder = self._folder / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / f"{number:04d}_rank{self._world.rank}.log", "a", buffering=1)
