@@ -36,6 +36,7 @@ from .health import Health, Watched
 from .mup.table import MuTable
 from .parallel.engine import Engine
 from .parallel.mesh import World
+from .state import Objective
 
 STATE, GRADIENTS, UPDATE = "state", "gradients", "update"
 ACTIVATIONS, GATHERED, ACCUMULATED = "activations", "gather buffers", "accumulated gradients"
@@ -235,7 +236,9 @@ def profile(config: TrainConfig, world_size: int, rank: int = 0) -> Profile:
     """Simulate; a second or two for small models, half a minute for 18B. Raises ConfigError as resolve does."""
     config = simulated_config(config)
     resolved = resolve(config, world_size)
-    table = build_mup_table(config)
+    table, objective = build_mup_table(config), build_objective(config, resolved)
+    # Tables that an objective makes once for the whole process must be real ones.
+    objective.draw(torch.zeros(1, config.autoencoder.channels, 1, 1), torch.zeros(1, dtype=torch.int64))
     with simulated_world(world_size, resolved.shard, rank) as (world, account):
         engine = build_engine(config, table, world)
         parameters = _nbytes(engine.master_shards().values())
@@ -246,7 +249,7 @@ def profile(config: TrainConfig, world_size: int, rank: int = 0) -> Profile:
         health = Health({name: Watched(row.role, config.optim.eps) for name, row in table.rows.items()}, 1)
 
         def step(rows: int, micro_batches: int) -> Step:
-            return _step(config, world_size, account, world, engine, ema, health, rows, micro_batches)
+            return _step(config, objective, account, world, engine, ema, health, rows, micro_batches)
 
         rows = resolved.micro_batch_rows
         small, large = (rows // 2, rows) if rows > 1 else (1, 2)
@@ -266,7 +269,7 @@ def simulated_config(config: TrainConfig) -> TrainConfig:
 
 def _step(
     config: TrainConfig,
-    world_size: int,
+    objective: Objective,
     account: Rank,
     world: World,
     engine: Engine,
@@ -276,7 +279,7 @@ def _step(
     micro_batches: int,
 ) -> Step:
     """As the loop's train_step, at a log step."""
-    frozen, objective = FrozenParts(config, world), build_objective(config, resolve(config, world_size))
+    frozen = FrozenParts(config, world)
     account.reset()
     for number in range(micro_batches):
         account.kind = ACTIVATIONS

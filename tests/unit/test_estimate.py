@@ -19,6 +19,7 @@ from trainer.config import TrainConfig, load_config, resolve
 from trainer.ema import EMA
 from trainer.estimate import Memory, Profile, _batch, profile
 from trainer.frozen import FrozenParts
+from trainer.health import Health, Watched
 from trainer.parallel.mesh import World, init_world
 
 SMALL = ("data.shards=synthetic", "text_encoder.width=32", "text_encoder.max_length=16", "train.sample_every=0")
@@ -46,6 +47,8 @@ def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, in
     frozen = FrozenParts(config, world)
     engine = build_engine(config, build_mup_table(config), world)
     ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
+    rows_of = build_mup_table(config).rows
+    health = Health({name: Watched(row.role, config.optim.eps) for name, row in rows_of.items()}, replicas=1)
     state = 4 * sum(p.numel() for p in engine.model.parameters()) * (3 + len(config.ema.decays))
     for step in range(2):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -56,7 +59,7 @@ def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, in
             del prediction
             engine.backward(loss, last=True)
             del encoded, draw, loss
-            ema.update(step, engine.step(1e-3).skipped)
+            ema.update(step, engine.step(1e-3, health).skipped)
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
