@@ -27,6 +27,9 @@ def main() -> int:
     if state != "preempted":
         print(f"the run is {state or 'not started'}; exit code {arguments.exit_code}", flush=True)
         return 0 if state == "finished" else arguments.exit_code
+    if os.environ.get("MUDIT_REQUEUE") == "0":
+        print("the run was preempted: the next job of the chain goes on with it", flush=True)
+        return 0
     job = os.environ["SLURM_JOB_ID"]
     print(f"the run was preempted: requeueing job {job}", flush=True)
     return subprocess.run(["scontrol", "requeue", job], check=False).returncode

@@ -1,11 +1,11 @@
 """Submit a run to Slurm: check the config, freeze code and config into the run folder, write the job, sbatch it.
 
 python launch/submit.py --config mmdit_18b_mup.yaml --nodes 32 --gpus-per-node 8 --partition gpu --time 24:00:00 \\
-    [--account A] [--qos Q] [--container IMAGE | --apptainer IMAGE.sif] [--chain N] [--dry-run] [section.key=value ...]
+    [--account A] [--qos Q] [--container IMAGE | --apptainer IMAGE.sif] [--chain N] [--dry-run] [key=value ...]
 
-A job that is told to stop (by its time limit, or `scancel --batch --signal=USR1 JOB`) saves and requeues itself. Where a
-cluster forbids that, --chain N submits N jobs, each after the one before it. The same command again goes on with the
-run; what is frozen lies in runs/NAME/jobs/NNN. --dry-run prints the script and writes nothing.
+A job that is told to stop (by its time limit, or `scancel --batch --signal=USR1 JOB`) saves and requeues itself. Where
+a cluster forbids that, --chain N submits N jobs, each after the one before it. The same command again goes on with
+the run; what is frozen lies in runs/NAME/jobs/NNN. --dry-run prints the script and writes nothing.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from trainer.config import ConfigError, TrainConfig, load_config, resolve, to_ya
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("models", "data", "trainer", "launch", "configs")
 TEMPLATE = ROOT / "launch" / "slurm" / "train.sbatch"
-LADDER_PARAMETERS = 1e9  # a model above this should have climbed launch/ladder.py
 
 
 def main() -> int:
@@ -40,7 +39,7 @@ def main() -> int:
     parser.add_argument("--apptainer", metavar="IMAGE", help="image for apptainer exec --nv")
     parser.add_argument("--signal-seconds", type=int, default=300, help="warning before the time limit")
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs one after another, not requeued")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other, such as --mem=0")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--mem=0")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     a = parser.parse_intermixed_args()
@@ -48,8 +47,10 @@ def main() -> int:
         raise ConfigError("--nodes and --chain must be at least 1, --gpus-per-node at least 0")
     if a.container and a.apptainer:
         raise ConfigError("--container and --apptainer exclude each other")
-    config = load_config(a.config, [*a.overrides])
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})})
+    config = load_config(a.config, a.overrides)
+    # What is frozen lies in the run folder, wherever the job starts.
+    placed = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    config = config.model_copy(update={"run": placed})
     resolve(config, a.nodes * max(1, a.gpus_per_node))
     warn_without_ladder(config)
 
@@ -62,17 +63,17 @@ def main() -> int:
         "--requeue" if a.chain == 1 else "--no-requeue", "--open-mode=append", f"--output={folder}/slurm-%j.out",
         f"--signal=B:USR1@{a.signal_seconds}", *a.sbatch,
     ]  # fmt: skip
-    settings = {"MUDIT_CODE": str(folder / "code")}
-    if not a.gpus_per_node:
-        settings["MUDIT_PROCESSES"] = "1"
     mounts = f"{Path.cwd()}:{Path.cwd()},{config.run.dir}:{config.run.dir}"
+    settings = {
+        "MUDIT_CODE": str(folder / "code"),
+        "MUDIT_PYTHON": "python" if a.container or a.apptainer else sys.executable,
+        "MUDIT_REQUEUE": str(int(a.chain == 1)),
+    }
     if a.container:
-        settings |= {"MUDIT_PYTHON": "python", "MUDIT_SRUN": f"--container-image={a.container} --container-mounts={mounts}"}
-    elif a.apptainer:
-        settings |= {"MUDIT_PYTHON": "python", "MUDIT_INSIDE": f"apptainer exec --nv --bind {mounts} {a.apptainer}"}
-    else:
-        settings["MUDIT_PYTHON"] = sys.executable
-    script = job_script(options, settings, a.chain == 1)
+        settings["MUDIT_SRUN"] = f"--container-image={a.container} --container-mounts={mounts}"
+    if a.apptainer:
+        settings["MUDIT_INSIDE"] = f"apptainer exec --nv --bind {mounts} {a.apptainer}"
+    script = job_script(options, settings)
     if a.dry_run:
         print(script)
         return 0
@@ -84,12 +85,11 @@ def main() -> int:
     return 0
 
 
-def job_script(options: Sequence[str], settings: dict[str, str], requeue: bool) -> str:
+def job_script(options: Sequence[str], settings: dict[str, str]) -> str:
     """train.sbatch with these options in the place of its own, and these settings."""
     shebang, *lines = TEMPLATE.read_text().splitlines()
     body = [line for line in lines if not line.startswith("#")]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]
-    exports += [] if requeue else ["export MUDIT_REQUEUE=0"]
     return "\n".join([shebang, *(f"#SBATCH {option}" for option in options), *exports, *body]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The simulated step against real ones: state to the byte, FLOPs to the operation, activations by the CPU's allocator."""
+"""The simulated step against a real one: state to the byte, FLOPs to the operation, the rest by the CPU's allocator."""
 
 import json
 import sys
@@ -60,7 +60,8 @@ def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, in
             engine.backward(loss, last=True)
             del encoded, draw, loss
             ema.update(step, engine.step(1e-3, health).skipped)
-    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -166,7 +167,7 @@ def test_encoders_are_counted(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(60))
     local = load_config("mmdit_18b_mup.yaml", [f"text_encoder.path={tmp_path}", "text_encoder.subfolder=null"])
     assert estimate.encoder_bytes(local)["text_encoder"] == 30
-    with pytest.raises(estimate.ConfigError, match="text_encoder.path"):
+    with pytest.raises(estimate.ConfigError, match="text_encoder.width 100"):
         estimate.encoder_bytes(load_config("mmdit_18b_mup.yaml", ["text_encoder.width=100"]))
 
 
