@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,8 +111,8 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     daemons: list[subprocess.Popen[bytes]] = []
 
     def start(name: str, *arguments: str) -> None:
-        log = open(folder / f"{name}.out", "wb")  # noqa: SIM115 (the daemon's)
-        daemons.append(subprocess.Popen([name, *arguments], env=slurm.environment, stdout=log, stderr=log))
+        with open(folder / f"{name}.out", "wb") as log:
+            daemons.append(subprocess.Popen([name, *arguments], env=slurm.environment, stdout=log, stderr=log))
 
     try:
         start(
@@ -122,7 +122,7 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         _until(lambda: (folder / "munge.socket").exists(), "munged")
         start("slurmctld", "-D", "-c", "-f", str(folder / "slurm.conf"))
         start("slurmd", "-D", "-c", "-N", host, "-f", str(folder / "slurm.conf"))
-        _until(lambda: _idle(slurm), "slurmd", lambda: slurm.logs())
+        _until(lambda: _idle(slurm), "slurmd", slurm.logs)
         yield slurm
     finally:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired, OSError):
@@ -144,10 +144,10 @@ def _idle(slurm: Slurm) -> bool:
     return done.stdout.strip() == "idle"
 
 
-def _until(true: object, what: str, logs: object = None) -> None:
+def _until(true: Callable[[], bool], what: str, logs: Callable[[], str] = lambda: "") -> None:
     deadline = time.monotonic() + 60
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() < deadline, f"{what} did not come up: {logs() if logs else ''}"  # type: ignore[operator]
+    while not true():
+        assert time.monotonic() < deadline, f"waited in vain for {what}: {logs()}"
         time.sleep(0.2)
 
 

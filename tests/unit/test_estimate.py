@@ -167,7 +167,7 @@ def test_encoders_are_counted(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(60))
     local = load_config("mmdit_18b_mup.yaml", [f"text_encoder.path={tmp_path}", "text_encoder.subfolder=null"])
     assert estimate.encoder_bytes(local)["text_encoder"] == 30
-    with pytest.raises(estimate.ConfigError, match="text_encoder.width 100"):
+    with pytest.raises(estimate.ConfigError, match=r"text_encoder\.width 100"):
         estimate.encoder_bytes(load_config("mmdit_18b_mup.yaml", ["text_encoder.width=100"]))
 
 
