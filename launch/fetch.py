@@ -2,7 +2,7 @@
 
 python launch/fetch.py --config mmdit_18b_mup.yaml [--to FOLDER] [section.key=value ...]
 
-They go into the Hugging Face cache (HF_HOME), which all nodes must share, or into --to FOLDER; then the two paths to
+They go into the Hugging Face cache (HF_HOME), which all nodes must share, or into --to FOLDER, and then the paths to
 set are printed. Only what training reads is fetched: configs, tokenizers, *.safetensors. A licence that must be
 accepted on the hub's page needs HF_TOKEN.
 """
@@ -10,10 +10,38 @@ accepted on the hub's page needs HF_TOKEN.
 import argparse
 from pathlib import Path
 
-from data.config import NONE
-from data.encoders import fetch
+from transformers.utils.hub import snapshot_download
+
+from data.config import NONE, DataError
 from launch.common import run
 from trainer.config import load_config
+
+_READ = ("*.json", "*.safetensors", "*.model", "*.txt")
+
+
+def fetch(key: str, path: str, subfolder: str | None, to: Path | None) -> Path:
+    """Folder that holds the files which `path` has on the hub; DataError where they cannot be had."""
+    # A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3.
+    folders = (
+        [""]
+        if subfolder is None
+        else [f"{part}/" for part in (subfolder, subfolder.replace("text_encoder", "tokenizer"))]
+    )
+    try:
+        return Path(
+            snapshot_download(
+                path,
+                local_dir=None if to is None else to / path,
+                allow_patterns=[folder + pattern for folder in folders for pattern in _READ],
+                ignore_patterns=["*.fp16*"],  # a second copy
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{key}: {path!r} is no local folder and cannot be had from the hub ({reason}); check the name, the "
+            "network, HF_HUB_OFFLINE, and HF_TOKEN for a licence that must be accepted"
+        ) from None
 
 
 def main() -> int:
