@@ -92,3 +92,15 @@ def test_by_hand_and_a_mistake(cluster: Slurm, tmp_path: Path) -> None:
     ended = sbatch("mmdit_debug_mup.yaml", f"run.dir={tmp_path}", "model.widht=64")
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
     assert "model.widht: unknown key" in (tmp_path / f"{ended['JobId']}.out").read_text()
+
+
+def test_preflight_under_srun(cluster: Slurm) -> None:
+    done = subprocess.run(
+        ["srun", "--ntasks=2", sys.executable, "launch/preflight.py", "--config", "mmdit_debug_mup.yaml",
+         "data.shards=synthetic", "--process-nodes", "--least", "0.01", "--json"],
+        cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert [each["node"] for each in found["processes"]] == ["process 0", "process 1"]
+    assert all(each["matmul"] > 0 and min(each["reduce"].values()) > 0 for each in found["processes"])
