@@ -158,9 +158,10 @@ def clock(world: World) -> float:
 
 
 def versions(device: torch.device) -> str:
-    cuda = device.type == "cuda"
-    gpu = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version()}"
-    return f"Python {platform.python_version()}, torch {torch.__version__}, {gpu if cuda else 'no GPU'}"
+    gpu = "no GPU"
+    if device.type == "cuda":
+        gpu = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version()}"
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}"
 
 
 def judge(found: Sequence[Found], least: float, clock_s: float) -> list[str]:
