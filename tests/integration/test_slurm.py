@@ -1,6 +1,9 @@
 """Jobs on a real Slurm: submitted, trained, preempted by a signal, requeued, resumed, finished."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -72,35 +75,65 @@ def test_preempted_requeued_resumed_finished(
     assert exact(read_metrics(folder)) == exact(uninterrupted)
 
 
-def test_by_hand_and_a_mistake(cluster: Slurm, tmp_path: Path) -> None:
-    """sbatch with the script of the repository; a config that does not exist fails once and is not repeated."""
-
-    def sbatch(config: str, *overrides: str) -> dict[str, str]:
-        done = subprocess.run(
-            ["sbatch", "--parsable", "--nodes=1", f"--output={tmp_path}/%j.out", "launch/slurm/train.sbatch", config,
-             *overrides],
-            cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return cluster.wait(int(done.stdout), "COMPLETED", "FAILED", "CANCELLED")
-
-    ended = sbatch("mmdit_debug_mup.yaml", f"run.dir={tmp_path}", "run.name=hand", *SMALL, "train.steps=3")
-    log = (tmp_path / f"{ended['JobId']}.out").read_text()
-    assert ended["JobState"] == "COMPLETED", log
-    assert json.loads((tmp_path / "hand" / "status.json").read_text())["state"] == "finished"
-
-    ended = sbatch("mmdit_debug_mup.yaml", f"run.dir={tmp_path}", "model.widht=64")
-    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
-    assert "model.widht: unknown key" in (tmp_path / f"{ended['JobId']}.out").read_text()
-
-
-def test_preflight_under_srun(cluster: Slurm) -> None:
+def test_a_mistake_is_not_repeated(cluster: Slurm, tmp_path: Path) -> None:
+    """A job that fails at its start ends, although the run was preempted before."""
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "status.json").write_text('{"state": "preempted"}')
+    os.utime(tmp_path / "job" / "status.json", (1, 1))
+    command = ["sbatch", "--parsable", "--nodes=1", f"--output={tmp_path}/%j.out", "launch/slurm/train.sbatch"]
+    arguments = ["mmdit_debug_mup.yaml", f"run.dir={tmp_path}", "run.name=job", "data.shards=nowhere"]
     done = subprocess.run(
-        ["srun", "--ntasks=2", sys.executable, "launch/preflight.py", "--config", "mmdit_debug_mup.yaml",
-         "data.shards=synthetic", "--process-nodes", "--least", "0.01", "--json"],
-        cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [*command, *arguments], cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    ended = cluster.wait(int(done.stdout), "COMPLETED", "FAILED", "CANCELLED")
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
+    assert "data.shards" in (tmp_path / f"{ended['JobId']}.out").read_text()
+
+
+# docs/cluster.md at debug size: other values of options, and what is added to a command.
+VALUES = {
+    "--config": "mmdit_debug_mup.yaml", "--gpus": "2", "--nodes": "1", "--ntasks-per-node": "2", "--gpus-per-node": "2",
+    "--partition": slurm.PARTITION, "--time": "00:10:00", "--widths": "128,256,512", "--steps": "4", "--processes": "1",
+}  # fmt: skip
+OVERRIDES = (
+    "data.shards=synthetic", "text_encoder.path=none", "text_encoder.max_length=8", "text_encoder.width=32",
+    "validation.samples=4", "train.steps=4", "train.sample_every=0",
+)  # fmt: skip
+ADDED = {
+    "launch/preflight.py": ("--process-nodes", "--least", "0.01"),
+    "launch/ladder.py": ("--tolerance", "1"),
+    "launch/submit.py": ("run.name=submitted",),
+    "launch/slurm/train.sbatch": ("run.name=by_hand",),
+}
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: next(w for w in line.split() if w.startswith("launch/")))
+def test_commands_of_the_page(cluster: Slurm, tmp_path: Path, line: str) -> None:
+    words = shlex.split(line)
+    script = next(word for word in words if word.startswith("launch/"))
+    command = [VALUES.get(option, word) for option, word in zip(["", *words], words, strict=False)]
+    command = [sys.executable if word == "python" else word.replace("18b", "debug") for word in command]
+    command += [*ADDED.get(script, ()), *OVERRIDES, f"run.dir={tmp_path}"]
+    if command[0] == "sbatch":
+        command[1:1] = ["--parsable", f"--output={tmp_path}/%j.out"]
+    done = subprocess.run(command, cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert [each["node"] for each in found["processes"]] == ["process 0", "process 1"]
-    assert all(each["matmul"] > 0 and min(each["reduce"].values()) > 0 for each in found["processes"])
+    if script in ("launch/submit.py", "launch/slurm/train.sbatch"):
+        job = cluster.wait(int(re.findall(r"\d+", done.stdout)[0]), "COMPLETED", "FAILED", "CANCELLED")
+        assert job["JobState"] == "COMPLETED", Path(job["StdOut"]).read_text()
+        (status,) = tmp_path.glob("*/status.json")
+        assert json.loads(status.read_text())["state"] == "finished"
+    elif script == "launch/ladder.py":
+        (ladder,) = tmp_path.glob("*_ladder/ladder.json")
+        found = json.loads(ladder.read_text())
+        assert found["passed"] is True
+        assert list(found["val_loss"]) == ["128", "256", "512"]
+        assert (ladder.parent / "ladder.png").stat().st_size > 1000
+    elif script == "launch/preflight.py":
+        assert "all-reduce" in done.stdout
