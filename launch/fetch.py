@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers.utils.hub import snapshot_download
 
-from data.config import NONE, DataError
+from data.config import NONE, AutoencoderConfig, DataError, TextEncoderConfig
 from launch.common import run
 from trainer.config import load_config
 
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
-    named = {"autoencoder": config.autoencoder}
+    named: dict[str, AutoencoderConfig | TextEncoderConfig] = {"autoencoder": config.autoencoder}
     if config.label_classes is None:
         named["text_encoder"] = config.text_encoder
     for section, encoder in named.items():

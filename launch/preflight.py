@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from data.config import SYNTHETIC
 from data.index import open_shards
@@ -106,11 +107,11 @@ def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
     cuda = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
     a = torch.ones(n, n, dtype=dtype, device=device)
-    a @ a
+    torch.mm(a, a)
     count, began = 0, _now(device)
     while (passed := _now(device) - began) < seconds:
         for _ in range(10):
-            a @ a
+            torch.mm(a, a)
         count += 10
     return 2 * n**3 * count / passed / 1e12
 
@@ -160,7 +161,7 @@ def clock(world: World) -> float:
 def versions(device: torch.device) -> str:
     gpu = "no GPU"
     if device.type == "cuda":
-        gpu = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version()}"
+        gpu = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, NCCL {nccl.version()}"
     return f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}"
 
 

@@ -9,12 +9,12 @@ from launch import preflight
 from launch.common import run
 
 if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
-    product = torch.Tensor.__matmul__
+    product = torch.mm
 
     def slow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         time.sleep(0.5)
         return product(a, b)
 
-    torch.Tensor.__matmul__ = slow  # type: ignore[method-assign]
+    preflight.torch.mm = slow
 
 run(preflight.main)

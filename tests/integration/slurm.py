@@ -65,7 +65,7 @@ class Slurm:
     def environment(self) -> dict[str, str]:
         """For every command that is to talk to this cluster; nothing of an outer job."""
         outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        return outer | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *command: str) -> str:
         """Output of a command; an exit code other than 0 fails with what it said."""
@@ -76,7 +76,7 @@ class Slurm:
     def job(self, number: int) -> dict[str, str]:
         """What scontrol says of a job: JobState, Restarts, ..."""
         text = self.run("scontrol", "--oneliner", "show", "job", str(number))
-        return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
+        return {word.partition("=")[0]: word.partition("=")[2] for word in text.split() if "=" in word}
 
     def wait(self, number: int, *states: str, timeout_s: float = 180.0) -> dict[str, str]:
         """Until the job is in one of `states`. One that was requeued may start at once rather than in two minutes."""
