@@ -61,6 +61,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/hadolint docker/Dockerfile
 
 schema: .venv/ready
 	$(BIN)/python -m trainer.config > configs/schema.json

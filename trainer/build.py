@@ -326,7 +326,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
             "mup": table.to_json(),
             "fingerprints": fingerprints,
             "versions": {name: version(name) for name in _PACKAGES},
-            "commit": _commit(),
+            "commit": commit(),
         },
         state=state,
         lock=lock,
@@ -474,9 +474,11 @@ def _count(table: MuTable) -> float:
     return sum(float(np.prod(row.shape)) for row in table.rows.values()) / 1e9
 
 
-def _commit() -> str:
-    """Commit of the code, "" outside a checkout."""
+def commit() -> str:
+    """Commit of the code, also of a frozen copy (launch/submit.py); "" elsewhere outside a checkout."""
     root = Path(__file__).resolve().parent.parent
+    if (frozen := root / "COMMIT").is_file():
+        return frozen.read_text().strip()
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     except OSError:  # no git on this machine

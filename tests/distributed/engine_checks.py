@@ -282,6 +282,16 @@ def bf16_keeps_fp32_masters(world: World) -> dict[str, Any]:
     }
 
 
+def state_bytes(world: World) -> list[int]:
+    """What this rank holds for weights, optimizer and EMA, by their storages."""
+    engine = made(configured(), world)
+    ema = EMA(engine.master_shards(), (0.9999,), warmup=True)
+    tensors = engine._tensors({})
+    optimizer = [t.to_local() if isinstance(t, DTensor) else t for n, t in tensors.items() if n[:6] != "model/"]
+    groups = (engine.master_shards().values(), optimizer, ema.tensors().values())
+    return [sum(tensor.untyped_storage().nbytes() for tensor in group) for group in groups]
+
+
 CHECKS: tuple[Callable[[World], Any], ...] = (
     init_does_not_depend_on_sharding,
     optimizer_settings_are_the_tables,
@@ -293,6 +303,7 @@ CHECKS: tuple[Callable[[World], Any], ...] = (
     save_and_load,
     a_failing_rank_fails_all,
     bf16_keeps_fp32_masters,
+    state_bytes,
 )
 
 

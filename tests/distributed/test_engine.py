@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from trainer.estimate import profile
+
+from .engine_checks import configured
 from .runs import ROOT, environment
 
 Results = list[dict[str, Any]]
@@ -89,3 +92,9 @@ def test_bf16_keeps_fp32_masters_and_uncast_times(ranks: Results) -> None:
         assert found["sinusoids_differ_by"] > 0.5
         assert found["sinusoids_off_by"] == 0.0
         assert found["gradients_beyond_bf16"] > 0.2
+
+
+def test_simulated_state_is_the_real_one_to_the_byte(ranks: Results) -> None:
+    for number, r in enumerate(ranks):
+        simulated = profile(configured(), 2, rank=number)
+        assert [simulated.parameters, simulated.optimizer, simulated.ema] == r["state_bytes"], f"rank {number}"

@@ -1,0 +1,281 @@
+"""Memory, FLOPs, traffic, time and cost of a config on a cluster, without a GPU: from one step in a simulated world.
+
+python launch/estimate.py --config mmdit_18b_mup.yaml --gpus 256 [--json] [section.key=value ...]
+
+Exits 0 where the run fits into the GPU's memory, 1 where it does not. Measured on no GPU are: what CUDA, NCCL and the
+allocator hold beside the tensors (RESERVED_GIB), and the encoders' own working memory before a step.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.config import AutoencoderConfig, TextEncoderConfig
+from launch.common import run
+from trainer.build import build_mup_table
+from trainer.config import ConfigError, Resolved, TrainConfig, load_config, resolve
+from trainer.estimate import Memory, Profile, Step, profile, true_flops
+
+GIB = 2**30
+RESERVED_GIB = 3.0  # CUDA context, NCCL's buffers, fragmentation
+CARDS_GB = (80, 141)  # H100, H200
+NODE = 8  # GPUs that a node of the smallest cluster has; below a node any number will do
+
+# Parameters of T5-v1.1's encoders by width, and of Stable Diffusion's autoencoders: the files need not be here.
+T5_PARAMETERS = {512: 35.3e6, 768: 109.6e6, 1024: 341.2e6, 2048: 1.22e9, 4096: 4.76e9}
+AUTOENCODER_PARAMETERS = 83.7e6
+
+
+@dataclass(frozen=True)
+class Cluster:
+    gpus: int
+    memory_gb: float
+    """As sold: 1e9 bytes each, a little less than what the device has."""
+    peak_tflops: float
+    mfu: float
+    price: float
+    """Of a GPU-hour, in dollars."""
+    network_gb_s: float
+    """Of a GPU to the other nodes."""
+
+    @property
+    def usable(self) -> int:
+        return usable_bytes(self.memory_gb)
+
+
+def usable_bytes(memory_gb: float) -> int:
+    return round(memory_gb * 1e9 - RESERVED_GIB * GIB)
+
+
+def encoder_bytes(config: TrainConfig) -> dict[str, int]:
+    """Weights of the frozen encoders on each GPU: text in bf16, images in fp32."""
+    text, images = config.text_encoder, config.autoencoder
+    found = {}
+    if config.label_classes is None and text.path != "none":
+        parameters = _stored_parameters(text)
+        if parameters is None:
+            parameters = T5_PARAMETERS.get(text.width)
+        if parameters is None:
+            raise ConfigError(
+                f"text_encoder.path {text.path!r} is no local folder and text_encoder.width {text.width} is not that "
+                f"of a T5-v1.1 ({', '.join(map(str, T5_PARAMETERS))}): fetch it first (launch/fetch.py)"
+            )
+        found["text_encoder"] = round(2 * parameters)
+    if images.path != "none":
+        found["autoencoder"] = round(4 * (_stored_parameters(images) or AUTOENCODER_PARAMETERS))
+    return found
+
+
+def _stored_parameters(encoder: TextEncoderConfig | AutoencoderConfig) -> int | None:
+    """Numbers in the safetensors files of a local folder, from their headers; None where there are none."""
+    files = sorted((Path(encoder.path) / (encoder.subfolder or "")).glob("*.safetensors"))
+    total = 0
+    for path in files:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total if files else None
+
+
+def micro_batches(config: TrainConfig, gpus: int, rows: int) -> int:
+    return math.ceil(math.ceil(config.train.global_batch_size / gpus) / rows)
+
+
+def smallest_count(config: TrainConfig, memory: Memory, usable: int) -> tuple[int, int] | None:
+    """(fewest GPUs that hold the run, samples of a micro-batch there): whole nodes above one node, the weights sharded
+    over all. None where the global batch does not feed enough of them."""
+    batch = config.train.global_batch_size
+    for gpus in (*range(1, NODE), *range(NODE, batch + 1, NODE)):
+        share = -(-batch // gpus)
+        if memory.total(gpus, share, False) <= usable:
+            return gpus, share
+        rows = min(share - 1, memory.largest_rows(gpus, usable, True))
+        if rows >= 1:
+            return gpus, rows
+    return None
+
+
+def traffic(config: TrainConfig, resolved: Resolved, step: Step, parameters: int, count: int) -> dict[str, Any]:
+    """Collectives of a step and the bytes that a GPU receives by them; weights are gathered in every micro-batch."""
+    found = {}
+    for name, factor in (("_allgather_base_", count), ("_reduce_scatter_base_", 1)):
+        if name in step.traffic:
+            calls, size = step.traffic[name]
+            found[name.strip("_").replace("_base", "")] = {"calls": calls * factor, "gib": size * factor / GIB}
+    replicas = resolved.world_size // resolved.shard
+    if replicas > 1:
+        size = 2 * parameters * (replicas - 1) / replicas
+        found["allreduce"] = {"calls": step.traffic["_reduce_scatter_base_"].calls, "gib": size / GIB}
+    return found
+
+
+def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = None) -> dict[str, Any]:
+    """Everything that is printed, as JSON. simulated: a profile of this config that is there already."""
+    resolved = resolve(config, cluster.gpus)
+    table = build_mup_table(config)
+    simulated = simulated or profile(config, cluster.gpus)
+    encoders = encoder_bytes(config)
+    online = Memory(simulated, table, sum(encoders.values()))
+    cached = Memory(simulated, table)
+    rows = resolved.micro_batch_rows
+    count = micro_batches(config, cluster.gpus, rows)
+    step = simulated.steps[1]
+    parameters = sum(math.prod(row.shape) for row in table.rows.values())
+
+    image_flops = true_flops(config)
+    recompute = round(step.flops["recompute"] / step.rows)
+    text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # 2 FLOPs a weight, 2 bytes a weight
+    batch, rate = config.train.global_batch_size, cluster.gpus * cluster.peak_tflops * 1e12 * cluster.mfu
+    moved = traffic(config, resolved, step, 4 * parameters // resolved.shard, count)
+    network_s = sum(entry["gib"] for entry in moved.values()) * GIB / (cluster.network_gb_s * 1e9)
+    full, weights = 4 * parameters * (3 + len(config.ema.decays)), 4 * parameters
+
+    def timed(flops: int) -> dict[str, float]:
+        seconds = batch * flops / rate
+        hours = seconds * config.train.steps / 3600
+        dollars = hours * cluster.gpus * cluster.price
+        return {"step_s": seconds, "images_per_s": batch / seconds, "days": hours / 24, "dollars": dollars}
+
+    def placed(memory: Memory) -> dict[str, Any]:
+        parts = memory.parts(resolved.shard, rows, count > 1)
+        total = sum(parts.values())
+        fewest = {f"{gb}_gb": smallest_count(config, memory, usable_bytes(gb)) for gb in CARDS_GB}
+        return {
+            **{part: size / GIB for part, size in parts.items()},
+            "total": total / GIB,
+            "usable": cluster.usable / GIB,
+            "fits": total <= cluster.usable,
+            "largest_micro_batch": memory.largest_rows(resolved.shard, cluster.usable, False),
+            "smallest_gpus": {
+                card: None if found is None else {"gpus": found[0], "micro_batch": found[1]}
+                for card, found in fewest.items()
+            },
+        }
+
+    result = {
+        "config": config.run.name,
+        "gpus": cluster.gpus,
+        "parameters": parameters,
+        "flops_per_image": image_flops,
+        "recompute_flops_per_image": recompute,
+        "text_encoder_flops_per_image": text_flops,
+        "micro_batch": rows,
+        "micro_batches": count,
+        "shard": resolved.shard,
+        "memory_gib": placed(online),
+        "memory_cached_gib": placed(cached),
+        "collectives": {**moved, "seconds_at_network_rate": network_s},
+        "mfu": cluster.mfu,
+        "time": timed(image_flops + text_flops),
+        "time_cached": timed(image_flops),
+        "checkpoint_gib": {
+            "training": full / GIB,
+            "kept": full * config.run.keep_last / GIB,
+            "ema_weights": weights / GIB,
+            "bf16_weights": weights / 2 / GIB,
+        },
+    }
+    result["advice"] = advice(config, cluster, result)
+    return result
+
+
+def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list[str]:
+    """What to do, in words."""
+    online, cached = found["memory_gib"], found["memory_cached_gib"]
+    checkpointing = config.parallel.activation_checkpointing
+    said = []
+    if online["fits"]:
+        said.append(f"It fits: {online['total']:.1f} of {online['usable']:.1f} GiB.")
+    elif cached["fits"]:
+        said.append("It fits only without the encoders on the GPU: precompute latents and text states.")
+    else:
+        said.append(f"It does not fit: {cached['total']:.1f} of {cached['usable']:.1f} GiB even without encoders.")
+        if found["micro_batches"] > 1 and cached["gradients"] > max(cached["activations"], cached["parameters"]):
+            said.append(
+                "Accumulation keeps whole gradients: give each GPU its share in one micro-batch (more GPUs, or "
+                "parallel.activation_checkpointing), rather than several small ones."
+            )
+        elif cached["largest_micro_batch"] >= 1:
+            said.append(f"A micro-batch of {cached['largest_micro_batch']} would: train.micro_batch_size.")
+        if checkpointing != "full":
+            said.append("parallel.activation_checkpointing=full trades activations for recomputation.")
+        if found["shard"] < found["gpus"]:
+            said.append("parallel.shard=0 shards the weights over all GPUs.")
+    seconds, network = found["time"]["step_s"], found["collectives"]["seconds_at_network_rate"]
+    if network > seconds:
+        said.append(
+            f"The network is the limit: {network:.2f} s a step at {cluster.network_gb_s:g} GB/s a GPU, {seconds:.2f} s "
+            "of arithmetic. A larger global batch or fewer GPUs would use them better; so does parallel.shard = the "
+            "GPUs of a few nodes, where memory allows."
+        )
+    elif network > 0.5 * seconds:
+        said.append(f"Traffic ({network:.2f} s a step) hides behind arithmetic ({seconds:.2f} s) only if it overlaps.")
+    if online["fits"] and checkpointing != "none":
+        said.append("Try parallel.activation_checkpointing=none in another estimate: what fits without is faster.")
+    return said
+
+
+def describe(found: dict[str, Any], cluster: Cluster) -> str:
+    parts = [part for part in found["memory_gib"] if part not in ("usable", "fits", "largest_micro_batch")][:-1]
+    columns = ("memory_gib", "memory_cached_gib")
+    lines = [
+        f"{found['config']} on {found['gpus']} GPUs of {cluster.memory_gb:g} GB: "
+        f"{found['parameters'] / 1e9:.2f} B parameters, sharded over {found['shard']}; micro-batch "
+        f"{found['micro_batch']} x {found['micro_batches']} a GPU",
+        f"FLOPs an image: {found['flops_per_image'] / 1e12:.2f} T (forward and backward), "
+        f"+ {found['recompute_flops_per_image'] / 1e12:.2f} T recomputed, "
+        f"+ {found['text_encoder_flops_per_image'] / 1e12:.2f} T text encoder when online",
+        "",
+        f"{'GiB a GPU, at the peak':<28}{'online':>10}{'cached':>10}",
+        *(f"{part.replace('_', ' '):<28}" + "".join(f"{found[c][part]:10.2f}" for c in columns) for part in parts),
+        f"{'usable':<28}" + "".join(f"{found[c]['usable']:10.2f}" for c in columns),
+        f"{'largest micro-batch':<28}" + "".join(f"{found[c]['largest_micro_batch']:10d}" for c in columns),
+    ]
+    for card in found["memory_gib"]["smallest_gpus"]:
+        fewest = [found[c]["smallest_gpus"][card] for c in columns]
+        texts = ["none" if f is None else f"{f['gpus']} (x {f['micro_batch']})" for f in fewest]
+        lines.append(f"{'fewest GPUs of ' + card.replace('_gb', ' GB'):<28}" + "".join(f"{t:>10}" for t in texts))
+    moved = {name: entry for name, entry in found["collectives"].items() if isinstance(entry, dict)}
+    lines += [
+        "",
+        "received a GPU and step: "
+        + ", ".join(f"{entry['gib']:.1f} GiB by {entry['calls']} {name}" for name, entry in moved.items())
+        + f"; {found['collectives']['seconds_at_network_rate']:.2f} s at {cluster.network_gb_s:g} GB/s",
+        *(
+            f"at {cluster.mfu:.0%} MFU of {cluster.peak_tflops:g} TFLOP/s, encoders {name}: "
+            f"{t['step_s']:.2f} s a step, {t['images_per_s']:.0f} images/s, {t['days']:.1f} days, ${t['dollars']:,.0f}"
+            for name, t in (("online", found["time"]), ("cached", found["time_cached"]))
+        ),
+        "checkpoint: "
+        + ", ".join(f"{name.replace('_', ' ')} {size:.1f} GiB" for name, size in found["checkpoint_gib"].items()),
+        "",
+        *found["advice"],
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a path, or a name under configs/")
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpu-memory-gb", type=float, default=80.0)
+    parser.add_argument("--gpu-tflops", type=float, default=989.0, help="peak in bf16 without sparsity")
+    parser.add_argument("--mfu", type=float, default=0.35, help="model FLOP/s over peak, as you expect or measured it")
+    parser.add_argument("--price", type=float, default=2.5, help="dollars a GPU-hour")
+    parser.add_argument("--network-gb-s", type=float, default=50.0, help="GB/s a GPU between nodes (400 Gbit/s: 50)")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    a = parser.parse_intermixed_args()
+    if min(a.gpus, a.gpu_memory_gb, a.gpu_tflops, a.mfu, a.network_gb_s) <= 0 or a.mfu > 1 or a.price < 0:
+        raise ConfigError("--gpus, --gpu-memory-gb, --gpu-tflops, --mfu (at most 1) and --network-gb-s are positive")
+    cluster = Cluster(a.gpus, a.gpu_memory_gb, a.gpu_tflops, a.mfu, a.price, a.network_gb_s)
+    found = estimate(load_config(a.config, a.overrides), cluster)
+    print(json.dumps(found, indent=1) if a.json else describe(found, cluster))
+    return 0 if found["memory_gib"]["fits"] or found["memory_cached_gib"]["fits"] else 1
+
+
+if __name__ == "__main__":
+    run(main)

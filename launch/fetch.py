@@ -1,0 +1,69 @@
+"""Bring the encoders that a config names, on a node with a network; jobs then run with HF_HUB_OFFLINE=1.
+
+python launch/fetch.py --config mmdit_18b_mup.yaml [--to FOLDER] [section.key=value ...]
+
+They go into the Hugging Face cache (HF_HOME), which all nodes must share, or into --to FOLDER, and then the paths to
+set are printed. Only what training reads is fetched: configs, tokenizers, *.safetensors. A licence that must be
+accepted on the hub's page needs HF_TOKEN.
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers.utils.hub import snapshot_download
+
+from data.config import NONE, AutoencoderConfig, DataError, TextEncoderConfig
+from launch.common import run
+from trainer.config import load_config
+
+_READ = ("*.json", "*.safetensors", "*.model", "*.txt")
+
+
+def fetch(key: str, path: str, subfolder: str | None, to: Path | None) -> Path:
+    """Folder that holds the files which `path` has on the hub; DataError where they cannot be had."""
+    # A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3.
+    folders = (
+        [""]
+        if subfolder is None
+        else [f"{part}/" for part in (subfolder, subfolder.replace("text_encoder", "tokenizer"))]
+    )
+    try:
+        return Path(
+            snapshot_download(
+                path,
+                local_dir=None if to is None else to / path,
+                allow_patterns=[folder + pattern for folder in folders for pattern in _READ],
+                ignore_patterns=["*.fp16*"],  # a second copy
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{key}: {path!r} is no local folder and cannot be had from the hub ({reason}); check the name, the "
+            "network, HF_HUB_OFFLINE, and HF_TOKEN for a licence that must be accepted"
+        ) from None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a path, or a name under configs/")
+    parser.add_argument("--to", type=Path, help="folder, instead of the cache")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.config, arguments.overrides)
+    named: dict[str, AutoencoderConfig | TextEncoderConfig] = {"autoencoder": config.autoencoder}
+    if config.label_classes is None:
+        named["text_encoder"] = config.text_encoder
+    for section, encoder in named.items():
+        if encoder.path == NONE:
+            print(f"{section}: none is named")
+        elif Path(encoder.path).is_dir():
+            print(f"{section}: {encoder.path} is a local folder")
+        else:
+            folder = fetch(f"{section}.path", encoder.path, encoder.subfolder, arguments.to)
+            print(f"{section}: {folder}" if arguments.to is None else f"{section}.path={folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

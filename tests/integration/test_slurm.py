@@ -1,0 +1,139 @@
+"""Jobs on a real Slurm: submitted, trained, preempted by a signal, requeued, resumed, finished."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.runs import ROOT, environment, exact, last_step, train
+from trainer.metrics import read_metrics
+
+from . import slurm
+from .slurm import Slurm
+
+SMALL = ("train.steps=30", "train.sample_every=0", "train.checkpoint_every=10", "validation.samples=4")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if reason := slurm.why_not():
+        pytest.skip(f"no Slurm: {reason}")
+    with slurm.cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+def variables(cluster: Slurm) -> dict[str, str]:
+    return {**environment(), **cluster.environment, "PYTHONPATH": str(ROOT)}
+
+
+def test_preempted_requeued_resumed_finished(
+    cluster: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "job"
+    done = subprocess.run(
+        [
+            sys.executable, "launch/submit.py", "--config", "mmdit_debug_mup.yaml", "--nodes", "1",
+            "--gpus-per-node", "2", "--partition", slurm.PARTITION, "--time", "00:30:00",
+            f"run.dir={tmp_path}", "run.name=job", *SMALL,
+        ],
+        cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    number = int(done.stdout.split()[1].rstrip(":"))
+    log = folder / "jobs" / "001" / f"slurm-{number}.out"
+    try:
+        deadline = time.monotonic() + 180
+        while last_step(folder) < 5:
+            assert time.monotonic() < deadline, "the job logs nothing"
+            time.sleep(0.05)
+        cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+        while cluster.job(number)["Restarts"] == "0":
+            assert time.monotonic() < deadline, "the job was not requeued"
+            time.sleep(0.2)
+        stopped = json.loads((folder / "status.json").read_text())
+        assert stopped["state"] == "preempted"
+        assert 5 <= stopped["step"] < 30
+        ended = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED")
+    finally:
+        said = log.read_text() if log.is_file() else "no log"
+        with capsys.disabled():
+            print("\n".join(["", *(line for line in said.splitlines() if "job " in line or "resum" in line)]))
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), said
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert f"resuming {folder}/checkpoints/step_{stopped['step']:08d}" in said
+    meta = json.loads((folder / "checkpoints" / "step_00000030" / "meta.json").read_text())
+    assert meta["commit"] == (folder / "jobs" / "001" / "code" / "COMMIT").read_text().strip()
+
+    uninterrupted = train(2, tmp_path / "uninterrupted", *SMALL)
+    assert exact(read_metrics(folder)) == exact(uninterrupted)
+
+
+def test_a_mistake_is_not_repeated(cluster: Slurm, tmp_path: Path) -> None:
+    """A job that fails at its start ends, although the run was preempted before."""
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "status.json").write_text('{"state": "preempted"}')
+    os.utime(tmp_path / "job" / "status.json", (1, 1))
+    command = ["sbatch", "--parsable", "--nodes=1", f"--output={tmp_path}/%j.out", "launch/slurm/train.sbatch"]
+    arguments = ["mmdit_debug_mup.yaml", f"run.dir={tmp_path}", "run.name=job", "data.shards=nowhere"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    ended = cluster.wait(int(done.stdout), "COMPLETED", "FAILED", "CANCELLED")
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
+    assert "data.shards" in (tmp_path / f"{ended['JobId']}.out").read_text()
+
+
+# docs/cluster.md at debug size: other values of options, and what is added to a command.
+VALUES = {
+    "--config": "mmdit_debug_mup.yaml", "--gpus": "2", "--nodes": "1", "--ntasks-per-node": "2", "--gpus-per-node": "2",
+    "--partition": slurm.PARTITION, "--time": "00:10:00", "--widths": "128,256,512", "--steps": "4", "--processes": "1",
+}  # fmt: skip
+OVERRIDES = (
+    "data.shards=synthetic", "text_encoder.path=none", "text_encoder.max_length=8", "text_encoder.width=32",
+    "validation.samples=4", "train.steps=4", "train.sample_every=0",
+)  # fmt: skip
+ADDED = {
+    "launch/preflight.py": ("--process-nodes", "--least", "0.01"),
+    "launch/ladder.py": ("--tolerance", "1"),
+    "launch/submit.py": ("run.name=submitted",),
+    "launch/slurm/train.sbatch": ("run.name=by_hand",),
+}
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: next(w for w in line.split() if w.startswith("launch/")))
+def test_commands_of_the_page(cluster: Slurm, tmp_path: Path, line: str) -> None:
+    words = shlex.split(line)
+    script = next(word for word in words if word.startswith("launch/"))
+    command = [VALUES.get(option, word) for option, word in zip(["", *words], words, strict=False)]
+    command = [sys.executable if word == "python" else word.replace("18b", "debug") for word in command]
+    command += [*ADDED.get(script, ()), *OVERRIDES, f"run.dir={tmp_path}"]
+    if command[0] == "sbatch":
+        command[1:1] = ["--parsable", f"--output={tmp_path}/%j.out"]
+    done = subprocess.run(command, cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if script in ("launch/submit.py", "launch/slurm/train.sbatch"):
+        job = cluster.wait(int(re.findall(r"\d+", done.stdout)[0]), "COMPLETED", "FAILED", "CANCELLED")
+        assert job["JobState"] == "COMPLETED", Path(job["StdOut"]).read_text()
+        (status,) = tmp_path.glob("*/status.json")
+        assert json.loads(status.read_text())["state"] == "finished"
+    elif script == "launch/ladder.py":
+        (ladder,) = tmp_path.glob("*_ladder/ladder.json")
+        found = json.loads(ladder.read_text())
+        assert found["passed"] is True
+        assert list(found["val_loss"]) == ["128", "256", "512"]
+        assert (ladder.parent / "ladder.png").stat().st_size > 1000
+    elif script == "launch/preflight.py":
+        assert "all-reduce" in done.stdout

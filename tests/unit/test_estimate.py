@@ -1,0 +1,187 @@
+"""The simulated step against a real one: state to the byte, FLOPs to the operation, the rest by the CPU's allocator."""
+
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch import estimate
+from launch.estimate import Cluster
+from models.flops import forward_flops
+from trainer.build import build_engine, build_mup_table, build_objective
+from trainer.config import TrainConfig, load_config, resolve
+from trainer.ema import EMA
+from trainer.estimate import Memory, Profile, _batch, profile
+from trainer.frozen import FrozenParts
+from trainer.health import Health, Watched
+from trainer.parallel.mesh import World, init_world
+
+SMALL = ("data.shards=synthetic", "text_encoder.path=none", "text_encoder.width=32", "text_encoder.max_length=16")
+TOLERANCE = 0.03
+
+
+def configured(name: str, *overrides: str) -> TrainConfig:
+    return load_config(name, [*SMALL, *overrides])
+
+
+@contextmanager
+def real_world() -> Iterator[World]:
+    world = init_world(1)
+    torch.backends.cuda.enable_flash_sdp(True)  # as the simulation, which stands for a GPU
+    try:
+        yield world
+    finally:
+        torch.backends.cuda.enable_flash_sdp(False)
+        dist.destroy_process_group()
+
+
+def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, int]:
+    """(bytes of weights, optimizer and EMA; the most that a step held beside them), by the CPU's allocator."""
+    objective = build_objective(config, resolve(config, world.size))
+    frozen = FrozenParts(config, world)
+    engine = build_engine(config, build_mup_table(config), world)
+    ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
+    rows_of = build_mup_table(config).rows
+    health = Health({name: Watched(row.role, config.optim.eps) for name, row in rows_of.items()}, replicas=1)
+    state = 4 * sum(p.numel() for p in engine.model.parameters()) * (3 + len(config.ema.decays))
+
+    def one_step() -> None:
+        encoded = frozen.encode(_batch(config, rows))
+        draw = objective.draw(encoded.x0, encoded.keys)
+        prediction, _ = engine.model(draw.x_t, draw.t, encoded.condition)
+        loss = (encoded.weight * objective.loss(prediction, draw)).sum()
+        del prediction
+        engine.backward(loss, last=True)
+        del encoded, draw, loss
+        ema.update(0, engine.step(1e-3, health).skipped)
+
+    one_step()
+    gc.collect()  # what an earlier test left must not be given back within the measurement
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        one_step()
+    assert profiled.profiler is not None
+    results: Any = profiled.profiler.kineto_results
+    held = most = 0
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return state, most
+
+
+def test_memory_of_a_step_is_what_the_allocator_sees() -> None:
+    """Of a backbone without an RMSNorm, which a GPU computes in one kernel and a CPU in seven."""
+    config = configured("pixart_debug_mup.yaml", "train.global_batch_size=16", "parallel.precision=bf16")
+    simulated = profile(config, 1)
+    with real_world() as world:
+        state, most = measured_step(config, world, rows=16)
+    parts = Memory(simulated, build_mup_table(config)).parts(1, 16, False)
+    scalars = 4 * len(list(build_mup_table(config).rows))  # Adam's step counts
+    assert parts["parameters"] + parts["optimizer"] + parts["ema"] == state + scalars
+    transient = parts["gradients"] + parts["activations"] + parts["gather_buffers"]
+    assert transient == pytest.approx(most, rel=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Profile:
+    return profile(configured("mmdit_debug_mup.yaml", "train.global_batch_size=16"), 4)
+
+
+def test_flops_are_the_formulas(simulated: Profile) -> None:
+    c = configured("mmdit_debug_mup.yaml")
+    text = c.text_encoder
+    forward = forward_flops(c.model, c.autoencoder.channels, text.width, c.image_tokens, text.max_length)
+    for step in simulated.steps:
+        assert step.flops["forward"] == step.rows * forward
+        assert step.flops["recompute"] == 0
+        # The first layers need no gradient of their input.
+        assert 0.9 * 2 * step.rows * forward < step.flops["backward"] <= 2 * step.rows * forward
+
+
+def test_traffic_is_the_weights(simulated: Profile) -> None:
+    """Gathered for the forward and the backward pass, reduced once, three quarters of it from the other three ranks."""
+    table = build_mup_table(configured("mmdit_debug_mup.yaml"))
+    numbers = sum(torch.Size(row.shape).numel() for row in table.rows.values())
+    step = simulated.steps[0]
+    gathered, reduced = step.traffic["_allgather_base_"], step.traffic["_reduce_scatter_base_"]
+    assert (gathered.calls, reduced.calls) == (6, 3)  # two blocks and the rest
+    assert gathered.bytes == pytest.approx(2 * 2 * numbers * 3 / 4, rel=0.02)  # bf16; a little is padding
+    assert reduced.bytes == pytest.approx(4 * numbers * 3 / 4, rel=0.02)
+    assert simulated.accumulating.traffic["_allgather_base_"].calls == 12
+
+
+def test_other_counts_and_batches_follow(simulated: Profile) -> None:
+    """One profile tells what another simulation of another world says."""
+    config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16")
+    memory, other = (Memory(p, build_mup_table(config)) for p in (simulated, profile(config, 2)))
+    for rows in (2, 8):
+        told, found = memory.parts(2, rows, False), other.parts(2, rows, False)
+        assert told["parameters"] == found["parameters"]
+        assert sum(told.values()) == pytest.approx(sum(found.values()), rel=0.05)
+    assert memory.total(4, 4, True) > memory.total(4, 4, False) + 2 * simulated.parameters  # whole gradients are kept
+    limit = memory.total(4, 9, False)
+    assert memory.largest_rows(4, limit, False) == 9
+    assert memory.largest_rows(4, limit - 1, False) == 8
+    assert memory.largest_rows(4, 0, False) == 0
+
+
+def report(name: str, gpus: int, memory_gb: float, *overrides: str) -> dict[str, Any]:
+    cluster = Cluster(gpus, memory_gb, peak_tflops=989.0, mfu=0.5, price=2.0, network_gb_s=50.0)
+    return estimate.estimate(configured(name, *overrides), cluster)
+
+
+def test_report(simulated: Profile) -> None:
+    config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "train.steps=3600")
+    found = estimate.estimate(config, Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0), simulated)
+    memory = found["memory_gib"]
+    parts = ("parameters", "gradients", "optimizer", "ema", "activations", "gather_buffers", "encoders")
+    assert memory["total"] == pytest.approx(sum(memory[part] for part in parts))
+    assert memory["fits"] is True
+    assert memory["smallest_gpus"]["80_gb"] == {"gpus": 1, "micro_batch": 16}
+    seconds = 16 * (found["flops_per_image"] + found["text_encoder_flops_per_image"]) / (4 * 100e12 * 0.5)
+    assert found["time"]["step_s"] == pytest.approx(seconds)
+    assert found["time"]["dollars"] == pytest.approx(seconds * 4 * 2.0)  # 3600 steps: an hour per second of a step
+    numbers = found["parameters"]
+    assert found["checkpoint_gib"]["training"] == pytest.approx(16 * numbers / 2**30)  # weights, moments, one average
+    text = estimate.describe(found, Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0))
+    assert "It fits" in text
+    json.dumps(found)
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(simulated: Profile) -> None:
+    config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "train.micro_batch_size=64")
+    tiny = (estimate.RESERVED_GIB * 2**30 + 1.3e6) / 1e9
+    found = estimate.estimate(config, Cluster(4, tiny, 100.0, 0.5, 2.0, 50.0), simulated)
+    assert found["memory_cached_gib"]["fits"] is False
+    assert any("does not fit" in line for line in found["advice"])
+    assert any("activation_checkpointing=full" in line for line in found["advice"])
+
+
+def test_encoders_are_counted(tmp_path: Path) -> None:
+    sd3 = load_config("mmdit_18b_mup.yaml")
+    found = estimate.encoder_bytes(sd3)
+    assert found["text_encoder"] == pytest.approx(9.5e9, rel=0.01)  # T5-XXL's encoder in bf16
+    header = json.dumps({"w": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}, "__metadata__": {}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(60))
+    local = load_config("mmdit_18b_mup.yaml", [f"text_encoder.path={tmp_path}", "text_encoder.subfolder=null"])
+    assert estimate.encoder_bytes(local)["text_encoder"] == 30
+    with pytest.raises(estimate.ConfigError, match=r"text_encoder\.width 100"):
+        estimate.encoder_bytes(load_config("mmdit_18b_mup.yaml", ["text_encoder.width=100"]))
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["estimate.py", "--config", "mmdit_debug_mup.yaml", "--gpus", "2", "--json", *SMALL]
+    monkeypatch.setattr(sys, "argv", command)
+    assert estimate.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"parameters", "flops_per_image", "memory_gib"} <= found.keys()
+    monkeypatch.setattr(sys, "argv", [*command, "--mfu", "2"])
+    with pytest.raises(estimate.ConfigError, match="--mfu"):
+        estimate.main()

@@ -1,0 +1,92 @@
+"""The job that launch/submit.py writes, without a Slurm: options, settings, refusals, and when a job is requeued."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import requeue, submit
+from launch.common import ConfigError
+
+CLUSTER = ("--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--time", "01:00:00")
+
+
+def submitted(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, config: str = "mmdit_debug_mup") -> int:
+    command = ["submit.py", "--config", f"{config}.yaml", *CLUSTER, f"run.dir={folder}", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    return submit.main()
+
+
+def test_dry_run_prints_a_script_that_bash_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--account", "me", "--qos", "high", "--container", "registry/image:1", "--sbatch=--mem=0")
+    assert submitted(monkeypatch, tmp_path, "--dry-run", *more) == 0
+    script = capsys.readouterr().out
+    for option in ("nodes=2", "gpus-per-node=4", "account=me", "qos=high", "mem=0", "requeue", "signal=B:USR1@300"):
+        assert f"#SBATCH --{option}\n" in script
+    assert "export MUDIT_SRUN='--container-image=registry/image:1 --container-mounts=" in script
+    assert script.count("--job-name") == 1  # the template's own options are gone
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_apptainer_and_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submitted(monkeypatch, tmp_path, "--dry-run", "--apptainer", "image.sif", "--chain", "3") == 0
+    script = capsys.readouterr().out
+    assert "apptainer exec --nv" in script
+    assert "#SBATCH --no-requeue\n" in script
+    assert "export MUDIT_REQUEUE=0\n" in script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("model.widht=64",), "model.widht: unknown key"),
+        (("train.global_batch_size=4",), "8 processes need train.global_batch_size"),
+        (("--container", "a", "--apptainer", "b"), "exclude each other"),
+        (("--chain", "0"), "--chain"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        submitted(monkeypatch, tmp_path, *arguments)
+
+
+def test_no_sbatch_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="login node"):
+        submitted(monkeypatch, tmp_path)
+
+
+def test_a_target_without_a_ladder_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(config: str) -> bool:
+        submitted(monkeypatch, tmp_path, "--dry-run", config=config)
+        return "launch/ladder.py" in capsys.readouterr().err
+
+    assert warned("mmdit_18b_mup")
+    assert not warned("mmdit_0.18b_mup")  # the proxy is what a ladder stands on
+    ladder = tmp_path / "mmdit_18b_mup_ladder" / "ladder.json"
+    ladder.parent.mkdir()
+    ladder.write_text(json.dumps({"passed": False}))
+    assert warned("mmdit_18b_mup")
+    ladder.write_text(json.dumps({"passed": True}))
+    assert not warned("mmdit_18b_mup")
+
+
+def test_only_a_state_of_this_start_counts(tmp_path: Path) -> None:
+    """A start that dies at once must not be requeued because the one before it was preempted."""
+    status = tmp_path / "status.json"
+    assert requeue.state_since(status, 0.0) is None
+    status.write_text('{"state": "preempted"}')
+    written = status.stat().st_mtime
+    assert requeue.state_since(status, int(written)) == "preempted"
+    assert requeue.state_since(status, written + 2) is None
