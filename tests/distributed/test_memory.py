@@ -31,9 +31,10 @@ def test_trains_alike(ranks: Results, way: str) -> None:
 
 
 def test_collectives_of_a_step(ranks: Results) -> None:
-    """Four groups, two micro-batches: gradients are reduced once; weights that stay are gathered once."""
+    """Four groups, two micro-batches: weights and gradients are whole as briefly as can be; where weights stay, they
+    are gathered once and gradients reduced once. Replicas are summed once."""
     gathers, once = "_allgather_base_", {"_allgather_base_": 4, "_reduce_scatter_base_": 4}
-    freed = {**once, gathers: 2 * (4 + 3)}  # forward; again in backward, but for the root
+    freed = {gathers: 2 * (4 + 3), "_reduce_scatter_base_": 2 * 4}  # forward; again in backward, but for the root
     for r in ranks:
         assert r["collectives"] == {
             "free": freed, "prefetch": freed, "keep": once, "keep_offload": once, "replicas": {"allreduce_": 4},
