@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
-from data.config import SYNTHETIC
-from data.index import open_shards
+from data.config import DataConfig
+from data.store import Patience, Remote, Shard, open_shards, read_remote, stamp
 from launch.common import run
 from trainer.config import load_config
 from trainer.parallel.mesh import World, init_world
 
-READ_BYTES = 64 * 2**20
+READ_BYTES, CHUNK_BYTES = 64 * 2**20, 2**22
 
 
 class Found(NamedTuple):
@@ -57,7 +57,7 @@ def main() -> int:
     under_srun()
     world = init_world(1)
     try:
-        found = measure(world, config.data.shards, arguments.process_nodes)
+        found = measure(world, config.data, arguments.process_nodes)
         problems = judge(found, arguments.least, arguments.clock_s)
         if world.rank == 0:
             written = {"passed": not problems, "problems": problems, "processes": [each._asdict() for each in found]}
@@ -84,7 +84,7 @@ def under_srun() -> None:
     }
 
 
-def measure(world: World, shards: str, process_nodes: bool) -> list[Found]:
+def measure(world: World, data: DataConfig, process_nodes: bool) -> list[Found]:
     """The findings of all processes, in their order."""
     node = f"process {world.rank}" if process_nodes else socket.gethostname()
     nodes: list[Any] = [None] * world.size
@@ -92,7 +92,7 @@ def measure(world: World, shards: str, process_nodes: bool) -> list[Found]:
     mine = Found(
         node,
         matmul_rate(world.device),
-        None if shards == SYNTHETIC else read_rate(open_shards(shards), world.rank),
+        None if data.synthetic else read_rate(open_shards(data.all_sources()[0].shards), world.rank),
         reduce_rates(world, nodes),
         clock(world),
         versions(world.device),
@@ -116,15 +116,22 @@ def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
     return 2 * n**3 * count / passed / 1e12
 
 
-def read_rate(shards: Sequence[Path], rank: int) -> float:
+def read_rate(shards: Sequence[Shard], rank: int) -> float:
     """MB/s from a shard that no other process reads, if there are enough."""
-    with open(shards[rank % len(shards)], "rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
+    shard, patience = shards[rank % len(shards)], Patience()
+    size = min(stamp(shard, patience)[0], READ_BYTES)
+    if isinstance(shard, Path) and hasattr(os, "posix_fadvise"):
+        with open(shard, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # not from this node's memory
-        began, total = time.perf_counter(), 0
-        while total < READ_BYTES and (part := file.read(2**20)):
-            total += len(part)
-    return total / (time.perf_counter() - began) / 1e6
+    began = time.perf_counter()
+    for start in range(0, size, CHUNK_BYTES):
+        count = min(CHUNK_BYTES, size - start)
+        if isinstance(shard, Remote):
+            read_remote(shard.url, start, start + count, patience, start)
+        else:
+            with open(shard, "rb", buffering=0) as file:
+                os.pread(file.fileno(), count, start)
+    return size / (time.perf_counter() - began) / 1e6
 
 
 def reduce_rates(world: World, nodes: Sequence[str], repeats: int = 5) -> dict[str, float]:
