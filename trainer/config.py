@@ -332,7 +332,10 @@ def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -
                 expected = f"{', '.join(MODEL_KINDS)}{nearest(str(kind), list(MODEL_KINDS))}"
                 problems.append(f"{key}.kind: {kind!r} is none of {expected}")
                 continue
-            if item["type"] in ("extra_forbidden", "unexpected_keyword_argument") or key in unknown:
+            if key in unknown:
+                continue
+            if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+                problems.append(f"{key}: unknown key")  # inside a list
                 continue
             message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
             got = "" if item["type"] == "value_error" else f", got {item['input']!r}"

@@ -391,6 +391,13 @@ def test_no_conflict(overrides: list[str]) -> None:
     load_config(DEBUG, overrides)
 
 
+def test_unknown_key_in_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("data:\n  sources:\n    - {shards: a.tar, wieght: 2}\n")
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.wieght: unknown key$"):
+        load_config(str(path))
+
+
 def test_all_conflicts_at_once() -> None:
     text = message("data.resolution=30", "mup.base_width=40", "optim.schedule=wsd", "ema.decays=[]")
     assert all(key in text for key in ("data.resolution", "mup.base_width", "optim.decay_steps", "ema.decays"))
