@@ -41,7 +41,7 @@ class Raw:
 
     def read_into(self, offset: int, target: np.ndarray) -> None:
         """Fill a contiguous array with the bytes at an offset; SampleError where there are too few."""
-        buffer = memoryview(target.reshape(-1).view(np.uint8))
+        buffer = target.reshape(-1).view(np.uint8).data
         if self.fill is not None:
             self.fill(offset, buffer)
             return

@@ -65,7 +65,8 @@ class FrozenParts:
         if batch.latents is not None:
             mean, logvar = batch.latents.to(self._device, non_blocking=True), batch.logvar
         else:
-            assert batch.images is not None and self._autoencoder is not None
+            assert batch.images is not None
+            assert self._autoencoder is not None
             mean, logvar = self._autoencoder.encode(batch.images.to(self._device, non_blocking=True))
         x0 = mean.to(self.x0_dtype)
         if logvar is not None:
