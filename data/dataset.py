@@ -103,16 +103,14 @@ class Dataset:
             )
 
 
-def check_images(
-    data: DataConfig, autoencoder: AutoencoderConfig, text: TextEncoderConfig, classes: int | None
-) -> None:
-    """Raise DataError where a config cannot train on shards of images."""
+def check_images(autoencoder: AutoencoderConfig, text: TextEncoderConfig, classes: int | None) -> None:
+    """Raise DataError where a config has no encoders, which only precomputed shards train without."""
     if text.path == NONE and classes is None:
-        raise DataError(f'text_encoder.path is needed to read captions of data.shards "{data.shards}"')
+        raise DataError("text_encoder.path is none: it is needed to encode captions, give a folder or hub id")
     if autoencoder.path == NONE and autoencoder.downsample != 1:
         raise DataError(
-            f'autoencoder.path is needed to turn images of data.shards "{data.shards}" into latents; for pixels set '
-            "autoencoder.channels=3 and autoencoder.downsample=1"
+            "autoencoder.path is none: it is needed to turn images into latents and back, give a folder or hub id; for "
+            "pixels set autoencoder.channels=3 and autoencoder.downsample=1"
         )
 
 

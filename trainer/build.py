@@ -141,8 +141,10 @@ class Source:
 
     def _check_kind(self, index: ImageTextIndex) -> None:
         c = self._config
-        check = check_images if index.dataset is None else index.dataset.check
-        check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
+        if index.dataset is None:
+            check_images(c.autoencoder, c.text_encoder, c.label_classes)
+        else:
+            index.dataset.check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
 
     def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
         """The reader of one rank in a world of `size`."""
@@ -411,7 +413,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     """Load the EMA weights of a checkpoint that was trained with `config`."""
     if config.data.synthetic:
         raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
-    check_images(config.data, config.autoencoder, config.text_encoder, config.label_classes)
+    check_images(config.autoencoder, config.text_encoder, config.label_classes)
     resolved = resolve(config, world.size)
     table = build_mup_table(config)
     verify(checkpoint, world.control)

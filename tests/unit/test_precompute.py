@@ -20,7 +20,7 @@ from webdataset.compat import WebDataset
 
 from data.batch import Batch
 from data.config import DataError
-from data.dataset import Dataset, check_same_kind
+from data.dataset import Dataset, check_images, check_same_kind
 from data.debug import ensure_debug_assets
 from data.encoders import Autoencoder, load_autoencoder, load_text_encoder
 from data.images import SampleError
@@ -300,6 +300,11 @@ def test_refusals(made: Made, tmp_path: Path) -> None:
         Dataset("set", dataset.declared, "", None).check(c.data, c.autoencoder, c.text_encoder, None)
     with pytest.raises(DataError, match=r"data\.val_shards holds images and data\.shards precomputed samples"):
         check_same_kind(dataset, None)
+    without_encoder = replace(c.text_encoder, path="none"), replace(c.autoencoder, path="none")
+    with pytest.raises(DataError, match=r"text_encoder\.path is none: it is needed to encode captions"):
+        check_images(c.autoencoder, without_encoder[0], None)
+    with pytest.raises(DataError, match=r"autoencoder\.path is none: it is needed to turn images into latents"):
+        check_images(without_encoder[1], c.text_encoder, None)
     with pytest.raises(DataError, match="holds precomputed latents and shard s1 images"):
         ImageTextIndex([*made.index.paths, made.source.paths[1]])
     with pytest.raises(DataError, match=r"dataset\.json: the set there has flips True, this one False"):
