@@ -6,6 +6,7 @@ often they were stopped. It is complete or absent. `dataset.json` is written whe
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -131,10 +132,16 @@ class Precompute:
         The process that comes to find all shards complete writes dataset.json. Raises DataError where the folder holds
         another set, or one made in another way.
         """
-        self._open_folder()
-        holes: Counter[str] = Counter()
-        shards = self.shards()
-        for number in range(rank, len(shards), world):
+        shards, holes = self.shards(), Counter[str]()
+        own = range(rank, len(shards), world)
+        self._make_folder()
+        with self._locked():
+            self._open_set()
+        names = {self.path(number).name for number in own}
+        for left in self.prefix.parent.glob(".*.tar.*.tmp"):  # by a process that was killed as it wrote an index
+            if left.name[1:].partition(".tar.")[0] + ".tar" in names:
+                left.unlink()
+        for number in own:
             path = self.path(number)
             if path.exists():
                 tell(f"{path} is there")
@@ -144,17 +151,32 @@ class Precompute:
                 tell(f"{path}: {sum(len(part) for _, part in shards[number])} samples, {found.total()} of them holes")
             load_index(path)  # makes it where a kill came between
         if all(self.path(number).exists() for number in range(len(shards))):
-            self._write_declared(DATASET)
-            (self.prefix.parent / _UNFINISHED).unlink(missing_ok=True)
+            with self._locked():
+                self._write_declared(DATASET)
+                (self.prefix.parent / _UNFINISHED).unlink(missing_ok=True)
         return holes
 
-    def _open_folder(self) -> None:
-        """Make the folder, or refuse one that holds something else."""
-        folder, wanted = self.prefix.parent, self.declared()
+    def _make_folder(self) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{folder} cannot be made ({error}): choose another --output") from None
+            raise DataError(f"{self.prefix.parent} cannot be made ({error}): choose another --output") from None
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the files of the set as a whole, and clear away what killed processes have left of them."""
+        folder = self.prefix.parent
+        with open(folder / ".lock", "w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for name in (DATASET, _UNFINISHED, EMPTY_CAPTION):
+                for left in folder.glob(f".{name}.*.tmp"):
+                    left.unlink()
+            yield
+
+    def _open_set(self) -> None:
+        """Begin the set, or refuse a folder that holds something else."""
+        folder, wanted = self.prefix.parent, self.declared()
         for name in (DATASET, _UNFINISHED):
             try:
                 there = json.loads((folder / name).read_text())
@@ -227,7 +249,7 @@ class Precompute:
                         members[TEXT] = npy(np.concatenate(states))
                         size |= sample.captions._asdict() | {"tokens": [len(state) for state in states]}
                         size["captions"] = size.pop("texts")
-                    members["json"] = json.dumps(size, ensure_ascii=False)
+                    members["json"] = json.dumps(size)
                 yield members
 
     def _batches(self, samples: Samples) -> Iterator[list[_Decoded]]:

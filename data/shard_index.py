@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ _VERSION = b"3"
 _HEADER_BYTES = 1 << 16  # of an image: nearly always enough to tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
 _MAX_LABEL = 2**31 - 1
+_MAX_WEIGHT = 1e9
 SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),
@@ -111,10 +111,10 @@ def captions_of_entry(entry: dict[str, Any]) -> CaptionChoice:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise SampleError("caption: not JSON with a caption")
     weights = entry.get("weights", [1.0] * len(texts)) if "captions" in entry else [1.0]
-    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights)
-    if not numbers or len(weights) != len(texts) or not 0 < sum(weights) < math.inf:
+    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 <= w <= _MAX_WEIGHT for w in weights)
+    if not numbers or len(weights) != len(texts) or sum(weights) == 0:
         raise SampleError("caption: weights do not fit")
-    texts = [text.strip() for text in texts]
+    texts = [text.encode("utf-8", "replace").decode().strip() for text in texts]  # JSON can hold half a character
     if not all(texts):
         raise SampleError("caption: empty")
     return CaptionChoice(texts, weights)

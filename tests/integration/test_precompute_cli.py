@@ -24,7 +24,7 @@ def test_training_from_it_equals_training_from_images(tmp_path: Path) -> None:
     assert "512 samples in 2 shards: 0.00" in estimate
     assert "0.001 GPU-hours at 100.0 images/s a process (given)" in estimate
     finish(start(tmp_path / "out" / "train", 1, overrides, "--flips"))
-    assert len(contents(tmp_path / "out")) == 6
+    assert len(contents(tmp_path / "out")) == 7
 
     short = (
         "data.val_shards=null", "data.flip=0.5", "train.steps=5", "train.checkpoint_every=5", "train.validate_every=5",

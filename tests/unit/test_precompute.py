@@ -123,7 +123,7 @@ def test_bytes_do_not_depend_on_processes_and_stops(made: Made, tmp_path: Path) 
     whole = contents(tmp_path / "one")
     assert sum(name.endswith(".tar") for name in whole) == 5
     assert set(whole) == {f"train-{i:06d}.tar{end}" for i in range(5) for end in ("", ".index.parquet")} | {
-        "dataset.json", "empty_caption.npy",
+        "dataset.json", "empty_caption.npy", ".lock",
     }  # fmt: skip
     split = dataclasses.replace(task, prefix=tmp_path / "split" / "train")
     split.run(2, 3, lambda _: None)
@@ -132,6 +132,8 @@ def test_bytes_do_not_depend_on_processes_and_stops(made: Made, tmp_path: Path) 
         ImageTextIndex(open_shards(str(tmp_path / "split")))
     left = tmp_path / "split" / ".train-000000.tar.tmp"  # of a process that was killed
     left.write_bytes(b"half a shard")
+    for name in ("train-000001.tar.index.parquet", "dataset.json", ".precompute.json"):
+        (tmp_path / "split" / f".{name}.a1b2.tmp").write_bytes(b"half a file")
     (tmp_path / "split" / "train-000002.tar.index.parquet").unlink()
     for rank in (1, 0):
         split.run(rank, 2, lambda _: None)
@@ -355,6 +357,8 @@ def test_classes_need_no_text(made: Made, tmp_path: Path) -> None:
         ({"captions": ["a", "b"], "weights": [1]}, "weights do not fit"),
         ({"captions": ["a"], "weights": [0]}, "weights do not fit"),
         ({"captions": ["a"], "weights": [float("inf")]}, "weights do not fit"),
+        ({"captions": ["a"], "weights": [10**400]}, "weights do not fit"),
+        ({"captions": ["a \ud800"]}, (["a ?"], [1.0])),
         ({"captions": ["a"], "weights": "1"}, "weights do not fit"),
         ({"captions": [], "weights": []}, "not JSON with a caption"),
         ({"captions": ["a", 1]}, "not JSON with a caption"),
