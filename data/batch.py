@@ -14,7 +14,7 @@ class Batch:
     """One micro-batch of b rows; every rank sees the same b in every micro-batch.
 
     images: uint8 [b, 3, R, R], or None where latents come with the data.
-    latents: float [b, C, h, w], or None.
+    latents: float [b, C, h, w], or None; with `logvar` they are the means of posteriors.
     captions: b texts after caption dropout ("" where dropped, and for rows of weight 0).
     full_captions: b texts before caption dropout.
     text_states: float [b, L, D] with zeros where text_mask is False, or None.
@@ -25,6 +25,7 @@ class Batch:
     names: b strings "shard/key"; "" for fill-up rows and rows past the end of the data.
     holes: one reason for each unreadable sample of this batch, e.g. "image: truncated".
     read: samples attempted, readable or not.
+    logvar: float [b, C, h, w], log variances of precomputed latents, or None.
     """
 
     images: torch.Tensor | None
@@ -39,6 +40,7 @@ class Batch:
     names: list[str]
     holes: list[str]
     read: int
+    logvar: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""

@@ -66,7 +66,7 @@ class DataConfig:
 
     shards: a folder of .tar files, a .tar path, a pattern of paths with commas, braces or wildcards
         (`dir/train-{000000..000004}.tar`), or `synthetic`. URLs (s3://, https://, ...) are read in ranges; ${NAME}
-        stands for a variable of the environment.
+        stands for a variable of the environment. Shards of launch/precompute.py hold latents and text states.
     val_shards: the same for validation; None validates on the training shards.
     resolution: side of the square images in pixels.
     num_workers: reader processes a rank; 0 reads in the training process.

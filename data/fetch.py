@@ -29,11 +29,26 @@ _MAX_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors a process
 
 @dataclass(frozen=True)
 class Raw:
-    """One sample before it is decoded: its row of the index, and how to read bytes (offset, size) of its shard."""
+    """One sample before it is decoded: its row of the index, and how to read bytes (offset, size) of its shard.
+
+    fill: reads from an offset into a whole buffer, without a copy; None where the bytes come from elsewhere.
+    """
 
     shard: int
     row: np.void
     read: Callable[[int, int], bytes]
+    fill: Callable[[int, memoryview], None] | None = None
+
+    def read_into(self, offset: int, target: np.ndarray) -> None:
+        """Fill a contiguous array with the bytes at an offset; SampleError where there are too few."""
+        buffer = target.reshape(-1).view(np.uint8).data
+        if self.fill is not None:
+            self.fill(offset, buffer)
+            return
+        data = self.read(offset, len(buffer))
+        if len(data) != len(buffer):
+            raise SampleError("shard: short read")
+        buffer[:] = data
 
 
 class _Threads:
@@ -88,6 +103,15 @@ class _LocalFiles:
         if len(data) != size:
             raise SampleError("shard: short read")
         return data
+
+    def fill(self, shard: int, offset: int, buffer: memoryview) -> None:
+        """As read, into a buffer."""
+        try:
+            size = os.preadv(self.descriptor(shard), [buffer], offset)
+        except OSError as error:
+            raise SampleError("shard: read error") from error
+        if size != len(buffer):
+            raise SampleError("shard: short read")
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -154,7 +178,8 @@ class SampleFiles:
                 start = end
 
     def _raw_local(self, shard: int, row: np.void) -> Raw:
-        return Raw(shard, row, lambda offset, size: self._local.read(shard, offset, size))
+        local = self._local
+        return Raw(shard, row, lambda at, size: local.read(shard, at, size), lambda at, to: local.fill(shard, at, to))
 
     def _tell_kernel(self, shard: int, rows: np.ndarray) -> None:
         """Have the kernel read a local chunk ahead."""
@@ -183,6 +208,8 @@ class SampleFiles:
     def _ranges(self, row: np.void) -> list[tuple[int, int]]:
         """(offset, size) of what a sample needs of its tar; nothing of members that claim too much."""
         columns = ["image"] if self._images_only or row["caption_beside"] else ["image", "caption"]
+        if row["precomputed"]:
+            columns = ["image", "caption", "text"]
         ranges = [(int(row[f"{c}_offset"]), int(row[f"{c}_size"])) for c in columns]
         return [(offset, size) for offset, size in ranges if offset != ABSENT and size <= MAX_MEMBER_BYTES]
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from .captions import Captions
 from .config import DataConfig, DataError
+from .dataset import Dataset, open_dataset
 from .files import folder_once
 from .order import Part
 from .shard_index import ABSENT, ShardIndex, load_index
@@ -30,11 +31,11 @@ from .store import Patience, Remote, Shard, open_shards, stamp
 
 logger = logging.getLogger(__name__)
 
-_PACKED_VERSION = 1
+_PACKED_VERSION = 2
 _STAMP_THREADS = 32  # a store answers in tens of milliseconds, a set has thousands of shards
 COLUMNS = (
     "image_offset", "image_size", "caption_offset", "caption_size", "caption_is_json", "width", "height",
-    "caption_length", "label",
+    "caption_length", "label", "text_offset", "text_size", "precomputed",
 )  # fmt: skip
 ROW = np.dtype(
     [
@@ -48,6 +49,9 @@ ROW = np.dtype(
         ("height", "<i4"),
         ("caption_length", "<i4"),
         ("label", "<i4"),
+        ("text_offset", "<i8"),
+        ("text_size", "<i8"),
+        ("precomputed", "?"),
         ("caption_is_json", "?"),
         ("caption_beside", "?"),  # offset and size are those in captions.bin, not in the tar
     ]
@@ -67,7 +71,8 @@ class ImageTextIndex:
     shards: tar paths or URLs, or several sources of them. cache: folder for the packed index; None uses an unnamed
     one that is gone with the process. `names` are the shards' names without .tar; `shard_sizes` counts samples;
     `parts` tells the sources for the order; `fingerprint` identifies the data: names, keys, sizes and weights, not
-    the folder. The columns of all samples are attributes, numpy arrays mapped from the file.
+    the folder. `dataset` tells what precomputed shards were made with, None of images. The columns of all samples are
+    attributes, numpy arrays mapped from the file. Raises DataError where precomputed shards and others are mixed.
     """
 
     image_offset: np.ndarray
@@ -79,6 +84,9 @@ class ImageTextIndex:
     height: np.ndarray
     caption_length: np.ndarray
     label: np.ndarray
+    text_offset: np.ndarray
+    text_size: np.ndarray
+    precomputed: np.ndarray
 
     def __init__(
         self,
@@ -99,11 +107,13 @@ class ImageTextIndex:
 
         with self._folder(sources, cache, patience) as folder:
             self._open(folder)
+        self.dataset: Dataset | None = open_dataset(self.paths, patience) if self._precomputed else None
 
     def _open(self, folder: Path) -> None:
         meta = json.loads((folder / "set.json").read_text())
         self.shard_sizes: list[int] = meta["shard_sizes"]
         self.fingerprint: str = meta["fingerprint"]
+        self._precomputed: bool = meta["precomputed"]
         self._first = np.cumsum([0, *self.shard_sizes])
         self._files = {name: os.open(folder / f"{name}.bin", os.O_RDONLY) for name in ("rows", "keys", "captions")}
         weakref.finalize(self, _close, list(self._files.values()))
@@ -139,6 +149,7 @@ class ImageTextIndex:
         """Write rows.bin, keys.bin, captions.bin and set.json; one shard's index in memory at a time."""
         sizes: list[int] = []
         digests = []
+        kinds: dict[bool, str] = {}  # the last shard of each
         with (
             open(folder / "rows.bin", "wb") as rows,
             open(folder / "keys.bin", "wb") as keys,
@@ -151,6 +162,12 @@ class ImageTextIndex:
                     number = len(sizes)
                     found = load_index(shard, cache, patience, known_stamp=self.stamps[number])
                     packed, names = _pack_rows(found, keys.tell(), captions)
+                    kinds[bool(packed["precomputed"].any())] = self.names[number]
+                    if len(kinds) > 1:
+                        raise DataError(
+                            f"shard {kinds[True]} holds precomputed latents and shard {kinds[False]} images: train on "
+                            "one kind, name the other in another run"
+                        )
                     sizes.append(len(packed))
                     rows.write(packed.tobytes())
                     keys.write("".join(names).encode())
@@ -160,7 +177,8 @@ class ImageTextIndex:
         if len(sources) > 1:
             weighted = [f"{source.weight!r} {digest}" for source, digest in zip(sources, digests, strict=True)]
             fingerprint = hashlib.sha256("\n".join(weighted).encode()).hexdigest()
-        (folder / "set.json").write_text(json.dumps({"shard_sizes": sizes, "fingerprint": fingerprint}))
+        meta = {"shard_sizes": sizes, "fingerprint": fingerprint, "precomputed": True in kinds}
+        (folder / "set.json").write_text(json.dumps(meta))
 
     def __len__(self) -> int:
         """Samples in all shards."""
@@ -243,6 +261,8 @@ def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.
     digest.update("\0".join(keys).encode())
     for column in ("image_size", "caption_size"):
         digest.update(packed[column].tobytes())
+    if packed["precomputed"].any():
+        digest.update(packed["text_size"].tobytes())
     labels = packed["label"].astype("<i8")
     if (labels != ABSENT).any():  # shards without labels keep the fingerprint that runs have stored
         digest.update(labels.tobytes())

@@ -17,7 +17,9 @@ from .fetch import Raw, SampleFiles
 from .images import SampleError, decode_image
 from .index import ImageTextIndex
 from .order import Order, mix, position_keys, share_of, slots_of, uniforms
-from .shard_index import ABSENT, MAX_MEMBER_BYTES, UNREADABLE, caption_from_bytes
+from .precomputed import PrecomputedDecoder
+from .samples import captions_of, label_of, member
+from .shard_index import ABSENT
 
 _FILL_UP = -1  # position of a row that fills up the micro-batch of a short rank
 _BLOCK = 1 << 20  # samples of a set that are looked at together
@@ -59,6 +61,7 @@ class _Decoder:
         flip = uniforms(keys, "flip") < self._flip
         dropped = uniforms(keys, "caption dropout" if self._classes is None else "label dropout") < self._dropout
         crop_x, crop_y = uniforms(keys, "crop x"), uniforms(keys, "crop y")
+        choice = uniforms(keys, "caption choice")
 
         batch = Batch(
             images=torch.zeros(rows, 3, size, size, dtype=torch.uint8),
@@ -81,10 +84,13 @@ class _Decoder:
             batch.read += 1
             batch.names[i] = f"{self._index.names[sample.shard]}/{self._index.key(sample.row)}"
             try:
-                caption = self._caption(sample) if self._classes is None else ""
-                label = self._label(sample)
+                caption = ""
+                if self._classes is None:
+                    captions = captions_of(self._index, sample)
+                    caption = captions.texts[captions.pick(float(choice[i]))]
+                label = label_of(sample, self._classes)
                 crop = (float(crop_x[i]), float(crop_y[i])) if self._crop else None
-                data = self._member(sample, "image")
+                data = member(sample, "image")
                 pixels = decode_image(data, size, self._cfg.max_image_pixels, crop, bool(flip[i]))
             except SampleError as error:
                 batch.holes.append(str(error))
@@ -96,32 +102,14 @@ class _Decoder:
             batch.weight[i] = 1.0
         return batch
 
-    def _caption(self, sample: Raw) -> str:
-        if sample.row["caption_beside"] and sample.row["caption_offset"] != ABSENT:
-            return caption_from_bytes(self._index.caption_beside(sample.row), is_json=False)
-        return caption_from_bytes(self._member(sample, "caption"), bool(sample.row["caption_is_json"]))
 
-    def _label(self, sample: Raw) -> int:
-        label = int(sample.row["label"])
-        if self._classes is None:
-            return max(label, ABSENT)
-        if label == ABSENT:
-            raise SampleError("label: missing")
-        if label == UNREADABLE:
-            raise SampleError("label: not a number")
-        if label >= self._classes:
-            raise SampleError(f"label: not below model.num_classes {self._classes}")
-        return label
-
-    @staticmethod
-    def _member(sample: Raw, kind: str) -> bytes:
-        """Bytes of the sample's "image" or "caption"."""
-        offset, size = int(sample.row[f"{kind}_offset"]), int(sample.row[f"{kind}_size"])
-        if offset == ABSENT:
-            raise SampleError(f"{kind}: missing")
-        if size > MAX_MEMBER_BYTES:
-            raise SampleError("shard: member too large")
-        return sample.read(offset, size)
+def _decoder(
+    index: ImageTextIndex, cfg: DataConfig, seed: int, flip: float, dropout: float, crop: bool, classes: int | None
+) -> _Decoder | PrecomputedDecoder:
+    """What turns samples of this index into batches."""
+    if index.dataset is not None:
+        return PrecomputedDecoder(index, index.dataset, cfg, seed, flip, dropout, classes)
+    return _Decoder(index, cfg, seed, flip, dropout, crop, classes)
 
 
 class _Rows(IterableDataset[Batch]):
@@ -130,7 +118,9 @@ class _Rows(IterableDataset[Batch]):
     Worker w owns a contiguous part of the rows, so that a chunk is read by one process.
     """
 
-    def __init__(self, decoder: _Decoder, order: Order, first_step: int, slots: range, rows: int) -> None:
+    def __init__(
+        self, decoder: _Decoder | PrecomputedDecoder, order: Order, first_step: int, slots: range, rows: int
+    ) -> None:
         self._decoder, self._order, self._first_step = decoder, order, first_step
         self._slots, self._rows = slots, rows
 
@@ -188,7 +178,7 @@ class ImageTextReader:
         self._slots = slots_of(rank, world, global_batch_size)
         self._order = Order(seed, index.shard_sizes, global_batch_size, cfg.epochs, index.parts)
         dropout = caption_dropout if classes is None else cfg.label_dropout
-        self._decoder = _Decoder(index, cfg, seed, cfg.flip, dropout, crop=True, classes=classes)
+        self._decoder = _decoder(index, cfg, seed, cfg.flip, dropout, crop=True, classes=classes)
         self._workers = cfg.num_workers
         self.micro_batches, self.rows = micro_batch_shape(global_batch_size, world, micro_batch_size)
         self.fingerprint = index.fingerprint
@@ -232,7 +222,7 @@ def validation_batches(
     the same number of batches of batch_rows rows, filled up with weight 0.
     """
     bank = _bank(len(index), count)
-    decoder = _Decoder(index, cfg, _VALIDATION_SEED, flip=0.0, dropout=0.0, crop=False, classes=classes)
+    decoder = _decoder(index, cfg, _VALIDATION_SEED, flip=0.0, dropout=0.0, crop=False, classes=classes)
     numbers = [*share_of(rank, world, len(bank))]
     largest = -(-len(bank) // world)
     numbers += [_FILL_UP] * (-(-largest // batch_rows) * batch_rows - len(numbers))

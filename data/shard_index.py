@@ -1,4 +1,5 @@
-"""Index of WebDataset shards: where each sample's image and caption lie in its tar, and its class label.
+"""Index of WebDataset shards: where each sample's image and caption lie in its tar, and its class label; or its latents
+and text states, where they were precomputed.
 
 A shard's index is stored beside it as NAME.tar.index.parquet, one row a sample; that of a URL, or of a folder that
 cannot be written, in a cache folder. Member names are only ever used as keys, never as paths.
@@ -14,6 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,10 +31,11 @@ logger = logging.getLogger(__name__)
 ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
 UNREADABLE = -2  # label of a .cls member that holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
-_VERSION = b"2"
+_VERSION = b"3"
 _HEADER_BYTES = 1 << 16  # of an image: nearly always enough to tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
 _MAX_LABEL = 2**31 - 1
+_MAX_WEIGHT = 1e9
 SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),
@@ -45,8 +48,13 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("caption_length", pa.int32()),
         ("label", pa.int32()),
+        ("text_offset", pa.int64()),
+        ("text_size", pa.int64()),
+        ("precomputed", pa.bool_()),
     ]
 )
+# Members that launch/precompute.py writes; a hole tells why there is no sample.
+LATENTS, TEXT, HOLE = "latents.npy", "text.npy", "hole"
 # WebDataset's rule: the key ends at the first dot of the last path component.
 _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 
@@ -56,8 +64,10 @@ class ShardIndex:
     """Index of one shard: where the tar is and a table with the columns of SCHEMA.
 
     Offsets and sizes are bytes in the tar (ABSENT, 0 where the sample lacks the member); width and height are
-    pixels (0 where the image is unreadable); caption_length is characters (ABSENT where unreadable). label is the
-    number in the .cls member (ABSENT or UNREADABLE where there is none). stamp: identity of the tar's content.
+    pixels (0 where the image is unreadable); caption_length is characters of the longest caption (ABSENT where
+    unreadable). label is the number in the .cls member (ABSENT or UNREADABLE where there is none). Of a precomputed
+    sample "image" is the latents, width and height are those of the original, "text" is the text states, and of a hole
+    "caption" is its reason. stamp: identity of the tar's content.
     """
 
     path: Shard
@@ -65,23 +75,59 @@ class ShardIndex:
     stamp: str
 
 
-def caption_from_bytes(data: bytes, is_json: bool) -> str:
-    """Caption of a .txt or .json member, stripped; SampleError where there is none."""
+class CaptionChoice(NamedTuple):
+    """The captions of one image, stripped, and how often each is taken, relative to the others."""
+
+    texts: list[str]
+    weights: list[float]
+
+    def pick(self, chance: float) -> int:
+        """Number of the caption that a chance in [0, 1) falls on."""
+        left = chance * sum(self.weights)
+        for number, weight in enumerate(self.weights):
+            left -= weight
+            if left < 0:
+                return number
+        return max(number for number, weight in enumerate(self.weights) if weight)  # by rounding
+
+
+def json_member(data: bytes) -> dict[str, Any]:
+    """The object in a .json member; SampleError where there is none."""
     try:
-        text = data.decode("utf-8")
+        entry = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise SampleError("caption: not utf-8") from error
-    if is_json:
-        try:
-            text = json.loads(text)["caption"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SampleError("caption: not JSON with a caption") from error
-        if not isinstance(text, str):
-            raise SampleError("caption: not JSON with a caption")
-    text = text.strip()
-    if not text:
+    except (ValueError, RecursionError) as error:
+        raise SampleError("caption: not JSON with a caption") from error
+    if not isinstance(entry, dict):
+        raise SampleError("caption: not JSON with a caption")
+    return entry
+
+
+def captions_of_entry(entry: dict[str, Any]) -> CaptionChoice:
+    """Captions of {"caption": text}, or of {"captions": [text, ...], "weights": [number, ...]} where weights may be
+    left out; SampleError where there are none."""
+    texts = entry["captions"] if "captions" in entry else [entry.get("caption")]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise SampleError("caption: not JSON with a caption")
+    weights = entry.get("weights", [1.0] * len(texts)) if "captions" in entry else [1.0]
+    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 <= w <= _MAX_WEIGHT for w in weights)
+    if not numbers or len(weights) != len(texts) or sum(weights) == 0:
+        raise SampleError("caption: weights do not fit")
+    texts = [text.encode("utf-8", "replace").decode().strip() for text in texts]  # JSON can hold half a character
+    if not all(texts):
         raise SampleError("caption: empty")
-    return text
+    return CaptionChoice(texts, weights)
+
+
+def captions_from_bytes(data: bytes, is_json: bool) -> CaptionChoice:
+    """Captions of a .txt or .json member; SampleError where there are none."""
+    if is_json:
+        return captions_of_entry(json_member(data))
+    try:
+        return captions_of_entry({"caption": data.decode("utf-8")})
+    except UnicodeDecodeError as error:
+        raise SampleError("caption: not utf-8") from error
 
 
 def label_from_bytes(data: bytes) -> int:
@@ -129,7 +175,7 @@ def build_index(shard: Shard, patience: Patience = Patience()) -> pa.Table:  # n
                 logger.warning("%s ends early (%s): its last samples are missing", shard, error)
     except (TarError, SampleError, OSError) as error:
         raise DataError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
-    if not any(row["image_offset"] != ABSENT for row in rows):
+    if not any(row["image_offset"] != ABSENT or row["precomputed"] for row in rows):
         raise DataError(
             f"{shard} holds no image: expected members like KEY.jpg and KEY.txt with one of the extensions "
             f"{', '.join(IMAGE_EXTENSIONS)}; build shards with launch/shard.py"
@@ -153,17 +199,23 @@ def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> N
         return
     key = match[1].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     extension = match[2].lower()
-    if extension not in (*IMAGE_EXTENSIONS, "txt", "json", "cls"):
+    if extension not in (*IMAGE_EXTENSIONS, "txt", "json", "cls", LATENTS, TEXT, HOLE):
         return
     if not rows or rows[-1]["key"] != key:
         row: dict[str, object] = dict.fromkeys(SCHEMA.names, 0)
-        row.update(key=key, caption_is_json=False, caption_length=ABSENT)
-        row.update(image_offset=ABSENT, caption_offset=ABSENT, label=ABSENT)
+        row.update(key=key, caption_is_json=False, caption_length=ABSENT, precomputed=False)
+        row.update(image_offset=ABSENT, caption_offset=ABSENT, label=ABSENT, text_offset=ABSENT)
         rows.append(row)
     row = rows[-1]
     if extension in IMAGE_EXTENSIONS:
         row.update(image_offset=member.offset, image_size=member.size)
         row["width"], row["height"] = _size(file, member)
+    elif extension == LATENTS:
+        row.update(image_offset=member.offset, image_size=member.size, precomputed=True)
+    elif extension == TEXT:
+        row.update(text_offset=member.offset, text_size=member.size)
+    elif extension == HOLE:
+        row.update(caption_offset=member.offset, caption_size=member.size, precomputed=True)
     elif extension == "cls":
         try:
             row["label"] = label_from_bytes(_read_whole(file, member, _MAX_JSON_BYTES))
@@ -173,9 +225,19 @@ def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> N
         is_json = extension == "json"
         row.update(caption_offset=member.offset, caption_size=member.size, caption_is_json=is_json)
         try:
-            row["caption_length"] = len(caption_from_bytes(_read_whole(file, member, _MAX_JSON_BYTES), is_json))
+            data = _read_whole(file, member, _MAX_JSON_BYTES)
+            row["caption_length"] = max(len(text) for text in captions_from_bytes(data, is_json).texts)
+            if is_json and row["width"] == 0:  # of an image that follows in this tar these are overwritten
+                row["width"], row["height"] = _size_of_entry(json_member(data))
         except SampleError:
             row["caption_length"] = ABSENT
+
+
+def _size_of_entry(entry: dict[str, Any]) -> tuple[int, int]:
+    """(width, height) in pixels that a .json member tells; (0, 0) where it does not."""
+    sides = entry.get("width"), entry.get("height")
+    width, height = (side if isinstance(side, int) and 0 < side <= _MAX_LABEL else 0 for side in sides)
+    return width, height
 
 
 def index_path(tar_path: Path) -> Path:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from data.config import DataConfig, DataError
 from data.images import IMAGE_EXTENSIONS, SampleError, image_size, load_rgb
-from data.shard_index import ABSENT, caption_from_bytes, load_index
+from data.shard_index import ABSENT, captions_from_bytes, load_index
 from data.store import Shard, open_shards
 from data.write import write_shards
 from launch.common import run
@@ -56,7 +56,7 @@ def _caption_beside(image: Path) -> str:
     for extension in ("txt", "json"):
         path = image.with_suffix(f".{extension}")
         if path.is_file():
-            return caption_from_bytes(path.read_bytes(), is_json=extension == "json")
+            return captions_from_bytes(path.read_bytes(), is_json=extension == "json").texts[0]
     raise SampleError("caption: missing")
 
 

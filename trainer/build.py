@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from data.batch import Batch
 from data.config import DataConfig, DataError
+from data.dataset import check_images, check_same_kind
 from data.debug import ensure_debug_assets
 from data.index import ImageTextIndex, open_index, open_validation_index
 from data.reader import ImageTextReader, SyntheticReader, validation_batches
@@ -133,8 +134,17 @@ class Source:
         if not config.data.synthetic:
             self._index = first_on_rank_0(world, lambda: _open_index(config.data))
             self._check_length(self._index)
+            self._check_kind(self._index)
+        self.dataset = None if self._index is None else self._index.dataset  # of precomputed training shards
         reader = self.reader(world.rank, world.size)
         self.batches, self.fingerprint = reader.batches, reader.fingerprint
+
+    def _check_kind(self, index: ImageTextIndex) -> None:
+        c = self._config
+        if index.dataset is None:
+            check_images(c.autoencoder, c.text_encoder, c.label_classes)
+        else:
+            index.dataset.check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
 
     def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
         """The reader of one rank in a world of `size`."""
@@ -169,7 +179,10 @@ class Source:
         if self._config.data.val_shards is None:
             assert self._index is not None
             return self._index
-        return first_on_rank_0(self._world, lambda: _open_index(self._config.data, validation=True))
+        index = first_on_rank_0(self._world, lambda: _open_index(self._config.data, validation=True))
+        self._check_kind(index)
+        check_same_kind(self.dataset, index.dataset)
+        return index
 
     def _check_length(self, index: ImageTextIndex) -> None:
         c = self._config
@@ -230,7 +243,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if _is_debug(config.text_encoder.path):
         first_on_rank_0(world, ensure_debug_assets)
     source = Source(config, resolved, world)
-    frozen = FrozenParts(config, world)
+    frozen = FrozenParts(config, world, source.dataset)
     table = build_mup_table(config)
     fingerprints = {"data": source.fingerprint, **frozen.fingerprints()}
     assert config.run.name is not None
@@ -295,7 +308,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         metrics.status("running", state.step, text)
 
     return Run(
-        plan=_plan(config, frozen.synthetic, source.steps, world, metrics),
+        plan=_plan(config, frozen.without_images, source.steps, world, metrics),
         world=world,
         folder=folder,
         engine=engine,
@@ -343,7 +356,7 @@ def _grid_writer(
     world: World,
 ) -> Callable[[Path], None]:
     prompts = list(config.sample.prompts[: config.sample.count])
-    if not prompts and config.train.sample_every and not frozen.synthetic:
+    if not prompts and config.train.sample_every and not frozen.without_images:
         prompts = source.validation_prompts(config.sample.count)
         if not prompts:
             raise DataError("no validation sample has a prompt for the sample grids: give sample.prompts")
@@ -400,6 +413,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     """Load the EMA weights of a checkpoint that was trained with `config`."""
     if config.data.synthetic:
         raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
+    check_images(config.autoencoder, config.text_encoder, config.label_classes)
     resolved = resolve(config, world.size)
     table = build_mup_table(config)
     verify(checkpoint, world.control)
@@ -431,10 +445,12 @@ def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:
     return DDPMSampler(ddpm, config.sampler, config.sample.steps)
 
 
-def _plan(config: TrainConfig, synthetic: bool, data_steps: int | None, world: World, metrics: Metrics) -> Plan:
+def _plan(
+    config: TrainConfig, without_images: str | None, data_steps: int | None, world: World, metrics: Metrics
+) -> Plan:
     train = config.train
-    if synthetic and train.sample_every:
-        metrics.say("no sample grids: synthetic data have no captions")
+    if without_images and train.sample_every:
+        metrics.say(f"no sample grids: {without_images}")
 
     def image_flops(text_tokens: float) -> float:
         forward = forward_flops(
@@ -454,7 +470,7 @@ def _plan(config: TrainConfig, synthetic: bool, data_steps: int | None, world: W
         validate_every=train.validate_every,
         checkpoint_every=train.checkpoint_every,
         snapshot_every=train.ema_snapshot_every,
-        sample_every=0 if synthetic else train.sample_every,
+        sample_every=0 if without_images else train.sample_every,
         max_bad_share=config.data.max_bad_share,
         rollback_after=train.rollback_after,
         data_steps=data_steps,

@@ -34,13 +34,6 @@ def conflicts(c: "TrainConfig") -> Iterator[str]:
         yield f"optim.betas must lie in [0, 1), got {list(c.optim.betas)}"
     if not c.ema.decays or not all(0 < d < 1 for d in c.ema.decays) or len(set(c.ema.decays)) < len(c.ema.decays):
         yield f"ema.decays must be different numbers between 0 and 1, got {list(c.ema.decays)}"
-    if not c.data.synthetic and c.text_encoder.path == "none" and c.label_classes is None:
-        yield f'text_encoder.path is needed to read captions of data.shards "{c.data.shards}"'
-    if not c.data.synthetic and c.autoencoder.path == "none" and c.autoencoder.downsample != 1:
-        yield (
-            f'autoencoder.path is needed to turn images of data.shards "{c.data.shards}" into latents; '
-            "for pixels set autoencoder.channels=3 and autoencoder.downsample=1"
-        )
     yield from _sampling_conflicts(c)
     yield from _zero_conflicts(c)
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from data.config import DataError
+from data.config import NONE, DataError
+from data.dataset import Dataset
 from data.encoders import load_autoencoder, load_text_encoder
 from models.layers import ClassCondition, TextCondition
 
@@ -22,27 +23,39 @@ def precision_of(config: TrainConfig, world: World) -> Precision:
 class FrozenParts:
     """Autoencoder and text encoder: what turns a Batch into tensors that the model sees, and back.
 
-    With synthetic data neither is loaded: latents and text states come with the batch.
+    With synthetic data neither is loaded: latents and text states come with the batch. So they do with precomputed
+    shards (`dataset`): there an encoder is loaded where the config has one, for the sample grids.
     """
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, config: TrainConfig, world: World, dataset: Dataset | None = None) -> None:
         precision = precision_of(config, world)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
         self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
         self._device = world.device
-        self.synthetic = config.data.synthetic
+        self._dataset = dataset
         self._classes = config.label_classes
-        self._text_encoder = None
-        if not self.synthetic:
+        self._autoencoder = self._text_encoder = None
+        own = not config.data.synthetic and dataset is None
+        if own or (dataset is not None and config.autoencoder.path != NONE):
             self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
-            if self._classes is None:
-                self._text_encoder = load_text_encoder(config.text_encoder, world.device, dtype)
+        if self._classes is None and (own or (dataset is not None and config.text_encoder.path != NONE)):
+            self._text_encoder = load_text_encoder(config.text_encoder, world.device, dtype)
+        if dataset is not None:
+            for part, fingerprint in self._loaded_fingerprints().items():
+                dataset.check_encoder(part, fingerprint)
+        self.without_images = None
+        """Why no images can be sampled, where none can."""
+        if config.data.synthetic:
+            self.without_images = "synthetic data have no captions"
+        elif self._autoencoder is None or (self._classes is None and self._text_encoder is None):
+            self.without_images = "autoencoder.path and text_encoder.path are needed for them"
+
+    def _loaded_fingerprints(self) -> dict[str, str]:
+        loaded = {"autoencoder": self._autoencoder, "text_encoder": self._text_encoder}
+        return {part: encoder.fingerprint for part, encoder in loaded.items() if encoder is not None}
 
     def fingerprints(self) -> dict[str, str]:
-        if self.synthetic:
-            return {}
-        text = {} if self._text_encoder is None else {"text_encoder": self._text_encoder.fingerprint}
-        return {"autoencoder": self._autoencoder.fingerprint, **text}
+        return self._loaded_fingerprints() if self._dataset is None else self._dataset.fingerprints
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoded:
@@ -50,14 +63,15 @@ class FrozenParts:
         keys = batch.keys.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
         if batch.latents is not None:
-            x0 = batch.latents.to(self._device, self.x0_dtype, non_blocking=True)
+            mean, logvar = batch.latents.to(self._device, non_blocking=True), batch.logvar
         else:
             assert batch.images is not None
+            assert self._autoencoder is not None
             mean, logvar = self._autoencoder.encode(batch.images.to(self._device, non_blocking=True))
-            x0 = mean.to(self.x0_dtype)
-            if logvar is not None:
-                noise = normal(keys, tuple(x0.shape[1:]), "posterior").to(x0.dtype)
-                x0 = x0 + (0.5 * logvar.to(x0.dtype)).exp() * noise
+        x0 = mean.to(self.x0_dtype)
+        if logvar is not None:
+            noise = normal(keys, tuple(x0.shape[1:]), "posterior").to(x0.dtype)
+            x0 = x0 + (0.5 * logvar.to(self._device, x0.dtype, non_blocking=True)).exp() * noise
         condition = self._condition(batch)
         lengths = condition.mask.sum(1) if isinstance(condition, TextCondition) else torch.zeros_like(weight)
         return Encoded(x0, condition, keys, weight, (lengths * weight).sum())
@@ -90,4 +104,5 @@ class FrozenParts:
         return ClassCondition(torch.tensor(labels, device=self._device))
 
     def decode(self, latents: Tensor) -> Tensor:
+        assert self._autoencoder is not None
         return self._autoencoder.decode(latents)
