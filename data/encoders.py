@@ -101,41 +101,43 @@ class TextEncoder:
         self._empty: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, captions: list[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Captions -> (states [b, L, D] in the encoder's dtype, zeros past a caption's end; mask bool [b, L]).
 
-        Equal captions are encoded once, the empty caption once for ever. Nothing waits for the device.
+        length: L, where it is less than max_length. Equal captions are encoded once, the empty caption once for ever.
+        Nothing waits for the device.
         """
+        length = length or self.max_length
         if self._empty is None:
-            self._empty = self._encode([""])
+            self._empty = self._encode([""], self.max_length)
         distinct = [c for c in dict.fromkeys(captions) if c]
-        parts = [self._empty]
+        parts = [(self._empty[0][:, :length], self._empty[1][:, :length])]
         if next(self.model.parameters()).dtype == torch.float64:
             # T5 takes its norms and softmax in fp32, which turns the last bits of a padded batch into 1e-8.
             # One by one, a caption's states do not depend on what else is in the batch.
-            parts += [self._encode([c]) for c in distinct]
+            parts += [self._encode([c], length) for c in distinct]
         elif distinct:
-            parts.append(self._encode(distinct))
+            parts.append(self._encode(distinct, length))
         states, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # [1 + distinct, L, ...]
         row_of = {"": 0} | {caption: row for row, caption in enumerate(distinct, 1)}
         rows = torch.tensor([row_of[c] for c in captions]).to(states.device, non_blocking=True)
         return states[rows], mask[rows]
 
-    def _encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(states [n, L, D], mask [n, L]) from one forward at the longest true length."""
+    def _encode(self, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(states [n, L, D], mask [n, L]) from one forward at the longest true length, L = `length` tokens at most."""
         device = next(self.model.parameters()).device
         tokens = self._tokenizer(
             captions,
             padding="longest",
             padding_side="right",
             truncation=True,
-            max_length=self.max_length,
+            max_length=length,
             return_tensors="pt",
         )
         ids, mask = (tokens[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask"))
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, longest, D]
         states = states.masked_fill(mask[..., None] == 0, 0.0)
-        missing = self.max_length - mask.shape[1]
+        missing = length - mask.shape[1]
         return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data.batch import Batch
-from data.config import DataConfig, DataError
+from data.config import Cell, DataConfig, DataError
 from data.debug import ensure_debug_assets
 from data.index import ImageTextIndex, open_index, open_validation_index
 from data.reader import ImageTextReader, SyntheticReader, validation_batches
@@ -23,6 +23,7 @@ from models.configs import ModelConfig
 from models.flops import forward_flops
 from models.registry import build_model, declarations
 
+from .cells import cells_of, image_tokens, micro_batch_rows
 from .checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -139,10 +140,12 @@ class Source:
     def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
         """The reader of one rank in a world of `size`."""
         c, rows = self._config, self._resolved.micro_batch_rows
-        seed, batch, classes = c.train.seed, c.train.global_batch_size, c.label_classes
+        seed, batch = c.train.seed, c.train.global_batch_size
+        cells = {cell: micro_batch_rows(c, cell, size) for cell in cells_of(c)}
+        part = (rank, size, rows, c.label_classes, cells)
         if self._index is None:
-            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, rank, size, rows, classes)
-        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, rank, size, rows, classes)
+            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part)
+        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part)
 
     def validation(self) -> list[Batch]:
         """This rank's part of the fixed bank."""
@@ -421,7 +424,8 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
 def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow | DDPM:
     if config.objective.kind == "ddpm":
         return DDPM(config.objective.beta_schedule, config.model.learn_sigma)
-    return RectifiedFlow(config.objective.timestep_mean, config.objective.timestep_std, resolved.time_shift)
+    mean, std = config.objective.timestep_mean, config.objective.timestep_std
+    return RectifiedFlow(mean, std, resolved.time_shift, area=config.latent_size**2)
 
 
 def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:
@@ -436,12 +440,12 @@ def _plan(config: TrainConfig, synthetic: bool, data_steps: int | None, world: W
     if synthetic and train.sample_every:
         metrics.say("no sample grids: synthetic data have no captions")
 
-    def image_flops(text_tokens: float) -> float:
+    def image_flops(text_tokens: float, cell: Cell | None = None) -> float:
         forward = forward_flops(
             config.model,
             config.autoencoder.channels,
             config.text_encoder.width,
-            config.image_tokens,
+            image_tokens(config, cell) if cell else config.image_tokens,
             round(text_tokens),
         )
         return 3.0 * forward

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
+from data.config import AutoencoderConfig, Cell, DataConfig, TextEncoderConfig
 from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
 
+from .cells import cell_conflicts, longest_side, micro_batch_rows
 from .config_conflicts import zero_conflicts
 from .config_files import CONFIG_DIR as CONFIG_DIR
 from .config_files import ConfigError, find_config, nearest, override, read
@@ -220,7 +221,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        problems = [*_conflicts(self), *zero_conflicts(self)]
+        problems = [*_conflicts(self), *zero_conflicts(self), *cell_conflicts(self)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -235,7 +236,7 @@ def _conflicts(c: TrainConfig) -> Iterator[str]:
             "(autoencoder.downsample x model.patch_size)"
         )
     else:
-        yield from c.model.conflicts(c.data.resolution, c.data.resolution // cell, c.text_encoder.max_length)
+        yield from c.model.conflicts(c.data.resolution, longest_side(c, cell), c.text_encoder.max_length)
     if c.mup.base_width % c.model.head_dim:
         yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
     if c.mup.base_depth is not None and not c.model.residual:
@@ -473,9 +474,9 @@ class Resolved(NamedTuple):
     shard: int
     """Ranks that share one copy of the weights."""
     micro_batch_rows: int
-    """The most samples in a device's micro-batch at this resolution."""
+    """The most samples in a device's micro-batch of squares."""
     time_shift: float
-    """s of the shifted time: sqrt(image tokens / shift_base_tokens)."""
+    """s of the squares' shifted time: sqrt(image tokens / shift_base_tokens)."""
 
 
 def resolve(config: TrainConfig, world_size: int) -> Resolved:
@@ -485,13 +486,11 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
         raise ConfigError(f"{world_size} processes need train.global_batch_size of at least as many, got {batch}")
     if world_size % shard:
         raise ConfigError(f"parallel.shard {shard} does not divide the {world_size} processes")
-    share = -(-batch // world_size)
-    micro = config.train.micro_batch_size
-    rows = share if micro is None else max(1, min(share, int(micro * 256**2 / config.data.resolution**2)))
+    square = Cell(config.data.resolution, config.data.resolution, config.text_encoder.max_length)
     return Resolved(
         world_size=world_size,
         shard=shard,
-        micro_batch_rows=rows,
+        micro_batch_rows=micro_batch_rows(config, square, world_size),
         time_shift=math.sqrt(config.image_tokens / config.objective.shift_base_tokens),
     )
 

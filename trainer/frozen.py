@@ -6,7 +6,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.config import DataError
 from data.encoders import load_autoencoder, load_text_encoder
-from models.layers import ClassCondition, TextCondition
+from models.layers import ClassCondition, SizedTextCondition, TextCondition
 
 from .config import TrainConfig
 from .diffusion.random import normal
@@ -31,7 +31,7 @@ class FrozenParts:
         self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
         self._device = world.device
         self.synthetic = config.data.synthetic
-        self._classes = config.label_classes
+        self._classes, self._sized = config.label_classes, config.model.micro_conditions
         self._text_encoder = None
         if not self.synthetic:
             self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
@@ -59,25 +59,29 @@ class FrozenParts:
                 noise = normal(keys, tuple(x0.shape[1:]), "posterior").to(x0.dtype)
                 x0 = x0 + (0.5 * logvar.to(x0.dtype)).exp() * noise
         condition = self._condition(batch)
-        lengths = condition.mask.sum(1) if isinstance(condition, TextCondition) else torch.zeros_like(weight)
+        lengths = torch.zeros_like(weight) if isinstance(condition, ClassCondition) else condition.mask.sum(1)
         return Encoded(x0, condition, keys, weight, (lengths * weight).sum())
 
-    def _condition(self, batch: Batch) -> TextCondition | ClassCondition:
+    def _condition(self, batch: Batch) -> TextCondition | SizedTextCondition | ClassCondition:
         if self._classes is not None:
             # Rows without a sample (weight 0) have label -1, which no table holds: they get the null label.
             labels = batch.labels.to(self._device, non_blocking=True)
             return ClassCondition(torch.where(labels < 0, self._classes, labels))
         if batch.text_states is not None and batch.text_mask is not None:
-            return TextCondition(
+            text = TextCondition(
                 batch.text_states.to(self._device, non_blocking=True),
                 batch.text_mask.to(self._device, non_blocking=True),
             )
-        return self._encode_text(batch.captions)
+        else:
+            text = self._encode_text(batch.captions, batch.cell.text_length if batch.cell else None)
+        if not self._sized or batch.sizes is None:
+            return text
+        return SizedTextCondition(*text, batch.sizes.to(self._device, non_blocking=True))
 
     @torch.no_grad()
-    def _encode_text(self, captions: list[str]) -> TextCondition:
+    def _encode_text(self, captions: list[str], length: int | None = None) -> TextCondition:
         assert self._text_encoder is not None
-        return TextCondition(*self._text_encoder.encode(captions))
+        return TextCondition(*self._text_encoder.encode(captions, length))
 
     def encode_prompts(self, prompts: list[str]) -> TextCondition | ClassCondition:
         """Captions, or class numbers as text; "" is no condition."""

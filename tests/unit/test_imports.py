@@ -50,9 +50,11 @@ ROOMS: dict[str, Room] = {
     "data": Room(DATA_PACKAGES, ("data",), ("torch.distributed",)),
     "data.config": Room((), ()),
     "trainer.config": Room(
-        ("pydantic", "yaml"), ("models.configs", "data.config", "trainer.config_files", "trainer.config_conflicts")
+        ("pydantic", "yaml"),
+        ("models.configs", "data.config", "trainer.config_files", "trainer.config_conflicts", "trainer.cells"),
     ),
     "trainer.config_conflicts": Room((), ("trainer.config",)),
+    "trainer.cells": Room((), ("trainer.config", "data.config")),
     "trainer.config_files": Room(("yaml",), ()),
     "trainer.mup": Room((), ("trainer.mup.rules", "trainer.mup.table")),
     "trainer.mup.apply": Room(("torch",), ("trainer.mup",)),
