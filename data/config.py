@@ -192,6 +192,8 @@ class TextEncoderConfig:
     max_length: tokens a caption; longer captions are cut.
     dropout: probability that a caption is replaced by the empty one, before it is encoded.
     width: hidden size of the encoder, checked against the one that is loaded.
+    device: `cpu` keeps it in the host's memory and computes there; None is where the model is.
+    shard: over the processes of a node, each of which otherwise holds a whole copy.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -201,6 +203,8 @@ class TextEncoderConfig:
     max_length: int = 256
     dropout: float = 0.1
     width: int = 4096
+    device: Literal["cpu"] | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         _check(self.max_length >= 1, "text_encoder.max_length", "at least 1 (tokens)", self.max_length)

@@ -91,12 +91,14 @@ class TextEncoder:
     """A frozen Hugging Face text encoder.
 
     model: called with input_ids and attention_mask. width: its hidden size D. max_length: L, tokens a caption.
-    fingerprint: identity of weights and tokenizer, whatever the path.
+    fingerprint: identity of weights and tokenizer, whatever the path. in_step: the model is sharded over ranks, so
+    every call runs it equally often, whatever the captions are.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str) -> None:
         self.model = model
         self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
+        self.in_step = False
         self._tokenizer = tokenizer
         self._empty: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -115,9 +117,10 @@ class TextEncoder:
         if next(self.model.parameters()).dtype == torch.float64:
             # T5 takes its norms and softmax in fp32, which turns the last bits of a padded batch into 1e-8.
             # One by one, a caption's states do not depend on what else is in the batch.
-            parts += [self._encode([c], length) for c in distinct]
-        elif distinct:
-            parts.append(self._encode(distinct, length))
+            unused = [""] * (len(captions) - len(distinct)) if self.in_step else []
+            parts += [self._encode([c], length) for c in [*distinct, *unused]]
+        elif distinct or self.in_step:
+            parts.append(self._encode(distinct or [""], length))
         states, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # [1 + distinct, L, ...]
         row_of = {"": 0} | {caption: row for row, caption in enumerate(distinct, 1)}
         rows = torch.tensor([row_of[c] for c in captions]).to(states.device, non_blocking=True)
@@ -145,9 +148,12 @@ def _freeze(module: nn.Module, device: torch.device | str) -> None:
     module.requires_grad_(False).eval().to(device)
 
 
-def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+def load_text_encoder(
+    cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype, shapes_only: bool = False
+) -> TextEncoder:
     """Load the encoder of a T5 model, or any other Hugging Face encoder, from safetensors only.
 
+    shapes_only: read no weights; the model is on the meta device and has no fingerprint.
     Raises DataError where it cannot be loaded or its width or length is not what the config says.
     """
     if cfg.path == NONE:
@@ -159,13 +165,14 @@ def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype:
     try:
         config = AutoConfig.from_pretrained(cfg.path, **where)
         model_class = _ENCODERS.get(config.model_type, AutoModel)
-        model = model_class.from_pretrained(
-            cfg.path,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation="eager",  # the masks of "sdpa" look at their values: a host sync in every call
-            **where,
-        )
+        # The masks of "sdpa" look at their values: a host sync in every call.
+        kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
+        if shapes_only:
+            device = "meta"
+            with torch.device(device):
+                model = getattr(model_class, "_from_config", AutoModel.from_config)(config, **kind)
+        else:
+            model = model_class.from_pretrained(cfg.path, use_safetensors=True, **kind, **where)
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, **tokenizer_where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
@@ -180,7 +187,7 @@ def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype:
         )
     _freeze(model, device)
     probe = tokenizer(_PROBE_TEXT)["input_ids"]
-    fingerprint = _fingerprint(config.to_dict(), _TEXT_FIELDS, model, probe)
+    fingerprint = "" if shapes_only else _fingerprint(config.to_dict(), _TEXT_FIELDS, model, probe)
     return TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
 
 

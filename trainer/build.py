@@ -233,7 +233,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if _is_debug(config.text_encoder.path):
         first_on_rank_0(world, ensure_debug_assets)
     source = Source(config, resolved, world)
-    frozen = FrozenParts(config, world)
+    frozen = FrozenParts(config, world, partial(on_rank_0, world))
     table = build_mup_table(config)
     fingerprints = {"data": source.fingerprint, **frozen.fingerprints()}
     assert config.run.name is not None
@@ -309,7 +309,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         ),
         objective=objective,
         lr=lambda step: config.optim.lr * _lr_factor(config, step),
-        batches=source.batches,
+        batches=frozen.ahead(source.batches),
         encode=frozen.encode,
         validate=lambda: validation(engine.model, objective, bank, swapped),
         sample=sample,
@@ -408,7 +408,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     verify(checkpoint, world.control)
     check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
     check_weights_readable(read_meta(checkpoint), checkpoint)
-    frozen = FrozenParts(config, world)
+    frozen = FrozenParts(config, world, partial(on_rank_0, world))
     engine = build_engine(config, table, world)
     engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}")
     return Inference(

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from data.config import AutoencoderConfig, Cell, DataConfig, TextEncoderConfig
+from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
 from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
 
-from .cells import cell_conflicts, longest_side, micro_batch_rows
+from .cells import cell_conflicts, cells_of, longest_side, micro_batch_rows
 from .config_conflicts import zero_conflicts
 from .config_files import CONFIG_DIR as CONFIG_DIR
 from .config_files import ConfigError, find_config, nearest, override, read
@@ -317,6 +317,8 @@ _CLASSES: dict[str, KeyClass] = {
     "text_encoder": "identity",
     "text_encoder.path": "runtime",
     "text_encoder.subfolder": "runtime",
+    "text_encoder.device": "runtime",
+    "text_encoder.shard": "runtime",
     "autoencoder": "identity",
     "autoencoder.path": "runtime",
     "autoencoder.subfolder": "runtime",
@@ -486,11 +488,10 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
         raise ConfigError(f"{world_size} processes need train.global_batch_size of at least as many, got {batch}")
     if world_size % shard:
         raise ConfigError(f"parallel.shard {shard} does not divide the {world_size} processes")
-    square = Cell(config.data.resolution, config.data.resolution, config.text_encoder.max_length)
     return Resolved(
         world_size=world_size,
         shard=shard,
-        micro_batch_rows=micro_batch_rows(config, square, world_size),
+        micro_batch_rows=micro_batch_rows(config, cells_of(config)[0], world_size),
         time_shift=math.sqrt(config.image_tokens / config.objective.shift_base_tokens),
     )
 

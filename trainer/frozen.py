@@ -1,17 +1,24 @@
 """The parts that are not trained: a Batch becomes the tensors that the model sees, and the model's become images."""
 
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
 from data.config import DataError
-from data.encoders import load_autoencoder, load_text_encoder
+from data.encoders import TextEncoder, load_autoencoder, load_text_encoder
 from models.layers import ClassCondition, SizedTextCondition, TextCondition
 
+from .ahead import Ahead
 from .config import TrainConfig
 from .diffusion.random import normal
 from .parallel.fsdp import Precision
 from .parallel.mesh import World
+from .parallel.spread import spread
 from .state import Encoded
 
 
@@ -19,13 +26,33 @@ def precision_of(config: TrainConfig, world: World) -> Precision:
     return config.parallel.precision or ("bf16" if world.device.type == "cuda" else "fp32")
 
 
+Batches = Callable[[int], Iterator[tuple[int, list[Batch]]]]
+OnRank0 = Callable[[Callable[[], TextEncoder]], TextEncoder | None]
+
+
+def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype, on_rank_0: OnRank0 | None) -> TextEncoder:
+    """The text encoder, whole or sharded; where on_rank_0 is given one rank reads it for all."""
+    cfg = config.text_encoder
+    device = torch.device(cfg.device) if cfg.device else world.device
+    if world.size == 1 or on_rank_0 is None:
+        return load_text_encoder(cfg, device, dtype)
+    read = on_rank_0(lambda: load_text_encoder(cfg, "cpu", dtype))
+    encoder = load_text_encoder(cfg, device, dtype, shapes_only=True)
+    fingerprint = [read.fingerprint if read else ""]
+    dist.broadcast_object_list(fingerprint, src=0, group=world.control)
+    spread(read.model if read else None, encoder.model, device, cfg.shard)
+    encoder.fingerprint, encoder.in_step = fingerprint[0], cfg.shard
+    return encoder
+
+
 class FrozenParts:
     """Autoencoder and text encoder: what turns a Batch into tensors that the model sees, and back.
 
-    With synthetic data neither is loaded: latents and text states come with the batch.
+    With synthetic data neither is loaded: latents and text states come with the batch. on_rank_0: does work on rank 0
+    alone, None elsewhere, and raises its errors on all ranks; without it every rank reads the text encoder, whole.
     """
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, config: TrainConfig, world: World, on_rank_0: OnRank0 | None = None) -> None:
         precision = precision_of(config, world)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
         self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -36,7 +63,9 @@ class FrozenParts:
         if not self.synthetic:
             self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
             if self._classes is None:
-                self._text_encoder = load_text_encoder(config.text_encoder, world.device, dtype)
+                self._text_encoder = read_text_encoder(config, world, dtype, on_rank_0)
+        self._ahead = Ahead(world.device, in_thread="cpu" in (world.device.type, config.text_encoder.device))
+        self._begun: dict[int, tuple[Batch, Callable[[], Encoded]]] = {}  # by id; the batch is kept, so ids are its own
 
     def fingerprints(self) -> dict[str, str]:
         if self.synthetic:
@@ -44,9 +73,42 @@ class FrozenParts:
         text = {} if self._text_encoder is None else {"text_encoder": self._text_encoder.fingerprint}
         return {"autoencoder": self._autoencoder.fingerprint, **text}
 
-    @torch.no_grad()
+    def ahead(self, batches: Batches) -> Batches:
+        """The same batches, while those of the next step are being encoded."""
+
+        def following(first_step: int) -> Iterator[tuple[int, list[Batch]]]:
+            self._finish()  # before reader processes are forked
+            stream = batches(first_step)
+            try:
+                present = self._begin(next(stream))
+                while True:
+                    coming = self._begin(next(stream))
+                    yield present
+                    present = coming
+            finally:
+                self._finish()
+
+        return batches if self.synthetic else following
+
+    def _begin(self, step: tuple[int, list[Batch]]) -> tuple[int, list[Batch]]:
+        for batch in step[1]:
+            self._begun[id(batch)] = batch, self._ahead.begin(partial(self._encode, batch))
+        return step
+
+    def _finish(self) -> None:
+        """Wait for what was begun and is not wanted any more."""
+        for _, take in self._begun.values():
+            with suppress(Exception):  # it was for nothing anyway
+                take()
+        self._begun.clear()
+
     def encode(self, batch: Batch) -> Encoded:
-        """A micro-batch on the device."""
+        """A micro-batch on the device; of one that was begun ahead, the result."""
+        _, take = self._begun.pop(id(batch), (batch, None))
+        return take() if take else self._ahead.begin(partial(self._encode, batch))()
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch) -> Encoded:
         keys = batch.keys.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
         if batch.latents is not None:
@@ -81,12 +143,15 @@ class FrozenParts:
     @torch.no_grad()
     def _encode_text(self, captions: list[str], length: int | None = None) -> TextCondition:
         assert self._text_encoder is not None
-        return TextCondition(*self._text_encoder.encode(captions, length))
+        states, mask = self._text_encoder.encode(captions, length)
+        if states.device != self._device:  # from the CPU: by pinned memory, so that the copy waits for no other work
+            states, mask = (part.pin_memory().to(self._device, non_blocking=True) for part in (states, mask))
+        return TextCondition(states, mask)
 
     def encode_prompts(self, prompts: list[str]) -> TextCondition | ClassCondition:
         """Captions, or class numbers as text; "" is no condition."""
         if self._classes is None:
-            return self._encode_text(prompts)
+            return self._ahead.begin(partial(self._encode_text, prompts))()
         for prompt in prompts:
             if prompt and not (prompt.isdecimal() and int(prompt) < self._classes):
                 raise DataError(f'prompt "{prompt}": the model knows classes, give a number below {self._classes}')

@@ -416,8 +416,10 @@ RUNTIME |= {f"train.{name}_every" for name in ("log", "validate", "checkpoint", 
 RUNTIME |= {f"train.{key}" for key in ("checkpoint_async", "rollback_after", "watchdog_factor", "watchdog_min_s")}
 RUNTIME |= {"data.shards", "data.val_shards", "data.num_workers", "data.max_bad_share"}
 RUNTIME |= {f"{part}.{key}" for part in ("text_encoder", "autoencoder") for key in ("path", "subfolder")}
+RUNTIME |= {"text_encoder.device", "text_encoder.shard"}
 IDENTITY = {"model.", "mup.", "objective.", "train.seed", "train.global_batch_size"}
 IDENTITY |= {f"data.{key}" for key in ("resolution", "flip", "epochs", "max_image_pixels", "label_dropout")}
+IDENTITY |= {f"data.{key}" for key in ("buckets", "max_aspect", "text_lengths", "characters_per_token")}
 IDENTITY |= {f"text_encoder.{key}" for key in ("max_length", "dropout", "width")}
 IDENTITY |= {f"autoencoder.{key}" for key in ("channels", "downsample")}
 

@@ -67,8 +67,17 @@ ROOMS: dict[str, Room] = {
     # Built by trainer.build, which it is a part of.
     "trainer.frozen": Room(
         ("torch",),
-        ("data", "models.layers", "trainer.config", "trainer.diffusion", "trainer.parallel", "trainer.state"),
+        (
+            "data",
+            "models.layers",
+            "trainer.config",
+            "trainer.diffusion",
+            "trainer.parallel",
+            "trainer.state",
+            "trainer.ahead",
+        ),
     ),
+    "trainer.ahead": Room(("torch",), ()),
     "trainer.evaluate": Room(
         ("torch", "numpy", "transformers", "matplotlib"), ("trainer.evaluate", "trainer.diffusion", "data")
     ),
