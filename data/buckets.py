@@ -97,15 +97,19 @@ class Schedule:
 
     def __init__(self, seed: int, shares: Sequence[Fraction]) -> None:
         self._seed, self._rates = seed, rates_of(shares)
+        self._block: tuple[int, list[StepCell]] = -1, []  # the last one that was asked for
 
     def at(self, step: int) -> StepCell:
         """The cell of a step."""
         block, within = divmod(step, BLOCK)
-        steps = np.arange(block * BLOCK, (block + 1) * BLOCK)
-        cells, numbers = deal(self._rates, steps)
-        shuffled = cells[np.argsort(mix(self._seed, _PURPOSE_STEPS, steps), kind="stable")]
-        cell = int(shuffled[within])
-        return StepCell(cell, int(numbers[cells == cell][0]) + int((shuffled[:within] == cell).sum()))
+        if self._block[0] != block:
+            steps = np.arange(block * BLOCK, (block + 1) * BLOCK)
+            cells, numbers = deal(self._rates, steps)
+            shuffled = cells[np.argsort(mix(self._seed, _PURPOSE_STEPS, steps), kind="stable")]
+            rising = np.empty_like(numbers)  # so that a cell's steps come in their order
+            rising[np.argsort(shuffled, kind="stable")] = numbers[np.argsort(cells, kind="stable")]
+            self._block = block, [StepCell(*pair) for pair in zip(shuffled.tolist(), rising.tolist(), strict=True)]
+        return self._block[1][within]
 
 
 class CellOrder:
