@@ -29,7 +29,7 @@ class Ahead:
         stream = self._stream
         before = None if stream is None else torch.cuda.current_stream(stream.device).record_event()
 
-        def beside() -> tuple[T, torch.cuda.Event | None]:
+        def beside() -> tuple[T, torch.Event | None]:
             if stream is None or before is None:
                 return work(), None
             with torch.cuda.stream(stream):
@@ -41,7 +41,7 @@ class Ahead:
         else:
             begun = beside()
 
-            def wait() -> tuple[T, torch.cuda.Event | None]:
+            def wait() -> tuple[T, torch.Event | None]:
                 return begun
 
         def take() -> T:

@@ -97,8 +97,7 @@ def test_sizes_of_buckets() -> None:
 
 def test_the_cell_of_a_sample() -> None:
     def cell(width: int, height: int, characters: int, per_token: float = 1.0) -> Cell:
-        one = [np.array([x]) for x in (width, height, characters)]
-        return CELLS[int(assign(*one, CELLS, per_token)[0])]
+        return CELLS[int(assign(np.array([width]), np.array([height]), np.array([characters]), CELLS, per_token)[0])]
 
     assert cell(100, 100, 14) == (32, 32, 16)
     assert cell(100, 100, 15) == (32, 32, 64), "two tokens for the tokenizer's own"
@@ -236,7 +235,11 @@ def test_a_large_jpeg_is_never_decoded_below_the_cell() -> None:
         picture.save(buffer, "JPEG", exif=exif)
         full = Image.open(buffer).transpose(Image.Transpose.ROTATE_270) if orientation == 6 else Image.open(buffer)
         box = (0, 200, 1600, 600) if orientation == 1 else (200, 0, 600, 1600)
-        wanted = np.asarray(full.resize(size[::-1], Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1).astype(int)
+        wanted = (
+            np.asarray(full.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
+            .transpose(2, 0, 1)
+            .astype(int)
+        )
         found = decode_image(buffer.getvalue(), size, 10**7, None, False)
         assert np.abs(found - wanted).mean() < 3
 

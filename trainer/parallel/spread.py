@@ -23,6 +23,7 @@ def spread(read: nn.Module | None, module: nn.Module, device: torch.device, shar
         # A group of its own: forward passes go on beside the training step, in no common order with its collectives.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         group, _ = dist.new_subgroups(ranks)
+        assert isinstance(group, dist.ProcessGroup)  # every rank is a member
         part = partial(fully_shard, mesh=DeviceMesh.from_group(group, device.type), reshard_after_forward=True)
         for layer in _layers(module):
             part(layer)
