@@ -55,7 +55,7 @@ def measure(name: str, batch: int, overrides: list[str]) -> dict[str, Any]:
         median = statistics.median(seconds[WARM_UP:])
         totals = Totals.unpacked(run.state.totals)
         tokens = float(totals.text_tokens / totals.counted)
-        flops_per_s = run.plan.image_flops(tokens) * batch / median
+        flops_per_s = run.plan.image_flops(tokens, None) * batch / median
         run.metrics.close()
         dist.destroy_process_group()
     return {

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from .config import Cell
+
 
 @dataclass
 class Batch:
     """One micro-batch of b rows; every rank sees the same b in every micro-batch.
 
-    images: uint8 [b, 3, R, R], or None where latents come with the data.
+    images: uint8 [b, 3, height, width], or None where latents come with the data.
     latents: float [b, C, h, w], or None; with `logvar` they are the means of posteriors.
     captions: b texts after caption dropout ("" where dropped, and for rows of weight 0).
     full_captions: b texts before caption dropout.
@@ -26,6 +28,8 @@ class Batch:
     holes: one reason for each unreadable sample of this batch, e.g. "image: truncated".
     read: samples attempted, readable or not.
     logvar: float [b, C, h, w], log variances of precomputed latents, or None.
+    sizes: int32 [b, 2], height and width of the images in pixels before they were cropped, 0 where there is none.
+    cell: of the step, in a run of several.
     """
 
     images: torch.Tensor | None
@@ -41,6 +45,8 @@ class Batch:
     holes: list[str]
     read: int
     logvar: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+    cell: Cell | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
@@ -60,7 +66,7 @@ def concatenate(parts: Sequence[Batch]) -> Batch:
         elif isinstance(values[0], list):
             joined[field.name] = [item for value in values for item in value]
         else:
-            joined[field.name] = sum(values) if field.name == "read" else None
+            joined[field.name] = sum(values) if field.name == "read" else values[0]
     return Batch(**joined)
 
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
 SYNTHETIC = "synthetic"
 NONE = "none"
 
 
+BUCKET_STEPS = 16  # sides of buckets are multiples of this part of data.resolution
+
+
 class DataError(ValueError):
     """Bad input of the data room: names the file or key, what was expected and what to do."""
+
+
+class Cell(NamedTuple):
+    """What the samples of one step have in common: height and width in pixels, and the most tokens of a caption."""
+
+    height: int
+    width: int
+    text_length: int
 
 
 def _check(condition: bool, key: str, expected: str, value: object) -> None:
@@ -69,6 +81,12 @@ class DataConfig:
         stands for a variable of the environment. Shards of launch/precompute.py hold latents and text states.
     val_shards: the same for validation; None validates on the training shards.
     resolution: side of the square images in pixels.
+    buckets: `aspect` trains on images of several aspect ratios (see bucket_sizes), `none` on squares.
+    max_aspect: the longest bucket's longer side over its shorter one.
+    text_lengths: most tokens of a caption, rising; each is a bucket of its own. The last one is
+        text_encoder.max_length; none is that alone.
+    characters_per_token: by which a caption's number of tokens is estimated when its bucket is chosen. At 1 (at least
+        one character a token) no caption is cut that text_encoder.max_length would not cut.
     num_workers: reader processes a rank; 0 reads in the training process.
     flip: probability of a horizontal flip.
     label_dropout: probability that a class label is replaced by "no class" (models of classes).
@@ -90,6 +108,10 @@ class DataConfig:
     shards: str = SYNTHETIC
     val_shards: str | None = None
     resolution: int = 256
+    buckets: Literal["none", "aspect"] = "none"
+    max_aspect: float = 2.0
+    text_lengths: tuple[int, ...] = ()
+    characters_per_token: float = 1.0
     num_workers: int = 2
     flip: float = 0.5
     label_dropout: float = 0.1
@@ -115,9 +137,36 @@ class DataConfig:
         own = () if self.shards == SYNTHETIC else (SourceConfig(self.shards, captions=self.captions),)
         return self.sources or own
 
+    def bucket_sizes(self, multiple: int) -> list[tuple[int, int]]:
+        """(height, width) in pixels of the images, the square first, then by rising aspect ratio.
+
+        Areas are near resolution²: the shorter side falls in steps of resolution / 16 (of a multiple of `multiple`, the
+        pixels along a token), and the longer one is the nearest such number. 256: 16 to a step, 256 x 256,
+        240 x 272, 224 x 288, 208 x 320, 192 x 336 and the same on end.
+        """
+        sizes = [(self.resolution, self.resolution)]
+        if self.buckets == "none":
+            return sizes
+        step = multiple * max(1, round(self.resolution / BUCKET_STEPS / multiple))
+        for short in range(self.resolution - step, 0, -step):
+            long = step * round(self.resolution**2 / short / step)
+            if long > self.max_aspect * short:
+                break
+            sizes += [(short, long), (long, short)]
+        return sizes
+
     def __post_init__(self) -> None:
         _check(self.shards.strip() != "", "data.shards", "a folder, .tar files or 'synthetic'", self.shards)
         _check(self.resolution >= 1, "data.resolution", "at least 1 (pixels)", self.resolution)
+        _check(1 <= self.max_aspect <= 8, "data.max_aspect", "between 1 and 8", self.max_aspect)
+        rising = all(a < b for a, b in itertools.pairwise((0, *self.text_lengths)))
+        _check(rising, "data.text_lengths", "rising numbers of tokens from 1 on", list(self.text_lengths))
+        _check(
+            0 < self.characters_per_token < math.inf,
+            "data.characters_per_token",
+            "a number above 0",
+            self.characters_per_token,
+        )
         _check(self.num_workers >= 0, "data.num_workers", "at least 0", self.num_workers)
         _check(0.0 <= self.flip <= 1.0, "data.flip", "between 0 and 1", self.flip)
         _check(0.0 <= self.label_dropout <= 1.0, "data.label_dropout", "between 0 and 1", self.label_dropout)
@@ -143,6 +192,8 @@ class TextEncoderConfig:
     max_length: tokens a caption; longer captions are cut.
     dropout: probability that a caption is replaced by the empty one, before it is encoded.
     width: hidden size of the encoder, checked against the one that is loaded.
+    device: `cpu` keeps it in the host's memory and computes there; None is where the model is.
+    shard: over the processes of a node, each of which otherwise holds a whole copy.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -152,6 +203,8 @@ class TextEncoderConfig:
     max_length: int = 256
     dropout: float = 0.1
     width: int = 4096
+    device: Literal["cpu"] | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         _check(self.max_length >= 1, "text_encoder.max_length", "at least 1 (tokens)", self.max_length)

@@ -87,6 +87,10 @@ class Dataset:
                     f"{key} is {wanted}, but {self.where} was precomputed with {found}: set it to {found}, or "
                     "precompute the shards anew"
                 )
+        if data.buckets != NONE:
+            raise DataError(
+                f"data.buckets is {data.buckets}, but {self.where} holds latents of squares: set it to none"
+            )
         if data.flip and not self.declared["flips"]:
             raise DataError(
                 f"data.flip is {data.flip}, but {self.where} holds no latents of flipped images, and flipped latents "

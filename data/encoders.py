@@ -91,52 +91,56 @@ class TextEncoder:
     """A frozen Hugging Face text encoder.
 
     model: called with input_ids and attention_mask. tokenizer: of Hugging Face. width: its hidden size D.
-    max_length: L, tokens a caption.
-    fingerprint: identity of weights and tokenizer, whatever the path.
+    max_length: L, tokens a caption. fingerprint: identity of weights and tokenizer, whatever the path. in_step: the
+    model is sharded over ranks, so every call runs it equally often, whatever the captions are.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str) -> None:
         self.model = model
         self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
+        self.in_step = False
         self.tokenizer = tokenizer
         self._empty: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, captions: list[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Captions -> (states [b, L, D] in the encoder's dtype, zeros past a caption's end; mask bool [b, L]).
 
-        Equal captions are encoded once, the empty caption once for ever. Nothing waits for the device.
+        length: L, where it is less than max_length. Equal captions are encoded once, the empty caption once for ever.
+        Nothing waits for the device.
         """
+        length = length or self.max_length
         if self._empty is None:
-            self._empty = self._encode([""])
+            self._empty = self._encode([""], self.max_length)
         distinct = [c for c in dict.fromkeys(captions) if c]
-        parts = [self._empty]
+        parts = [(self._empty[0][:, :length], self._empty[1][:, :length])]
         if next(self.model.parameters()).dtype == torch.float64:
             # T5 takes its norms and softmax in fp32, which turns the last bits of a padded batch into 1e-8.
             # One by one, a caption's states do not depend on what else is in the batch.
-            parts += [self._encode([c]) for c in distinct]
-        elif distinct:
-            parts.append(self._encode(distinct))
+            unused = [""] * (len(captions) - len(distinct)) if self.in_step else []
+            parts += [self._encode([c], length) for c in [*distinct, *unused]]
+        elif distinct or self.in_step:
+            parts.append(self._encode(distinct or [""], length))
         states, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # [1 + distinct, L, ...]
         row_of = {"": 0} | {caption: row for row, caption in enumerate(distinct, 1)}
         rows = torch.tensor([row_of[c] for c in captions]).to(states.device, non_blocking=True)
         return states[rows], mask[rows]
 
-    def _encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(states [n, L, D], mask [n, L]) from one forward at the longest true length."""
+    def _encode(self, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(states [n, L, D], mask [n, L]) from one forward at the longest true length, L = `length` tokens at most."""
         device = next(self.model.parameters()).device
         tokens = self.tokenizer(
             captions,
             padding="longest",
             padding_side="right",
             truncation=True,
-            max_length=self.max_length,
+            max_length=length,
             return_tensors="pt",
         )
         ids, mask = (tokens[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask"))
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, longest, D]
         states = states.masked_fill(mask[..., None] == 0, 0.0)
-        missing = self.max_length - mask.shape[1]
+        missing = length - mask.shape[1]
         return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
 
     def save(self, model_folder: Path, tokenizer_folder: Path) -> None:
@@ -163,9 +167,12 @@ def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
     return _ENCODERS.get(config.model_type, AutoModel).__name__, getattr(config, "dtype", None) or torch.float32
 
 
-def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+def load_text_encoder(
+    cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype, shapes_only: bool = False
+) -> TextEncoder:
     """Load the encoder of a T5 model, or any other Hugging Face encoder, from safetensors only.
 
+    shapes_only: read no weights; the model is on the meta device and has no fingerprint.
     Raises DataError where it cannot be loaded or its width or length is not what the config says.
     """
     if cfg.path == NONE:
@@ -176,13 +183,14 @@ def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype:
     try:
         config = AutoConfig.from_pretrained(cfg.path, **where)
         model_class = _ENCODERS.get(config.model_type, AutoModel)
-        model = model_class.from_pretrained(
-            cfg.path,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation="eager",  # the masks of "sdpa" look at their values: a host sync in every call
-            **where,
-        )
+        # The masks of "sdpa" look at their values: a host sync in every call.
+        kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
+        if shapes_only:
+            device = "meta"
+            with torch.device(device):
+                model = getattr(model_class, "_from_config", AutoModel.from_config)(config, **kind)
+        else:
+            model = model_class.from_pretrained(cfg.path, use_safetensors=True, **kind, **where)
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, **tokenizer_where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
@@ -197,7 +205,7 @@ def load_text_encoder(cfg: TextEncoderConfig, device: torch.device | str, dtype:
         )
     _freeze(model, device)
     probe = tokenizer(_PROBE_TEXT)["input_ids"]
-    fingerprint = _fingerprint(config.to_dict(), _TEXT_FIELDS, model, probe)
+    fingerprint = "" if shapes_only else _fingerprint(config.to_dict(), _TEXT_FIELDS, model, probe)
     return TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
 
 

@@ -134,13 +134,13 @@ class SampleFiles:
         row = self._index.rows(shard, np.array([sample]))[0]
         return Raw(shard, row, lambda offset, size: self._read(shard, offset, size))
 
-    def streams(self, queues: Sequence[Iterator[Run]]) -> list[Iterator[Raw | None]]:
+    def streams(self, queues: Sequence[Iterator[Run]], sets: int = 1) -> list[Iterator[Raw | None]]:
         """The samples of each slot's queue, None past the end of the data; bytes behind URLs are read ahead.
 
         A slot holds the bytes of two parts at most, the one that is used and the next; a part is a chunk, or as much
-        of it as keeps all slots within data.prefetch_mib.
+        of it as keeps all slots within data.prefetch_mib. sets: how many such lists of streams there will be.
         """
-        most = self._budget // (2 * len(queues)) if queues else 0
+        most = self._budget // (2 * len(queues) * sets) if queues else 0
         parts = [self._parts(queue, most) for queue in queues]
         # All slots' first parts are on their way before one is waited for; they are short, so that training starts.
         ahead = [deque([next(part)]) for part in parts]

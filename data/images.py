@@ -1,4 +1,4 @@
-"""Bytes of an image file -> uint8 pixels of one square size; hostile files are refused before decoding."""
+"""Bytes of an image file -> uint8 pixels of one size; hostile files are refused before decoding."""
 
 from __future__ import annotations
 
@@ -67,18 +67,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_rgb(data: bytes, max_pixels: int, at_least: int | None = None) -> Image.Image:
+def load_rgb(data: bytes, max_pixels: int, at_least: int | tuple[int, int] | None = None) -> Image.Image:
     """Decode to an upright RGB image.
 
     data: a JPEG, PNG or WebP file. max_pixels: larger images raise SampleError before they are decoded.
-    at_least: the shorter side that the caller needs; a JPEG may come back smaller than stored, never below it.
+    at_least: the shorter side, or (height, width), that the caller needs; a JPEG may come back smaller than stored,
+        never below it.
     """
     with _open(data) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise SampleError("image: too large")
         if at_least is not None:
-            scale = _DRAFT_GAP * at_least / min(width, height)
+            rows, columns = (at_least, at_least) if isinstance(at_least, int) else at_least
+            if _is_transposed(image):
+                rows, columns = columns, rows
+            scale = max(_DRAFT_GAP * rows / height, _DRAFT_GAP * columns / width)
             image.draft(None, (int(width * scale), int(height * scale)))
         image.load()
         upright = ImageOps.exif_transpose(image) if image.info.get("exif") else image
@@ -86,26 +90,29 @@ def load_rgb(data: bytes, max_pixels: int, at_least: int | None = None) -> Image
 
 
 def decode_image(
-    data: bytes, resolution: int, max_pixels: int, crop: tuple[float, float] | None, flip: bool
+    data: bytes, size: int | tuple[int, int], max_pixels: int, crop: tuple[float, float] | None, flip: bool
 ) -> np.ndarray:
-    """Decode, crop to a square, resize.
+    """Decode, crop to the largest part of the wanted shape, resize.
 
-    data: a JPEG, PNG or WebP file.
-    crop: where the square lies along x and y, in [0, 1); None takes the centre.
-    Returns uint8 [3, resolution, resolution]. Raises SampleError.
+    data: a JPEG, PNG or WebP file. size: (height, width) in pixels, or the side of a square.
+    crop: where that part lies along x and y, in [0, 1); None takes the centre.
+    Returns uint8 [3, height, width]. Raises SampleError.
     """
-    image = load_rgb(data, max_pixels, at_least=resolution)
-    side = min(image.size)
-    spare_x, spare_y = image.width - side, image.height - side
+    height, width = (size, size) if isinstance(size, int) else size
+    image = load_rgb(data, max_pixels, at_least=(height, width))
+    # The whole width, or the whole height; the other side is rounded.
+    part_width = min(image.width, max(1, round(image.height * width / height)))
+    part_height = min(image.height, max(1, round(image.width * height / width)))
+    spare_x, spare_y = image.width - part_width, image.height - part_height
     if crop is None:
         x, y = spare_x // 2, spare_y // 2
     else:
         x, y = int(crop[0] * (spare_x + 1)), int(crop[1] * (spare_y + 1))
     # Cropping before resizing bounds the work: a 1 x 100000 image would grow to 256 x 25600000.
-    box = (x, y, x + side, y + side)
-    if side == resolution:
-        square = image.crop(box)
+    box = (x, y, x + part_width, y + part_height)
+    if (part_height, part_width) == (height, width):
+        part = image.crop(box)
     else:
-        square = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box, reducing_gap=_REDUCING_GAP)
-    pixels = np.asarray(square).transpose(2, 0, 1)  # [3, R, R]
+        part = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=_REDUCING_GAP)
+    pixels = np.asarray(part).transpose(2, 0, 1)  # [3, height, width]
     return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)

@@ -27,7 +27,7 @@ END_OF_DATA = -1  # shard and sample of a position past the last epoch
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
-_PURPOSE_CHUNKS, _PURPOSE_INSIDE, _PURPOSE_KEY = 1, 2, 3
+_PURPOSE_CHUNKS, _PURPOSE_INSIDE, _PURPOSE_KEY = 1, 2, 3  # data.buckets has 4 and 5
 
 
 class Position(NamedTuple):
@@ -41,10 +41,10 @@ class Position(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A source: its number of shards (they follow those of the sources before it) and its weight."""
+    """A source: its number of shards (they follow those of the sources before it) and its weight; 0: not read."""
 
     shards: int
-    weight: float
+    weight: float | Fraction
 
 
 class Run(NamedTuple):
@@ -88,6 +88,28 @@ def share_of(rank: int, world: int, count: int) -> range:
     base, extra = divmod(count, world)
     first = rank * base + min(rank, extra)
     return range(first, first + base + (rank < extra))
+
+
+def rates_of(weights: Sequence[Fraction]) -> list[int]:
+    """Share of each of several streams in what those before it leave, times 2^_RATE_BITS; the last one has the rest."""
+    return [round(weights[i] / sum(weights[i:]) * 2**_RATE_BITS) for i in range(len(weights) - 1)]
+
+
+def deal(rates: Sequence[int], g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [n] numbers of the whole -> (stream, number in that stream), both int64 [n].
+
+    Stream 0 has every 1/rate-th; what it leaves is numbered anew and dealt the same way.
+    """
+    half = 1 << (_RATE_BITS - 1)
+    source, number, rest = np.full_like(g, len(rates)), g, g
+    for i, rate in enumerate(rates):
+        before = (rest * rate + half) >> _RATE_BITS
+        left = source == len(rates)  # not taken by a stream before this one
+        taken = left & (((rest + 1) * rate + half) >> _RATE_BITS > before)
+        number = np.where(taken, before, np.where(left, rest - before, number))
+        source = np.where(taken, i, source)
+        rest = np.where(left, rest - before, rest)
+    return source, number
 
 
 def slots_of(rank: int, world: int, global_batch_size: int) -> range:
@@ -165,12 +187,16 @@ class Order:
         self.epochs = epochs
         self._streams: list[_Stream] = []
         weights = [Fraction(part.weight) for part in parts]
+        total = sum(weights)
         first = 0
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             own = sizes[first : first + part.shards]
+            if weight == 0:
+                first += part.shards
+                continue
             if own.sum() == 0:
                 raise DataError("data.shards holds no samples; build shards with launch/shard.py")
-            in_batch = global_batch_size * weight / sum(weights)  # samples of a step, on average
+            in_batch = global_batch_size * weight / total  # samples of a step, on average
             length = int(np.clip(int(own.sum()) // (CHUNKS_PER_SLOT * in_batch), 1, MAX_CHUNK))
             stream_seed = int(mix(seed, number)) if number else seed  # so that equal sources are not in step
             self._streams.append(_Stream(stream_seed, own, first, length))
@@ -178,9 +204,9 @@ class Order:
         self._chunks = sum(stream.chunks for stream in self._streams)
         for stream in self._streams:
             stream.kept += 2 * global_batch_size // stream.chunks  # one step may span several epochs
-        # Chunks of stream i for each chunk of streams i, i + 1, ... together, times 2^_RATE_BITS.
-        speed = [w * s.chunks / s.samples for w, s in zip(weights, self._streams, strict=True)]
-        self._rates = [round(speed[i] / sum(speed[i:]) * 2**_RATE_BITS) for i in range(len(speed) - 1)]
+        # By chunks, so that the shares of samples follow the weights.
+        read = filter(None, weights)
+        self._rates = rates_of([w * s.chunks / s.samples for w, s in zip(read, self._streams, strict=True)])
 
     def steps(self, first_step: int, slots: range) -> Iterator[tuple[int, list[Position]]]:
         """Endless (step, positions of `slots`) from first_step on; seeks without replaying samples."""
@@ -204,30 +230,14 @@ class Order:
 
     def _queue(self, g: int, offset: int) -> Iterator[Run]:
         while True:
-            source, number = self._split(np.array([g]))
+            source, number = deal(self._rates, np.array([g]))
             run = self._streams[int(source[0])].run(int(number[0]), self.epochs)
             yield Run(run.shard, run.samples[offset:])
             g, offset = g + self.global_batch_size, 0
 
-    def _split(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [n] chunks of the whole -> (stream, chunk of that stream), both int64 [n].
-
-        Stream 0 has every 1/rate-th chunk; what it leaves is numbered anew and split the same way.
-        """
-        half = 1 << (_RATE_BITS - 1)
-        source, number, rest = np.full_like(g, len(self._rates)), g, g
-        for i, rate in enumerate(self._rates):
-            before = (rest * rate + half) >> _RATE_BITS
-            left = source == len(self._rates)  # not taken by a stream before this one
-            taken = left & (((rest + 1) * rate + half) >> _RATE_BITS > before)
-            number = np.where(taken, before, np.where(left, rest - before, number))
-            source = np.where(taken, i, source)
-            rest = np.where(left, rest - before, rest)
-        return source, number
-
     def _lengths(self, first: int, last: int) -> np.ndarray:
         """int64 [last - first]: samples of chunks first ... last - 1 of the whole."""
-        source, number = self._split(np.arange(first, last))
+        source, number = deal(self._rates, np.arange(first, last))
         lengths = np.empty(last - first, np.int64)
         for i, stream in enumerate(self._streams):
             own = number[source == i]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .batch import Batch
-from .config import DataConfig
+from .config import Cell, DataConfig
 from .dataset import HEADER, Dataset
 from .fetch import Raw, SampleFiles
 from .images import SampleError
@@ -42,8 +42,9 @@ class PrecomputedDecoder:
         self._moments_bytes = int(np.prod(moments)) * 2
         self.files = SampleFiles(index, cfg, images_only=classes is not None)
 
-    def batch(self, positions: Sequence[int], samples: Sequence[Raw | None]) -> Batch:
-        """A row a position; None is a row without a sample, which holds zeros and the empty caption."""
+    def batch(self, positions: Sequence[int], samples: Sequence[Raw | None], cell: Cell | None = None) -> Batch:
+        """A row a position; None is a row without a sample, which holds zeros and the empty caption. cell: cuts text
+        states to its length; None is the set's longest."""
         rows = len(positions)
         keys = position_keys(self._seed, np.array(positions, np.int64))
         flip = uniforms(keys, "flip") < self._flip
@@ -53,7 +54,7 @@ class PrecomputedDecoder:
         moments = np.zeros((rows, *self._moments), np.float16)  # [b, 2, C, h, w]
         labels, weight = np.full(rows, ABSENT, np.int64), np.zeros(rows, np.float32)
         latents = torch.from_numpy(moments)
-        text = _TextRows(rows, self._dataset) if self._classes is None else None
+        text = _TextRows(rows, self._dataset, cell) if self._classes is None else None
         batch = Batch(
             images=None,
             latents=latents[:, 0],
@@ -68,7 +69,10 @@ class PrecomputedDecoder:
             holes=[],
             read=0,
             logvar=latents[:, 1],
+            sizes=torch.zeros(rows, 2, dtype=torch.int32),
+            cell=cell,
         )
+        assert batch.sizes is not None
         for i, sample in enumerate(samples):
             if sample is None:
                 continue
@@ -86,6 +90,7 @@ class PrecomputedDecoder:
                 moments[i] = 0.0  # what was read in part could be a NaN, which weight 0 does not cancel
                 batch.holes.append(str(error))
                 continue
+            batch.sizes[i, 0], batch.sizes[i, 1] = int(sample.row["height"]), int(sample.row["width"])
             batch.full_captions[i] = caption
             batch.captions[i] = "" if dropped[i] else caption
             labels[i] = label if self._classes is None or not dropped[i] else self._classes
@@ -103,15 +108,16 @@ class PrecomputedDecoder:
 
 
 class _TextRows:
-    """Text states of a batch, padded to the set's longest caption; rows that are not read get the empty caption's."""
+    """Text states of a batch, padded to the longest caption; rows that are not read get the empty caption's."""
 
-    def __init__(self, rows: int, dataset: Dataset) -> None:
+    def __init__(self, rows: int, dataset: Dataset, cell: Cell | None) -> None:
         assert dataset.empty_caption is not None
         self._empty = dataset.empty_caption
         self._longest = dataset.declared["text_encoder"]["max_length"]
         self._width = dataset.declared["text_encoder"]["width"]
+        self._length = cell.text_length if cell else self._longest
         # numpy's zeros cost nothing until they are written, torch's as much as reading the states.
-        self._bits = np.zeros((rows, self._longest, self._width), np.uint16)
+        self._bits = np.zeros((rows, self._length, self._width), np.uint16)
         self._lengths = np.zeros(rows, np.int64)
 
     def read(self, row: int, sample: Raw, chance: float, dropped: bool) -> str:
@@ -126,20 +132,22 @@ class _TextRows:
         number = captions.pick(chance)
         if not dropped:
             start = int(sample.row["text_offset"]) + HEADER + sum(tokens[:number]) * self._width * 2
-            target = self._bits[row, : tokens[number]]
+            length = min(tokens[number], self._length)
+            target = self._bits[row, :length]
             try:
                 sample.read_into(start, target)
             except SampleError:
                 target[:] = 0
                 raise
-            self._lengths[row] = tokens[number]
+            self._lengths[row] = length
         return captions.texts[number]
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(states bf16 [b, L, D], zeros past a caption's end; mask bool [b, L])."""
         for row in np.flatnonzero(self._lengths == 0):
-            self._bits[row, : len(self._empty)] = self._empty
-            self._lengths[row] = len(self._empty)
-        return torch.from_numpy(self._bits).view(torch.bfloat16), torch.arange(self._longest) < torch.from_numpy(
+            length = min(len(self._empty), self._length)
+            self._bits[row, :length] = self._empty[:length]
+            self._lengths[row] = length
+        return torch.from_numpy(self._bits).view(torch.bfloat16), torch.arange(self._length) < torch.from_numpy(
             self._lengths
         )[:, None]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batch import Batch, concatenate, split
-from .config import AutoencoderConfig, DataConfig, TextEncoderConfig
+from .buckets import CellOrder, Schedule
+from .config import AutoencoderConfig, Cell, DataConfig, TextEncoderConfig
 from .fetch import Raw, SampleFiles
 from .images import SampleError, decode_image
 from .index import ImageTextIndex
-from .order import Order, mix, position_keys, share_of, slots_of, uniforms
+from .order import mix, position_keys, share_of, slots_of, uniforms
 from .precomputed import PrecomputedDecoder
 from .samples import captions_of, label_of, member
 from .shard_index import ABSENT
@@ -31,6 +34,16 @@ def micro_batch_shape(global_batch_size: int, world: int, micro_batch_size: int)
     largest = -(-global_batch_size // world)
     count = -(-largest // micro_batch_size)
     return count, -(-largest // count)
+
+
+def _step_shapes(
+    cells: Mapping[Cell, int] | None, global_batch_size: int, world: int, micro_batch_size: int
+) -> tuple[list[Cell | None], list[tuple[int, int]]]:
+    """The cells (None in a run of one), and (micro-batches, rows of one) of a step of each."""
+    shapes = [
+        micro_batch_shape(global_batch_size, world, most) for most in (cells or {None: micro_batch_size}).values()
+    ]
+    return [None] if len(shapes) == 1 else [*(cells or ())], shapes
 
 
 class _Decoder:
@@ -54,9 +67,9 @@ class _Decoder:
         self._flip, self._dropout, self._crop, self._classes = flip, dropout, crop, classes
         self.files = SampleFiles(index, cfg, images_only=classes is not None)
 
-    def batch(self, positions: Sequence[int], samples: Sequence[Raw | None]) -> Batch:
-        """A row a position; None is a row without a sample."""
-        size, rows = self._cfg.resolution, len(positions)
+    def batch(self, positions: Sequence[int], samples: Sequence[Raw | None], cell: Cell | None = None) -> Batch:
+        """A row a position; None is a row without a sample. cell: None is the square of data.resolution."""
+        size, rows = cell[:2] if cell else (self._cfg.resolution, self._cfg.resolution), len(positions)
         keys = position_keys(self._seed, np.array(positions, np.int64))
         flip = uniforms(keys, "flip") < self._flip
         dropped = uniforms(keys, "caption dropout" if self._classes is None else "label dropout") < self._dropout
@@ -64,7 +77,7 @@ class _Decoder:
         choice = uniforms(keys, "caption choice")
 
         batch = Batch(
-            images=torch.zeros(rows, 3, size, size, dtype=torch.uint8),
+            images=torch.zeros(rows, 3, *size, dtype=torch.uint8),
             latents=None,
             captions=[""] * rows,
             full_captions=[""] * rows,
@@ -76,8 +89,11 @@ class _Decoder:
             names=[""] * rows,
             holes=[],
             read=0,
+            sizes=torch.zeros(rows, 2, dtype=torch.int32),
+            cell=cell,
         )
         assert batch.images is not None
+        assert batch.sizes is not None
         for i, sample in enumerate(samples):
             if sample is None:
                 continue
@@ -96,6 +112,7 @@ class _Decoder:
                 batch.holes.append(str(error))
                 continue
             batch.images[i] = torch.from_numpy(pixels)
+            batch.sizes[i, 0], batch.sizes[i, 1] = int(sample.row["height"]), int(sample.row["width"])
             batch.full_captions[i] = caption
             batch.captions[i] = "" if dropped[i] else caption
             batch.labels[i] = label if self._classes is None or not dropped[i] else self._classes
@@ -115,27 +132,37 @@ def _decoder(
 class _Rows(IterableDataset[Batch]):
     """A rank's rows of each step from first_step on, those of this worker; endless.
 
-    Worker w owns a contiguous part of the rows, so that a chunk is read by one process.
+    Worker w owns a contiguous part of the rows, so that a chunk is read by one process. rows: those of a rank, in a
+    step of each cell.
     """
 
     def __init__(
-        self, decoder: _Decoder | PrecomputedDecoder, order: Order, first_step: int, slots: range, rows: int
+        self,
+        decoder: _Decoder | PrecomputedDecoder,
+        order: CellOrder,
+        cells: Sequence[Cell | None],
+        rows: Sequence[int],
+        global_batch_size: int,
+        first_step: int,
+        slots: range,
     ) -> None:
-        self._decoder, self._order, self._first_step = decoder, order, first_step
-        self._slots, self._rows = slots, rows
+        self._decoder, self._order, self._cells, self._rows = decoder, order, cells, rows
+        self._batch, self._first_step, self._slots = global_batch_size, first_step, slots
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        rows = share_of(info.id, info.num_workers, self._rows) if info else range(self._rows)
-        slots = self._slots[rows.start : rows.stop]
-        fill_up = len(rows) - len(slots)
-        streams = self._decoder.files.streams(self._order.queues(self._first_step, slots))
-        first = self._first_step * self._order.global_batch_size
-        while True:
-            positions = [*(first + slot for slot in slots), *[_FILL_UP] * fill_up]
-            samples = [*(next(stream) for stream in streams), *[None] * fill_up]
-            yield self._decoder.batch(positions, samples)
-            first += self._order.global_batch_size
+        streams: dict[int, list[Iterator[Raw | None]]] = {}  # by cell, begun at the first step that reads it
+        for step in itertools.count(self._first_step):
+            at = self._order.at(step)
+            rows = share_of(info.id if info else 0, info.num_workers if info else 1, self._rows[at.cell])
+            slots = self._slots[rows.start : rows.stop]
+            fill_up = len(rows) - len(slots)
+            if at.cell not in streams:
+                queues = self._order.queues(at, slots)
+                streams[at.cell] = self._decoder.files.streams(queues, sets=len(self._order.cells))
+            positions = [*(step * self._batch + slot for slot in slots), *[_FILL_UP] * fill_up]
+            samples = [*(next(stream) for stream in streams[at.cell]), *[None] * fill_up]
+            yield self._decoder.batch(positions, samples, self._cells[at.cell])
 
 
 def _start_worker(_: int) -> None:
@@ -159,7 +186,8 @@ class ImageTextReader:
 
     index: of the shards. seed: of the run. caption_dropout: probability of the empty caption. classes: of a model
     that is conditioned on labels. The world size and num_workers change which process reads a sample, never what a
-    position holds.
+    position holds. cells: those of the steps, each with the most rows of a micro-batch; None: one, the square of
+    cfg.resolution, with micro_batch_size.
     Raises DataError where there are more ranks than samples in the global batch.
     """
 
@@ -174,13 +202,15 @@ class ImageTextReader:
         world: int,
         micro_batch_size: int,
         classes: int | None = None,
+        cells: Mapping[Cell, int] | None = None,
     ) -> None:
-        self._slots = slots_of(rank, world, global_batch_size)
-        self._order = Order(seed, index.shard_sizes, global_batch_size, cfg.epochs, index.parts)
+        self._batch, self._slots = global_batch_size, slots_of(rank, world, global_batch_size)
+        self._cells, self._shapes = _step_shapes(cells, global_batch_size, world, micro_batch_size)
+        known = [cell or Cell(cfg.resolution, cfg.resolution, 0) for cell in self._cells]
+        self._order = CellOrder(seed, index, known, global_batch_size, cfg.epochs, cfg.characters_per_token)
         dropout = caption_dropout if classes is None else cfg.label_dropout
         self._decoder = _decoder(index, cfg, seed, cfg.flip, dropout, crop=True, classes=classes)
         self._workers = cfg.num_workers
-        self.micro_batches, self.rows = micro_batch_shape(global_batch_size, world, micro_batch_size)
         self.fingerprint = index.fingerprint
 
     def batches(self, first_step: int) -> Iterator[tuple[int, list[Batch]]]:
@@ -190,7 +220,15 @@ class ImageTextReader:
         """
         workers = self._workers
         loader = DataLoader(
-            _Rows(self._decoder, self._order, first_step, self._slots, self.micro_batches * self.rows),
+            _Rows(
+                self._decoder,
+                self._order,
+                self._cells,
+                [count * rows for count, rows in self._shapes],
+                self._batch,
+                first_step,
+                self._slots,
+            ),
             batch_size=None,
             num_workers=workers,
             collate_fn=_same,
@@ -199,12 +237,11 @@ class ImageTextReader:
             generator=torch.Generator(),  # else the loader draws its seed from the trainer's generator
         )
         iterator = iter(loader)  # hands out the workers' rows in turn
-        step = first_step
-        while True:
+        for step in itertools.count(first_step):
             batch = concatenate([next(iterator) for _ in range(max(1, workers))])
             batch = batch.pin_memory() if torch.cuda.is_available() else batch
-            yield step, split(batch, self.rows)
-            step += 1
+            _, rows = self._shapes[self._order.at(step).cell]
+            yield step, split(batch, rows)
 
 
 def validation_batches(
@@ -246,9 +283,9 @@ def _bank(samples: int, count: int) -> np.ndarray:
 class SyntheticReader:
     """Seeded latents and text states (or labels) of the configured shape, for runs without data.
 
-    A row depends on its key alone: latents ~ N(0, 1) [C, R / downsample, R / downsample], text states
+    A row depends on its key and cell alone: latents ~ N(0, 1) [C, height / downsample, width / downsample], text states
     ~ N(0, 1) of a varying true length, and one fixed state of length 1 where the caption is dropped. With `classes`
-    uniform labels take the place of text states.
+    uniform labels take the place of text states. `cells` as of ImageTextReader; all of them are as frequent.
     """
 
     fingerprint = "synthetic"
@@ -264,30 +301,34 @@ class SyntheticReader:
         world: int,
         micro_batch_size: int,
         classes: int | None = None,
+        cells: Mapping[Cell, int] | None = None,
     ) -> None:
         self._classes, self._label_dropout = classes, cfg.label_dropout
-        side = cfg.resolution // autoencoder.downsample
-        self._latent_shape = (autoencoder.channels, side, side)
+        self._base = Cell(cfg.resolution, cfg.resolution, text.max_length)
+        self._channels, self._downsample = autoencoder.channels, autoencoder.downsample
         self._text, self._seed, self._batch = text, seed, global_batch_size
         self._slots = slots_of(rank, world, global_batch_size)
-        self.micro_batches, self.rows = micro_batch_shape(global_batch_size, world, micro_batch_size)
+        self._cells, self._shapes = _step_shapes(cells, global_batch_size, world, micro_batch_size)
+        self._schedule = Schedule(seed, [Fraction(1)] * len(self._cells))
 
     def batches(self, first_step: int) -> Iterator[tuple[int, list[Batch]]]:
         """(step, micro-batches of this rank) from first_step on, endless."""
-        step = first_step
-        while True:
+        for step in itertools.count(first_step):
+            cell = self._schedule.at(step).cell if len(self._cells) > 1 else 0
+            count, rows = self._shapes[cell]
             positions = [step * self._batch + slot for slot in self._slots]
-            positions += [-1] * (self.micro_batches * self.rows - len(positions))
-            chunks = [positions[i * self.rows : (i + 1) * self.rows] for i in range(self.micro_batches)]
-            yield step, [self._make(chunk) for chunk in chunks]
-            step += 1
+            positions += [-1] * (count * rows - len(positions))
+            chunks = [positions[i * rows : (i + 1) * rows] for i in range(count)]
+            yield step, [self._make(chunk, self._cells[cell]) for chunk in chunks]
 
-    def _make(self, positions: list[int]) -> Batch:
+    def _make(self, positions: list[int], cell: Cell | None) -> Batch:
         keys, rows = position_keys(self._seed, np.array(positions, np.int64)), len(positions)
+        height, width, text_length = cell or self._base
         real = np.array(positions) >= 0
-        latents = torch.zeros(rows, *self._latent_shape)
+        shape = (self._channels, height // self._downsample, width // self._downsample)
+        latents = torch.zeros(rows, *shape)
         for i in np.flatnonzero(real):
-            latents[i] = torch.randn(self._latent_shape, generator=torch.Generator().manual_seed(int(keys[i])))
+            latents[i] = torch.randn(shape, generator=torch.Generator().manual_seed(int(keys[i])))
         names = [f"synthetic/{p}" if p >= 0 else "" for p in positions]
         batch = Batch(
             images=None,
@@ -302,9 +343,11 @@ class SyntheticReader:
             names=list(names),
             holes=[],
             read=int(real.sum()),
+            sizes=torch.tensor([height, width], dtype=torch.int32).expand(rows, 2).clone(),
+            cell=cell,
         )
         if self._classes is None:
-            self._add_text(batch, keys, real)
+            self._add_text(batch, keys, real, text_length)
         else:
             dropped = uniforms(keys, "label dropout") < self._label_dropout
             labels = (uniforms(keys, "label") * self._classes).astype(np.int64)
@@ -312,13 +355,13 @@ class SyntheticReader:
             batch.labels = torch.from_numpy(np.where(real, labels, ABSENT))
         return batch
 
-    def _add_text(self, batch: Batch, keys: np.ndarray, real: np.ndarray) -> None:
+    def _add_text(self, batch: Batch, keys: np.ndarray, real: np.ndarray, most: int) -> None:
         """Text states, and empty captions where they are dropped."""
         dropped = uniforms(keys, "caption dropout") < self._text.dropout
-        lengths = 1 + (uniforms(keys, "length") * self._text.max_length).astype(np.int64)
+        lengths = 1 + (uniforms(keys, "length") * most).astype(np.int64)
         lengths[dropped] = 1
-        batch.text_states = torch.zeros(len(keys), self._text.max_length, self._text.width)
-        batch.text_mask = torch.arange(self._text.max_length) < torch.from_numpy(lengths)[:, None]
+        batch.text_states = torch.zeros(len(keys), most, self._text.width)
+        batch.text_mask = torch.arange(most) < torch.from_numpy(lengths)[:, None]
         for i in np.flatnonzero(real):
             text_seed = 0 if dropped[i] else int(mix(int(keys[i]), 1).view(np.int64))
             generator = torch.Generator().manual_seed(text_seed)

@@ -1,12 +1,13 @@
 """What each step will see, read through the same per-rank readers as training: one JSON line a step.
 
+Its keys, and in a run of several cells the step's: height and width in pixels, and the most tokens of a caption.
+
 The jumps that a run has made past samples (rollback) are those of its folder, where there is one.
 
 python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-step 0 --to-step 10
 """
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 
@@ -38,10 +39,11 @@ def main() -> int:
         source = Source(config, resolved, world)
         readers = [follow(source.reader(rank, size).batches, lambda: data_step(step, jumps)) for rank in range(size)]
         for step in range(first, last):
-            keys: list[str] = []
-            for reader in readers:  # ranks own contiguous slots, so this is the order of the global batch
-                keys += itertools.chain.from_iterable(filter(None, batch.names) for batch in next(reader))
-            print(json.dumps({"step": step, "keys": keys}))
+            # Ranks own contiguous slots, so this is the order of the global batch.
+            batches = [batch for reader in readers for batch in next(reader)]
+            keys = [name for batch in batches for name in batch.names if name]
+            cell = batches[0].cell
+            print(json.dumps({"step": step, "keys": keys} | ({"cell": cell._asdict()} if cell else {})))
     finally:
         dist.destroy_process_group()
     return 0

@@ -1,8 +1,9 @@
 """Shapes of the backbones as frozen dataclasses. Stdlib only: the config file is read without torch.
 
 Every kind has `kind`, `width`, `depth`, `head_dim`, `patch_size`. `condition` says what it is conditioned on ("text",
-or "label" with `num_classes`), `learn_sigma` whether it predicts the variance beside the mean, `residual` whether it
-is deep by residual branches alone, and `conflicts` which images and texts do not fit it.
+or "label" with `num_classes`), `learn_sigma` whether it predicts the variance beside the mean, `micro_conditions`
+whether it reads the images' sizes, `residual` whether it is deep by residual branches alone, and `conflicts` which
+images and texts do not fit it.
 """
 
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ class MMDiTConfig:
     condition: ClassVar[ConditionKind] = "text"
     num_classes: ClassVar[int] = 0
     learn_sigma: ClassVar[bool] = False
+    micro_conditions: ClassVar[bool] = False
 
     kind: Literal["mmdit"] = "mmdit"
     width: int = 512
@@ -62,7 +64,8 @@ class MMDiTConfig:
         _check_shape(self, "pos_embed_max_size")
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
-        """What is wrong with images of `resolution` pixels, `side` tokens a side, and captions of `text_length`."""
+        """What is wrong with images of `resolution` pixels, `side` tokens on the longest side, and captions of
+        `text_length` tokens."""
         if side > self.pos_embed_max_size:
             yield (
                 f"data.resolution {resolution} gives {side} tokens a side, more than "
@@ -85,6 +88,7 @@ class DiTConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     residual: ClassVar[bool] = True
     condition: ClassVar[ConditionKind] = "label"
+    micro_conditions: ClassVar[bool] = False
 
     kind: Literal["dit"] = "dit"
     width: int = 288
@@ -156,7 +160,7 @@ class UViTConfig:
     """U-ViT (Bao et al., arXiv 2209.12152, Figure 1): everything is a token, long skips join the two halves.
 
     depth: blocks without the middle one: half before it, half after it, each of these with a long skip.
-    input_size: tokens along a side of the images; the learned position table has no other size.
+    input_size: tokens along the longest side of the images; the learned positions of other shapes are a centre crop.
     condition: "label" (one token, num_classes is the null label) or "text" (up to text_length tokens).
     final_conv, time_mlp, qkv_bias: off in U-ViT-H/2. A 3 x 3 convolution on the output, a trained time embedding,
         biases of query and value.
@@ -167,6 +171,7 @@ class UViTConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     residual: ClassVar[bool] = False  # the long skips' layers stand in the stream itself
     learn_sigma: ClassVar[bool] = False
+    micro_conditions: ClassVar[bool] = False
 
     kind: Literal["uvit"] = "uvit"
     width: int = 288
@@ -190,7 +195,8 @@ class UViTConfig:
             raise ValueError(f"model.depth {self.depth} must be even: half before the middle block, half after it")
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
-        """What is wrong with images of `resolution` pixels, `side` tokens a side, and captions of `text_length`."""
+        """What is wrong with images of `resolution` pixels, `side` tokens on the longest side, and captions of
+        `text_length` tokens."""
         if side != self.input_size:
             yield (
                 f"data.resolution {resolution} gives {side} tokens a side, but the learned positions are of "

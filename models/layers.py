@@ -143,7 +143,7 @@ def axis_sinusoids(width: int, max_size: int, base_size: float, device: torch.de
 
 
 def crop_positions(axis: Tensor, height: int, width: int) -> Tensor:
-    """Centre crop of the 2-D table as SD3 takes it: axis [max, D/2] -> [height * width, D]."""
+    """Centre crop of the 2-D table as SD3 takes it, of any shape: axis [max, D/2] -> [height * width, D]."""
     max_size = axis.shape[0]
     if max(height, width) > max_size:
         raise ValueError(f"{height} x {width} tokens do not fit model.pos_embed_max_size {max_size}: raise it")

@@ -116,6 +116,15 @@ class UViT(nn.Module):
             raise ValueError(f"{length} text tokens do not fit model.text_length {self.config.text_length}: raise it")
         return self.text_embed(condition.states.to(dtype)), condition.mask  # [B, L, D], [B, L]
 
+    def image_positions(self, height: int, width: int) -> Tensor:
+        """Centre crop of the learned grid: [height * width, D]."""
+        side = self.config.input_size
+        if max(height, width) > side:
+            raise ValueError(f"{height} x {width} tokens do not fit model.input_size {side}")
+        top, left = (side - height) // 2, (side - width) // 2
+        grid = self.pos_embed[self.first :].unflatten(0, (side, side))  # [side, side, D]
+        return grid[top : top + height, left : left + width].flatten(0, 1)
+
     def forward(
         self, x: Tensor, t: Tensor, condition: ClassCondition | TextCondition, features_at: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -123,8 +132,6 @@ class UViT(nn.Module):
         `features_at` (in the order of shard_units)."""
         config, dtype = self.config, self.patch_embed.weight.dtype
         height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
-        if height != config.input_size or width != config.input_size:
-            raise ValueError(f"{height} x {width} tokens do not fit model.input_size {config.input_size}")
 
         patches = self.patch_embed(patchify(x, config.patch_size).to(dtype))  # [B, N, D]
         time = time_sinusoids(t, config.time_freq_shift, config.width).to(dtype)  # [B, D]
@@ -132,7 +139,7 @@ class UViT(nn.Module):
             time = self.time_embed(time)  # [B, D]
         given, text_mask = self.condition_tokens(condition, dtype)  # [B, 1 or L, D], [B, L]
         extras = 1 + given.shape[1]
-        positions = torch.cat([self.pos_embed[:extras], self.pos_embed[self.first :]])  # [T, D]
+        positions = torch.cat([self.pos_embed[:extras], self.image_positions(height, width)])  # [T, D]
         tokens = torch.cat([time[:, None], given, patches], dim=1) + positions  # [B, T, D]
         mask = None
         if text_mask is not None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data.batch import Batch
-from data.config import DataConfig, DataError
+from data.config import Cell, DataConfig, DataError
 from data.dataset import check_images, check_same_kind
 from data.debug import ensure_debug_assets
 from data.index import ImageTextIndex, open_index, open_validation_index
@@ -24,6 +24,7 @@ from models.configs import ModelConfig
 from models.flops import forward_flops
 from models.registry import build_model, declarations
 
+from .cells import cells_of, image_tokens, micro_batch_rows
 from .checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -149,10 +150,12 @@ class Source:
     def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
         """The reader of one rank in a world of `size`."""
         c, rows = self._config, self._resolved.micro_batch_rows
-        seed, batch, classes = c.train.seed, c.train.global_batch_size, c.label_classes
+        seed, batch = c.train.seed, c.train.global_batch_size
+        cells = {cell: micro_batch_rows(c, cell, size) for cell in cells_of(c)}
+        part = (rank, size, rows, c.label_classes, cells)
         if self._index is None:
-            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, rank, size, rows, classes)
-        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, rank, size, rows, classes)
+            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part)
+        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part)
 
     def validation(self) -> list[Batch]:
         """This rank's part of the fixed bank."""
@@ -243,7 +246,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if _is_debug(config.text_encoder.path):
         first_on_rank_0(world, ensure_debug_assets)
     source = Source(config, resolved, world)
-    frozen = FrozenParts(config, world, source.dataset)
+    frozen = FrozenParts(config, world, partial(on_rank_0, world), source.dataset)
     table = build_mup_table(config)
     fingerprints = {"data": source.fingerprint, **frozen.fingerprints()}
     assert config.run.name is not None
@@ -319,7 +322,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         ),
         objective=objective,
         lr=lambda step: config.optim.lr * _lr_factor(config, step),
-        batches=source.batches,
+        batches=frozen.ahead(source.batches),
         encode=frozen.encode,
         validate=lambda: validation(engine.model, objective, bank, swapped),
         sample=sample,
@@ -419,7 +422,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     verify(checkpoint, world.control)
     check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
     check_weights_readable(read_meta(checkpoint), checkpoint)
-    frozen = FrozenParts(config, world)
+    frozen = FrozenParts(config, world, partial(on_rank_0, world))
     engine = build_engine(config, table, world)
     engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}")
     return Inference(
@@ -435,7 +438,8 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
 def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow | DDPM:
     if config.objective.kind == "ddpm":
         return DDPM(config.objective.beta_schedule, config.model.learn_sigma)
-    return RectifiedFlow(config.objective.timestep_mean, config.objective.timestep_std, resolved.time_shift)
+    mean, std = config.objective.timestep_mean, config.objective.timestep_std
+    return RectifiedFlow(mean, std, resolved.time_shift, area=config.latent_size**2)
 
 
 def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:
@@ -452,12 +456,12 @@ def _plan(
     if without_images and train.sample_every:
         metrics.say(f"no sample grids: {without_images}")
 
-    def image_flops(text_tokens: float) -> float:
+    def image_flops(text_tokens: float, cell: Cell | None = None) -> float:
         forward = forward_flops(
             config.model,
             config.autoencoder.channels,
             config.text_encoder.width,
-            config.image_tokens,
+            image_tokens(config, cell) if cell else config.image_tokens,
             round(text_tokens),
         )
         return 3.0 * forward

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
 from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
 
+from .cells import cells_of, micro_batch_rows
 from .config_conflicts import conflicts
 from .config_files import CONFIG_DIR as CONFIG_DIR
 from .config_files import ConfigError, find_config, nearest, override, read
@@ -262,6 +263,8 @@ _CLASSES: dict[str, KeyClass] = {
     "text_encoder": "identity",
     "text_encoder.path": "runtime",
     "text_encoder.subfolder": "runtime",
+    "text_encoder.device": "runtime",
+    "text_encoder.shard": "runtime",
     "autoencoder": "identity",
     "autoencoder.path": "runtime",
     "autoencoder.subfolder": "runtime",
@@ -422,9 +425,9 @@ class Resolved(NamedTuple):
     shard: int
     """Ranks that share one copy of the weights."""
     micro_batch_rows: int
-    """The most samples in a device's micro-batch at this resolution."""
+    """The most samples in a device's micro-batch of squares."""
     time_shift: float
-    """s of the shifted time: sqrt(image tokens / shift_base_tokens)."""
+    """s of the squares' shifted time: sqrt(image tokens / shift_base_tokens)."""
 
 
 def resolve(config: TrainConfig, world_size: int) -> Resolved:
@@ -434,13 +437,10 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
         raise ConfigError(f"{world_size} processes need train.global_batch_size of at least as many, got {batch}")
     if world_size % shard:
         raise ConfigError(f"parallel.shard {shard} does not divide the {world_size} processes")
-    share = -(-batch // world_size)
-    micro = config.train.micro_batch_size
-    rows = share if micro is None else max(1, min(share, int(micro * 256**2 / config.data.resolution**2)))
     return Resolved(
         world_size=world_size,
         shard=shard,
-        micro_batch_rows=rows,
+        micro_batch_rows=micro_batch_rows(config, cells_of(config)[0], world_size),
         time_shift=math.sqrt(config.image_tokens / config.objective.shift_base_tokens),
     )
 

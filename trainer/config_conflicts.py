@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .cells import cell_conflicts, longest_side
+
 if TYPE_CHECKING:
     from .config import TrainConfig
 
@@ -16,7 +18,7 @@ def conflicts(c: "TrainConfig") -> Iterator[str]:
             "(autoencoder.downsample x model.patch_size)"
         )
     else:
-        yield from c.model.conflicts(c.data.resolution, c.data.resolution // cell, c.text_encoder.max_length)
+        yield from c.model.conflicts(c.data.resolution, longest_side(c, cell), c.text_encoder.max_length)
     if c.mup.base_width % c.model.head_dim:
         yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
     if c.mup.base_depth is not None and not c.model.residual:
@@ -35,6 +37,7 @@ def conflicts(c: "TrainConfig") -> Iterator[str]:
     if not c.ema.decays or not all(0 < d < 1 for d in c.ema.decays) or len(set(c.ema.decays)) < len(c.ema.decays):
         yield f"ema.decays must be different numbers between 0 and 1, got {list(c.ema.decays)}"
     yield from _sampling_conflicts(c)
+    yield from cell_conflicts(c)
     yield from _zero_conflicts(c)
 
 

@@ -1,18 +1,25 @@
 """The parts that are not trained: a Batch becomes the tensors that the model sees, and the model's become images."""
 
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
 from data.config import NONE, DataError
 from data.dataset import Dataset
-from data.encoders import load_autoencoder, load_text_encoder
-from models.layers import ClassCondition, TextCondition
+from data.encoders import TextEncoder, load_autoencoder, load_text_encoder
+from models.layers import ClassCondition, SizedTextCondition, TextCondition
 
+from .ahead import Ahead
 from .config import TrainConfig
 from .diffusion.random import normal
 from .parallel.fsdp import Precision
 from .parallel.mesh import World
+from .parallel.spread import spread
 from .state import Encoded
 
 
@@ -20,29 +27,55 @@ def precision_of(config: TrainConfig, world: World) -> Precision:
     return config.parallel.precision or ("bf16" if world.device.type == "cuda" else "fp32")
 
 
+Batches = Callable[[int], Iterator[tuple[int, list[Batch]]]]
+OnRank0 = Callable[[Callable[[], TextEncoder]], TextEncoder | None]
+
+
+def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype, on_rank_0: OnRank0 | None) -> TextEncoder:
+    """The text encoder, whole or sharded; where on_rank_0 is given one rank reads it for all."""
+    cfg = config.text_encoder
+    device = torch.device(cfg.device) if cfg.device else world.device
+    if world.size == 1 or on_rank_0 is None:
+        return load_text_encoder(cfg, device, dtype)
+    read = on_rank_0(lambda: load_text_encoder(cfg, "cpu", dtype))
+    encoder = load_text_encoder(cfg, device, dtype, shapes_only=True)
+    fingerprint = [read.fingerprint if read else ""]
+    dist.broadcast_object_list(fingerprint, src=0, group=world.control)
+    spread(read.model if read else None, encoder.model, device, cfg.shard)
+    encoder.fingerprint, encoder.in_step = fingerprint[0], cfg.shard
+    return encoder
+
+
 class FrozenParts:
     """Autoencoder and text encoder: what turns a Batch into tensors that the model sees, and back.
 
     With synthetic data neither is loaded: latents and text states come with the batch. So they do with precomputed
-    shards (`dataset`): there an encoder is loaded where the config has one, for the sample grids.
+    shards (`dataset`): there an encoder is loaded where the config has one, for the sample grids. on_rank_0: does work
+    on rank 0 alone, None elsewhere, and raises its errors on all ranks; without it every rank reads the text encoder,
+    whole.
     """
 
-    def __init__(self, config: TrainConfig, world: World, dataset: Dataset | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, world: World, on_rank_0: OnRank0 | None = None, dataset: Dataset | None = None
+    ) -> None:
         precision = precision_of(config, world)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
         self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
         self._device = world.device
         self._dataset = dataset
-        self._classes = config.label_classes
+        self._classes, self._sized = config.label_classes, config.model.micro_conditions
         self._autoencoder = self._text_encoder = None
         own = not config.data.synthetic and dataset is None
         if own or (dataset is not None and config.autoencoder.path != NONE):
             self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
         if self._classes is None and (own or (dataset is not None and config.text_encoder.path != NONE)):
-            self._text_encoder = load_text_encoder(config.text_encoder, world.device, dtype)
+            self._text_encoder = read_text_encoder(config, world, dtype, on_rank_0)
         if dataset is not None:
             for part, fingerprint in self._loaded_fingerprints().items():
                 dataset.check_encoder(part, fingerprint)
+        self._ahead = Ahead(world.device, in_thread="cpu" in (world.device.type, config.text_encoder.device))
+        self._begun: dict[int, tuple[Batch, Callable[[], Encoded]]] = {}  # by id; the batch is kept, so ids are its own
+        self._encodes = own
         self.without_images = None
         """Why no images can be sampled, where none can."""
         if config.data.synthetic:
@@ -57,9 +90,42 @@ class FrozenParts:
     def fingerprints(self) -> dict[str, str]:
         return self._loaded_fingerprints() if self._dataset is None else self._dataset.fingerprints
 
-    @torch.no_grad()
+    def ahead(self, batches: Batches) -> Batches:
+        """The same batches, while those of the next step are being encoded."""
+
+        def following(first_step: int) -> Iterator[tuple[int, list[Batch]]]:
+            self._finish()  # before reader processes are forked
+            stream = batches(first_step)
+            try:
+                present = self._begin(next(stream))
+                while True:
+                    coming = self._begin(next(stream))
+                    yield present
+                    present = coming
+            finally:
+                self._finish()
+
+        return following if self._encodes else batches
+
+    def _begin(self, step: tuple[int, list[Batch]]) -> tuple[int, list[Batch]]:
+        for batch in step[1]:
+            self._begun[id(batch)] = batch, self._ahead.begin(partial(self._encode, batch))
+        return step
+
+    def _finish(self) -> None:
+        """Wait for what was begun and is not wanted any more."""
+        for _, take in self._begun.values():
+            with suppress(Exception):  # it was for nothing anyway
+                take()
+        self._begun.clear()
+
     def encode(self, batch: Batch) -> Encoded:
-        """A micro-batch on the device."""
+        """A micro-batch on the device; of one that was begun ahead, the result."""
+        _, take = self._begun.pop(id(batch), (batch, None))
+        return take() if take else self._ahead.begin(partial(self._encode, batch))()
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch) -> Encoded:
         keys = batch.keys.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
         if batch.latents is not None:
@@ -73,30 +139,37 @@ class FrozenParts:
             noise = normal(keys, tuple(x0.shape[1:]), "posterior").to(x0.dtype)
             x0 = x0 + (0.5 * logvar.to(self._device, x0.dtype, non_blocking=True)).exp() * noise
         condition = self._condition(batch)
-        lengths = condition.mask.sum(1) if isinstance(condition, TextCondition) else torch.zeros_like(weight)
+        lengths = torch.zeros_like(weight) if isinstance(condition, ClassCondition) else condition.mask.sum(1)
         return Encoded(x0, condition, keys, weight, (lengths * weight).sum())
 
-    def _condition(self, batch: Batch) -> TextCondition | ClassCondition:
+    def _condition(self, batch: Batch) -> TextCondition | SizedTextCondition | ClassCondition:
         if self._classes is not None:
             # Rows without a sample (weight 0) have label -1, which no table holds: they get the null label.
             labels = batch.labels.to(self._device, non_blocking=True)
             return ClassCondition(torch.where(labels < 0, self._classes, labels))
         if batch.text_states is not None and batch.text_mask is not None:
-            return TextCondition(
+            text = TextCondition(
                 batch.text_states.to(self._device, non_blocking=True),
                 batch.text_mask.to(self._device, non_blocking=True),
             )
-        return self._encode_text(batch.captions)
+        else:
+            text = self._encode_text(batch.captions, batch.cell.text_length if batch.cell else None)
+        if not self._sized or batch.sizes is None:
+            return text
+        return SizedTextCondition(*text, batch.sizes.to(self._device, non_blocking=True))
 
     @torch.no_grad()
-    def _encode_text(self, captions: list[str]) -> TextCondition:
+    def _encode_text(self, captions: list[str], length: int | None = None) -> TextCondition:
         assert self._text_encoder is not None
-        return TextCondition(*self._text_encoder.encode(captions))
+        states, mask = self._text_encoder.encode(captions, length)
+        if states.device != self._device:  # from the CPU: by pinned memory, so that the copy waits for no other work
+            states, mask = (part.pin_memory().to(self._device, non_blocking=True) for part in (states, mask))
+        return TextCondition(states, mask)
 
     def encode_prompts(self, prompts: list[str]) -> TextCondition | ClassCondition:
         """Captions, or class numbers as text; "" is no condition."""
         if self._classes is None:
-            return self._encode_text(prompts)
+            return self._ahead.begin(partial(self._encode_text, prompts))()
         for prompt in prompts:
             if prompt and not (prompt.isdecimal() and int(prompt) < self._classes):
                 raise DataError(f'prompt "{prompt}": the model knows classes, give a number below {self._classes}')

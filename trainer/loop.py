@@ -1,6 +1,7 @@
 """The training loop, top to bottom. Nothing in a step waits for the device; figures are read at log steps."""
 
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -49,10 +50,12 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
     if state.step == 0:
         _look(run, watchdog, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0, sample=False)
     stream = follow(run.batches, lambda: data_step(state.step, state.jumps))
-    began, begun_step = time.perf_counter(), state.step
+    began, cells = time.perf_counter(), Counter[Any]()  # cells: of the steps since then
     reads_before = _reads(state)
     while state.step < run.last_step:
-        train_step(run, state.step, next(stream))
+        micro_batches = next(stream)
+        cells[micro_batches[0].cell] += 1
+        train_step(run, state.step, micro_batches)
         state.step += 1
         watchdog.beat(state.step)
         due = {key: _due(state.step, every, run.last_step) for key, every in _intervals(run).items()}
@@ -64,13 +67,13 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         too_bad = due["log"] and share > plan.max_bad_share
         record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
         if due["log"]:
-            record |= _figures(run, began, state.step - begun_step) | {"bad_share": share}
+            record |= _figures(run, began, cells) | {"bad_share": share}
             watchdog.beat(state.step, record["step_time_s"])
             row = state.skips.take_longest_row()
             if plan.rollback_after and row >= plan.rollback_after:
                 with watchdog.phase("going back"):
                     go_back(run, row)
-                began, begun_step = time.perf_counter(), state.step
+                began, cells = time.perf_counter(), Counter()
                 continue
         if due["log"] or due["validate"] or due["sample"]:
             _look(run, watchdog, record, due["validate"], due["sample"])
@@ -87,7 +90,7 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         if stopping:
             return "preempted", "asked to stop by a signal"
         if any(due.values()):
-            began, begun_step = time.perf_counter(), state.step  # time spent looking is not training time
+            began, cells = time.perf_counter(), Counter()  # time spent looking is not training time
     return "finished", "" if run.last_step == plan.steps else "the data ended: rollbacks jumped over the rest of them"
 
 
@@ -167,8 +170,8 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _figures(run: Run, began: float, steps: int) -> dict[str, Any]:
-    """Read the totals back (the host sync of a log step) and start them anew. began: when the `steps` began."""
+def _figures(run: Run, began: float, cells: Counter[Any]) -> dict[str, Any]:
+    """Read the totals back (the host sync of a log step) and start them anew. began: when the steps of `cells` did."""
     plan, state = run.plan, run.state
     totals = Totals.unpacked(state.totals.to("cpu", copy=True))
     seconds = time.perf_counter() - began  # now that the device has done them
@@ -186,8 +189,10 @@ def _figures(run: Run, began: float, steps: int) -> dict[str, Any]:
             figures[name] = float(getattr(totals, name)) / counted
         figures["mup/clip_share"] = float(totals.clipped) / counted
     figures |= time_figures(totals.by_time.tolist()) | run.health.figures()
+    steps, text_tokens = cells.total(), float(totals.text_tokens) / max(1.0, counted)
     images_per_s = plan.global_batch_size * steps / seconds
-    flops_per_s = plan.image_flops(float(totals.text_tokens) / max(1.0, counted)) * images_per_s
+    image_flops = sum(plan.image_flops(text_tokens, cell) * count for cell, count in cells.items()) / steps
+    flops_per_s = image_flops * images_per_s
     figures |= {
         "images_per_s": images_per_s,
         "step_time_s": seconds / steps,

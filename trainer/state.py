@@ -34,6 +34,8 @@ class Readable(Protocol):
 
     holes: list[str]
     read: int
+    cell: Any
+    """What the images and texts of the step have in common, None in a run of one kind."""
 
 
 class Objective(Protocol):
@@ -105,8 +107,8 @@ class Plan:
     """Steps that the data hold; None where they have no end."""
     watchdog_factor: float | None
     watchdog_min_s: float
-    image_flops: Callable[[float], float]
-    """Text tokens -> FLOPs of one image in a forward and a backward pass."""
+    image_flops: Callable[[float, Any], float]
+    """Text tokens and the batch's cell -> FLOPs of one image in a forward and a backward pass."""
     peak_flops: float | None
     """Of all devices together; None where unknown, then no MFU is given."""
 

@@ -423,8 +423,10 @@ RUNTIME |= {"data.shards", "data.val_shards", "data.num_workers", "data.max_bad_
 RUNTIME |= {f"data.{key}" for key in ("captions", "index_cache", "prefetch_mib", "timeout_s", "retries")}
 RUNTIME |= {"data.cache_dir", "data.cache_gib"}
 RUNTIME |= {f"{part}.{key}" for part in ("text_encoder", "autoencoder") for key in ("path", "subfolder")}
+RUNTIME |= {"text_encoder.device", "text_encoder.shard"}
 IDENTITY = {"model.", "mup.", "objective.", "train.seed", "train.global_batch_size"}
 IDENTITY |= {f"data.{key}" for key in ("resolution", "flip", "epochs", "max_image_pixels", "label_dropout")}
+IDENTITY |= {f"data.{key}" for key in ("buckets", "max_aspect", "text_lengths", "characters_per_token")}
 IDENTITY |= {f"text_encoder.{key}" for key in ("max_length", "dropout", "width")}
 IDENTITY |= {f"autoencoder.{key}" for key in ("channels", "downsample")}
 

@@ -50,9 +50,11 @@ ROOMS: dict[str, Room] = {
     "data": Room(DATA_PACKAGES, ("data",), ("torch.distributed",)),
     "data.config": Room((), ()),
     "trainer.config": Room(
-        ("pydantic", "yaml"), ("models.configs", "data.config", "trainer.config_files", "trainer.config_conflicts")
+        ("pydantic", "yaml"),
+        ("models.configs", "data.config", "trainer.config_files", "trainer.config_conflicts", "trainer.cells"),
     ),
     "trainer.config_conflicts": Room((), ("trainer.config",)),
+    "trainer.cells": Room((), ("trainer.config", "data.config")),
     "trainer.config_files": Room(("yaml",), ()),
     "trainer.mup": Room((), ("trainer.mup.rules", "trainer.mup.table")),
     "trainer.mup.apply": Room(("torch",), ("trainer.mup",)),
@@ -65,8 +67,17 @@ ROOMS: dict[str, Room] = {
     # Built by trainer.build, which it is a part of.
     "trainer.frozen": Room(
         ("torch",),
-        ("data", "models.layers", "trainer.config", "trainer.diffusion", "trainer.parallel", "trainer.state"),
+        (
+            "data",
+            "models.layers",
+            "trainer.config",
+            "trainer.diffusion",
+            "trainer.parallel",
+            "trainer.state",
+            "trainer.ahead",
+        ),
     ),
+    "trainer.ahead": Room(("torch",), ()),
     "trainer.evaluate": Room(
         ("torch", "numpy", "transformers", "matplotlib"), ("trainer.evaluate", "trainer.diffusion", "data")
     ),

@@ -179,9 +179,9 @@ def test_batches_are_those_of_the_images(made: Made) -> None:
             "text_encoder": dataclasses.replace(made.config.text_encoder, path="none"),
         }
     )
-    stored = FrozenParts(bare, world, made.index.dataset)
+    stored = FrozenParts(bare, world, dataset=made.index.dataset)
     assert stored.without_images == "autoencoder.path and text_encoder.path are needed for them"
-    assert FrozenParts(made.config, world, made.index.dataset).without_images is None
+    assert FrozenParts(made.config, world, dataset=made.index.dataset).without_images is None
     for part, fingerprint in online.fingerprints().items():
         assert stored.fingerprints()[part] == fingerprint
     objective = build_objective(made.config, resolve(made.config, 1))
@@ -325,7 +325,7 @@ def test_another_encoder_is_refused_and_sets_that_differ(made: Made, tmp_path: P
     nobody: Any = None
     world = World(0, 1, torch.device("cpu"), nobody, nobody, nobody)
     with pytest.raises(DataError, match=r"autoencoder\.path holds an encoder with fingerprint"):
-        FrozenParts(made.config.model_copy(update={"autoencoder": vae}), world, made.index.dataset)
+        FrozenParts(made.config.model_copy(update={"autoencoder": vae}), world, dataset=made.index.dataset)
     task = precompute(made.config.model_copy(update={"autoencoder": vae}), made.source, tmp_path / "other" / "train")
     task.run(0, 1, lambda _: None)
     with pytest.raises(DataError, match=r"different values of autoencoder: .*1\.5.*1\.6"):

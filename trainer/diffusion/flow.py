@@ -3,6 +3,7 @@
 x_t = (1 - t) x0 + t noise, so t = 1 is noise; the model predicts the velocity v = noise - x0.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,16 +31,20 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """mean, std: of logit(t) before the shift. shift: sqrt(image tokens / base tokens)."""
+    """mean, std: of logit(t) before the shift. shift: sqrt(image tokens / base tokens), for x0 of `area` = h w; other
+    areas have other shifts. None: all have this one."""
 
     mean: float
     std: float
     shift: float
+    area: int | None = None
 
     def draw(self, x0: Tensor, keys: Tensor) -> Draw:
         """x0 [B, C, h, w], keys int64 [B] -> a time and noise for each sample, functions of its key alone."""
         t = torch.sigmoid(self.mean + self.std * normal(keys, (), "time"))
-        return self.draw_at(x0, keys, shift_time(t, self.shift).float())
+        area = x0.shape[-2] * x0.shape[-1]
+        shift = self.shift * math.sqrt(area / self.area) if self.area else self.shift
+        return self.draw_at(x0, keys, shift_time(t, shift).float())
 
     def draw_at(self, x0: Tensor, keys: Tensor, t: Tensor) -> Draw:
         """As `draw`, at given times t [B]."""

@@ -1,0 +1,206 @@
+"""Cells: steps whose samples share one image size and one length of text.
+
+A sample's cell follows from its row of the index, the cell of a step from the seed: a block of BLOCK steps holds each
+cell as often as its share of the samples says, in an order by hash. Each cell is an order of its own (data.order) over
+its samples, so an epoch of a cell reads each of them once, and a resume seeks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from .config import Cell
+from .order import END_OF_DATA, Order, Part, Run, deal, mix, rates_of
+
+BLOCK = 64  # steps that are shuffled together: fewer keep closer to the shares, more hide the pattern
+SPECIAL_TOKENS = 2  # at most, that a tokenizer adds to a caption
+_ROWS = 1 << 20  # of the index that are looked at together
+_PURPOSE_CELL, _PURPOSE_STEPS = 4, 5
+
+
+class Rows(Protocol):
+    """What is read of an index: samples of each shard, the sources among these, and columns of all samples."""
+
+    shard_sizes: list[int]
+    parts: list[Part]
+
+    def __len__(self) -> int: ...
+    @property
+    def width(self) -> np.ndarray: ...
+    @property
+    def height(self) -> np.ndarray: ...
+    @property
+    def caption_length(self) -> np.ndarray: ...
+
+
+class StepCell(NamedTuple):
+    """The cell of a step, and how many earlier steps had the same one."""
+
+    cell: int
+    number: int
+
+
+def assign(
+    width: np.ndarray, height: np.ndarray, characters: np.ndarray, cells: Sequence[Cell], characters_per_token: float
+) -> np.ndarray:
+    """int64 [n]: number of the cell of images of width x height pixels with captions of so many characters.
+
+    The aspect ratio is the nearest one by its logarithm, the square's where the size is unknown (0); the length is the
+    shortest that the caption fits in by estimate, the longest where it is unknown (negative).
+    """
+    sizes, lengths = list(dict.fromkeys(cell[:2] for cell in cells)), sorted({cell.text_length for cell in cells})
+    sizes.sort(key=lambda size: size[1] / size[0])
+    ratios = np.array([w / h for h, w in sizes])
+    known = (width > 0) & (height > 0)
+    ratio = np.where(known, width, 1) / np.where(known, height, 1)
+    shape = np.searchsorted(np.sqrt(ratios[1:] * ratios[:-1]), ratio)
+    tokens = np.ceil(characters / characters_per_token) + SPECIAL_TOKENS
+    text = np.minimum(np.searchsorted(lengths, tokens), len(lengths) - 1)
+    text = np.where(characters < 0, len(lengths) - 1, text)
+    numbers = {cell: number for number, cell in enumerate(cells)}
+    table = np.array([[numbers[Cell(*size, length)] for length in lengths] for size in sizes])
+    return table[shape, text]
+
+
+def merged(counts: Sequence[int], cells: Sequence[Cell], at_least: int) -> list[int]:
+    """For each cell the one that its samples join, so that none has fewer than `at_least` (a global batch).
+
+    The smallest cell goes first, to the cell with the nearest aspect ratio, of these to the one with the shortest text,
+    among those whose text is no shorter. Where there is none it stays, and a batch holds its samples more than once.
+    """
+    counts, joins = list(counts), list(range(len(cells)))
+    stuck: set[int] = set()
+    while small := [c for c, count in enumerate(counts) if 0 < count < at_least and c not in stuck]:
+        one = min(small, key=lambda c: (counts[c], c))
+
+        def distance(other: int, one: int = one) -> tuple[float, int, int]:
+            a, b = cells[one], cells[other]
+            return abs(float(np.log(a.width / a.height * b.height / b.width))), b.text_length, other
+
+        others = [c for c in range(len(cells)) if c != one and counts[c]]
+        others = [c for c in others if cells[c].text_length >= cells[one].text_length]
+        if not others:
+            stuck.add(one)
+            continue
+        into = min(others, key=distance)
+        counts[into], counts[one] = counts[into] + counts[one], 0
+        joins = [into if cell == one else cell for cell in joins]
+    return joins
+
+
+class Schedule:
+    """Which cell each step reads: arithmetic, the same on all ranks. shares: of the cells, in any unit."""
+
+    def __init__(self, seed: int, shares: Sequence[Fraction]) -> None:
+        self._seed, self._rates = seed, rates_of(shares)
+        self._block: tuple[int, list[StepCell]] = -1, []  # the last one that was asked for
+
+    def at(self, step: int) -> StepCell:
+        """The cell of a step."""
+        block, within = divmod(step, BLOCK)
+        if self._block[0] != block:
+            steps = np.arange(block * BLOCK, (block + 1) * BLOCK)
+            cells, numbers = deal(self._rates, steps)
+            shuffled = cells[np.argsort(mix(self._seed, _PURPOSE_STEPS, steps), kind="stable")]
+            rising = np.empty_like(numbers)  # so that a cell's steps come in their order
+            rising[np.argsort(shuffled, kind="stable")] = numbers[np.argsort(cells, kind="stable")]
+            self._block = block, [StepCell(*pair) for pair in zip(shuffled.tolist(), rising.tolist(), strict=True)]
+        return self._block[1][within]
+
+
+class CellOrder:
+    """Which cell each step reads, and which samples its slots do.
+
+    A pure function of (seed, index, cells, global batch size). With one cell it is the Order of the index.
+    epochs: None repeats for ever; with k, a cell's positions past its k-th epoch have shard END_OF_DATA.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        index: Rows,
+        cells: Sequence[Cell],
+        global_batch_size: int,
+        epochs: int | None,
+        characters_per_token: float,
+    ) -> None:
+        self._ends = np.cumsum(index.shard_sizes)
+        if len(cells) == 1 or not len(index):  # an empty one is an error of Order
+            self._cell_of = None
+            self._orders = {0: Order(seed, index.shard_sizes, global_batch_size, epochs, index.parts)}
+            shares = [Fraction(1)]
+        else:
+            self._cell_of, sizes = _cells_of(index, cells, characters_per_token, global_batch_size)
+            read = [c for c in range(len(cells)) if sizes[c].any()]
+            parts = {c: _parts(index, sizes[c]) for c in read}
+            self._orders = {
+                c: Order(int(mix(seed, _PURPOSE_CELL, c)), sizes[c].tolist(), global_batch_size, epochs, parts[c])
+                for c in read
+            }
+            shares = [sum((Fraction(part.weight) for part in parts[c]), Fraction()) for c in read]
+        self._read = list(self._orders)
+        self._schedule = Schedule(seed, shares)
+
+    def at(self, step: int) -> StepCell:
+        """The cell of a step."""
+        if len(self._read) == 1:
+            return StepCell(self._read[0], step)
+        found = self._schedule.at(step)
+        return StepCell(self._read[found.cell], found.number)
+
+    @property
+    def cells(self) -> list[int]:
+        """The cells that hold samples."""
+        return list(self._read)
+
+    def queues(self, at: StepCell, slots: range) -> list[Iterator[Run]]:
+        """For each slot the endless chunks of at.cell that it reads from the cell's step at.number on."""
+        queues = self._orders[at.cell].queues(at.number, slots)
+        return [self._located(at.cell, queue) for queue in queues] if self._cell_of is not None else queues
+
+    def _located(self, cell: int, queue: Iterator[Run]) -> Iterator[Run]:
+        """Samples numbered within the cell -> samples of their shard."""
+        assert self._cell_of is not None
+        for run in queue:
+            if run.shard != END_OF_DATA:
+                first = int(self._ends[run.shard - 1]) if run.shard else 0
+                members = np.flatnonzero(self._cell_of[first : self._ends[run.shard]] == cell)
+                run = Run(run.shard, members[run.samples])
+            yield run
+
+
+def _cells_of(
+    index: Rows, cells: Sequence[Cell], characters_per_token: float, at_least: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The cell of every sample (one byte each, two with many cells), and int64 [cells, shards] samples of each."""
+    cell_of = np.empty(len(index), np.uint8 if len(cells) <= 256 else np.uint16)
+    for first in range(0, len(index), _ROWS):
+        rows = slice(first, first + _ROWS)
+        width, height, characters = (c[rows] for c in (index.width, index.height, index.caption_length))
+        cell_of[rows] = assign(width, height, characters, cells, characters_per_token)
+    joins = np.array(merged(np.bincount(cell_of, minlength=len(cells)).tolist(), cells, at_least))
+    cell_of = joins.astype(cell_of.dtype)[cell_of]
+    sizes = np.zeros((len(cells), len(index.shard_sizes)), np.int64)
+    first = 0
+    for shard, count in enumerate(index.shard_sizes):
+        sizes[:, shard] = np.bincount(cell_of[first : first + count], minlength=len(cells))
+        first += count
+    return cell_of, sizes
+
+
+def _parts(index: Rows, sizes: np.ndarray) -> list[Part]:
+    """The sources as a cell has them: weights by the share of each source's samples that lies in the cell.
+
+    sizes: int64 [shards], the cell's samples.
+    """
+    parts, first = [], 0
+    for part in index.parts:
+        own = slice(first, first + part.shards)
+        whole = int(sum(index.shard_sizes[own]))
+        parts.append(Part(part.shards, Fraction(part.weight) * Fraction(int(sizes[own].sum()), max(1, whole))))
+        first += part.shards
+    return parts

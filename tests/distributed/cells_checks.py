@@ -1,0 +1,80 @@
+"""Runs over several cells, of every backbone, in one start: python -m tests.distributed.cells_checks FOLDER."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from data.encoders import load_text_encoder
+from trainer.build import build_run, on_rank_0
+from trainer.config import load_config
+from trainer.frozen import FrozenParts, read_text_encoder
+from trainer.loop import train
+from trainer.parallel.mesh import World, init_world, world_size
+
+STEPS = 8
+COMMON = (
+    "data.buckets=aspect", "train.log_every=1", "train.validate_every=8", "train.sample_every=0",
+    "train.checkpoint_every=0", "train.micro_batch_size=0.03125", "parallel.precision=fp64",
+)  # fmt: skip
+TEXT = ("data.text_lengths=[24,48]", "text_encoder.dropout=0.3")
+BACKBONES = {
+    "mmdit_debug_mup.yaml": ("model.pos_embed_max_size=11", *TEXT),
+    "pixart_debug_mup.yaml": ("model.micro_conditions=true", "model.width=96", "mup.base_width=48", *TEXT),
+    "dit_debug_mup.yaml": (),
+    "uvit_debug_mup.yaml": ("model.input_size=11",),
+}
+
+
+def sharded_encoder_equals_a_whole_one(world: World) -> float:
+    """Largest difference; the ranks have other captions, one of them none, and each call must end on both."""
+    worst = 0.0
+    for precision, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
+        config = load_config("mmdit_debug_mup.yaml", [f"parallel.precision={precision}", "text_encoder.shard=true"])
+        whole = load_text_encoder(config.text_encoder, "cpu", dtype)
+        sharded = read_text_encoder(config, world, dtype, partial(on_rank_0, world))
+        assert sharded.fingerprint == whole.fingerprint
+        held = sum(p.to_local().numel() for p in sharded.model.parameters() if isinstance(p, DTensor))
+        assert 0.4 < held / sum(p.numel() for p in whole.model.parameters()) < 0.6, "each rank holds its part"
+        for mine in (["a", "bb", "a", ""], ["ccc", "d", "ee", "f"], [""] * 4):
+            captions = mine if world.rank == 0 else [""] * 4
+            for length in (None, 3):
+                states, mask = sharded.encode(captions, length)
+                wanted, wanted_mask = whole.encode(captions, length)
+                assert (mask == wanted_mask).all()
+                worst = max(worst, float((states - wanted).abs().max()))
+    return worst
+
+
+def run(world: World, folder: Path, name: str, config: str, steps: int, *more: str) -> None:
+    """Train in folder/name, or go on there."""
+    shards = folder / "shards" / "train-000000.tar"
+    settings = [f"data.shards={shards}", f"data.val_shards={shards}", f"train.steps={steps}", *COMMON, *more]
+    settings += [f"run.dir={folder}", f"run.name={name}", "run.allow_change=[train.steps]"]
+    job = build_run(load_config(config, [*settings, *BACKBONES[config]]), world)
+    try:
+        train(job)
+    finally:
+        job.metrics.close()
+
+
+if __name__ == "__main__":
+    path, size = Path(sys.argv[1]), world_size()
+    here = init_world(size)
+    try:
+        for backbone in BACKBONES:
+            run(here, path, f"{backbone}-{size}", backbone, STEPS)
+        # Begun in one process, ended by two.
+        run(here, path, "resumed", "mmdit_debug_mup.yaml", STEPS if size > 1 else STEPS // 2)
+        if size > 1:
+            run(here, path, "sharded", "mmdit_debug_mup.yaml", STEPS, "text_encoder.shard=true")
+            difference = sharded_encoder_equals_a_whole_one(here)
+            (path / f"difference-{here.rank}").write_text(repr(difference))
+        else:
+            FrozenParts.ahead = lambda self, batches: batches
+            run(here, path, "not_ahead", "mmdit_debug_mup.yaml", STEPS)
+    finally:
+        dist.destroy_process_group()

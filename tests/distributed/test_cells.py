@@ -1,0 +1,108 @@
+"""Runs over buckets of aspect ratio and text length: every backbone, one process against two, and resume."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.write import write_shards
+from launch.common import kill_tree
+from trainer.metrics import read_metrics
+
+from .cells_checks import BACKBONES, COMMON, STEPS, TEXT
+from .runs import ROOT, assert_close, environment, exact
+
+SIZES = ((44, 24), (36, 28), (40, 40), (28, 36), (26, 50))  # width, height of images, a bucket each
+BUCKETS = {(24, 44), (28, 36), (32, 32), (36, 28), (44, 24)}  # height, width of cells at resolution 32
+
+
+def draw_shards(folder: Path, count: int = 160) -> None:
+    """Images of all sizes with short and long captions, in an order by chance."""
+    rng = np.random.default_rng(0)
+
+    def samples() -> Any:
+        for i in range(count):
+            width, height = SIZES[rng.integers(len(SIZES))]
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(buffer, "PNG")
+            yield f"{i:04d}", buffer.getvalue(), "png", f"picture {i}" + " of many words" * int(rng.integers(2)), i % 24
+
+    write_shards(samples(), folder / "train", count)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(folder) if "loss" in record}
+
+
+def start(processes: int, *arguments: str) -> str:
+    """A module of the tests, under torchrun for more than one process; returns its output."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    process = subprocess.Popen(
+        [*launcher, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        kill_tree(process.pid)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cells")
+    draw_shards(path / "shards")
+    for processes in (1, 2):
+        start(processes, "-m", "tests.distributed.cells_checks", str(path))
+    return path
+
+
+@pytest.mark.parametrize("config", BACKBONES)
+def test_two_processes_agree_with_one(folder: Path, config: str) -> None:
+    one, two = (read_metrics(folder / f"{config}-{size}") for size in (1, 2))
+    assert_close(one, two, 1e-9)
+    assert len(one) == STEPS + 1
+    assert one[-1]["val_loss"] != one[0]["val_loss"]
+
+
+def test_a_run_goes_on_at_another_world_size(folder: Path) -> None:
+    whole, resumed = (losses(folder / name) for name in ("mmdit_debug_mup.yaml-1", "resumed"))
+    assert resumed == pytest.approx(whole, abs=1e-9)
+
+
+def test_a_sharded_text_encoder_equals_a_whole_one(folder: Path) -> None:
+    """Alone, with a rank that has only empty captions, and in a run."""
+    assert all(float((folder / f"difference-{rank}").read_text()) < 1e-6 for rank in (0, 1))
+    assert_close(read_metrics(folder / "mmdit_debug_mup.yaml-2"), read_metrics(folder / "sharded"), 1e-9)
+
+
+def test_encoding_ahead_changes_no_bit(folder: Path) -> None:
+    ahead, not_ahead = (read_metrics(folder / name) for name in ("mmdit_debug_mup.yaml-1", "not_ahead"))
+    assert exact(ahead) == exact(not_ahead)
+
+
+def test_data_order_shows_the_cell_of_a_step(folder: Path) -> None:
+    shards = folder / "shards" / "train-000000.tar"
+    settings = [*COMMON, *TEXT, f"data.shards={shards}", "model.pos_embed_max_size=11"]
+    parts = []
+    for world, first in ((1, 0), (3, 5)):
+        arguments = ["--world-size", str(world), "--from-step", str(first), "--to-step", "24"]
+        output = start(1, "launch/data_order.py", "--config", "mmdit_debug_mup.yaml", *arguments, *settings)
+        parts.append([json.loads(line) for line in output.splitlines() if line.startswith("{")])
+    whole, later = parts
+    assert whole[5:] == later
+    assert {(line["cell"]["height"], line["cell"]["width"]) for line in whole} == BUCKETS
+    assert {line["cell"]["text_length"] for line in whole} == {24, 48}
