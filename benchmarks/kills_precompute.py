@@ -28,15 +28,16 @@ SHARDS, PER_SHARD, PATIENCE_S = 32, 16, 180.0
 def small_autoencoder(folder: Path) -> Path:
     """A seeded random AutoencoderKL with 4 channels and a downsampling of 2."""
     torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=1.5,
-        shift_factor=0.1,
-    ).save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "scaling_factor": 1.5,
+        "shift_factor": 0.1,
+    }
+    AutoencoderKL(**sizes).save_pretrained(folder)
     return folder
 
 

@@ -145,7 +145,8 @@ def test_bytes_do_not_depend_on_processes_and_stops(made: Made, tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_plain_webdataset_reads_it(made: Made) -> None:
-    read = list(WebDataset([str(path) for path in made.index.paths], shardshuffle=False).decode())
+    decoded: Any = WebDataset([str(path) for path in made.index.paths], shardshuffle=False).decode()
+    read = list(decoded)
     assert [sample["__key__"] for sample in read] == [f"{i:03d}" for i in range(32)]
     sample, hole = read[3], read[5]
     assert sample["latents.npy"].shape == (2, 2, 4, 16, 16)
