@@ -5,7 +5,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.config import DataError
-from data.encoders import load_autoencoder, load_text_encoder
+from data.encoders import load_autoencoder, load_feature_encoder, load_text_encoder
 from models.layers import ClassCondition, TextCondition
 
 from .config import TrainConfig
@@ -23,17 +23,23 @@ class FrozenParts:
     """Autoencoder and text encoder: what turns a Batch into tensors that the model sees, and back.
 
     With synthetic data neither is loaded: latents and text states come with the batch.
+    align: also the encoder of REPA, where the config has one.
     """
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, config: TrainConfig, world: World, align: bool = False) -> None:
         precision = precision_of(config, world)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
         self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
         self._device = world.device
         self.synthetic = config.data.synthetic
         self._classes = config.label_classes
-        self._text_encoder = None
+        self._text_encoder = self._feature_encoder = None
+        self._feature_width = config.objective.repa_width
+        self._patch_size, self._downsample = config.model.patch_size, config.autoencoder.downsample
         if not self.synthetic:
+            if align and config.projector is not None:
+                path = config.objective.repa_encoder
+                self._feature_encoder = load_feature_encoder(path, self._feature_width, world.device, dtype)
             self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
             if self._classes is None:
                 self._text_encoder = load_text_encoder(config.text_encoder, world.device, dtype)
@@ -42,7 +48,8 @@ class FrozenParts:
         if self.synthetic:
             return {}
         text = {} if self._text_encoder is None else {"text_encoder": self._text_encoder.fingerprint}
-        return {"autoencoder": self._autoencoder.fingerprint, **text}
+        features = {} if self._feature_encoder is None else {"repa_encoder": self._feature_encoder.fingerprint}
+        return {"autoencoder": self._autoencoder.fingerprint, **text, **features}
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoded:
@@ -61,6 +68,17 @@ class FrozenParts:
         condition = self._condition(batch)
         lengths = condition.mask.sum(1) if isinstance(condition, TextCondition) else torch.zeros_like(weight)
         return Encoded(x0, condition, keys, weight, (lengths * weight).sum())
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> Tensor:
+        """What REPA aligns tokens with: [b, N, F] of the very crops that are trained on; of synthetic data noise."""
+        if batch.latents is not None:
+            height, width = batch.latents.shape[-2:]
+            shape = (height * width // self._patch_size**2, self._feature_width)
+            return normal(batch.keys.to(self._device, non_blocking=True), shape, "features").to(self.x0_dtype)
+        assert batch.images is not None and self._feature_encoder is not None
+        rows, columns = (side // (self._downsample * self._patch_size) for side in batch.images.shape[-2:])
+        return self._feature_encoder.encode(batch.images.to(self._device, non_blocking=True), rows, columns)
 
     def _condition(self, batch: Batch) -> TextCondition | ClassCondition:
         if self._classes is not None:
