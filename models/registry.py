@@ -23,6 +23,8 @@ def build_model(
     """
     model = BACKBONES[config.kind](config, in_channels, text_width)
     if projector is not None:
+        if not hasattr(model, "projector"):
+            raise TypeError(f"model.kind {config.kind} has no projector")
         model.projector = Projector(config.width, projector)
     return model
 

@@ -28,4 +28,5 @@ class Projector(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = F.silu(self.fc1(tokens))  # [B, N, hidden]
-        return self.fc3(F.silu(self.fc2(hidden)))  # [B, N, features]
+        # A copy: what a linear layer gives is a view, and FSDP2 warns of views among the root's outputs.
+        return self.fc3(F.silu(self.fc2(hidden))).clone()  # [B, N, features]

@@ -76,7 +76,8 @@ class FrozenParts:
             height, width = batch.latents.shape[-2:]
             shape = (height * width // self._patch_size**2, self._feature_width)
             return normal(batch.keys.to(self._device, non_blocking=True), shape, "features").to(self.x0_dtype)
-        assert batch.images is not None and self._feature_encoder is not None
+        assert batch.images is not None
+        assert self._feature_encoder is not None
         rows, columns = (side // (self._downsample * self._patch_size) for side in batch.images.shape[-2:])
         return self._feature_encoder.encode(batch.images.to(self._device, non_blocking=True), rows, columns)
 

@@ -72,5 +72,5 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, folder: Path, group: str = "model", names: Collection[str] | None = None) -> None:
-        """Read the weights alone: "model", or an average such as "ema_0.9999". names: of these parameters; None: all."""
+        """Read the weights alone: "model", or an average such as "ema_0.9999". names: of these parameters, or all."""
         ...
