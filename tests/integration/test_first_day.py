@@ -68,8 +68,9 @@ def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert fetch.main() == 0
     said = capsys.readouterr().out.splitlines()
     folder = tmp_path / "stabilityai/stable-diffusion-3-medium-diffusers"
-    assert said == [f"autoencoder.path={folder}", f"text_encoder.path={folder}"]
-    (options,) = asked.values()
+    features = f"objective.repa_encoder={tmp_path}/facebook/dinov2-base"
+    assert said == [f"autoencoder.path={folder}", f"text_encoder.path={folder}", features]
+    options, _ = asked.values()
     assert "text_encoder_3/*.safetensors" in options["allow_patterns"]
     assert "tokenizer_3/*.json" in options["allow_patterns"]
     # What it prints are overrides of the config.

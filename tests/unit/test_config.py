@@ -59,7 +59,7 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def model_of(config: TrainConfig) -> nn.Module:
     with torch.device("meta"):
-        return build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
+        return build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
 
 
 # ------------------------------------------------------------------------------------------------- the shipped files
