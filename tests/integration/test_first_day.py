@@ -92,7 +92,9 @@ def test_local_encoders_need_no_fetching(
     overrides = [f"text_encoder.path={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["fetch.py", "--config", "mmdit_debug_mup.yaml", *overrides])
     assert fetch.main() == 0
-    assert capsys.readouterr().out == f"autoencoder: none is named\ntext_encoder: {tmp_path} is a local folder\n"
+    assert (
+        capsys.readouterr().out == f"autoencoder.path: none is named\ntext_encoder.path: {tmp_path} is a local folder\n"
+    )
 
 
 def test_ladder_verdict() -> None:

@@ -180,7 +180,7 @@ def test_a_planted_fault_is_named(backbone: str, fault: str, world: World) -> No
 # ---------------------------------------------------------------------------------------------- REPA and its projector
 
 REPA = (
-    "objective.repa_weight=0.5", "objective.repa_layer=1", "objective.repa_width=32", "objective.repa_hidden=256",
+    "objective.repa_weight=0.5", "objective.repa_layer=1", "objective.repa_width=32", "objective.repa_hidden=128",
 )  # fmt: skip
 ALIGNED = [backbone for backbone in BACKBONES if configured(backbone, 64, 0).model.residual]
 

@@ -418,8 +418,13 @@ RUNTIME |= {"data.shards", "data.val_shards", "data.num_workers", "data.max_bad_
 RUNTIME |= {f"data.{key}" for key in ("captions", "index_cache", "prefetch_mib", "timeout_s", "retries")}
 RUNTIME |= {"data.cache_dir", "data.cache_gib"}
 RUNTIME |= {f"{part}.{key}" for part in ("text_encoder", "autoencoder") for key in ("path", "subfolder")}
-IDENTITY = {"model.", "mup.", "objective.", "train.seed", "train.global_batch_size"}
+RUNTIME |= {"objective.repa_encoder"}
+IDENTITY = {"model.", "mup.", "train.seed", "train.global_batch_size"}
 IDENTITY |= {f"data.{key}" for key in ("resolution", "flip", "epochs", "max_image_pixels", "label_dropout")}
+IDENTITY |= {f"objective.{key}" for key in ("kind", "beta_schedule", "timestep_mean", "timestep_std")}
+IDENTITY |= {
+    f"objective.{key}" for key in ("shift_base_tokens", "repa_weight", "repa_layer", "repa_width", "repa_hidden")
+}
 IDENTITY |= {f"text_encoder.{key}" for key in ("max_length", "dropout", "width")}
 IDENTITY |= {f"autoencoder.{key}" for key in ("channels", "downsample")}
 
