@@ -1,4 +1,4 @@
-"""Data and a text encoder for debug runs: captioned shapes drawn with PIL and a small T5 made from a config."""
+"""Data and encoders for debug runs: captioned shapes drawn with PIL, a small T5 and DINOv2 made from configs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+from transformers import ByT5Tokenizer, Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
 
 from .encoders import quieten
 from .files import folder_once
@@ -29,12 +29,12 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 CLASSES = len(SHAPES) * len(COLOURS)  # a label tells the shape and its colour
-T5_SEED = 0
-_MARKER = "version-2"  # an empty file; a folder without it was made by older code
+T5_SEED = DINOV2_SEED = 0
+_MARKER = "version-3"  # an empty file; a folder without it was made by older code
 
 
 def ensure_debug_assets(folder: Path = Path(".cache/debug")) -> Path:
-    """Draw train-00000{0,1}.tar, val-000000.tar and t5/ into `folder` once; returns it.
+    """Draw train-00000{0,1}.tar, val-000000.tar t5/ and dinov2/ into `folder` once; returns it.
 
     Safe when several processes call it at the same time: the folder is complete or absent.
     """
@@ -46,6 +46,7 @@ def ensure_debug_assets(folder: Path = Path(".cache/debug")) -> Path:
             write_shards(itertools.islice(samples, TRAIN_SAMPLES), temporary / "train", PER_SHARD)
             write_shards(itertools.islice(samples, VAL_SAMPLES), temporary / "val", PER_SHARD)
             _save_t5(temporary / "t5")
+            _save_dinov2(temporary / "dinov2")
             (temporary / _MARKER).touch()
     return folder
 
@@ -102,3 +103,14 @@ def _save_t5(folder: Path) -> None:
         model = T5EncoderModel(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _save_dinov2(folder: Path) -> None:
+    """A seeded random DINOv2 of 32 features, for 8 x 8 patches of 14 pixels."""
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=112, patch_size=14
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(DINOV2_SEED)
+        model = Dinov2Model(config)
+    model.save_pretrained(folder)

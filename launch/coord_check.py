@@ -19,7 +19,7 @@ from torch import Tensor
 
 from launch.common import run
 from launch.coord_plot import plot
-from trainer.build import Source, build_engine, build_mup_table, build_objective
+from trainer.build import Source, build_alignment, build_engine, build_mup_table, build_objective
 from trainer.config import ConfigError, TrainConfig, load_config, resolve
 from trainer.frozen import FrozenParts
 from trainer.mup.coord import CONTROL, LIMITS, Report, Row, Subject, judge, measure, observe, strongest_control
@@ -58,12 +58,17 @@ def build_subject(config: TrainConfig, world: World, table: MuTable | None = Non
     engine = build_engine(config, table, world)
     objective = build_objective(config, resolved)
     _, (batch,) = next(iter(Source(config, resolved, world).batches(0)))
-    encoded = FrozenParts(config, world).encode(batch)
+    frozen = FrozenParts(config, world)
+    encoded, align = frozen.encode(batch), build_alignment(config, frozen)
     draw = objective.draw(encoded.x0, encoded.keys)
 
     def loss() -> Tensor:
-        prediction, _ = engine.model(draw.x_t, draw.t, encoded.condition)
-        return (encoded.weight * objective.loss(prediction, draw)).sum() / config.train.global_batch_size
+        features_at = None if align is None else align.features_at
+        prediction, projected = engine.model(draw.x_t, draw.t, encoded.condition, features_at=features_at)
+        losses = objective.loss(prediction, draw)
+        if align is not None:
+            losses = losses + align.weight * align.losses(projected, batch)
+        return (encoded.weight * losses).sum() / config.train.global_batch_size
 
     def update(value: Tensor) -> None:
         engine.backward(value, last=True)

@@ -23,6 +23,8 @@ base width (of a tensor's own fan_in). Factors multiply the base hyperparameters
 entries add up to d, not sqrt(d). torch's AdamW decays by lr x wd, which stays the same |
 | output | d -> fixed | 1 | 1/m | 1 | 1 | the factor is on the layer's input (never its bias), so that the \
 gradients of all weights shrink by the same 1/m and a clipped norm means the same at every width |
+| inner output: `projector.fc1` | d -> fixed | sqrt(m) | 1/m | 1 | 1 | as output, but more layers follow: what it \
+gives at init keeps its size |
 | vector | d | 1 | 1 | 1 | 0 | one number a feature, nothing to sum over |
 | fixed | none | 1 | 1 | 1 | 0 | the same tensor at every width |
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.config import AutoencoderConfig, TextEncoderConfig
 from launch.common import run
 from trainer.build import build_mup_table
 from trainer.config import ConfigError, Resolved, TrainConfig, load_config, resolve
@@ -27,6 +26,7 @@ NODE = 8  # GPUs that a node of the smallest cluster has; below a node any numbe
 # Parameters of T5-v1.1's encoders by width, and of Stable Diffusion's autoencoders: the files need not be here.
 T5_PARAMETERS = {512: 35.3e6, 768: 109.6e6, 1024: 341.2e6, 2048: 1.22e9, 4096: 4.76e9}
 AUTOENCODER_PARAMETERS = 83.7e6
+DINOV2_PARAMETERS = {384: 22.1e6, 768: 86.6e6, 1024: 304e6, 1536: 1136e6}  # by features: S, B, L, g
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ def usable_bytes(memory_gb: float) -> int:
 
 
 def encoder_bytes(config: TrainConfig) -> dict[str, int]:
-    """Weights of the frozen encoders on each GPU: text in bf16, images in fp32."""
+    """Weights of the frozen encoders on each GPU: text and REPA's in bf16, images in fp32."""
     text, images = config.text_encoder, config.autoencoder
     found = {}
     if config.label_classes is None and text.path != "none":
-        parameters = _stored_parameters(text)
+        parameters = _stored_parameters(text.path, text.subfolder)
         if parameters is None:
             parameters = T5_PARAMETERS.get(text.width)
         if parameters is None:
@@ -65,16 +65,19 @@ def encoder_bytes(config: TrainConfig) -> dict[str, int]:
             )
         found["text_encoder"] = round(2 * parameters)
     if images.path != "none":
-        found["autoencoder"] = round(4 * (_stored_parameters(images) or AUTOENCODER_PARAMETERS))
+        found["autoencoder"] = round(4 * (_stored_parameters(images.path, images.subfolder) or AUTOENCODER_PARAMETERS))
+    if config.projector is not None and config.objective.repa_encoder != "none":
+        features = _stored_parameters(config.objective.repa_encoder, None)
+        found["repa_encoder"] = round(2 * (features or DINOV2_PARAMETERS.get(config.projector.features, 86.6e6)))
     return found
 
 
-def _stored_parameters(encoder: TextEncoderConfig | AutoencoderConfig) -> int | None:
+def _stored_parameters(path: str, subfolder: str | None) -> int | None:
     """Numbers in the safetensors files of a local folder, from their headers; None where there are none."""
-    files = sorted((Path(encoder.path) / (encoder.subfolder or "")).glob("*.safetensors"))
+    files = sorted((Path(path) / (subfolder or "")).glob("*.safetensors"))
     total = 0
-    for path in files:
-        with open(path, "rb") as file:
+    for each in files:
+        with open(each, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
     return total if files else None

@@ -30,7 +30,15 @@ from launch.export_folder import (
 )
 from launch.export_names import LAYOUTS, Format, Layout, fold, layout
 from trainer.build import build_mup_table
-from trainer.checkpoint import META, CheckpointError, check_same_model, find_checkpoint, read_meta, write_atomically
+from trainer.checkpoint import (
+    META,
+    CheckpointError,
+    check_same_model,
+    find_checkpoint,
+    lasting,
+    read_meta,
+    write_atomically,
+)
 from trainer.config import ConfigError, TrainConfig, load_config, parse, plain
 from trainer.mup.table import MuTable
 from trainer.parallel.dcp import TensorReader
@@ -72,7 +80,7 @@ def main() -> int:
 
 
 def layout_of(config: TrainConfig, table: MuTable, form: Format) -> Layout:
-    shapes = {name: row.shape for name, row in table.rows.items()}
+    shapes = {name: table.rows[name].shape for name in lasting(table.rows)}
     return layout(
         config.model, config.autoencoder.channels, shapes, form, config.latent_size // config.model.patch_size
     )
@@ -94,7 +102,7 @@ def _export(arguments: argparse.Namespace) -> str:
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
     group = "model" if arguments.weights == "live" else f"ema_{config.ema.decays[0]}"
     reader = TensorReader(checkpoint)
-    missing = sorted(table.rows.keys() - reader.entries(group).keys())
+    missing = sorted(set(lasting(table.rows)) - reader.entries(group).keys())
     if missing:
         raise CheckpointError(
             f"{checkpoint} has no {arguments.weights} weights of {missing[0]} ({len(missing)} are missing): "
@@ -128,7 +136,7 @@ def write_weights(
     """One parameter of ours at a time; no more than one is in memory."""
     dtype = next(iter(reader.entries(group).values()))[1]
     with SafetensorsWriter(folder, stem, to.shapes, dtype, limit) as writer:
-        for name in table.rows:
+        for name in to.ours:
             values = reader.read(f"{group}/{name}").reshape(-1)
             if (factor := fold(table, name)) != 1.0:
                 values *= factor

@@ -54,14 +54,17 @@ def main() -> int:
     named: dict[str, AutoencoderConfig | TextEncoderConfig] = {"autoencoder": config.autoencoder}
     if config.label_classes is None:
         named["text_encoder"] = config.text_encoder
-    for section, encoder in named.items():
-        if encoder.path == NONE:
-            print(f"{section}: none is named")
-        elif Path(encoder.path).is_dir():
-            print(f"{section}: {encoder.path} is a local folder")
+    paths = {f"{section}.path": (encoder.path, encoder.subfolder) for section, encoder in named.items()}
+    if config.projector is not None:
+        paths["objective.repa_encoder"] = config.objective.repa_encoder, None
+    for key, (path, subfolder) in paths.items():
+        if path == NONE:
+            print(f"{key}: none is named")
+        elif Path(path).is_dir():
+            print(f"{key}: {path} is a local folder")
         else:
-            folder = fetch(f"{section}.path", encoder.path, encoder.subfolder, arguments.to)
-            print(f"{section}: {folder}" if arguments.to is None else f"{section}.path={folder}")
+            folder = fetch(key, path, subfolder, arguments.to)
+            print(f"{key}: {folder}" if arguments.to is None else f"{key}={folder}")
     return 0
 
 

@@ -206,6 +206,15 @@ class UViTConfig:
             yield f"text_encoder.max_length {text_length} is more than model.text_length {self.text_length}"
 
 
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Projector of representation alignment (models.repa). hidden: features of its inner layers; features: of the
+    encoder that it projects to. Neither grows with the width."""
+
+    hidden: int
+    features: int
+
+
 ModelConfig = MMDiTConfig | DiTConfig | PixArtConfig | UViTConfig
 MODEL_KINDS: dict[str, type[ModelConfig]] = {
     "mmdit": MMDiTConfig,

@@ -59,6 +59,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.final_modulation = nn.Linear(d, 2 * d)
         self.final = OutputLinear(d, patch * patch * out_channels)
+        self.projector: nn.Module = nn.Identity()  # of REPA, see models.registry
 
     def fill_buffers(self) -> None:
         """No buffers: positions are computed for the grid at hand."""
@@ -99,7 +100,7 @@ class DiT(nn.Module):
         for number, block in enumerate(self.blocks):
             tokens = block(tokens, c)  # [B, N, D]
             if number == features_at:
-                features = tokens
+                features = self.projector(tokens)
         shift, scale = self.final_modulation(c).chunk(2, dim=-1)  # 2 x [B, D]
         patches = self.final(modulate(tokens, shift, scale))  # [B, N, P P O]
         return unpatchify(patches, config.patch_size, height, width), features

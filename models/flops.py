@@ -1,9 +1,16 @@
 """Floating-point operations of a forward pass, a multiply and an add counted as two."""
 
-from .configs import DiTConfig, MMDiTConfig, ModelConfig, PixArtConfig, UViTConfig
+from .configs import DiTConfig, MMDiTConfig, ModelConfig, PixArtConfig, ProjectorConfig, UViTConfig
 
 
-def forward_flops(config: ModelConfig, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+def forward_flops(
+    config: ModelConfig,
+    in_channels: int,
+    text_width: int,
+    image_tokens: int,
+    text_tokens: int,
+    projector: ProjectorConfig | None = None,
+) -> int:
     """FLOPs of one image's forward pass: matrix products and attention; elementwise work is left out."""
     match config:
         case MMDiTConfig():
@@ -14,6 +21,9 @@ def forward_flops(config: ModelConfig, in_channels: int, text_width: int, image_
             macs = _pixart(config, in_channels, text_width, image_tokens, text_tokens)
         case UViTConfig():
             macs = _uvit(config, in_channels, text_width, image_tokens, text_tokens)
+    if projector is not None:
+        hidden = projector.hidden
+        macs += image_tokens * hidden * (config.width + hidden + projector.features)
     return 2 * macs
 
 

@@ -20,12 +20,14 @@ class Declaration(NamedTuple):
     init: "zeros", "ones", "normal" (standard deviation `std`), "fan_in" (std / sqrt(fan_in)) or "xavier_uniform"
         (uniform with standard deviation std x sqrt(2 / (fan_in + fan_out))).
     role: only where the shape cannot tell (an output weight and an embedding table look alike).
+    inner: an output weight that more layers follow, so that what it gives must not shrink with the width at init.
     """
 
     pattern: str
     init: Literal["zeros", "ones", "normal", "fan_in", "xavier_uniform"]
     std: float = 1.0
     role: Literal["input", "hidden", "output", "vector", "fixed"] | None = None
+    inner: bool = False
 
 
 class TextCondition(NamedTuple):

@@ -135,6 +135,7 @@ class MMDiT(nn.Module):
         self.blocks = nn.ModuleList([*(Block(config) for _ in range(config.depth - 1)), LastBlock(config)])
         self.final_modulation = nn.Linear(d, 2 * d)
         self.final = OutputLinear(d, patch * patch * in_channels)
+        self.projector: nn.Module = nn.Identity()  # of REPA, see models.registry
         self.register_buffer("axis_table", torch.empty(config.pos_embed_max_size, d // 2), persistent=False)
         self.fill_buffers()
 
@@ -181,7 +182,7 @@ class MMDiT(nn.Module):
         for number, block in enumerate(self.blocks):
             tokens, y = block(tokens, y, c, attended)  # [B, N, D], [B, L, D]
             if number == features_at:
-                features = tokens
+                features = self.projector(tokens)
         scale, shift = self.final_modulation(c).chunk(2, dim=-1)  # 2 x [B, D], scale first as in SD3
         patches = self.final(modulate(tokens, shift, scale))  # [B, N, P P C]
         return unpatchify(patches, config.patch_size, height, width), features

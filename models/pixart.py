@@ -90,6 +90,7 @@ class PixArt(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
         self.final = OutputLinear(d, patch * patch * out_channels)
+        self.projector: nn.Module = nn.Identity()  # of REPA, see models.registry
 
     def fill_buffers(self) -> None:
         """No buffers: positions are computed for the grid at hand."""
@@ -155,7 +156,7 @@ class PixArt(nn.Module):
         for number, block in enumerate(self.blocks):
             tokens = block(tokens, y, modulation, mask)  # [B, N, D]
             if number == features_at:
-                features = tokens
+                features = self.projector(tokens)
         shift, scale = (self.scale_shift_table + c[:, None]).unbind(1)  # 2 x [B, D]
         patches = self.final(modulate(tokens, shift, scale))  # [B, N, P P O]
         return unpatchify(patches, config.patch_size, height, width), features

@@ -31,6 +31,7 @@ from .checkpoint import (
     check_same_model,
     check_weights_readable,
     find_checkpoint,
+    lasting,
     lock_folder,
     read_meta,
     set_aside,
@@ -42,6 +43,7 @@ from .config import ConfigError, Resolved, TrainConfig, plain, resolve, to_yaml
 from .diffusion.ddpm import DDPM
 from .diffusion.ddpm_sampling import DDPMSampler
 from .diffusion.flow import RectifiedFlow
+from .diffusion.repa import Alignment
 from .diffusion.sampling import Euler, Sampler
 from .ema import EMA
 from .evaluate.generate import images_from_prompts, save_grid
@@ -74,7 +76,7 @@ def build_mup_table(config: TrainConfig) -> MuTable:
 
     def factory(width: int) -> torch.nn.Module:
         shape: ModelConfig = dataclasses.replace(model, width=width)
-        return build_model(shape, config.autoencoder.channels, config.text_encoder.width)
+        return build_model(shape, config.autoencoder.channels, config.text_encoder.width, config.projector)
 
     mup = config.mup
     settings = Settings(
@@ -86,14 +88,16 @@ def build_mup_table(config: TrainConfig) -> MuTable:
         output_multiplier=mup.output_multiplier,
         role_lr={role: factor for role in ROLES if (factor := getattr(mup.role_lr, role)) != 1.0},
     )
-    return build_table(factory, mup.base_width, model.width, mup.base_width, declarations(model), settings)
+    return build_table(
+        factory, mup.base_width, model.width, mup.base_width, declarations(model, config.projector), settings
+    )
 
 
 def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine | ZeroEngine:
     """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
     optim, parallel = config.optim, config.parallel
     with torch.device("meta"):
-        model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
+        model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
     apply_multipliers(model, table)
     units: list[torch.nn.Module] = model.shard_units()  # pyright: ignore[reportCallIssue] (every backbone has it)
     checkpoint_activations(units, parallel.activation_checkpointing)
@@ -243,10 +247,10 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if _is_debug(config.text_encoder.path):
+    if _is_debug(config.text_encoder.path) or _is_debug(config.objective.repa_encoder):
         first_on_rank_0(world, ensure_debug_assets)
     source = Source(config, resolved, world)
-    frozen = FrozenParts(config, world, partial(on_rank_0, world), source.dataset)
+    frozen = FrozenParts(config, world, partial(on_rank_0, world), source.dataset, align=True)
     table = build_mup_table(config)
     fingerprints = {"data": source.fingerprint, **frozen.fingerprints()}
     assert config.run.name is not None
@@ -268,7 +272,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     state.jumps = jumps
     initial_weights = "model" if initial is None else weights_of(read_meta(initial))
     if initial is not None:
-        engine.load_weights(initial, initial_weights)
+        engine.load_weights(initial, initial_weights, lasting(table.rows))
     ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
     notes = [table.describe(), f"{folder}: {_count(table):.3g} B parameters, {world.size} processes"]
     if resumed is not None:
@@ -321,6 +325,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
             replicas=world.size // resolved.shard,
         ),
         objective=objective,
+        alignment=build_alignment(config, frozen),
         lr=lambda step: config.optim.lr * _lr_factor(config, step),
         batches=frozen.ahead(source.batches),
         encode=frozen.encode,
@@ -424,7 +429,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     check_weights_readable(read_meta(checkpoint), checkpoint)
     frozen = FrozenParts(config, world, partial(on_rank_0, world))
     engine = build_engine(config, table, world)
-    engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}")
+    engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}", lasting(table.rows))
     return Inference(
         config=config,
         table=table,
@@ -440,6 +445,11 @@ def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow | 
         return DDPM(config.objective.beta_schedule, config.model.learn_sigma)
     mean, std = config.objective.timestep_mean, config.objective.timestep_std
     return RectifiedFlow(mean, std, resolved.time_shift, area=config.latent_size**2)
+
+
+def build_alignment(config: TrainConfig, frozen: FrozenParts) -> Alignment | None:
+    o = config.objective
+    return Alignment(o.repa_weight, o.repa_layer - 1, frozen.features) if o.repa_weight else None
 
 
 def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:
@@ -463,6 +473,7 @@ def _plan(
             config.text_encoder.width,
             image_tokens(config, cell) if cell else config.image_tokens,
             round(text_tokens),
+            config.projector,
         )
         return 3.0 * forward
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -133,11 +133,19 @@ def set_aside(checkpoint: Path) -> None:
     checkpoint.rename(aside)
 
 
+def lasting(names: Iterable[str]) -> list[str]:
+    """The parameters that another run can take over and an export has: all but those of REPA's projector."""
+    return [name for name in names if not name.startswith("projector.")]
+
+
 def check_same_model(meta: Mapping[str, Any], table: Mapping[str, Any], checkpoint: Path, rules: bool) -> None:
-    """Raise CheckpointError unless the checkpoint's muP table has the parameters and shapes of `table`, and, where
-    `rules` is set, is the same table."""
+    """Raise CheckpointError unless the checkpoint's muP table has the (lasting) parameters and shapes of `table`, and,
+    where `rules` is set, is the same table."""
     old, new = meta["mup"]["rows"], table["rows"]
-    wrong = sorted(n for n in old.keys() | new.keys() if old.get(n, {}).get("shape") != new.get(n, {}).get("shape"))
+    names = old.keys() | new.keys()
+    wrong = sorted(
+        n for n in (names if rules else lasting(names)) if old.get(n, {}).get("shape") != new.get(n, {}).get("shape")
+    )
     if wrong:
         name = wrong[0]
         raise CheckpointError(

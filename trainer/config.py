@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
-from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
+from data.config import NONE, AutoencoderConfig, DataConfig, TextEncoderConfig
+from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig, ProjectorConfig
 
 from .cells import cells_of, micro_batch_rows
 from .config_conflicts import conflicts
@@ -130,6 +130,16 @@ class ObjectiveConfig(Section):
     timestep_std: float = Field(default=1.0, gt=0)
     shift_base_tokens: int = Field(default=256, ge=1)
     """Times are shifted by s = sqrt(image tokens / shift_base_tokens)."""
+    repa_weight: float = Field(default=0.0, ge=0)
+    """Weight of the alignment with a frozen image encoder (REPA, arXiv 2410.06940); 0: none."""
+    repa_layer: int = Field(default=8, ge=1)
+    """The tokens after so many blocks are aligned."""
+    repa_encoder: str = NONE
+    """Folder or hub id of a DINOv2; synthetic data need none."""
+    repa_width: int = Field(default=768, ge=1)
+    """Features of the encoder."""
+    repa_hidden: int = Field(default=2048, ge=1)
+    """Features of the projector's inner layers."""
 
 
 class ParallelConfig(Section):
@@ -216,6 +226,12 @@ class TrainConfig(Section):
         return self.model.num_classes if self.model.condition == "label" else None
 
     @property
+    def projector(self) -> ProjectorConfig | None:
+        """What the model has for REPA; None where that is off."""
+        o = self.objective
+        return ProjectorConfig(o.repa_hidden, o.repa_width) if o.repa_weight else None
+
+    @property
     def sampler(self) -> Literal["euler", "ancestral", "ddim", "dpm_solver"]:
         return self.sample.sampler or ("euler" if self.objective.kind == "rectified_flow" else "dpm_solver")
 
@@ -252,6 +268,7 @@ _CLASSES: dict[str, KeyClass] = {
     "optim": "schedule",
     "ema": "schedule",
     "objective": "identity",
+    "objective.repa_encoder": "runtime",
     "parallel": "runtime",
     "data": "identity",
     "data.shards": "runtime",

@@ -39,6 +39,8 @@ def conflicts(c: "TrainConfig") -> Iterator[str]:
     yield from _sampling_conflicts(c)
     yield from cell_conflicts(c)
     yield from _zero_conflicts(c)
+    if c.objective.repa_weight:
+        yield from _repa_conflicts(c)
 
 
 def _sampling_conflicts(c: "TrainConfig") -> Iterator[str]:
@@ -63,6 +65,20 @@ def _sampling_conflicts(c: "TrainConfig") -> Iterator[str]:
     wrong = [prompt for prompt in c.sample.prompts if classes and not (prompt.isdecimal() and int(prompt) < classes)]
     if wrong:
         yield f"sample.prompts of a model of classes are numbers from 0 to {classes - 1 if classes else 0}, got {wrong}"
+
+
+def _repa_conflicts(c: "TrainConfig") -> Iterator[str]:
+    """What does not go with representation alignment."""
+    o = c.objective
+    if not c.model.residual:
+        yield (
+            f"objective.repa_weight does not fit model.kind {c.model.kind}: its long skips carry the early blocks past "
+            "the middle, so that no one block holds what the later ones build on; set it to 0"
+        )
+    if o.repa_layer > c.model.depth:
+        yield f"objective.repa_layer {o.repa_layer} is more than model.depth {c.model.depth}"
+    if o.repa_encoder == "none" and not c.data.synthetic:
+        yield "objective.repa_encoder is needed with objective.repa_weight: the folder or hub id of a DINOv2"
 
 
 def _zero_conflicts(c: "TrainConfig") -> Iterator[str]:

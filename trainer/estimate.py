@@ -28,7 +28,7 @@ from data.batch import Batch
 from data.config import SYNTHETIC
 from models.flops import forward_flops
 
-from .build import build_engine, build_mup_table, build_objective
+from .build import build_alignment, build_engine, build_mup_table, build_objective
 from .config import TrainConfig, resolve
 from .ema import EMA
 from .frozen import FrozenParts
@@ -280,17 +280,22 @@ def _step(
 ) -> Step:
     """As the loop's train_step, at a log step."""
     frozen = FrozenParts(config, world)
+    align = build_alignment(config, frozen)
+    features_at = None if align is None else align.features_at
     account.reset()
     for number in range(micro_batches):
         account.kind = ACTIVATIONS
         account.flops.clear()
-        encoded = frozen.encode(_batch(config, rows))
+        batch = _batch(config, rows)
+        encoded = frozen.encode(batch)
         draw = objective.draw(encoded.x0, encoded.keys)
-        prediction, _ = engine.model(draw.x_t, draw.t, encoded.condition)
+        prediction, projected = engine.model(draw.x_t, draw.t, encoded.condition, features_at=features_at)
         loss = (encoded.weight * objective.loss(prediction, draw)).sum()
-        del prediction
+        if align is not None:
+            loss = loss + align.weight * (encoded.weight * align.losses(projected, batch)).sum()
+        del prediction, projected
         engine.backward(loss, last=number == micro_batches - 1)
-        del encoded, draw, loss
+        del batch, encoded, draw, loss
         account.relabel(ACTIVATIONS, ACCUMULATED if number < micro_batches - 1 else GRADIENTS)
     account.kind = UPDATE
     result = engine.step(config.optim.lr, health)
@@ -385,4 +390,4 @@ class Memory:
 def true_flops(config: TrainConfig) -> int:
     """FLOPs of an image at the full text length: forward and twice that for the backward pass, nothing recomputed."""
     channels, text = config.autoencoder.channels, config.text_encoder
-    return 3 * forward_flops(config.model, channels, text.width, config.image_tokens, text.max_length)
+    return 3 * forward_flops(config.model, channels, text.width, config.image_tokens, text.max_length, config.projector)

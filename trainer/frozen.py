@@ -11,7 +11,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.config import NONE, DataError
 from data.dataset import Dataset
-from data.encoders import TextEncoder, load_autoencoder, load_text_encoder
+from data.encoders import TextEncoder, load_autoencoder, load_feature_encoder, load_text_encoder
 from models.layers import ClassCondition, SizedTextCondition, TextCondition
 
 from .ahead import Ahead
@@ -52,11 +52,16 @@ class FrozenParts:
     With synthetic data neither is loaded: latents and text states come with the batch. So they do with precomputed
     shards (`dataset`): there an encoder is loaded where the config has one, for the sample grids. on_rank_0: does work
     on rank 0 alone, None elsewhere, and raises its errors on all ranks; without it every rank reads the text encoder,
-    whole.
+    whole. align: also the encoder of REPA, where the config has one.
     """
 
     def __init__(
-        self, config: TrainConfig, world: World, on_rank_0: OnRank0 | None = None, dataset: Dataset | None = None
+        self,
+        config: TrainConfig,
+        world: World,
+        on_rank_0: OnRank0 | None = None,
+        dataset: Dataset | None = None,
+        align: bool = False,
     ) -> None:
         precision = precision_of(config, world)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
@@ -64,8 +69,18 @@ class FrozenParts:
         self._device = world.device
         self._dataset = dataset
         self._classes, self._sized = config.label_classes, config.model.micro_conditions
-        self._autoencoder = self._text_encoder = None
+        self._autoencoder = self._text_encoder = self._feature_encoder = None
+        self._feature_width = config.objective.repa_width
+        self._patch_size, self._downsample = config.model.patch_size, config.autoencoder.downsample
         own = not config.data.synthetic and dataset is None
+        if align and config.projector is not None and dataset is not None:
+            raise DataError(
+                f"objective.repa_weight needs images, and {dataset.where} holds latents alone: set it to 0, or train on "
+                "the images"
+            )
+        if align and config.projector is not None and own:
+            path = config.objective.repa_encoder
+            self._feature_encoder = load_feature_encoder(path, self._feature_width, world.device, dtype)
         if own or (dataset is not None and config.autoencoder.path != NONE):
             self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
         if self._classes is None and (own or (dataset is not None and config.text_encoder.path != NONE)):
@@ -84,7 +99,11 @@ class FrozenParts:
             self.without_images = "autoencoder.path and text_encoder.path are needed for them"
 
     def _loaded_fingerprints(self) -> dict[str, str]:
-        loaded = {"autoencoder": self._autoencoder, "text_encoder": self._text_encoder}
+        loaded = {
+            "autoencoder": self._autoencoder,
+            "text_encoder": self._text_encoder,
+            "repa_encoder": self._feature_encoder,
+        }
         return {part: encoder.fingerprint for part, encoder in loaded.items() if encoder is not None}
 
     def fingerprints(self) -> dict[str, str]:
@@ -141,6 +160,18 @@ class FrozenParts:
         condition = self._condition(batch)
         lengths = torch.zeros_like(weight) if isinstance(condition, ClassCondition) else condition.mask.sum(1)
         return Encoded(x0, condition, keys, weight, (lengths * weight).sum())
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> Tensor:
+        """What REPA aligns tokens with: [b, N, F] of the very crops that are trained on; of synthetic data noise."""
+        if batch.latents is not None:
+            height, width = batch.latents.shape[-2:]
+            shape = (height * width // self._patch_size**2, self._feature_width)
+            return normal(batch.keys.to(self._device, non_blocking=True), shape, "features").to(self.x0_dtype)
+        assert batch.images is not None
+        assert self._feature_encoder is not None
+        rows, columns = (side // (self._downsample * self._patch_size) for side in batch.images.shape[-2:])
+        return self._feature_encoder.encode(batch.images.to(self._device, non_blocking=True), rows, columns)
 
     def _condition(self, batch: Batch) -> TextCondition | SizedTextCondition | ClassCondition:
         if self._classes is not None:

@@ -99,16 +99,23 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
     state, world = run.state, run.world
     # FSDP averages gradients over ranks, while the loss is a mean over the global batch: hence W / B.
     scale = world.size / run.plan.global_batch_size
-    # Sums: loss, text tokens, weight; loss and weight by time.
-    sums = torch.zeros(3 + 2 * BINS, dtype=torch.float64, device=world.device)
+    align = run.alignment
+    # Sums: loss, REPA loss, text tokens, weight; loss and weight by time.
+    sums = torch.zeros(4 + 2 * BINS, dtype=torch.float64, device=world.device)
     for number, batch in enumerate(micro_batches):
         encoded = run.encode(batch)
         draw = run.objective.draw(encoded.x0, encoded.keys)
-        prediction, _ = run.engine.model(draw.x_t, draw.t, encoded.condition)
+        features_at = None if align is None else align.features_at
+        prediction, projected = run.engine.model(draw.x_t, draw.t, encoded.condition, features_at=features_at)
         losses = run.objective.loss(prediction, draw)  # [b]
-        loss = (encoded.weight * losses).sum()
-        run.engine.backward(scale * loss, last=number == len(micro_batches) - 1)
-        scalars = torch.stack([loss.detach().double(), encoded.text_tokens.double(), encoded.weight.sum().double()])
+        total = loss = (encoded.weight * losses).sum()
+        repa_loss = torch.zeros_like(loss)
+        if align is not None:
+            repa_loss = (encoded.weight * align.losses(projected, batch)).sum()
+            total = loss + align.weight * repa_loss
+        run.engine.backward(scale * total, last=number == len(micro_batches) - 1)
+        scalars = (loss.detach(), repa_loss.detach(), encoded.text_tokens, encoded.weight.sum())
+        scalars = torch.stack([scalar.double() for scalar in scalars])
         sums += torch.cat([scalars, time_sums(draw.t, losses.detach(), encoded.weight).flatten()])
         state.samples_read += batch.read
         for reason in batch.holes:
@@ -120,9 +127,10 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
     # Summed over ranks in every step, a few numbers on the device, so that a checkpoint between two log lines holds
     # the same totals on all ranks and a resumed run logs the same figures.
     dist.all_reduce(sums)
-    loss, text_tokens = sums[:2] / sums[2].clamp(min=1)
+    loss, repa_loss, text_tokens = sums[:3] / sums[3].clamp(min=1)
     norm, one = result.grad_norm.double(), torch.ones_like(loss)
-    taken = Totals(loss, norm, text_tokens, result.clipped.double(), one, 1 - one, 1 - one, by_time=sums[3:]).packed()
+    counts = (result.clipped.double(), one, 1 - one, 1 - one)
+    taken = Totals(loss, repa_loss, norm, text_tokens, *counts, by_time=sums[4:]).packed()
     finite = norm.isfinite().double()
     left = Totals.unpacked(torch.zeros_like(taken))._replace(skipped=1 - finite, spikes=finite).packed()
     state.totals += torch.where(result.skipped > 0, left, taken)
@@ -185,7 +193,7 @@ def _figures(run: Run, began: float, cells: Counter[Any]) -> dict[str, Any]:
         figures["jumped_steps"] = jumped
     counted = float(totals.counted)
     if counted:
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", *(["repa_loss"] if run.alignment else [])):
             figures[name] = float(getattr(totals, name)) / counted
         figures["mup/clip_share"] = float(totals.clipped) / counted
     figures |= time_figures(totals.by_time.tolist()) | run.health.figures()

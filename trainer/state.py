@@ -43,11 +43,23 @@ class Objective(Protocol):
     def loss(self, prediction: Tensor, draw: Any) -> Tensor: ...
 
 
+class Alignment(Protocol):
+    """A second term of the loss; see trainer.diffusion.repa.Alignment."""
+
+    @property
+    def weight(self) -> float: ...
+    @property
+    def features_at(self) -> int: ...
+    def losses(self, projected: Tensor, batch: Any) -> Tensor: ...
+
+
 class Totals(NamedTuple):
     """Sums over steps, scalars but the last, in the order in which one tensor holds them. Skipped steps count in
     `skipped` (not finite) or `spikes` alone. by_time: losses and weights by time (health.time_sums), [2 BINS]."""
 
     loss: Tensor
+    repa_loss: Tensor
+    """0 without an alignment."""
     grad_norm: Tensor
     text_tokens: Tensor
     """A sample."""
@@ -124,6 +136,7 @@ class Run:
     ema: EMA
     health: Health
     objective: Objective
+    alignment: Alignment | None
     lr: Callable[[int], float]
     """Base learning rate of an update."""
     batches: Callable[[int], Iterator[tuple[int, list[Any]]]]

@@ -68,8 +68,9 @@ def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert fetch.main() == 0
     said = capsys.readouterr().out.splitlines()
     folder = tmp_path / "stabilityai/stable-diffusion-3-medium-diffusers"
-    assert said == [f"autoencoder.path={folder}", f"text_encoder.path={folder}"]
-    (options,) = asked.values()
+    features = f"objective.repa_encoder={tmp_path}/facebook/dinov2-base"
+    assert said == [f"autoencoder.path={folder}", f"text_encoder.path={folder}", features]
+    options, _ = asked.values()
     assert "text_encoder_3/*.safetensors" in options["allow_patterns"]
     assert "tokenizer_3/*.json" in options["allow_patterns"]
     # What it prints are overrides of the config.
@@ -91,7 +92,9 @@ def test_local_encoders_need_no_fetching(
     overrides = [f"text_encoder.path={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["fetch.py", "--config", "mmdit_debug_mup.yaml", *overrides])
     assert fetch.main() == 0
-    assert capsys.readouterr().out == f"autoencoder: none is named\ntext_encoder: {tmp_path} is a local folder\n"
+    assert (
+        capsys.readouterr().out == f"autoencoder.path: none is named\ntext_encoder.path: {tmp_path} is a local folder\n"
+    )
 
 
 def test_ladder_verdict() -> None:

@@ -5,16 +5,17 @@ deviations are those at the base width 48 with 3 channels, 2 x 2 patches and tex
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.configs import DiTConfig, MMDiTConfig, ModelConfig, PixArtConfig, UViTConfig
+from models.configs import DiTConfig, MMDiTConfig, ModelConfig, PixArtConfig, ProjectorConfig, UViTConfig
 from models.layers import ClassCondition, TextCondition
 from models.registry import build_model, declarations, out_channels
+from trainer.diffusion.repa import Alignment
 from trainer.mup.apply import apply_multipliers, build_table, init_parameters
 from trainer.mup.rules import Settings
 from trainer.mup.table import MuTable
@@ -25,18 +26,20 @@ CHANNELS = 3
 TEXT_WIDTH = 20
 CLASSES = 10
 TEXT_LENGTH = 5
+PROJECTOR = ProjectorConfig(hidden=24, features=16)
 
 AdaLN = Literal["zero", "fan_in"]
 
 
 class Expected(NamedTuple):
     """std: standard deviation at the base width; None for ones. decays: under optim.decay matrices.
-    uniform: drawn from a uniform distribution, not a normal one."""
+    uniform: drawn from a uniform distribution, not a normal one. inner: an output that more layers follow."""
 
     role: str
     std: float | None
     decays: bool = False
     uniform: bool = False
+    inner: bool = False
 
 
 def hidden(std: float) -> Expected:
@@ -188,6 +191,16 @@ UVIT = {
 }
 
 
+ALIGNED = {  # what REPA adds; fan_in 48, then 24 hidden features
+    "projector.fc1.weight": Expected("output", 48**-0.5, decays=True, inner=True),
+    "projector.fc1.bias": Expected("fixed", 0.0),
+    "projector.fc2.weight": Expected("fixed", 24**-0.5, decays=True),
+    "projector.fc2.bias": Expected("fixed", 0.0),
+    "projector.fc3.weight": Expected("fixed", 24**-0.5, decays=True),
+    "projector.fc3.bias": Expected("fixed", 0.0),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A small backbone.
@@ -196,6 +209,7 @@ class Case:
         that every weight has a gradient at the first step. snapshot: every parameter under "fan_in".
     zeroed: names that adaLN-zero starts at zero. input_name, hidden_part: a weight and a part of names for faults.
     sp_std: std under SP at four times the base width, where it differs from muP's.
+    projector: of REPA, whose loss is then added.
     """
 
     config: Callable[[int, AdaLN], ModelConfig]
@@ -204,6 +218,7 @@ class Case:
     hidden_part: str
     sp_std: Mapping[str, float] = field(default_factory=dict)
     zeroed: str | None = None
+    projector: ProjectorConfig | None = None
 
     def names_of(self, *roles: str) -> set[str]:
         return {name for name, row in self.snapshot.items() if row.role in roles}
@@ -220,16 +235,17 @@ class Case:
     def table(self, m: float, settings: Settings | None = None, adaln: AdaLN = "fan_in") -> MuTable:
         """At m times the base width."""
         return build_table(
-            lambda width: build_model(self.config(width, adaln), CHANNELS, TEXT_WIDTH),
+            lambda width: build_model(self.config(width, adaln), CHANNELS, TEXT_WIDTH, self.projector),
             BASE_WIDTH,
             round(m * BASE_WIDTH),
             HEAD_DIM,
-            declarations(self.config(BASE_WIDTH, adaln)),
+            declarations(self.config(BASE_WIDTH, adaln), self.projector),
             settings or Settings(),
         )
 
     def build(self, m: float, dtype: torch.dtype = torch.float64) -> nn.Module:
-        return build_model(self.config(round(m * BASE_WIDTH), "fan_in"), CHANNELS, TEXT_WIDTH).to(dtype)
+        config = self.config(round(m * BASE_WIDTH), "fan_in")
+        return build_model(config, CHANNELS, TEXT_WIDTH, self.projector).to(dtype)
 
     def model(self, m: float, table: MuTable, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
         """With the table's multipliers and init."""
@@ -260,7 +276,11 @@ class Case:
         mask[0, 3:] = False
         labels = torch.randint(CLASSES + 1, (4,), generator=generator)
         condition = TextCondition(states, mask) if config.condition == "text" else ClassCondition(labels)
-        return F.mse_loss(model(x, t, condition)[0], target)
+        if self.projector is None:
+            return F.mse_loss(model(x, t, condition)[0], target)
+        features = draw(4, 16, self.projector.features)  # of 4 x 4 tokens
+        prediction, projected = model(x, t, condition, features_at=1)
+        return F.mse_loss(prediction, target) + Alignment(0.5, 1, lambda _: features).losses(projected, None).mean()
 
 
 def mmdit(width: int, adaln: AdaLN) -> ModelConfig:
@@ -304,3 +324,9 @@ CASES: dict[str, Case] = {
     "uvit": Case(uvit, UVIT, "label_embed.weight", "skip", constant(UVIT)),
     "uvit_text": Case(uvit_text, UVIT_TEXT, "text_embed.weight", "skip", constant(UVIT_TEXT)),
 }  # fmt: skip
+
+# The backbones that REPA is for, with its projector.
+REPA_CASES = {
+    name: replace(CASES[name], snapshot={**CASES[name].snapshot, **ALIGNED}, projector=PROJECTOR)
+    for name in ("mmdit", "dit", "pixart")
+}

@@ -49,6 +49,8 @@ def scale_of(case: Case, m: float, name: str) -> Scale:
     """What muP makes of this parameter at m times the base width, decaying matrices only."""
     row = case.snapshot[name]
     scale = SCALES[m][row.role]
+    if row.inner:
+        scale = scale._replace(init={4.0: 2.0, 2.5: 1.5811388300841898}[m])  # sqrt(m)
     return scale if row.decays else scale._replace(decay=0.0)
 
 

@@ -177,6 +177,35 @@ def test_a_planted_fault_is_named(backbone: str, fault: str, world: World) -> No
         assert planted.first is None or planted.first(named[0], table.rows[named[0]]), named
 
 
+# ---------------------------------------------------------------------------------------------- REPA and its projector
+
+REPA = (
+    "objective.repa_weight=0.5", "objective.repa_layer=1", "objective.repa_width=32", "objective.repa_hidden=128",
+)  # fmt: skip
+ALIGNED = [backbone for backbone in BACKBONES if configured(backbone, 64, 0).model.residual]
+
+
+@pytest.mark.parametrize("backbone", ALIGNED)
+def test_mup_with_repa_does_not_depend_on_the_width(backbone: str, world: World) -> None:
+    checked = sweep(world, backbone, *REPA, seeds=2)
+    report = judge(checked, sweep(world, backbone, *REPA, "mup.parametrization=sp", widths=NARROW))
+    assert report.verdict == "passed", report.reason
+    assert slopes(report, "update").keys() == build_mup_table(configured(backbone, 64, 0, *REPA)).rows.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (lambda r, m: replace(r, init_std=r.init_std * m**-0.5), "activation"),  # an output like the final layer
+        (lambda r, m: replace(r, init_std=r.init_std * m**-0.5, multiplier=1.0), "update"),  # no rule: a fixed weight
+    ],
+)
+def test_a_projector_without_its_rule_is_named(change: Callable[[Row, float], Row], seen: Kind, world: World) -> None:
+    fault = by_name("projector.fc1", change)
+    measured = sweep(world, "dit_debug_mup", *REPA, fault=fault, widths=NARROW)
+    assert any("projector" in row.figure.name for row in judge(measured, measured).culprits[seen])
+
+
 def test_activations_alone_are_blind_to_a_bias(world: World) -> None:
     """Why the check looks at every parameter: here no output of MMDiT shows a fault in the lr of its biases."""
     measured = sweep(world, "mmdit_debug_mup", fault=FAULTS["bias lr scaled"].fault, widths=NARROW)

@@ -59,7 +59,7 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def model_of(config: TrainConfig) -> nn.Module:
     with torch.device("meta"):
-        return build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
+        return build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
 
 
 # ------------------------------------------------------------------------------------------------- the shipped files
@@ -424,9 +424,14 @@ RUNTIME |= {f"data.{key}" for key in ("captions", "index_cache", "prefetch_mib",
 RUNTIME |= {"data.cache_dir", "data.cache_gib"}
 RUNTIME |= {f"{part}.{key}" for part in ("text_encoder", "autoencoder") for key in ("path", "subfolder")}
 RUNTIME |= {"text_encoder.device", "text_encoder.shard"}
-IDENTITY = {"model.", "mup.", "objective.", "train.seed", "train.global_batch_size"}
+RUNTIME |= {"objective.repa_encoder"}
+IDENTITY = {"model.", "mup.", "train.seed", "train.global_batch_size"}
 IDENTITY |= {f"data.{key}" for key in ("resolution", "flip", "epochs", "max_image_pixels", "label_dropout")}
 IDENTITY |= {f"data.{key}" for key in ("buckets", "max_aspect", "text_lengths", "characters_per_token")}
+IDENTITY |= {f"objective.{key}" for key in ("kind", "beta_schedule", "timestep_mean", "timestep_std")}
+IDENTITY |= {
+    f"objective.{key}" for key in ("shift_base_tokens", "repa_weight", "repa_layer", "repa_width", "repa_hidden")
+}
 IDENTITY |= {f"text_encoder.{key}" for key in ("max_length", "dropout", "width")}
 IDENTITY |= {f"autoencoder.{key}" for key in ("channels", "downsample")}
 

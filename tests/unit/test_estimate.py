@@ -168,6 +168,7 @@ def test_encoders_are_counted(tmp_path: Path) -> None:
     sd3 = load_config("mmdit_18b_mup.yaml")
     found = estimate.encoder_bytes(sd3)
     assert found["text_encoder"] == pytest.approx(9.5e9, rel=0.01)  # T5-XXL's encoder in bf16
+    assert found["repa_encoder"] == pytest.approx(2 * 86.6e6, rel=0.05)  # DINOv2-B in bf16
     header = json.dumps({"w": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}, "__metadata__": {}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(60))
     local = load_config("mmdit_18b_mup.yaml", [f"text_encoder.path={tmp_path}", "text_encoder.subfolder=null"])

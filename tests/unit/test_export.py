@@ -120,6 +120,13 @@ def test_every_backbone_has_its_forms() -> None:
         assert all((kind, form) in LAYOUTS for form in open_forms)
 
 
+def test_the_projector_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repa = ("objective.repa_weight=0.5", "objective.repa_layer=1", "objective.repa_encoder=.cache/debug/dinov2")
+    ours = exported(tmp_path, monkeypatch, config_of("mmdit", *FOLDED, *repa, "objective.repa_hidden=8"))
+    assert "projector.fc1.weight" in ours
+    load_exactly(SD3Transformer2DModel, tmp_path / "to" / "transformer", torch.float32)
+
+
 # ------------------------------------------------------------------------------------------ the other way, by any names
 
 

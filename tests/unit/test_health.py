@@ -106,7 +106,7 @@ def test_only_a_logged_step_is_watched() -> None:
         return StepResult(*torch.zeros(3))
 
     b = torch.zeros(2)
-    engine = SimpleNamespace(model=lambda *_: (b, None), backward=lambda *_, **__: None, step=step)
+    engine = SimpleNamespace(model=lambda *_, **__: (b, None), backward=lambda *_, **__: None, step=step)
     run = SimpleNamespace(
         state=TrainState.start(torch.device("cpu")),
         world=SimpleNamespace(size=1, device=torch.device("cpu")),
@@ -115,6 +115,7 @@ def test_only_a_logged_step_is_watched() -> None:
         encode=lambda _: SimpleNamespace(x0=b, keys=b, condition=None, weight=b + 1, text_tokens=b.sum()),
         objective=SimpleNamespace(draw=lambda *_: SimpleNamespace(x_t=b, t=b), loss=lambda *_: b + 1),
         engine=engine,
+        alignment=None,
         health=Health({}, replicas=1),
         lr=lambda _: 1.0,
         ema=SimpleNamespace(update=lambda *_: None),

@@ -52,8 +52,11 @@ class Factors:
     eps: float = 1.0
 
 
-def factors(role: Role, m_in: float, m_out: float, settings: Settings) -> Factors:
+def factors(role: Role, m_in: float, m_out: float, settings: Settings, inner: bool = False) -> Factors:
     """Factors of a weight whose fan_in is m_in, and fan_out m_out, times that of the base model.
+
+    inner: an output weight that more layers follow. With 1 / m on its input alone what it gives at init would shrink
+    with the width, and what follows it with that; sqrt(m) on its std keeps it.
 
     SP has none: its init formula is evaluated at the target's own shape (see `table.init_std`).
     """
@@ -65,7 +68,7 @@ def factors(role: Role, m_in: float, m_out: float, settings: Settings) -> Factor
             decay = {"independent": m_in, "sqrt": m_in**0.5, "coupled": 1.0}[settings.wd_rule]
             return Factors(m_in**-0.5, 1.0, 1 / m_in, decay, 1 / m_in if by_width else 1.0)
         case "output":
-            return Factors(multiplier=1 / m_in, eps=1 / m_in if by_width else 1.0)
+            return Factors(init=m_in**0.5 if inner else 1.0, multiplier=1 / m_in, eps=1 / m_in if by_width else 1.0)
         case "input" | "vector":
             return Factors(eps=1 / m_out if by_width else 1.0)
         case "fixed":

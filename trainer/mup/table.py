@@ -46,6 +46,8 @@ class Declared(Protocol):
     def std(self) -> float: ...
     @property
     def role(self) -> Role | None: ...
+    @property
+    def inner(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,13 @@ class MuTable:
             if role is None:
                 problems.append(f"{name} {info.shape}: {why}")
                 continue
+            if declared.inner and (role != "output" or declared.init == "zeros"):
+                problems.append(f'{name}: "{declared.pattern}" is declared as inner, which an output not of zeros is')
+                continue
             fan_in, fan_out = fans(info)
             base_fan_in, base_fan_out = fans(base[name])
-            scale = factors(role, fan_in / base_fan_in, fan_out / base_fan_out, settings)
+            scale = factors(role, fan_in / base_fan_in, fan_out / base_fan_out, settings, declared.inner)
+            predicts = role == "output" and not declared.inner
             # muP takes the init formula at the base shape; SP at the shape that is trained.
             by_depth = settings.branch_scale if info.in_branch and settings.eps_rule == "width" else 1.0
             at_fans = (base_fan_in, base_fan_out) if settings.parametrization == "mup" else (fan_in, fan_out)
@@ -176,7 +182,7 @@ class MuTable:
                 base_shape=base_shape,
                 init=declared.init,
                 init_std=init_std(declared.init, declared.std, *at_fans) * scale.init,
-                multiplier=scale.multiplier * (settings.output_multiplier if role == "output" else 1.0),
+                multiplier=scale.multiplier * (settings.output_multiplier if predicts else 1.0),
                 lr=scale.lr * settings.role_lr.get(role, 1.0),
                 weight_decay=scale.weight_decay if decays(role, len(info.shape), settings) else 0.0,
                 eps=scale.eps * by_depth,

@@ -1,6 +1,6 @@
 """The interface between the loop and a way of sharding."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -71,6 +71,6 @@ class Engine(Protocol):
         """Read in place what `save` wrote, at any world size."""
         ...
 
-    def load_weights(self, folder: Path, group: str = "model") -> None:
-        """Read the weights alone: "model", or an average such as "ema_0.9999"."""
+    def load_weights(self, folder: Path, group: str = "model", names: Collection[str] | None = None) -> None:
+        """Read the weights alone: "model", or an average such as "ema_0.9999". names: of these parameters, or all."""
         ...

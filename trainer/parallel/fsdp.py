@@ -4,7 +4,7 @@ The order matters and raises nothing when wrong: shard, materialise, fill buffer
 optimizer; one built before fully_shard trains nothing. Degree 1 goes the same way.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,8 +191,9 @@ class FSDP2Engine:
     def load(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
         load_tensors(folder, self._tensors(extra), self._world.checkpoint)
 
-    def load_weights(self, folder: Path, group: str = "model") -> None:
-        weights = {f"{group}/{name}": parameter.detach() for name, parameter in self._parameters.items()}
+    def load_weights(self, folder: Path, group: str = "model", names: Collection[str] | None = None) -> None:
+        wanted = self._parameters.keys() if names is None else names
+        weights = {f"{group}/{name}": self._parameters[name].detach() for name in wanted}
         load_tensors(folder, weights, self._world.checkpoint)
 
     def _tensors(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:

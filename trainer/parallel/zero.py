@@ -12,7 +12,7 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -308,16 +308,19 @@ class ZeroEngine:
         return f"extra_{self._world.rank:05d}.pt"
 
     @torch.no_grad()
-    def load_weights(self, folder: Path, group: str = "model") -> None:
+    def load_weights(self, folder: Path, group: str = "model", names: Collection[str] | None = None) -> None:
         """From a checkpoint of the fsdp2 engine (any world size); one of zero must be converted first."""
         layout = [Replicate(), Shard(0)]
         sharded: dict[str, Any] = {}
-        for name, parameter in self._parameters.items():
+        wanted = self._parameters.keys() if names is None else names
+        for name in wanted:
+            parameter = self._parameters[name]
             empty = torch.zeros(getattr(parameter, "ds_shape", parameter.shape), device=self._world.device)
             sharded[f"{group}/{name}"] = distribute_tensor(empty, self._world.mesh, layout, src_data_rank=None)
         load_tensors(folder, sharded, self._world.checkpoint)
-        for name, shard in self.master_shards().items():
-            shard.copy_(self.cut(name, sharded[f"{group}/{name}"].full_tensor()))
+        shards = self.master_shards()
+        for name in wanted:
+            shards[name].copy_(self.cut(name, sharded[f"{group}/{name}"].full_tensor()))
         self._follow()
 
 

@@ -38,7 +38,7 @@ def image_flops(config: TrainConfig) -> float:
     """FLOPs of an image in a forward and a backward pass (twice the forward), captions at full length."""
     text_tokens = config.text_encoder.max_length if config.model.condition == "text" else 0
     channels, text_width = config.autoencoder.channels, config.text_encoder.width
-    return 3.0 * forward_flops(config.model, channels, text_width, config.image_tokens, text_tokens)
+    return 3.0 * forward_flops(config.model, channels, text_width, config.image_tokens, text_tokens, config.projector)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,25 @@
+"""Representation alignment (REPA, Yu et al., arXiv 2410.06940): a term beside the denoising loss that draws the tokens
+of an early block towards what a frozen image encoder sees in the clean image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """weight: of the term in the loss that is trained. features_at: block (from 0) whose tokens are projected.
+    features: micro-batch -> [b, N, F], what the encoder sees at each of the N tokens."""
+
+    weight: float
+    features_at: int
+    features: Callable[[Any], Tensor]
+
+    def losses(self, projected: Tensor, batch: Any) -> Tensor:
+        """projected [b, N, F] -> per sample [b] minus the mean cosine over tokens, from -1 (aligned) to 1."""
+        wide = torch.promote_types(projected.dtype, torch.float32)  # in bf16 a squared norm would keep 3 digits
+        return -F.cosine_similarity(projected.to(wide), self.features(batch).to(wide), dim=-1).mean(1)
