@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from launch.common import run
-from trainer.build import build_engine, build_mup_table, on_rank_0
+from trainer.build import build_engine, build_mup_table
 from trainer.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -35,6 +35,7 @@ from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world, world_size
 from trainer.parallel.zero import ZeroEngine
 from trainer.resume import engine_identity
+from trainer.source import on_rank_0
 from trainer.state import TrainState
 
 AnEngine = FSDP2Engine | ZeroEngine

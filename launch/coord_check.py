@@ -19,12 +19,13 @@ from torch import Tensor
 
 from launch.common import run
 from launch.coord_plot import plot
-from trainer.build import Source, build_alignment, build_engine, build_mup_table, build_objective
+from trainer.build import build_alignment, build_engine, build_mup_table, build_objective
 from trainer.config import ConfigError, TrainConfig, load_config, resolve
 from trainer.frozen import FrozenParts
 from trainer.mup.coord import CONTROL, LIMITS, Report, Row, Subject, judge, measure, observe, strongest_control
 from trainer.mup.table import MuTable
 from trainer.parallel.mesh import World, init_world
+from trainer.source import Source
 
 LEAST_WIDTHS = 3
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.common import run
-from trainer.build import Source
 from trainer.config import load_config, resolve
 from trainer.jumps import data_step, follow, jumps_of
 from trainer.parallel.mesh import init_world
+from trainer.source import Source
 
 
 def main() -> int:

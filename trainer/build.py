@@ -5,26 +5,22 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from data.batch import Batch
-from data.config import Cell, DataConfig, DataError
-from data.dataset import check_images, check_same_kind
+from data.config import Cell, DataError
+from data.dataset import check_images
 from data.debug import ensure_debug_assets
-from data.index import ImageTextIndex, open_index, open_validation_index
-from data.reader import ImageTextReader, SyntheticReader, validation_batches
 from models.configs import ModelConfig
 from models.flops import forward_flops
 from models.registry import build_model, declarations
 
-from .cells import cells_of, image_tokens, micro_batch_rows
+from .cells import image_tokens
 from .checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -39,7 +35,7 @@ from .checkpoint import (
     weights_of,
     write_atomically,
 )
-from .config import ConfigError, Resolved, TrainConfig, plain, resolve, to_yaml
+from .config import Resolved, TrainConfig, plain, resolve, to_yaml
 from .diffusion.ddpm import DDPM
 from .diffusion.ddpm_sampling import DDPMSampler
 from .diffusion.flow import RectifiedFlow
@@ -63,10 +59,9 @@ from .parallel.memory import checkpoint_activations, compile_units
 from .parallel.mesh import World
 from .parallel.zero import ZeroEngine
 from .resume import engine_identity, find_resumed
+from .source import Source, first_on_rank_0, is_debug, on_rank_0
 from .state import Plan, Run, TrainState
 
-_VALIDATION_SEED = 0x5EED  # of synthetic data: differs from any that a user is likely to train with
-_DEBUG_ASSETS = ".cache/debug"
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy")
 
 
@@ -129,117 +124,6 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
     return engine
 
 
-class Source:
-    """Training and validation data of a config: readers per rank, and what identifies the data."""
-
-    def __init__(self, config: TrainConfig, resolved: Resolved, world: World) -> None:
-        self._config, self._resolved, self._world = config, resolved, world
-        self._index: ImageTextIndex | None = None
-        self.steps: int | None = None  # None: the data have no end
-        if not config.data.synthetic:
-            self._index = first_on_rank_0(world, lambda: _open_index(config.data))
-            self._check_length(self._index)
-            self._check_kind(self._index)
-        self.dataset = None if self._index is None else self._index.dataset  # of precomputed training shards
-        reader = self.reader(world.rank, world.size)
-        self.batches, self.fingerprint = reader.batches, reader.fingerprint
-
-    def _check_kind(self, index: ImageTextIndex) -> None:
-        c = self._config
-        if index.dataset is None:
-            check_images(c.autoencoder, c.text_encoder, c.label_classes)
-        else:
-            index.dataset.check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
-
-    def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
-        """The reader of one rank in a world of `size`."""
-        c, rows = self._config, self._resolved.micro_batch_rows
-        seed, batch = c.train.seed, c.train.global_batch_size
-        cells = {cell: micro_batch_rows(c, cell, size) for cell in cells_of(c)}
-        part = (rank, size, rows, c.label_classes, cells)
-        if self._index is None:
-            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part)
-        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part)
-
-    def validation(self) -> list[Batch]:
-        """This rank's part of the fixed bank."""
-        c, world, count = self._config, self._world, self._config.validation.samples
-        rows = max(1, min(self._resolved.micro_batch_rows, 64))
-        if self._index is None:
-            text = dataclasses.replace(c.text_encoder, dropout=0.0)
-            data = dataclasses.replace(c.data, label_dropout=0.0)
-            part = (world.rank, world.size, rows, c.label_classes)
-            return next(SyntheticReader(data, text, c.autoencoder, _VALIDATION_SEED, count, *part).batches(0))[1]
-        index = self._validation_index
-        return list(validation_batches(index, c.data, count, world.rank, world.size, rows, c.label_classes))
-
-    def validation_prompts(self, count: int) -> list[str]:
-        """Captions, or class numbers, of the first `count` samples of the bank, the same on all ranks."""
-        classes = self._config.label_classes
-        [batch] = validation_batches(self._validation_index, self._config.data, count, 0, 1, count, classes)
-        if classes is None:
-            return [caption for caption in batch.full_captions if caption]
-        return [str(label) for label in batch.labels.tolist() if label >= 0]
-
-    @cached_property
-    def _validation_index(self) -> ImageTextIndex:
-        if self._config.data.val_shards is None:
-            assert self._index is not None
-            return self._index
-        index = first_on_rank_0(self._world, lambda: _open_index(self._config.data, validation=True))
-        self._check_kind(index)
-        check_same_kind(self.dataset, index.dataset)
-        return index
-
-    def _check_length(self, index: ImageTextIndex) -> None:
-        c = self._config
-        if c.data.epochs is None:
-            return
-        epoch = index.samples_until_first_end()
-        self.steps = most = epoch * c.data.epochs // c.train.global_batch_size
-        if c.train.steps > most:
-            first_end = ", when the first source ends" if len(index.parts) > 1 else ""
-            raise ConfigError(
-                f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {epoch} samples"
-                f"{first_end}: at most {most} steps of {c.train.global_batch_size}"
-            )
-
-
-def _is_debug(path: str) -> bool:
-    """Whether a path is one of the debug configs', whose content is made on first use."""
-    return Path(path).is_relative_to(_DEBUG_ASSETS)
-
-
-def _open_index(data: DataConfig, validation: bool = False) -> ImageTextIndex:
-    if any(_is_debug(shards) for shards in (data.val_shards, *(s.shards for s in data.all_sources())) if shards):
-        ensure_debug_assets()
-    return open_validation_index(data) if validation else open_index(data)
-
-
-T = TypeVar("T")
-
-
-def on_rank_0(world: World, make: Callable[[], T]) -> T | None:
-    """make() on rank 0 alone, None elsewhere; a user's mistake that rank 0 finds is raised on all ranks."""
-    result: T | None = None
-    error: list[Any] = [None]
-    if world.rank == 0:
-        try:
-            result = make()
-        except (ConfigError, DataError, CheckpointError) as caught:
-            error[0] = caught
-    dist.broadcast_object_list(error, src=0, group=world.control)
-    if error[0] is not None:
-        raise error[0]
-    return result
-
-
-def first_on_rank_0(world: World, make: Callable[[], T]) -> T:
-    """make() on rank 0, then on the others, so that files are built once."""
-    result = on_rank_0(world, make)
-    return make() if result is None else result
-
-
 def build_run(config: TrainConfig, world: World) -> Run:
     """Everything for the loop. User's mistakes raise ConfigError, DataError or CheckpointError before the run
     folder is written."""
@@ -247,7 +131,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if _is_debug(config.text_encoder.path) or _is_debug(config.objective.repa_encoder):
+    if is_debug(config.text_encoder.path) or is_debug(config.objective.repa_encoder):
         first_on_rank_0(world, ensure_debug_assets)
     source = Source(config, resolved, world)
     frozen = FrozenParts(config, world, partial(on_rank_0, world), source.dataset, align=True)

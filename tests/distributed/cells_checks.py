@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from data.encoders import load_text_encoder
-from trainer.build import build_run, on_rank_0
+from trainer.build import build_run
 from trainer.config import load_config
 from trainer.frozen import FrozenParts, read_text_encoder
 from trainer.loop import train
 from trainer.parallel.mesh import World, init_world, world_size
+from trainer.source import on_rank_0
 
 STEPS = 8
 COMMON = (

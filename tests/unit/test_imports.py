@@ -84,6 +84,9 @@ ROOMS: dict[str, Room] = {
     "trainer.search": WHOLE,
     "trainer.estimate": WHOLE,
     "trainer.resume": Room((), ("trainer.checkpoint", "trainer.config", "trainer.mup.table", "trainer.parallel.mesh")),
+    "trainer.source": Room(
+        ("torch",), ("data", "trainer.cells", "trainer.checkpoint", "trainer.config", "trainer.parallel.mesh")
+    ),
     "trainer.build": Room(PACKAGES, ("models", "data", "trainer")),
     "launch": Room(PACKAGES, ("trainer", "data", "launch")),
 }

@@ -1,0 +1,134 @@
+"""Training and validation data of a config, and what rank 0 does first."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from data.batch import Batch
+from data.config import DataConfig, DataError
+from data.dataset import check_images, check_same_kind
+from data.debug import ensure_debug_assets
+from data.index import ImageTextIndex, open_index, open_validation_index
+from data.reader import ImageTextReader, SyntheticReader, validation_batches
+
+from .cells import cells_of, micro_batch_rows
+from .checkpoint import CheckpointError
+from .config import ConfigError, Resolved, TrainConfig
+from .parallel.mesh import World
+
+_VALIDATION_SEED = 0x5EED  # of synthetic data: differs from any that a user is likely to train with
+_DEBUG_ASSETS = ".cache/debug"
+
+T = TypeVar("T")
+
+
+def on_rank_0(world: World, make: Callable[[], T]) -> T | None:
+    """make() on rank 0 alone, None elsewhere; a user's mistake that rank 0 finds is raised on all ranks."""
+    result: T | None = None
+    error: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            result = make()
+        except (ConfigError, DataError, CheckpointError) as caught:
+            error[0] = caught
+    dist.broadcast_object_list(error, src=0, group=world.control)
+    if error[0] is not None:
+        raise error[0]
+    return result
+
+
+def first_on_rank_0(world: World, make: Callable[[], T]) -> T:
+    """make() on rank 0, then on the others, so that files are built once."""
+    result = on_rank_0(world, make)
+    return make() if result is None else result
+
+
+class Source:
+    """Training and validation data of a config: readers per rank, and what identifies the data."""
+
+    def __init__(self, config: TrainConfig, resolved: Resolved, world: World) -> None:
+        self._config, self._resolved, self._world = config, resolved, world
+        self._index: ImageTextIndex | None = None
+        self.steps: int | None = None  # None: the data have no end
+        if not config.data.synthetic:
+            self._index = first_on_rank_0(world, lambda: _open_index(config.data))
+            self._check_length(self._index)
+            self._check_kind(self._index)
+        self.dataset = None if self._index is None else self._index.dataset  # of precomputed training shards
+        reader = self.reader(world.rank, world.size)
+        self.batches, self.fingerprint = reader.batches, reader.fingerprint
+
+    def _check_kind(self, index: ImageTextIndex) -> None:
+        c = self._config
+        if index.dataset is None:
+            check_images(c.autoencoder, c.text_encoder, c.label_classes)
+        else:
+            index.dataset.check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
+
+    def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
+        """The reader of one rank in a world of `size`."""
+        c, rows = self._config, self._resolved.micro_batch_rows
+        seed, batch = c.train.seed, c.train.global_batch_size
+        cells = {cell: micro_batch_rows(c, cell, size) for cell in cells_of(c)}
+        part = (rank, size, rows, c.label_classes, cells)
+        if self._index is None:
+            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part)
+        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part)
+
+    def validation(self) -> list[Batch]:
+        """This rank's part of the fixed bank."""
+        c, world, count = self._config, self._world, self._config.validation.samples
+        rows = max(1, min(self._resolved.micro_batch_rows, 64))
+        if self._index is None:
+            text = dataclasses.replace(c.text_encoder, dropout=0.0)
+            data = dataclasses.replace(c.data, label_dropout=0.0)
+            part = (world.rank, world.size, rows, c.label_classes)
+            return next(SyntheticReader(data, text, c.autoencoder, _VALIDATION_SEED, count, *part).batches(0))[1]
+        index = self._validation_index
+        return list(validation_batches(index, c.data, count, world.rank, world.size, rows, c.label_classes))
+
+    def validation_prompts(self, count: int) -> list[str]:
+        """Captions, or class numbers, of the first `count` samples of the bank, the same on all ranks."""
+        classes = self._config.label_classes
+        [batch] = validation_batches(self._validation_index, self._config.data, count, 0, 1, count, classes)
+        if classes is None:
+            return [caption for caption in batch.full_captions if caption]
+        return [str(label) for label in batch.labels.tolist() if label >= 0]
+
+    @cached_property
+    def _validation_index(self) -> ImageTextIndex:
+        if self._config.data.val_shards is None:
+            assert self._index is not None
+            return self._index
+        index = first_on_rank_0(self._world, lambda: _open_index(self._config.data, validation=True))
+        self._check_kind(index)
+        check_same_kind(self.dataset, index.dataset)
+        return index
+
+    def _check_length(self, index: ImageTextIndex) -> None:
+        c = self._config
+        if c.data.epochs is None:
+            return
+        epoch = index.samples_until_first_end()
+        self.steps = most = epoch * c.data.epochs // c.train.global_batch_size
+        if c.train.steps > most:
+            first_end = ", when the first source ends" if len(index.parts) > 1 else ""
+            raise ConfigError(
+                f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {epoch} samples"
+                f"{first_end}: at most {most} steps of {c.train.global_batch_size}"
+            )
+
+
+def is_debug(path: str) -> bool:
+    """Whether a path is one of the debug configs', whose content is made on first use."""
+    return Path(path).is_relative_to(_DEBUG_ASSETS)
+
+
+def _open_index(data: DataConfig, validation: bool = False) -> ImageTextIndex:
+    if any(is_debug(shards) for shards in (data.val_shards, *(s.shards for s in data.all_sources())) if shards):
+        ensure_debug_assets()
+    return open_validation_index(data) if validation else open_index(data)
