@@ -27,7 +27,7 @@ FOR_EVER = ("train.steps=100000", "train.validate_every=0", "train.sample_every=
 def test_a_killed_rank_ends_the_job_and_resumes_exactly(tmp_path: Path) -> None:
     """Rank 0, so that the survivor must write status.json; between two checkpoints."""
     run = tmp_path / "run"
-    with job(run, *SETTINGS, faults={"rank": 0, "kill": 9}) as first:
+    with job(run, *SETTINGS, faults={"rank": 0, "kill": 11}) as first:
         wait_until(lambda: len(workers(first.process.pid)) == 2, START_S, "two workers")
         victim = workers(first.process.pid)[0]
         wait_until(lambda: not lives(victim), START_S, "rank 0 kills itself")
