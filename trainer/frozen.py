@@ -75,8 +75,8 @@ class FrozenParts:
         own = not config.data.synthetic and dataset is None
         if align and config.projector is not None and dataset is not None:
             raise DataError(
-                f"objective.repa_weight needs images, and {dataset.where} holds latents alone: set it to 0, or train on "
-                "the images"
+                f"objective.repa_weight needs images, and {dataset.where} holds latents alone: set it to 0, or train "
+                "on the images"
             )
         if align and config.projector is not None and own:
             path = config.objective.repa_encoder
