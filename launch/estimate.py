@@ -196,10 +196,11 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
         said.append("It fits only without the encoders on the GPU: precompute latents and text states.")
     else:
         said.append(f"It does not fit: {cached['total']:.1f} of {cached['usable']:.1f} GiB even without encoders.")
-        if found["micro_batches"] > 1 and cached["gradients"] > max(cached["activations"], cached["parameters"]):
+        kept = not config.parallel.reshard_after_forward and found["micro_batches"] > 1
+        if kept and cached["gradients"] > max(cached["activations"], cached["parameters"]):
             said.append(
-                "Accumulation keeps whole gradients: give each GPU its share in one micro-batch (more GPUs, or "
-                "parallel.activation_checkpointing), rather than several small ones."
+                "Accumulation keeps whole gradients under parallel.reshard_after_forward=false: set it to true, or give "
+                "each GPU its share in one micro-batch."
             )
         elif cached["largest_micro_batch"] >= 1:
             said.append(f"A micro-batch of {cached['largest_micro_batch']} would: train.micro_batch_size.")

@@ -12,6 +12,7 @@ import pytest
 
 from launch.common import kill_tree
 from tests.distributed.runs import ROOT, environment, exact, last_step, train
+from trainer.checkpoint import complete_checkpoints
 from trainer.metrics import read_metrics
 from trainer.search.study import Study, Trial
 
@@ -50,13 +51,20 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+    wait_for_step(folder, 0, process)
+    while not complete_checkpoints(folder / "checkpoints"):
+        assert process.poll() is None, "the search ended before it could be stopped"
+        time.sleep(0.01)
+
+
 def test_a_search_from_end_to_end(tmp_path: Path) -> None:
     config, study = tmp_path / "small.yaml", tmp_path / "small"
     config.write_text(SEARCH)
     command = ("run", "--config", config, f"run.dir={tmp_path}", "--workers", "2")
 
     killed = start(*command)
-    wait_for_step(study / "0000", 4, killed)
+    wait_for_checkpoint(study / "0000", killed)
     kill_tree(killed.pid)
     killed.communicate()
     before = trials(study)

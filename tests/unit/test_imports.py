@@ -53,7 +53,7 @@ ROOMS: dict[str, Room] = {
         ("pydantic", "yaml"),
         ("models.configs", "data.config", "trainer.config_files", "trainer.config_conflicts", "trainer.cells"),
     ),
-    "trainer.config_conflicts": Room((), ("trainer.config",)),
+    "trainer.config_conflicts": Room((), ("trainer.config", "trainer.cells")),
     "trainer.cells": Room((), ("trainer.config", "data.config")),
     "trainer.config_files": Room(("yaml",), ()),
     "trainer.mup": Room((), ("trainer.mup.rules", "trainer.mup.table")),
