@@ -199,8 +199,8 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
         kept = not config.parallel.reshard_after_forward and found["micro_batches"] > 1
         if kept and cached["gradients"] > max(cached["activations"], cached["parameters"]):
             said.append(
-                "Accumulation keeps whole gradients under parallel.reshard_after_forward=false: set it to true, or give "
-                "each GPU its share in one micro-batch."
+                "Accumulation keeps whole gradients under parallel.reshard_after_forward=false: set it to true, or "
+                "give each GPU its share in one micro-batch."
             )
         elif cached["largest_micro_batch"] >= 1:
             said.append(f"A micro-batch of {cached['largest_micro_batch']} would: train.micro_batch_size.")
