@@ -117,8 +117,8 @@ def test_a_bad_server_costs_time_only(folder: Path, local: Any) -> None:
 def test_a_server_that_fails_for_good_leaves_holes(folder: Path, fault: str, reason: str) -> None:
     with serve(folder) as server:
         index = remote_index(server)
-        server.faulty, server.faults, server.stall_s = 1.0, (fault,), 5.0
-        cfg = settings(timeout_s=0.2, retries=0)
+        server.faulty, server.faults, server.stall_s = 1.0, (fault,), 60.0
+        cfg = settings(timeout_s=2.0 if fault == "stall" else 60.0, retries=0)
         reader = ImageTextReader(index, cfg, 3, BATCH, 0.2, 0, 1, 64)
         begin = time.monotonic()
         batches = reader.batches(0)
@@ -126,7 +126,7 @@ def test_a_server_that_fails_for_good_leaves_holes(folder: Path, fault: str, rea
         assert batch.holes == [reason] * BATCH
         assert all(batch.names)
         assert batch.read == BATCH
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 50, "it has waited for the server"
         server.faulty = 0.0  # it comes back: later chunks are read
         weights = [float(b.weight.sum()) for _, [b] in islice(batches, 20)]
         assert weights[-1] == BATCH
@@ -246,9 +246,10 @@ def s3(folder: Path) -> Iterator[str]:
 def test_s3(s3: str, local: Any, spec: str, tmp_path: Path) -> None:
     index = ImageTextIndex(open_shards(s3 + spec), tmp_path, QUICK)
     assert [shard.name for shard in index.paths] == [f"train-00000{i}.tar" for i in range(3)]
-    assert take(index, 0, 15, settings()) == local[:15]
+    patient = {"timeout_s": 60.0}  # the server is a thread beside the tests
+    assert take(index, 0, 15, settings(**patient)) == local[:15]
     if spec == "/":
-        assert take(index, 9, 15, settings(num_workers=2)) == local[9:24]
+        assert take(index, 9, 15, settings(num_workers=2, **patient)) == local[9:24]
 
 
 def test_neighbours_are_read_together() -> None:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.debug import ensure_debug_assets
 from launch import export
 from launch.export_folder import against_stock, refusals
 from launch.export_names import LAYOUTS, fold, layout
@@ -26,6 +27,11 @@ from trainer.config import ConfigError, TrainConfig
 
 SLACK = 8 * 2**20  # bytes: what an allocator keeps, and code that is first used here
 VAE = ("autoencoder.path=vae", "autoencoder.channels=4", "autoencoder.downsample=8", "data.resolution=256")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _encoders_of_the_debug_configs() -> None:
+    ensure_debug_assets(ROOT / ".cache" / "debug")
 
 
 def exported(folder: Path, patch: pytest.MonkeyPatch, config: TrainConfig, *arguments: str) -> dict[str, Tensor]:
