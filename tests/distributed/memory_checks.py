@@ -1,14 +1,12 @@
 """What the ways of saving memory must keep, on every rank; run by test_memory.py under torchrun, JSON on stdout."""
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +22,7 @@ from .engine_checks import (
     run_steps,
     save_and_load,
     swapped_weights_are_used_and_given_back,
+    tell,
     whole,
     worst,
 )
@@ -120,11 +119,7 @@ def main() -> None:
     torch.set_num_threads(1)
     world = init_world(2)
     results = {name: check(world) for name, check in CHECKS.items()}
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, results)
-    if world.rank == 0:
-        print("RESULTS " + json.dumps(everyone))
-    dist.destroy_process_group()
+    tell(world, results)
 
 
 if __name__ == "__main__":

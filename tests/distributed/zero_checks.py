@@ -3,7 +3,6 @@
 A check returns a number, a flag or a list for its test to judge; each is a function of (world) and runs on all ranks.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world
 from trainer.parallel.zero import ZeroEngine
 
-from .engine_checks import configured, dataclasses_seed, made, run_steps, whole, worst
+from .engine_checks import configured, dataclasses_seed, made, run_steps, tell, whole, worst
 
 STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16")
 KINDS = [(stage, precision) for stage in STAGES for precision in PRECISIONS]
@@ -331,11 +330,7 @@ def main() -> None:
     torch.set_num_threads(1)
     world = init_world(int(sys.argv[1]))
     results = {name: CHECKS[name](world) for name in sys.argv[2:] or CHECKS}
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, results)
-    if world.rank == 0:
-        print("RESULTS " + json.dumps(everyone))
-    dist.destroy_process_group()
+    tell(world, results)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -30,6 +31,15 @@ class Watch(Protocol):
         ...
 
     def after(self, weights: Mapping[str, Tensor]) -> None: ...
+
+
+@torch.no_grad()
+def exchange(live: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Swap the values of tensors of equal names, one at a time: no second model in memory."""
+    for name, tensor in live.items():
+        kept = tensor.clone()
+        tensor.copy_(others[name])
+        others[name].copy_(kept)
 
 
 class Engine(Protocol):

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .dcp import AsyncSaver, load_tensors
-from .engine import StepResult, Watch
+from .engine import StepResult, Watch, exchange
 from .mesh import World
 
 Precision = Literal["bf16", "fp32", "fp64"]
@@ -180,10 +180,7 @@ class FSDP2Engine:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a gathered copy would be stale
-        for name, live in self.master_shards().items():
-            kept = live.clone()  # one tensor at a time: no second model in memory
-            live.copy_(shards[name])
-            shards[name].copy_(kept)
+        exchange(self.master_shards(), shards)
 
     def save(self, folder: Path, extra: Mapping[str, Tensor], averages_only: bool = False) -> Future[None]:
         return self._saver.save(folder, self._sharded(extra) if averages_only else self._tensors(extra))

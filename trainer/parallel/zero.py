@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from .dcp import load_tensors
-from .engine import CheckpointError, StepResult, Watch
+from .engine import CheckpointError, StepResult, Watch, exchange
 from .mesh import World
 
 Stage = Literal[1, 2, 3]
@@ -237,10 +237,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _swap(self, shards: Mapping[str, Tensor]) -> None:
-        for name, live in self.master_shards().items():
-            kept = live.clone()  # one tensor at a time: no second model in memory
-            live.copy_(shards[name])
-            shards[name].copy_(kept)
+        exchange(self.master_shards(), shards)
         self._follow()
 
     @torch.no_grad()
