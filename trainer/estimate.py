@@ -187,6 +187,7 @@ class _FusedRMSNorm(torch.autograd.Function):
 def simulated_world(size: int, shard: int, rank: int = 0) -> Iterator[tuple[World, Rank]]:
     """One rank of a world that is not there; every tensor that is made inside has a shape and no memory."""
     account, resize, rms_norm = Rank(), torch.UntypedStorage.resize_, F.rms_norm
+    flash = torch.backends.cuda.flash_sdp_enabled()
 
     def resized(storage: torch.UntypedStorage, nbytes: int) -> Any:
         result = resize(storage, nbytes)
@@ -200,11 +201,13 @@ def simulated_world(size: int, shard: int, rank: int = 0) -> Iterator[tuple[Worl
         assert group is not None
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
         F.rms_norm = lambda x, shape, weight, eps=None: _FusedRMSNorm.apply(x, weight)
+        torch.backends.cuda.enable_flash_sdp(True)  # a GPU's attention, also where a run on this CPU has turned it off
         with account:
             yield World(rank, size, torch.device("cpu"), mesh, control=group, checkpoint=group), account
     finally:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
         F.rms_norm = rms_norm
+        torch.backends.cuda.enable_flash_sdp(flash)
         dist.destroy_process_group()
 
 
