@@ -55,7 +55,7 @@ demo: setup
 	$(BIN)/python launch/demo.py
 
 test: setup lint .cache/cifar10
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" tests
 
 lint: .venv/ready
 	$(BIN)/ruff check .
