@@ -1,8 +1,9 @@
 """Steps that are skipped, counted and judged on the device: rows of them, and the norms that count as a spike.
 
 A step is bad if its gradient norm is not finite, or if it is a spike: log(norm) lies more than `threshold` standard
-deviations above its mean. Both are running estimates over the steps that were not skipped: the plain ones of the
-first 1 / RATE steps, exponentially forgetting from then on. They act after WARM_UP steps.
+deviations above its mean. Both are running estimates over the steps with a finite norm: the plain ones of the first
+1 / RATE steps, exponentially forgetting from then on. They act after WARM_UP steps. A spike is counted in them as a
+norm at the limit: one hardly moves them, and after a lasting change of the norm training goes on after some steps.
 """
 
 import torch
@@ -34,13 +35,14 @@ class Skips:
     def update(self, norm: Tensor, skipped: Tensor) -> None:
         """Count a step: its gradient norm, and 1 where it was skipped, else 0."""
         row, longest, count, mean, variance = self.numbers.clone()
-        bad = skipped > 0
-        row = torch.where(bad, row + 1, 0.0)
+        row = torch.where(skipped > 0, row + 1, 0.0)
         rate = (1 / (count + 1)).clamp(min=RATE)
-        away = norm.double().clamp(min=torch.finfo(torch.float64).tiny).log() - mean
+        limit = self.limit()
+        seen = norm.double() if limit is None else torch.minimum(norm.double(), limit)
+        away = seen.clamp(min=torch.finfo(torch.float64).tiny).log() - mean
         counted = torch.stack([count + 1, mean + rate * away, (1 - rate) * (variance + rate * away**2)])
         self.numbers[0], self.numbers[1] = row, torch.maximum(longest, row)
-        self.numbers[2:] = torch.where(bad, self.numbers[2:], counted)
+        self.numbers[2:] = torch.where(norm.isfinite(), counted, self.numbers[2:])
 
     def take_longest_row(self) -> int:
         """The longest row since the last call (a host sync). One that goes on is counted from its beginning."""

@@ -52,14 +52,26 @@ def test_the_limit_is_that_of_the_rule() -> None:
     assert math.sqrt(variance) == pytest.approx(0.3, abs=0.05)
 
 
-def test_a_spike_is_skipped_and_moves_no_statistic() -> None:
+def test_a_spike_is_skipped_and_counts_as_the_limit() -> None:
+    skips, capped = (Skips(torch.device("cpu"), threshold=5.0) for _ in range(2))
+    for one in (skips, capped):
+        fed(one, [1.0] * WARM_UP)
+    limit = float(torch.as_tensor(skips.limit()))
+    assert limit == pytest.approx(math.exp(5 * LEAST_STD))
+    assert fed(skips, [1e30]) == [True]
+    assert fed(capped, [limit * (1 - 1e-7)]) == [False]
+    assert skips.numbers[2:].tolist() == pytest.approx(capped.numbers[2:].tolist(), rel=1e-6)
+    before = skips.numbers.clone()
+    assert fed(skips, [math.nan, math.inf]) == [True, True]
+    assert torch.equal(skips.numbers[2:], before[2:]), "what is not finite says nothing of the norm"
+
+
+def test_a_lasting_change_of_the_norm_is_skipped_for_some_steps_only() -> None:
     skips = Skips(torch.device("cpu"), threshold=5.0)
     fed(skips, [1.0] * WARM_UP)
-    before = skips.numbers.clone()
-    over = math.exp(5 * LEAST_STD) * 1.001
-    assert fed(skips, [over, math.nan, 1e30]) == [True, True, True]
-    assert torch.equal(skips.numbers[2:], before[2:])
-    assert fed(skips, [over / 1.01]) == [False]
+    skipped = fed(skips, [2.0] * 40)
+    assert 5 <= sum(skipped) <= 25
+    assert not any(skipped[sum(skipped) :]), "and never again"
 
 
 def test_nothing_is_a_spike_before_the_warm_up_or_without_a_threshold() -> None:
