@@ -2,8 +2,8 @@
 
 {"rank": 1, "nan": [5, 6], "slow_data": [3], "slow_model": [4], "hang": 8, "kill": 8, "kill_torchrun": 8,
 "kill_after_rollback": true}: the rank (null: every one); data steps (from 0) whose batch holds a NaN, whose batch
-comes late, in which a block takes long, at which it sleeps for ever, kills itself, or kills its torchrun; and whether it
-kills itself once the run has gone back.
+comes late, in which a block takes long, at which it sleeps for ever, kills itself, or kills its torchrun; and whether
+it kills itself once the run has gone back.
 """
 
 import dataclasses
