@@ -121,8 +121,8 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     table = build_mup_table(config)
     simulated = simulated or profile(config, cluster.gpus)
     encoders = encoder_bytes(config)
-    online = Memory(simulated, table, sum(encoders.values()))
-    cached = Memory(simulated, table)
+    online = Memory(simulated, table, sum(encoders.values()), config.parallel)
+    cached = Memory(simulated, table, 0, config.parallel)
     rows = resolved.micro_batch_rows
     count = micro_batches(config, cluster.gpus, rows)
     step = simulated.steps[1]
@@ -170,6 +170,7 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
         "shard": resolved.shard,
         "memory_gib": placed(online),
         "memory_cached_gib": placed(cached),
+        "host_gib": cached.host(resolved.shard, rows, count > 1) / GIB,
         "collectives": {**moved, "seconds_at_network_rate": network_s},
         "mfu": cluster.mfu,
         "time": timed(image_flops + text_flops),
@@ -217,6 +218,11 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
         )
     elif network > 0.5 * seconds:
         said.append(f"Traffic ({network:.2f} s a step) hides behind arithmetic ({seconds:.2f} s) only if it overlaps.")
+    if config.parallel.engine == "zero":
+        said.append(
+            f"Activations and traffic are those of parallel.engine=fsdp2; weights, gradients and buffers follow from "
+            f"the rules of ZeRO-{config.parallel.zero_stage} with DeepSpeed's default buffers, not from a simulation."
+        )
     if online["fits"] and checkpointing != "none":
         said.append("Try parallel.activation_checkpointing=none in another estimate: what fits without is faster.")
     return said
@@ -242,6 +248,8 @@ def describe(found: dict[str, Any], cluster: Cluster) -> str:
         fewest = [found[c]["smallest_gpus"][card] for c in columns]
         texts = ["none" if f is None else f"{f['gpus']} (x {f['micro_batch']})" for f in fewest]
         lines.append(f"{'fewest GPUs of ' + card.replace('_gb', ' GB'):<28}" + "".join(f"{t:>10}" for t in texts))
+    if found["host_gib"]:
+        lines.append(f"{'in the host, for each GPU':<28}{found['host_gib']:10.2f}{found['host_gib']:10.2f}")
     moved = {name: entry for name, entry in found["collectives"].items() if isinstance(entry, dict)}
     lines += [
         "",

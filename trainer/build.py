@@ -53,6 +53,7 @@ from .mup.apply import apply_multipliers, build_table, init_parameters, initial_
 from .mup.rules import ROLES, Settings
 from .mup.table import MuTable
 from .optim import lr_factor
+from .pace import Pace
 from .parallel.engine import Engine
 from .parallel.fsdp import FSDP2Engine, Sharding
 from .parallel.memory import checkpoint_activations, compile_units
@@ -208,6 +209,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
             {name: Watched(row.role, config.optim.eps * row.eps) for name, row in table.rows.items()},
             replicas=world.size // resolved.shard,
         ),
+        pace=Pace(engine.model.shard_units(), world),  # pyright: ignore[reportCallIssue, reportArgumentType]
         objective=objective,
         alignment=build_alignment(config, frozen),
         lr=lambda step: config.optim.lr * _lr_factor(config, step),

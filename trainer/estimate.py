@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from data.config import SYNTHETIC
 from models.flops import forward_flops
 
 from .build import build_alignment, build_engine, build_mup_table, build_objective
-from .config import TrainConfig, resolve
+from .config import ParallelConfig, TrainConfig, resolve
 from .ema import EMA
 from .frozen import FrozenParts
 from .health import Health, Watched
@@ -43,6 +43,8 @@ ACTIVATIONS, GATHERED, ACCUMULATED = "activations", "gather buffers", "accumulat
 SHARDED = (GRADIENTS, UPDATE)  # kinds that shrink with the number of ranks, beside the state
 
 MOST_ROWS = 4096  # samples of a micro-batch that are thought of
+# DeepSpeed's defaults, in numbers: gradients reduced at once, and weights that stage 3 keeps gathered.
+ZERO_BUCKET, ZERO_GATHERED = 500_000_000, 1_000_000_000
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -341,11 +343,13 @@ _KINDS = (*SHARDED, ACTIVATIONS, GATHERED, ACCUMULATED)
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank for any shard count and micro-batch, from a profile. encoders: bytes of the frozen ones."""
+    """Bytes of a rank for any shard count and micro-batch, from a profile. encoders: bytes of the frozen ones.
+    parallel: the engine, and where the state lives."""
 
     profile: Profile
     table: MuTable
     encoders: int = 0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -361,22 +365,53 @@ class Memory:
         return one - small.rows * sample, sample, more - one
 
     def parts(self, shard: int, rows: int, accumulates: bool) -> dict[str, int]:
-        """Bytes at the moment when a step holds most, by part."""
-        p, (base, sample, kept) = self.profile, self._moments
-        scale = self._shard_bytes(shard) / self._shard_bytes(p.shard)
-        held = base + rows * sample + accumulates * kept
-        held[:, : len(SHARDED)] *= scale
+        """Bytes of the GPU at the moment when a step holds most, by part."""
+        p, held = self.profile, self._held(shard, rows, accumulates)
+        state = 0.0 if self.parallel.cpu_offload else self._scale(shard)
+        if self.parallel.cpu_offload:
+            held[:, : len(SHARDED)] = 0
         peak = dict(zip(_KINDS, held[held.sum(1).argmax()].tolist(), strict=True))
         parts = {
-            "parameters": p.parameters * scale,
+            "parameters": p.parameters * state,
             "gradients": peak[GRADIENTS] + peak[ACCUMULATED],
-            "optimizer": p.optimizer * scale,
-            "ema": p.ema * scale,
+            "optimizer": p.optimizer * state,
+            "ema": p.ema * state,
             "activations": peak[ACTIVATIONS] + peak[UPDATE] + p.other,
             "gather_buffers": peak[GATHERED],
             "encoders": self.encoders,
         }
+        if self.parallel.engine == "zero":
+            parts |= self._zero_parts(parts["parameters"], shard)
         return {part: round(size) for part, size in parts.items()}
+
+    def host(self, shard: int, rows: int, accumulates: bool) -> int:
+        """Bytes in the host's memory for each GPU: under cpu_offload the state, the gradients and their update."""
+        if not self.parallel.cpu_offload:
+            return 0
+        p, held = self.profile, self._held(shard, rows, accumulates)
+        state = (p.parameters + p.optimizer + p.ema) * self._scale(shard)
+        return round(state + float(held[:, : len(SHARDED)].sum(1).max()))
+
+    def _zero_parts(self, masters: float, shard: int) -> dict[str, float]:
+        """What DeepSpeed's ZeRO holds differently, by its rules and not by simulation: weights in the compute type
+        beside the fp32 masters (stage 3: a part of them), and gradients in fp32 (stage 1: whole, and once more in the
+        compute type), in buffers of its own."""
+        numbers, stage = self._shard_bytes(1) // 4, self.parallel.zero_stage
+        width = 4 if self.parallel.precision == "fp32" else 2
+        weights = numbers * width / (shard if stage == 3 else 1)
+        gathered = {1: 0, 2: ZERO_BUCKET * width, 3: 4 * ZERO_BUCKET + width * min(numbers, ZERO_GATHERED)}[stage]
+        gradients = (4 + width) * numbers if stage == 1 else 4 * numbers / shard
+        return {"parameters": masters + weights, "gradients": gradients, "gather_buffers": gathered}
+
+    def _held(self, shard: int, rows: int, accumulates: bool) -> Tensor:
+        """Bytes [moments of a step, kinds]."""
+        base, sample, kept = self._moments
+        held = base + rows * sample + accumulates * kept
+        held[:, : len(SHARDED)] *= self._scale(shard)
+        return held
+
+    def _scale(self, shard: int) -> float:
+        return self._shard_bytes(shard) / self._shard_bytes(self.profile.shard)
 
     def _shard_bytes(self, shard: int) -> int:
         """fp32 weights of a rank: each parameter's first dimension is cut into `shard` chunks of equal, padded size."""

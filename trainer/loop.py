@@ -1,7 +1,5 @@
 """The training loop, top to bottom. Nothing in a step waits for the device; figures are read at log steps."""
 
-import time
-from collections import Counter
 from typing import Any
 
 import torch
@@ -50,11 +48,10 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
     if state.step == 0:
         _look(run, watchdog, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0, sample=False)
     stream = follow(run.batches, lambda: data_step(state.step, state.jumps))
-    began, cells = time.perf_counter(), Counter[Any]()  # cells: of the steps since then
+    run.pace.restart()
     reads_before = _reads(state)
     while state.step < run.last_step:
-        micro_batches = next(stream)
-        cells[micro_batches[0].cell] += 1
+        micro_batches = run.pace.take(stream)
         train_step(run, state.step, micro_batches)
         state.step += 1
         watchdog.beat(state.step)
@@ -67,13 +64,13 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         too_bad = due["log"] and share > plan.max_bad_share
         record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
         if due["log"]:
-            record |= _figures(run, began, cells) | {"bad_share": share}
+            record |= _figures(run) | {"bad_share": share}
             watchdog.beat(state.step, record["step_time_s"])
             row = state.skips.take_longest_row()
             if plan.rollback_after and row >= plan.rollback_after:
                 with watchdog.phase("going back"):
                     go_back(run, row)
-                began, cells = time.perf_counter(), Counter()
+                run.pace.restart()
                 continue
         if due["log"] or due["validate"] or due["sample"]:
             _look(run, watchdog, record, due["validate"], due["sample"])
@@ -90,7 +87,7 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         if stopping:
             return "preempted", "asked to stop by a signal"
         if any(due.values()):
-            began, cells = time.perf_counter(), Counter()  # time spent looking is not training time
+            run.pace.restart()  # time spent looking is not training time
     return "finished", "" if run.last_step == plan.steps else "the data ended: rollbacks jumped over the rest of them"
 
 
@@ -100,6 +97,7 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
     # FSDP averages gradients over ranks, while the loss is a mean over the global batch: hence W / B.
     scale = world.size / run.plan.global_batch_size
     align = run.alignment
+    run.pace.watching = logged = _due(step + 1, run.plan.log_every, run.last_step)
     # Sums: loss, REPA loss, text tokens, weight; loss and weight by time.
     sums = torch.zeros(4 + 2 * BINS, dtype=torch.float64, device=world.device)
     for number, batch in enumerate(micro_batches):
@@ -120,8 +118,7 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
         state.samples_read += batch.read
         for reason in batch.holes:
             state.holes[reason] = state.holes.get(reason, 0) + 1
-    watch = run.health if _due(step + 1, run.plan.log_every, run.last_step) else None
-    result = run.engine.step(run.lr(step), watch, state.skips.limit())
+    result = run.engine.step(run.lr(step), run.health if logged else None, state.skips.limit())
     run.ema.update(step, result.skipped)
     state.skips.update(result.grad_norm, result.skipped)
     # Summed over ranks in every step, a few numbers on the device, so that a checkpoint between two log lines holds
@@ -178,11 +175,11 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _figures(run: Run, began: float, cells: Counter[Any]) -> dict[str, Any]:
-    """Read the totals back (the host sync of a log step) and start them anew. began: when the steps of `cells` did."""
+def _figures(run: Run) -> dict[str, Any]:
+    """Read the totals back (the host sync of a log step) and start them anew."""
     plan, state = run.plan, run.state
     totals = Totals.unpacked(state.totals.to("cpu", copy=True))
-    seconds = time.perf_counter() - began  # now that the device has done them
+    step_s = run.pace.step_s()  # now that the device has done them
     state.totals.zero_()
     figures: dict[str, Any] = {
         "lr": run.lr(state.step - 1),
@@ -197,15 +194,16 @@ def _figures(run: Run, began: float, cells: Counter[Any]) -> dict[str, Any]:
             figures[name] = float(getattr(totals, name)) / counted
         figures["mup/clip_share"] = float(totals.clipped) / counted
     figures |= time_figures(totals.by_time.tolist()) | run.health.figures()
-    steps, text_tokens = cells.total(), float(totals.text_tokens) / max(1.0, counted)
-    images_per_s = plan.global_batch_size * steps / seconds
-    image_flops = sum(plan.image_flops(text_tokens, cell) * count for cell, count in cells.items()) / steps
+    text_tokens, cells = float(totals.text_tokens) / max(1.0, counted), run.pace.cells
+    images_per_s = plan.global_batch_size / step_s
+    image_flops = sum(plan.image_flops(text_tokens, cell) * count for cell, count in cells.items()) / cells.total()
     flops_per_s = image_flops * images_per_s
     figures |= {
         "images_per_s": images_per_s,
-        "step_time_s": seconds / steps,
+        "step_time_s": step_s,
         "model_tflops_per_s": flops_per_s / 1e12,
     }
+    figures |= run.pace.figures(step_s)
     if plan.peak_flops is not None:
         figures["mfu"] = flops_per_s / plan.peak_flops
     return figures

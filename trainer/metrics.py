@@ -16,7 +16,7 @@ from .checkpoint import write_atomically
 # Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
 _VALIDATION = "val_"
-_MUP = "mup/"
+_PREFIXED = ("mup/", "perf/")  # names that wandb gets as they are
 _SPEED = (
     "images_per_s", "model_tflops_per_s", "mfu", "step_time_s", "checkpoint_blocked_s", "checkpoint_write_s",
 )  # fmt: skip
@@ -141,7 +141,7 @@ class Metrics:
 
 
 def _wandb_name(key: str) -> str:
-    if key.startswith(_MUP):
+    if key.startswith(_PREFIXED):
         return key
     if key.startswith(_VALIDATION):
         return f"val/{key.removeprefix(_VALIDATION)}"

@@ -13,6 +13,7 @@ from .ema import EMA
 from .health import BINS, Health
 from .jumps import Jump, last_step
 from .metrics import Metrics
+from .pace import Pace
 from .parallel.engine import Engine
 from .parallel.mesh import World
 from .skipping import Skips
@@ -135,6 +136,7 @@ class Run:
     engine: Engine
     ema: EMA
     health: Health
+    pace: Pace
     objective: Objective
     alignment: Alignment | None
     lr: Callable[[int], float]

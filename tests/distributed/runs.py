@@ -72,17 +72,21 @@ def last_step(folder: Path) -> int:
 
 def exact(records: list[dict[str, Any]]) -> list[str]:
     """Logged lines without what depends on the clock, as text: equal text is equal bits."""
-    return [json.dumps({k: v for k, v in record.items() if k not in TIMING}) for record in records]
+    return [json.dumps({k: v for k, v in record.items() if not _timed(k)}) for record in records]
 
 
 def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], tolerance: float) -> None:
     """Two runs logged the same figures, apart from the clock's, up to `tolerance`."""
     assert len(ours) == len(theirs)
     for one, two in zip(ours, theirs, strict=True):
-        keys = one.keys() - TIMING
-        assert keys == two.keys() - TIMING
+        keys = {key for key in one if not _timed(key)}
+        assert keys == {key for key in two if not _timed(key)}
         wrong = {k: (one[k], two[k]) for k in keys if abs(one[k] - two[k]) > tolerance}
         assert not wrong, f"step {one['step']}: {wrong}"
+
+
+def _timed(key: str) -> bool:
+    return key in TIMING or key.startswith("perf/")
 
 
 def weights(folder: Path, group: str = "model") -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """launch/train.py with faults planted on one rank: what FAULTS in the environment says, as JSON.
 
-{"rank": 1, "nan": [5, 6], "hang": 8, "kill": 8, "kill_torchrun": 8, "kill_after_rollback": true}: the rank (null: every
-one); data steps (from 0) whose batch holds a NaN, at which it sleeps for ever, kills itself, or kills its torchrun; and
-whether it kills itself once the run has gone back.
+{"rank": 1, "nan": [5, 6], "slow_data": [3], "slow_model": [4], "hang": 8, "kill": 8, "kill_torchrun": 8,
+"kill_after_rollback": true}: the rank (null: every one); data steps (from 0) whose batch holds a NaN, whose batch
+comes late, in which a block takes long, at which it sleeps for ever, kills itself, or kills its torchrun; and whether
+it kills itself once the run has gone back.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from launch.common import run as run_command
 from trainer.jumps import FILE
 from trainer.state import Encoded, Run
 
+DELAY_S = 0.5
 FAULTS = json.loads(os.environ["FAULTS"])
 build_run = launch.train.build_run
 
@@ -31,6 +33,8 @@ def with_faults(run: Run) -> Run:
         nonlocal present
         for step, micro_batches in run.batches(first):
             present = step
+            if step in FAULTS.get("slow_data", ()):
+                time.sleep(DELAY_S)
             yield step, micro_batches
 
     def encode(batch: Any) -> Encoded:
@@ -46,6 +50,11 @@ def with_faults(run: Run) -> Run:
             encoded.x0[0] = float("nan")
         return encoded
 
+    def before_layer(*_: Any) -> None:
+        if present in FAULTS.get("slow_model", ()):
+            time.sleep(DELAY_S)
+
+    run.engine.model.get_submodule("blocks.0.image.qkv").register_forward_pre_hook(before_layer)
     return dataclasses.replace(run, batches=batches, encode=encode)
 
 

@@ -18,6 +18,7 @@ from .harness import job, kill, lives, status, wait_until, workers
 SETTINGS = (
     "train.steps=16", "train.log_every=2", "train.checkpoint_every=4", "train.validate_every=8", "train.sample_every=0",
 )  # fmt: skip
+DELAY_S = 0.5  # of faulty_train.py
 START_S = 180.0  # a start on a machine that others use as well
 FOR_EVER = ("train.steps=100000", "train.validate_every=0", "train.sample_every=0")
 
@@ -41,7 +42,8 @@ def test_a_killed_rank_ends_the_job_and_resumes_exactly(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------- NaNs and rollback
 
-BAD = {"rank": 1, "nan": [2, 9, 10, 11]}  # data steps: one alone, then a row of three
+# Data steps: one alone, then a row of three; and what makes rank 1 slow, without a figure that differs.
+BAD = {"rank": 1, "nan": [2, 9, 10, 11], "slow_data": [3], "slow_model": [5]}
 ROLLBACK = (*SETTINGS, "train.rollback_after=3")
 
 
@@ -51,6 +53,19 @@ def rolled_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with job(folder, *ROLLBACK, faults=BAD) as run:
         assert run.wait(START_S) == 0, run.text()[-4000:]
     return folder
+
+
+def test_the_slow_rank_is_named(rolled_back: Path) -> None:
+    """Waiting for data between two log lines, computing in the last step; the other rank has waited for it in both."""
+    records = {r["step"]: r for r in read_metrics(rolled_back)}
+    late, long = records[4], records[6]
+    for what, slow, usual in (("data_wait", late, long), ("forward", long, late)):
+        assert slow[f"perf/{what}_slowest_rank"] == 1
+        share = 1 / 2 if what == "data_wait" else 1  # the mean of two steps
+        assert slow[f"perf/{what}_max_s"] >= share * DELAY_S
+        assert slow[f"perf/{what}_median_s"] < 0.8 * slow[f"perf/{what}_max_s"], "the other rank is not slow"
+        assert usual[f"perf/{what}_max_s"] < share * DELAY_S
+        assert slow["perf/step_median_s"] > DELAY_S / 2 * 0.9, "both take the time of the slower one"
 
 
 def test_a_nan_on_one_rank_is_skipped_on_all(rolled_back: Path) -> None:

@@ -19,6 +19,7 @@ from . import slurm
 from .slurm import Slurm
 
 SMALL = ("train.steps=30", "train.sample_every=0", "train.checkpoint_every=10", "validation.samples=4")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +34,50 @@ def variables(cluster: Slurm) -> dict[str, str]:
     return {**environment(), **cluster.environment, "PYTHONPATH": str(ROOT)}
 
 
-def test_preempted_requeued_resumed_finished(
-    cluster: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "job"
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return exact(train(2, tmp_path_factory.mktemp("slurm") / "uninterrupted", *SMALL))
+
+
+def submit(cluster: Slurm, folder: Path, *options: str) -> list[int]:
+    """launch/submit.py for a run in `folder`; the numbers of its jobs."""
     done = subprocess.run(
         [
             sys.executable, "launch/submit.py", "--config", "mmdit_debug_mup.yaml", "--nodes", "1",
-            "--gpus-per-node", "2", "--partition", slurm.PARTITION, "--time", "00:30:00",
-            f"run.dir={tmp_path}", "run.name=job", *SMALL,
+            "--gpus-per-node", "2", "--partition", slurm.PARTITION, "--time", "00:30:00", *options,
+            f"run.dir={folder.parent}", f"run.name={folder.name}", *SMALL,
         ],
         cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    number = int(done.stdout.split()[1].rstrip(":"))
+    return [int(line.split()[1].rstrip(":")) for line in done.stdout.splitlines()]
+
+
+def preempt(cluster: Slurm, folder: Path, number: int) -> None:
+    """Tell a job to stop once its run trains, as the time limit would."""
+    deadline = time.monotonic() + 180
+    while last_step(folder) < 5:
+        assert time.monotonic() < deadline, "the job logs nothing"
+        time.sleep(0.05)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+
+
+def test_preempted_requeued_resumed_finished(
+    cluster: Slurm, uninterrupted: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "job"
+    (number,) = submit(cluster, folder)
     log = folder / "jobs" / "001" / f"slurm-{number}.out"
     try:
+        preempt(cluster, folder, number)
         deadline = time.monotonic() + 180
-        while last_step(folder) < 5:
-            assert time.monotonic() < deadline, "the job logs nothing"
-            time.sleep(0.05)
-        cluster.run("scancel", "--batch", "--signal=USR1", str(number))
         while cluster.job(number)["Restarts"] == "0":
             assert time.monotonic() < deadline, "the job was not requeued"
             time.sleep(0.2)
         stopped = json.loads((folder / "status.json").read_text())
         assert stopped["state"] == "preempted"
         assert 5 <= stopped["step"] < 30
-        ended = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED")
+        ended = cluster.wait(number, *ENDED)
     finally:
         said = log.read_text() if log.is_file() else "no log"
         with capsys.disabled():
@@ -70,9 +87,22 @@ def test_preempted_requeued_resumed_finished(
     assert f"resuming {folder}/checkpoints/step_{stopped['step']:08d}" in said
     meta = json.loads((folder / "checkpoints" / "step_00000030" / "meta.json").read_text())
     assert meta["commit"] == (folder / "jobs" / "001" / "code" / "COMMIT").read_text().strip()
+    assert exact(read_metrics(folder)) == uninterrupted
 
-    uninterrupted = train(2, tmp_path / "uninterrupted", *SMALL)
-    assert exact(read_metrics(folder)) == exact(uninterrupted)
+
+def test_a_chain_finishes_one_run(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
+    """The first job is told to stop and is not requeued: the second, which waited for its end, goes on."""
+    folder = tmp_path / "chain"
+    first, second = submit(cluster, folder, "--chain", "2")
+    preempt(cluster, folder, first)
+    assert cluster.job(second)["Dependency"] == f"afterany:{first}(unfulfilled)"
+    ends = [cluster.wait(number, *ENDED) for number in (first, second)]
+    said = [(folder / "jobs" / "001" / f"slurm-{number}.out").read_text() for number in (first, second)]
+    assert [(end["JobState"], end["Restarts"]) for end in ends] == [("COMPLETED", "0")] * 2, "\n".join(said)
+    assert "the next job of the chain goes on with it" in said[0]
+    assert f"resuming {folder}/checkpoints/step_" in said[1]
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert exact(read_metrics(folder)) == uninterrupted
 
 
 def test_a_mistake_is_not_repeated(cluster: Slurm, tmp_path: Path) -> None:
@@ -86,7 +116,7 @@ def test_a_mistake_is_not_repeated(cluster: Slurm, tmp_path: Path) -> None:
         [*command, *arguments], cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    ended = cluster.wait(int(done.stdout), "COMPLETED", "FAILED", "CANCELLED")
+    ended = cluster.wait(int(done.stdout), *ENDED)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
     assert "data.shards" in (tmp_path / f"{ended['JobId']}.out").read_text()
 
@@ -125,7 +155,7 @@ def test_commands_of_the_page(cluster: Slurm, tmp_path: Path, line: str) -> None
     done = subprocess.run(command, cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     if script in ("launch/submit.py", "launch/slurm/train.sbatch"):
-        job = cluster.wait(int(re.findall(r"\d+", done.stdout)[0]), "COMPLETED", "FAILED", "CANCELLED")
+        job = cluster.wait(int(re.findall(r"\d+", done.stdout)[0]), *ENDED)
         assert job["JobState"] == "COMPLETED", Path(job["StdOut"]).read_text()
         (status,) = tmp_path.glob("*/status.json")
         assert json.loads(status.read_text())["state"] == "finished"

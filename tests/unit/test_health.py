@@ -117,6 +117,7 @@ def test_only_a_logged_step_is_watched() -> None:
         engine=engine,
         alignment=None,
         health=Health({}, replicas=1),
+        pace=SimpleNamespace(),
         lr=lambda _: 1.0,
         ema=SimpleNamespace(update=lambda *_: None),
     )

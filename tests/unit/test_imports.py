@@ -36,7 +36,7 @@ DATA_PACKAGES = (
 STATE = (
     "trainer.state", "trainer.optim", "trainer.ema", "trainer.checkpoint", "trainer.checkpoint_files",
     "trainer.metrics", "trainer.health", "trainer.skipping", "trainer.jumps", "trainer.stopping", "trainer.watchdog",
-    "trainer.rollback",
+    "trainer.rollback", "trainer.pace",
 )  # fmt: skip
 STEP = ("trainer.state", "trainer.parallel")
 STATE_ROOM = Room(("torch",), (*STATE, "trainer.mup", "trainer.parallel"))

@@ -1,14 +1,13 @@
 """What a study says: best region, edge, cost, the page in a browser, and the target's YAML."""
 
 import random
-import shutil
-import subprocess
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 
 from launch.search_page import write_page
+from tests import browser
 from tests.studies import fill, search
 from trainer.config import ConfigError, load_config
 from trainer.search.cost import Cost, Size, cost_of
@@ -61,15 +60,10 @@ def test_report(study: Study) -> None:
         assert matplotlib.image.imread(picture).std() > 0.05, "something is drawn"
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed: the page is not opened")
+@pytest.mark.skipif(browser.browser() is None, reason=browser.why_not() or "")
 def test_page_in_a_browser(study: Study, tmp_path: Path) -> None:
-    page = write_page(make_report(study))
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    image = tmp_path / "page.png"
-    subprocess.run(
-        [*browser, f"--screenshot={image}", "--window-size=1100,2600", "--hide-scrollbars", page.as_uri()],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+    page, image = write_page(make_report(study)), tmp_path / "page.png"
+    browser.screenshot(page, image, 1100, 2600)
     pixels = matplotlib.image.imread(image)[..., :3]
     assert pixels.shape[:2] == (2600, 1100)
     drawn = (pixels < 0.9).any(axis=(1, 2))
