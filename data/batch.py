@@ -30,6 +30,7 @@ class Batch:
     logvar: float [b, C, h, w], log variances of precomputed latents, or None.
     sizes: int32 [b, 2], height and width of the images in pixels before they were cropped, 0 where there is none.
     cell: of the step, in a run of several.
+    features: float [b, N, F], precomputed features of the images at each of N tokens, or None.
     """
 
     images: torch.Tensor | None
@@ -47,6 +48,7 @@ class Batch:
     logvar: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
     cell: Cell | None = None
+    features: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""

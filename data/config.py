@@ -78,7 +78,7 @@ class DataConfig:
 
     shards: a folder of .tar files, a .tar path, a pattern of paths with commas, braces or wildcards
         (`dir/train-{000000..000004}.tar`), or `synthetic`. URLs (s3://, https://, ...) are read in ranges; ${NAME}
-        stands for a variable of the environment. Shards of launch/precompute.py hold latents and text states.
+        stands for a variable of the environment. Shards of launch/precompute.py hold latents, text states and features.
     val_shards: the same for validation; None validates on the training shards.
     resolution: side of the square images in pixels.
     buckets: `aspect` trains on images of several aspect ratios (see bucket_sizes), `none` on squares.

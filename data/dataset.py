@@ -6,9 +6,9 @@ A sample of such a shard is, side by side in the tar and readable by any WebData
     KEY.json         {"captions": [...], "weights": [...], "tokens": [...], "width": W, "height": H}
     KEY.latents.npy  fp16 [V, 2, C, h, w]: mean and log variance; V = 2 with the flipped image's behind
     KEY.text.npy     uint16 [sum of tokens, D]: the bits of bf16 states of all captions, one behind the other
+    KEY.features.npy fp16 [V, N, F]: what an image encoder sees at each of N image tokens, where REPA was asked for
 
-or KEY.hole, the reason why the original could not be used: it keeps its place. KEY.features.npy is kept free for
-features of a representation encoder.
+or KEY.hole, the reason why the original could not be used: it keeps its place.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ DATASET, EMPTY_CAPTION = "dataset.json", "empty_caption.npy"
 LAYOUT = 1
 HEADER = 128  # bytes of a .npy file before its numbers
 _SHARED = ("layout", "autoencoder", "text_encoder", "resolution", "flips")  # what several sets must agree on
+_REPA = "repa_encoder"  # and on this, which sets without features need not have
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -64,9 +65,15 @@ class Dataset:
         return 1 + self.declared["flips"], 2, autoencoder["channels"], side, side
 
     @property
+    def features_shape(self) -> tuple[int, int, int]:
+        """(V, N, F) of KEY.features.npy, in a set that has it."""
+        encoder = self.declared[_REPA]
+        return 1 + self.declared["flips"], encoder["tokens_a_side"] ** 2, encoder["width"]
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """Identity of the encoders and of the set, as checkpoints store it."""
-        encoders = {part: self.declared[part] for part in ("autoencoder", "text_encoder") if self.declared[part]}
+        encoders = {part: said for part in ("autoencoder", "text_encoder", _REPA) if (said := self.declared.get(part))}
         return {**{part: said["fingerprint"] for part, said in encoders.items()}, "precomputed_dataset": self.digest}
 
     def check(
@@ -97,12 +104,32 @@ class Dataset:
                 "are not those: set data.flip=0, or precompute with --flips"
             )
 
+    def check_features(self, tokens_a_side: int, width: int) -> None:
+        """Raise DataError where the set does not hold features [tokens_a_side², width] of its images."""
+        said = self.declared.get(_REPA)
+        if said is None:
+            raise DataError(
+                f"objective.repa_weight needs features of the images, and {self.where} was precomputed without: set it "
+                "to 0, or precompute with --repa-features"
+            )
+        for key, wanted, found in (
+            ("objective.repa_width", width, said["width"]),
+            ("tokens along a side (by data.resolution and model.patch_size)", tokens_a_side, said["tokens_a_side"]),
+        ):
+            if wanted != found:
+                raise DataError(
+                    f"{key}: {wanted}, but {self.where} was precomputed with features for {found}: set it to that, or "
+                    "precompute the shards anew"
+                )
+
     def check_encoder(self, part: str, fingerprint: str) -> None:
-        """Raise DataError where the "autoencoder" or "text_encoder" at hand is not the one the set was made with."""
+        """Raise DataError where the "autoencoder", "text_encoder" or "repa_encoder" at hand is not the one that the set
+        was made with."""
         found = self.declared[part]["fingerprint"]
         if fingerprint != found:
+            key = "objective.repa_encoder" if part == _REPA else f"{part}.path"
             raise DataError(
-                f"{part}.path holds an encoder with fingerprint {fingerprint[:16]}, but {self.where} was precomputed "
+                f"{key} holds an encoder with fingerprint {fingerprint[:16]}, but {self.where} was precomputed "
                 f"with {found[:16]}: give the same encoder, or {NONE}, or precompute the shards anew"
             )
 
@@ -142,11 +169,12 @@ def open_dataset(shards: Sequence[Shard], patience: Patience) -> Dataset:
             found[str(beside)] = _read(shard, beside, patience)
     first, *others = found.values()
     for other in others:
-        for key in _SHARED:
-            if first.declared[key] != other.declared[key]:
+        for key in (*_SHARED, _REPA):
+            ours, theirs = first.declared.get(key), other.declared.get(key)
+            if ours != theirs:
                 raise DataError(
                     f"{first.where} and {other.where} were precomputed with different values of {key}: "
-                    f"{first.declared[key]} and {other.declared[key]}; train on sets made alike"
+                    f"{ours} and {theirs}; train on sets made alike"
                 )
     digest = hashlib.sha256("\n".join([one.digest for one in found.values()]).encode()).hexdigest()
     return Dataset(first.where, first.declared, digest if others else first.digest, first.empty_caption)

@@ -314,10 +314,11 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # 
 
 
 class FeatureEncoder:
-    """A frozen DINOv2. fingerprint: identity of the weights, whatever the path."""
+    """A frozen DINOv2. width: F, of its features. fingerprint: identity of the weights, whatever the path."""
 
     def __init__(self, model: Any, fingerprint: str) -> None:
         self.model, self.fingerprint = model, fingerprint
+        self.width = int(model.config.hidden_size)
         wide = {"device": model.device, "dtype": _at_least_float32(model.dtype)}
         self._mean, self._std = (torch.tensor(v, **wide)[:, None, None] for v in (_IMAGENET_MEAN, _IMAGENET_STD))
 
@@ -339,6 +340,8 @@ class FeatureEncoder:
 def load_feature_encoder(path: str, width: int, device: torch.device | str, dtype: torch.dtype) -> FeatureEncoder:
     """Load a DINOv2 (with registers or without) from safetensors. Raises DataError where it cannot be loaded, is
     another kind of model, or has features other than `width`."""
+    if path == NONE:
+        raise DataError("objective.repa_encoder is none: REPA needs the folder or hub id of a DINOv2")
     quieten()
     try:
         config = AutoConfig.from_pretrained(path)

@@ -121,8 +121,9 @@ class _LocalFiles:
 class SampleFiles:
     """Reads samples of an index. One a process; made before a fork, used after it."""
 
-    def __init__(self, index: ImageTextIndex, cfg: DataConfig, images_only: bool) -> None:
+    def __init__(self, index: ImageTextIndex, cfg: DataConfig, images_only: bool, features: bool = False) -> None:
         self._index, self._images_only = index, images_only
+        self._precomputed = ["image", "caption", "text", *(["features"] if features else [])]
         self._patience = Patience(cfg.timeout_s, cfg.retries)
         self._budget = cfg.prefetch_mib << 20
         self._local = _LocalFiles(index.paths)
@@ -209,7 +210,7 @@ class SampleFiles:
         """(offset, size) of what a sample needs of its tar; nothing of members that claim too much."""
         columns = ["image"] if self._images_only or row["caption_beside"] else ["image", "caption"]
         if row["precomputed"]:
-            columns = ["image", "caption", "text"]
+            columns = self._precomputed
         ranges = [(int(row[f"{c}_offset"]), int(row[f"{c}_size"])) for c in columns]
         return [(offset, size) for offset, size in ranges if offset != ABSENT and size <= MAX_MEMBER_BYTES]
 

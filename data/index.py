@@ -31,26 +31,29 @@ from .store import Patience, Remote, Shard, open_shards, stamp
 
 logger = logging.getLogger(__name__)
 
-_PACKED_VERSION = 2
+_PACKED_VERSION = 3
 _STAMP_THREADS = 32  # a store answers in tens of milliseconds, a set has thousands of shards
 COLUMNS = (
     "image_offset", "image_size", "caption_offset", "caption_size", "caption_is_json", "width", "height",
-    "caption_length", "label", "text_offset", "text_size", "precomputed",
+    "caption_length", "label", "text_offset", "text_size", "features_offset", "features_size",
+    "precomputed",
 )  # fmt: skip
 ROW = np.dtype(
     [
         ("key_offset", "<i8"),
         ("key_size", "<i4"),
         ("image_offset", "<i8"),
-        ("image_size", "<i8"),
+        ("image_size", "<i4"),
         ("caption_offset", "<i8"),
-        ("caption_size", "<i8"),
+        ("caption_size", "<i4"),
         ("width", "<i4"),
         ("height", "<i4"),
         ("caption_length", "<i4"),
         ("label", "<i4"),
         ("text_offset", "<i8"),
-        ("text_size", "<i8"),
+        ("text_size", "<i4"),
+        ("features_offset", "<i8"),
+        ("features_size", "<i4"),
         ("precomputed", "?"),
         ("caption_is_json", "?"),
         ("caption_beside", "?"),  # offset and size are those in captions.bin, not in the tar
@@ -86,6 +89,8 @@ class ImageTextIndex:
     label: np.ndarray
     text_offset: np.ndarray
     text_size: np.ndarray
+    features_offset: np.ndarray
+    features_size: np.ndarray
     precomputed: np.ndarray
 
     def __init__(
@@ -245,7 +250,9 @@ def _pack_rows(index: ShardIndex, keys_before: int, captions: Captions | None) -
     names: list[str] = table.column("key").to_pylist()
     packed = np.zeros(len(names), ROW)
     for column in COLUMNS:
-        packed[column] = table.column(column).to_numpy()
+        values = table.column(column).to_numpy()
+        # A size that does not fit is cut to one that is refused as well (MAX_MEMBER_BYTES).
+        packed[column] = np.minimum(values, np.iinfo(np.int32).max) if column.endswith("_size") else values
     packed["key_size"] = [len(name.encode()) for name in names]
     packed["key_offset"] = keys_before + np.cumsum(packed["key_size"]) - packed["key_size"]
     if captions is not None:
@@ -259,10 +266,9 @@ def _pack_rows(index: ShardIndex, keys_before: int, captions: Captions | None) -
 def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.ndarray) -> None:
     digest.update(f"{name}\0{len(keys)}\0".encode())
     digest.update("\0".join(keys).encode())
-    for column in ("image_size", "caption_size"):
-        digest.update(packed[column].tobytes())
-    if packed["precomputed"].any():
-        digest.update(packed["text_size"].tobytes())
+    sizes = ["image_size", "caption_size", *(["text_size"] if packed["precomputed"].any() else [])]
+    for column in sizes:
+        digest.update(packed[column].astype("<i8").tobytes())
     labels = packed["label"].astype("<i8")
     if (labels != ABSENT).any():  # shards without labels keep the fingerprint that runs have stored
         digest.update(labels.tobytes())

@@ -1,4 +1,4 @@
-"""Shards of images and captions -> shards of latents and text states (see data.dataset for what is in them).
+"""Shards of images and captions -> shards of latents, text states and features (see data.dataset for what is in them).
 
 A shard is a function of its samples, the encoders and the batch size alone: not of the number of processes, nor of how
 often they were stopped. It is complete or absent. `dataset.json` is written when all shards are there.
@@ -25,14 +25,14 @@ from webdataset.writer import TarWriter
 
 from .config import DataConfig, DataError
 from .dataset import DATASET, EMPTY_CAPTION, LAYOUT, npy
-from .encoders import Autoencoder, TextEncoder
+from .encoders import Autoencoder, FeatureEncoder, TextEncoder
 from .fetch import Raw, SampleFiles
 from .files import temporary_beside
 from .images import SampleError, decode_image
 from .index import ImageTextIndex
 from .order import END_OF_DATA, Run
 from .samples import captions_of, label_of, member
-from .shard_index import ABSENT, HOLE, LATENTS, TEXT, CaptionChoice, index_path, load_index
+from .shard_index import ABSENT, FEATURES, HOLE, LATENTS, TEXT, CaptionChoice, index_path, load_index
 
 _RUN = 64  # samples that are read together
 _BATCHES_AHEAD = 2  # decoded while one is encoded
@@ -59,7 +59,8 @@ class Precompute:
     prefix: of PREFIX-000000.tar ...; one set a folder. text_encoder: None for a model of `classes` classes. per_shard:
     samples of an output shard; None makes one of each input shard, so that training reads the same order as from
     those. flips: latents of the flipped images as well. batch_size: images, and captions, that are encoded together.
-    precision: of the encoders, as it was asked for.
+    precision: of the encoders, as it was asked for. feature_encoder: what REPA aligns tokens with, of which there are
+    tokens_a_side²; None stores no features.
     """
 
     index: ImageTextIndex
@@ -72,10 +73,12 @@ class Precompute:
     flips: bool
     batch_size: int
     precision: str
+    feature_encoder: FeatureEncoder | None = None
+    tokens_a_side: int = 0
 
     def declared(self) -> dict[str, Any]:
         """The content of dataset.json."""
-        vae, text = self.autoencoder, self.text_encoder
+        vae, text, features = self.autoencoder, self.text_encoder, self.feature_encoder
         return {
             "layout": LAYOUT,
             "autoencoder": {
@@ -89,6 +92,12 @@ class Precompute:
                 "fingerprint": text.fingerprint,
                 "width": text.width,
                 "max_length": text.max_length,
+            },
+            "repa_encoder": features and {
+                "fingerprint": features.fingerprint,
+                "width": features.width,
+                "layer": "last",
+                "tokens_a_side": self.tokens_a_side,
             },
             "resolution": self.data.resolution,
             "crop": "center",
@@ -233,7 +242,8 @@ class Precompute:
     def encoded(self, samples: Samples) -> Iterator[dict[str, Any]]:
         """Each sample's members by extension, and "__key__"."""
         for batch in self._batches(samples):
-            latents = self._latents([sample.pixels for sample in batch if sample.pixels is not None])
+            images = [sample.pixels for sample in batch if sample.pixels is not None]
+            latents, features = self._latents(images), self._features(images)
             texts = self._texts([text for sample in batch for text in sample.captions.texts])
             for sample in batch:
                 members: dict[str, Any] = {"__key__": sample.key}
@@ -243,6 +253,8 @@ class Precompute:
                     members[HOLE] = sample.hole
                 else:
                     members[LATENTS] = npy(next(latents))
+                    if self.feature_encoder is not None:
+                        members[FEATURES] = npy(next(features))
                     size = {"width": int(sample.row["width"]), "height": int(sample.row["height"])}
                     if self.text_encoder is not None:
                         states = [next(texts) for _ in sample.captions.texts]
@@ -298,15 +310,24 @@ class Precompute:
 
     def _latents(self, pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """fp16 [V, 2, C, h, w] of each image, uint8 [3, R, R]."""
-        if not pixels:
-            return iter(())
-        images = torch.from_numpy(np.stack(pixels))
         variants = []
-        for variant in [images, images.flip(-1)] if self.flips else [images]:
-            mean, logvar = self.autoencoder.encode(variant)
+        for images in self._variants(pixels):
+            mean, logvar = self.autoencoder.encode(images)
             assert logvar is not None
             variants.append(torch.stack([mean, logvar], 1))
-        return iter(torch.stack(variants, 1).to("cpu", torch.float16).numpy())
+        return _by_image(variants)
+
+    def _features(self, pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """fp16 [V, N, F] of each image, uint8 [3, R, R]; nothing without an encoder for them."""
+        encoder, side = self.feature_encoder, self.tokens_a_side
+        return _by_image([encoder.encode(images, side, side) for images in self._variants(pixels)] if encoder else [])
+
+    def _variants(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """uint8 [b, 3, R, R] of the images, and of the flipped ones where these are wanted."""
+        if not pixels:
+            return []
+        images = torch.from_numpy(np.stack(pixels))
+        return [images, images.flip(-1)] if self.flips else [images]
 
     def _texts(self, captions: list[str]) -> Iterator[np.ndarray]:
         """uint16 [T, D] of each caption: the bits of its states in bf16."""
@@ -315,6 +336,11 @@ class Precompute:
             states, mask = self.text_encoder.encode(captions[first : first + self.batch_size])
             for state, tokens in zip(states.to("cpu", torch.bfloat16), mask.sum(1).tolist(), strict=True):
                 yield _bits(state[:tokens])
+
+
+def _by_image(variants: list[torch.Tensor]) -> Iterator[np.ndarray]:
+    """V tensors [b, ...] -> fp16 [V, ...] of each of the b images."""
+    return iter(torch.stack(variants, 1).to("cpu", torch.float16).numpy() if variants else ())
 
 
 def _bits(states: torch.Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Precomputed samples -> batches: latents and text states are read straight into the batch's tensors."""
+"""Precomputed samples -> batches: latents, text states and features are read straight into the batch's tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from .shard_index import ABSENT, captions_of_entry, json_member
 
 
 class PrecomputedDecoder:
-    """Raw samples at positions of the run -> a Batch with latents (mean and logvar, fp16) and text states (bf16).
+    """Raw samples at positions of the run -> a Batch with latents (mean and logvar, fp16), text states (bf16) and, if
+    `features` is set, features of the images (fp16).
 
     The same draws from a position's key as for images: flip, choice of the caption, dropout. dropout: of captions, or
     of labels where `classes` is given.
@@ -34,13 +35,14 @@ class PrecomputedDecoder:
         flip: float,
         dropout: float,
         classes: int | None,
+        features: bool = False,
     ) -> None:
         self._index, self._dataset, self._seed = index, dataset, seed
         self._flip, self._dropout, self._classes = flip, dropout, classes
         self._variants, *moments = dataset.latents_shape
         self._moments: list[int] = moments  # [2, C, h, w]
-        self._moments_bytes = int(np.prod(moments)) * 2
-        self.files = SampleFiles(index, cfg, images_only=classes is not None)
+        self._features: list[int] | None = [*dataset.features_shape[1:]] if features else None  # [N, F]
+        self.files = SampleFiles(index, cfg, images_only=classes is not None, features=features)
 
     def batch(self, positions: Sequence[int], samples: Sequence[Raw | None], cell: Cell | None = None) -> Batch:
         """A row a position; None is a row without a sample, which holds zeros and the empty caption. cell: cuts text
@@ -54,6 +56,7 @@ class PrecomputedDecoder:
         moments = np.zeros((rows, *self._moments), np.float16)  # [b, 2, C, h, w]
         labels, weight = np.full(rows, ABSENT, np.int64), np.zeros(rows, np.float32)
         latents = torch.from_numpy(moments)
+        features = np.zeros((rows, *self._features), np.float16) if self._features else None  # [b, N, F]
         text = _TextRows(rows, self._dataset, cell) if self._classes is None else None
         batch = Batch(
             images=None,
@@ -71,6 +74,7 @@ class PrecomputedDecoder:
             logvar=latents[:, 1],
             sizes=torch.zeros(rows, 2, dtype=torch.int32),
             cell=cell,
+            features=None if features is None else torch.from_numpy(features),
         )
         assert batch.sizes is not None
         for i, sample in enumerate(samples):
@@ -83,11 +87,15 @@ class PrecomputedDecoder:
                 if sample.row["image_offset"] == ABSENT:
                     raise SampleError(member(sample, "caption").decode("utf-8", "replace"))
                 label = label_of(sample, self._classes)
-                self._read_moments(sample, bool(flip[i]), moments[i])
+                self._read(sample, "image", "latents", bool(flip[i]), moments[i])
+                if features is not None:
+                    self._read(sample, "features", "features", bool(flip[i]), features[i])
                 if text is not None:
                     caption = text.read(i, sample, float(choice[i]), bool(dropped[i]))
             except SampleError as error:
                 moments[i] = 0.0  # what was read in part could be a NaN, which weight 0 does not cancel
+                if features is not None:
+                    features[i] = 0.0
                 batch.holes.append(str(error))
                 continue
             batch.sizes[i, 0], batch.sizes[i, 1] = int(sample.row["height"]), int(sample.row["width"])
@@ -99,12 +107,12 @@ class PrecomputedDecoder:
             batch.text_states, batch.text_mask = text.finish()
         return batch
 
-    def _read_moments(self, sample: Raw, flip: bool, target: np.ndarray) -> None:
-        """Mean and log variance of the image, or of the flipped one, into target, fp16 [2, C, h, w]."""
-        if int(sample.row["image_size"]) != HEADER + self._variants * self._moments_bytes:
-            raise SampleError("latents: wrong size")
-        start = int(sample.row["image_offset"]) + HEADER
-        sample.read_into(start + flip * self._moments_bytes, target)
+    def _read(self, sample: Raw, column: str, what: str, flip: bool, target: np.ndarray) -> None:
+        """What a member holds of the image, or of the flipped one, into target: its variants are of target's shape."""
+        if int(sample.row[f"{column}_size"]) != HEADER + self._variants * target.nbytes:
+            raise SampleError(f"{what}: wrong size")
+        start = int(sample.row[f"{column}_offset"]) + HEADER
+        sample.read_into(start + flip * target.nbytes, target)
 
 
 class _TextRows:

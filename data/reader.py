@@ -121,11 +121,18 @@ class _Decoder:
 
 
 def _decoder(
-    index: ImageTextIndex, cfg: DataConfig, seed: int, flip: float, dropout: float, crop: bool, classes: int | None
+    index: ImageTextIndex,
+    cfg: DataConfig,
+    seed: int,
+    flip: float,
+    dropout: float,
+    crop: bool,
+    classes: int | None,
+    features: bool = False,
 ) -> _Decoder | PrecomputedDecoder:
     """What turns samples of this index into batches."""
     if index.dataset is not None:
-        return PrecomputedDecoder(index, index.dataset, cfg, seed, flip, dropout, classes)
+        return PrecomputedDecoder(index, index.dataset, cfg, seed, flip, dropout, classes, features)
     return _Decoder(index, cfg, seed, flip, dropout, crop, classes)
 
 
@@ -187,7 +194,7 @@ class ImageTextReader:
     index: of the shards. seed: of the run. caption_dropout: probability of the empty caption. classes: of a model
     that is conditioned on labels. The world size and num_workers change which process reads a sample, never what a
     position holds. cells: those of the steps, each with the most rows of a micro-batch; None: one, the square of
-    cfg.resolution, with micro_batch_size.
+    cfg.resolution, with micro_batch_size. features: batches of precomputed shards have the images' features.
     Raises DataError where there are more ranks than samples in the global batch.
     """
 
@@ -203,13 +210,14 @@ class ImageTextReader:
         micro_batch_size: int,
         classes: int | None = None,
         cells: Mapping[Cell, int] | None = None,
+        features: bool = False,
     ) -> None:
         self._batch, self._slots = global_batch_size, slots_of(rank, world, global_batch_size)
         self._cells, self._shapes = _step_shapes(cells, global_batch_size, world, micro_batch_size)
         known = [cell or Cell(cfg.resolution, cfg.resolution, 0) for cell in self._cells]
         self._order = CellOrder(seed, index, known, global_batch_size, cfg.epochs, cfg.characters_per_token)
         dropout = caption_dropout if classes is None else cfg.label_dropout
-        self._decoder = _decoder(index, cfg, seed, cfg.flip, dropout, crop=True, classes=classes)
+        self._decoder = _decoder(index, cfg, seed, cfg.flip, dropout, crop=True, classes=classes, features=features)
         self._workers = cfg.num_workers
         self.fingerprint = index.fingerprint
 

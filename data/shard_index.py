@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
 UNREADABLE = -2  # label of a .cls member that holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
-_VERSION = b"3"
+_VERSION = b"4"
 _HEADER_BYTES = 1 << 16  # of an image: nearly always enough to tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
 _MAX_LABEL = 2**31 - 1
@@ -50,11 +50,13 @@ SCHEMA = pa.schema(
         ("label", pa.int32()),
         ("text_offset", pa.int64()),
         ("text_size", pa.int64()),
+        ("features_offset", pa.int64()),
+        ("features_size", pa.int64()),
         ("precomputed", pa.bool_()),
     ]
 )
 # Members that launch/precompute.py writes; a hole tells why there is no sample.
-LATENTS, TEXT, HOLE = "latents.npy", "text.npy", "hole"
+LATENTS, TEXT, FEATURES, HOLE = "latents.npy", "text.npy", "features.npy", "hole"
 # WebDataset's rule: the key ends at the first dot of the last path component.
 _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 
@@ -66,8 +68,8 @@ class ShardIndex:
     Offsets and sizes are bytes in the tar (ABSENT, 0 where the sample lacks the member); width and height are
     pixels (0 where the image is unreadable); caption_length is characters of the longest caption (ABSENT where
     unreadable). label is the number in the .cls member (ABSENT or UNREADABLE where there is none). Of a precomputed
-    sample "image" is the latents, width and height are those of the original, "text" is the text states, and of a hole
-    "caption" is its reason. stamp: identity of the tar's content.
+    sample "image" is the latents, width and height are those of the original, "text" is the text states, "features" is
+    the features of the image, and of a hole "caption" is its reason. stamp: identity of the tar's content.
     """
 
     path: Shard
@@ -199,12 +201,13 @@ def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> N
         return
     key = match[1].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     extension = match[2].lower()
-    if extension not in (*IMAGE_EXTENSIONS, "txt", "json", "cls", LATENTS, TEXT, HOLE):
+    if extension not in (*IMAGE_EXTENSIONS, "txt", "json", "cls", LATENTS, TEXT, FEATURES, HOLE):
         return
     if not rows or rows[-1]["key"] != key:
         row: dict[str, object] = dict.fromkeys(SCHEMA.names, 0)
         row.update(key=key, caption_is_json=False, caption_length=ABSENT, precomputed=False)
         row.update(image_offset=ABSENT, caption_offset=ABSENT, label=ABSENT, text_offset=ABSENT)
+        row.update(features_offset=ABSENT)
         rows.append(row)
     row = rows[-1]
     if extension in IMAGE_EXTENSIONS:
@@ -214,6 +217,8 @@ def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> N
         row.update(image_offset=member.offset, image_size=member.size, precomputed=True)
     elif extension == TEXT:
         row.update(text_offset=member.offset, text_size=member.size)
+    elif extension == FEATURES:
+        row.update(features_offset=member.offset, features_size=member.size)
     elif extension == HOLE:
         row.update(caption_offset=member.offset, caption_size=member.size, precomputed=True)
     elif extension == "cls":

@@ -1,4 +1,4 @@
-"""Shards of images and captions -> shards of latents and text states, which training reads in place of them.
+"""Shards of images and captions -> shards of latents, text states and REPA's features, which training reads instead.
 
 python launch/precompute.py --config mmdit_0.18b_mup --output latents/train data.shards=shards
 torchrun --nproc-per-node 8 launch/precompute.py --config ... --samples-per-shard 1000     shared by the processes
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data.config import NONE, DataError
-from data.encoders import Autoencoder, load_autoencoder, load_text_encoder
+from data.encoders import Autoencoder, load_autoencoder, load_feature_encoder, load_text_encoder
 from data.index import open_index
 from data.precompute import Precompute, bytes_in_tar
 from launch.common import end_with_torchrun, run
@@ -40,7 +40,8 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
     # As in training: the autoencoder in fp32 at least, whose latents last for the whole run.
     autoencoder = load_autoencoder(config.autoencoder, device, torch.float64 if precision == "fp64" else torch.float32)
     assert isinstance(autoencoder, Autoencoder)
-    classes = config.label_classes
+    classes, objective = config.label_classes, config.objective
+    align = config.projector is not None if arguments.repa_features is None else arguments.repa_features
     return Precompute(
         index=index,
         data=config.data,
@@ -52,6 +53,10 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
         flips=arguments.flips,
         batch_size=arguments.batch_size,
         precision=precision,
+        feature_encoder=(
+            load_feature_encoder(objective.repa_encoder, objective.repa_width, device, dtype) if align else None
+        ),
+        tokens_a_side=config.latent_size // config.model.patch_size,
     )
 
 
@@ -82,6 +87,11 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what it takes and write nothing")
     parser.add_argument("--images-per-s", type=float, help="rate of a process, for --dry-run; measured unless given")
     parser.add_argument("--flips", action="store_true", help="latents of the flipped images as well, for data.flip")
+    parser.add_argument(
+        "--repa-features",
+        action=argparse.BooleanOptionalAction,
+        help="what objective.repa_encoder sees at each token as well; default: where objective.repa_weight is not 0",
+    )
     parser.add_argument("--samples-per-shard", type=int, metavar="N", help="default: shards as those that are read")
     parser.add_argument("--batch-size", type=int, default=32, help="images, and captions, encoded together")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

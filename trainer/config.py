@@ -135,7 +135,7 @@ class ObjectiveConfig(Section):
     repa_layer: int = Field(default=8, ge=1)
     """The tokens after so many blocks are aligned."""
     repa_encoder: str = NONE
-    """Folder or hub id of a DINOv2; synthetic data need none."""
+    """Folder or hub id of a DINOv2; synthetic data and precomputed features need none."""
     repa_width: int = Field(default=768, ge=1)
     """Features of the encoder."""
     repa_hidden: int = Field(default=2048, ge=1)

@@ -77,8 +77,6 @@ def _repa_conflicts(c: "TrainConfig") -> Iterator[str]:
         )
     if o.repa_layer > c.model.depth:
         yield f"objective.repa_layer {o.repa_layer} is more than model.depth {c.model.depth}"
-    if o.repa_encoder == "none" and not c.data.synthetic:
-        yield "objective.repa_encoder is needed with objective.repa_weight: the folder or hub id of a DINOv2"
 
 
 def _zero_conflicts(c: "TrainConfig") -> Iterator[str]:

@@ -52,7 +52,7 @@ class FrozenParts:
     With synthetic data neither is loaded: latents and text states come with the batch. So they do with precomputed
     shards (`dataset`): there an encoder is loaded where the config has one, for the sample grids. on_rank_0: does work
     on rank 0 alone, None elsewhere, and raises its errors on all ranks; without it every rank reads the text encoder,
-    whole. align: also the encoder of REPA, where the config has one.
+    whole. align: also the encoder of REPA, where the config has one; beside precomputed features to be compared alone.
     """
 
     def __init__(
@@ -73,14 +73,9 @@ class FrozenParts:
         self._feature_width = config.objective.repa_width
         self._patch_size, self._downsample = config.model.patch_size, config.autoencoder.downsample
         own = not config.data.synthetic and dataset is None
-        if align and config.projector is not None and dataset is not None:
-            raise DataError(
-                f"objective.repa_weight needs images, and {dataset.where} holds latents alone: set it to 0, or train "
-                "on the images"
-            )
-        if align and config.projector is not None and own:
-            path = config.objective.repa_encoder
-            self._feature_encoder = load_feature_encoder(path, self._feature_width, world.device, dtype)
+        repa_path = config.objective.repa_encoder
+        if align and config.projector is not None and (own or (dataset is not None and repa_path != NONE)):
+            self._feature_encoder = load_feature_encoder(repa_path, self._feature_width, world.device, dtype)
         if own or (dataset is not None and config.autoencoder.path != NONE):
             self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
         if self._classes is None and (own or (dataset is not None and config.text_encoder.path != NONE)):
@@ -88,6 +83,7 @@ class FrozenParts:
         if dataset is not None:
             for part, fingerprint in self._loaded_fingerprints().items():
                 dataset.check_encoder(part, fingerprint)
+            self._feature_encoder = None
         self._ahead = Ahead(world.device, in_thread="cpu" in (world.device.type, config.text_encoder.device))
         self._begun: dict[int, tuple[Batch, Callable[[], Encoded]]] = {}  # by id; the batch is kept, so ids are its own
         self._encodes = own
@@ -164,6 +160,8 @@ class FrozenParts:
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
         """What REPA aligns tokens with: [b, N, F] of the very crops that are trained on; of synthetic data noise."""
+        if batch.features is not None:
+            return batch.features.to(self._device, non_blocking=True)
         if batch.latents is not None:
             height, width = batch.latents.shape[-2:]
             shape = (height * width // self._patch_size**2, self._feature_width)

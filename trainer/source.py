@@ -59,6 +59,8 @@ class Source:
             self._check_length(self._index)
             self._check_kind(self._index)
         self.dataset = None if self._index is None else self._index.dataset  # of precomputed training shards
+        if self.dataset is not None and config.projector is not None:
+            self.dataset.check_features(config.latent_size // config.model.patch_size, config.objective.repa_width)
         reader = self.reader(world.rank, world.size)
         self.batches, self.fingerprint = reader.batches, reader.fingerprint
 
@@ -77,7 +79,8 @@ class Source:
         part = (rank, size, rows, c.label_classes, cells)
         if self._index is None:
             return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part)
-        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part)
+        features = c.projector is not None
+        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part, features=features)
 
     def validation(self) -> list[Batch]:
         """This rank's part of the fixed bank."""

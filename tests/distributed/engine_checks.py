@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,11 +23,12 @@ from torch.distributed.tensor import DTensor
 from data.reader import SyntheticReader
 from models.layers import TextCondition, time_sinusoids
 from models.registry import build_model
-from trainer.build import FrozenParts, build_engine, build_mup_table, build_objective
+from trainer.build import FrozenParts, build_alignment, build_engine, build_mup_table, build_objective
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig, load_config, resolve
 from trainer.ema import EMA
 from trainer.mup.apply import apply_multipliers, init_parameters
+from trainer.parallel.engine import Watch
 from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world
 from trainer.parallel.zero import ZeroEngine
@@ -35,11 +36,18 @@ from trainer.parallel.zero import ZeroEngine
 OVERRIDES = (
     "data.shards=synthetic", "text_encoder.width=16", "text_encoder.max_length=6", "train.sample_every=0",
     "model.adaln_init=fan_in", "optim.weight_decay=0.1", "optim.lr=1e-3",
+    "objective.repa_weight=0.5", "objective.repa_layer=1", "objective.repa_width=16", "objective.repa_hidden=24",
 )  # fmt: skip
+# For wrong_update: with decay and epsilon large enough to be seen in one step.
+UPDATE = ("optim.weight_decay=2", "optim.eps=1e-3", "optim.clip_norm=null")
 
 
 def configured(*more: str) -> TrainConfig:
     return load_config("mmdit_debug_mup.yaml", [*OVERRIDES, *more])
+
+
+def plain_model(config: TrainConfig) -> Any:
+    return build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
 
 
 def made(config: TrainConfig, world: World) -> FSDP2Engine:
@@ -55,10 +63,14 @@ def run_steps(
     steps: int,
     spoil: int | None = None,
     max_norm: Tensor | None = None,
+    watch: Watch | None = None,
+    losses: list[float] | None = None,
 ) -> Any:
-    """Train; at step `spoil` the last rank's batch holds a NaN. Returns the last step's result."""
+    """Train; at step `spoil` the last rank's batch holds a NaN. Returns the last step's result; losses: is given this
+    rank's loss of each micro-batch."""
     frozen, resolved = FrozenParts(config, world), resolve(config, world.size)
-    objective = build_objective(config, resolved)
+    objective, align = build_objective(config, resolved), build_alignment(config, frozen)
+    assert align is not None
     reader = SyntheticReader(
         config.data, config.text_encoder, config.autoencoder, 0, config.train.global_batch_size,
         world.rank, world.size, resolved.micro_batch_rows,
@@ -73,10 +85,13 @@ def run_steps(
                 batch.latents[0, 0, 0, 0] = float("nan")
             encoded = frozen.encode(batch)
             draw = objective.draw(encoded.x0, encoded.keys)
-            prediction, _ = engine.model(draw.x_t, draw.t, encoded.condition)
-            loss = (encoded.weight * objective.loss(prediction, draw)).sum()
+            prediction, projected = engine.model(draw.x_t, draw.t, encoded.condition, features_at=align.features_at)
+            each = objective.loss(prediction, draw) + align.weight * align.losses(projected, batch)
+            loss = (encoded.weight * each).sum()
+            if losses is not None:
+                losses.append(float(loss.detach()))
             engine.backward(world.size / config.train.global_batch_size * loss, number == len(batches) - 1)
-        result = engine.step(config.optim.lr, max_norm=max_norm)
+        result = engine.step(config.optim.lr, watch, max_norm)
     return result
 
 
@@ -91,7 +106,7 @@ def worst(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
 def init_does_not_depend_on_sharding(world: World) -> float:
     config = configured()
     table = build_mup_table(config)
-    plain = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
+    plain = plain_model(config)
     apply_multipliers(plain, table)
     init_parameters(plain, table, config.train.seed)
     return worst(whole(made(config, world)), dict(plain.named_parameters()))
@@ -109,23 +124,83 @@ def optimizer_settings_are_the_tables(world: World) -> list[str]:
     ]
 
 
-def first_step_moves_by_lr(world: World) -> list[str]:
-    """|dp| of the first Adam step is lr x the table's factor wherever there is a gradient: measured, not asked."""
-    config = configured("parallel.precision=fp64", "optim.weight_decay=0", "optim.clip_norm=null")
-    table, engine = build_mup_table(config), made(config, world)
-    with torch.no_grad():
-        for name, shard in engine.master_shards().items():
-            if name == "final.weight":  # zero: nothing behind it would have a gradient
-                shard.fill_(0.02)
-    before = whole(engine)
-    run_steps(config, engine, world, 1)
-    wrong = []
-    for name, after in whole(engine).items():
-        moved = (after - before[name]).abs()
-        moved = moved[moved > 0]
-        if not len(moved) or abs(float(moved.median()) / (config.optim.lr * table.rows[name].lr) - 1) > 2e-3:
-            wrong.append(name)
-    return wrong
+class Moves:
+    """A Watch: how far a step ends, in units of lr, from where AdamW would end by the table's (lr, decay, epsilon), and
+    from where it would with another lr, decay or epsilon; by this rank's own weights, moments and gradients."""
+
+    def __init__(self, config: TrainConfig, engine: FSDP2Engine | ZeroEngine) -> None:
+        self._optim, self._rows, self._engine = config.optim, build_mup_table(config).rows, engine
+        self._ends: dict[str, list[Tensor]] = {}
+        self._off: dict[str, list[float]] = {}
+
+    def before(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        state, optim = self._engine.state(), self._optim
+        for name, weight in weights.items():
+            row = self._rows[name]
+            lr, decay, eps = optim.lr * row.lr, optim.weight_decay * row.weight_decay, optim.eps * row.eps
+            ways = ((lr, decay, eps), (2 * lr, decay, eps), (lr, decay + optim.weight_decay, eps), (lr, decay, 2 * eps))
+            step = float(state[name].get("step", 0)) + 1
+            moments = []
+            for beta, key, power in zip(optim.betas, ("exp_avg", "exp_avg_sq"), (1, 2), strict=True):
+                old = state[name].get(key, torch.zeros_like(weight)).double()
+                new = beta * old + (1 - beta) * gradients[name].double() ** power
+                moments.append(new / (1 - beta**step))
+            mean, square = moments
+            start = weight.double()
+            self._ends[name] = [start - a * (w * start + mean / (square.sqrt() + e)) for a, w, e in ways]
+
+    def after(self, weights: Mapping[str, Tensor]) -> None:
+        for name, ends in self._ends.items():
+            lr, end = self._optim.lr * self._rows[name].lr, weights[name]
+            self._off[name] = [float((end - one).abs().max()) / lr if end.numel() else 0.0 for one in ends]
+
+    def wrong(self) -> list[str]:
+        """Parameters that did not end where they should, or where one could not tell; the same on all ranks."""
+        off = torch.tensor(list(self._off.values()))
+        dist.all_reduce(off, dist.ReduceOp.MAX)
+        seen = zip(self._off, off.tolist(), strict=True)
+        return [name for name, (own, *others) in seen if own > 1e-3 or min(others) < 1e-2]
+
+
+def wrong_update(config: TrainConfig, engine: FSDP2Engine | ZeroEngine, world: World) -> list[str]:
+    """Parameters that one step does not move as the table says; from weights of which none is zero."""
+    generator, moves = torch.Generator().manual_seed(world.rank), Moves(config, engine)
+    shards = engine.master_shards().items()
+    with engine.swapped({name: shard + 0.1 * torch.randn(shard.shape, generator=generator) for name, shard in shards}):
+        run_steps(config, engine, world, 1, watch=moves)
+    return moves.wrong()
+
+
+def one_step_moves_as_the_table_says(world: World) -> dict[str, list[str]]:
+    """Measured, not asked; from the start, and resumed from a run with other settings."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config = configured(f"parallel.precision={precision}", *UPDATE)
+        found[precision] = wrong_update(config, made(config, world), world)
+        old = configured(f"parallel.precision={precision}", "optim.lr=3e-3", "optim.weight_decay=0.5", "optim.eps=1e-6")
+        engine, resumed, folder = made(old, world), made(config, world), shared_folder(world)
+        run_steps(old, engine, world, 2)
+        engine.save(folder, {}).result()
+        resumed.load(folder, {})
+        found[f"{precision}, resumed"] = wrong_update(config, resumed, world)
+    return found
+
+
+def another_setting_is_seen(world: World) -> dict[str, int]:
+    """Parameters that wrong_update finds where a group of the optimizer has another setting."""
+    config, found = configured("parallel.precision=fp32", *UPDATE), {}
+    for key in ("lr_scale", "weight_decay", "eps"):
+        engine = made(config, world)
+        group = max(engine._optimizer.param_groups, key=lambda group: group["weight_decay"])
+        group[key] *= 2
+        found[key] = len(wrong_update(config, engine, world)) - len(group["params"])
+    return found
+
+
+def shared_folder(world: World) -> Path:
+    folder = [tempfile.mkdtemp() if world.rank == 0 else ""]
+    dist.broadcast_object_list(folder)
+    return Path(folder[0])
 
 
 def non_finite_step_changes_nothing(world: World, *more: str) -> dict[str, float]:
@@ -181,7 +256,7 @@ def swapped_weights_are_used_and_given_back(world: World, *more: str) -> dict[st
             averaged, weights = engine.model(*inputs)[0], whole(engine)
         back = engine.model(*inputs)[0]
     table = build_mup_table(config)
-    plain = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
+    plain = plain_model(config)
     apply_multipliers(plain, table)
     with torch.no_grad():
         plain.load_state_dict(weights)
@@ -212,13 +287,12 @@ def save_and_load(world: World, *more: str) -> dict[str, float]:
     config = configured(*more)
     one = made(config, world)
     run_steps(config, one, world, 3)
-    folder = [tempfile.mkdtemp() if world.rank == 0 else ""]
-    dist.broadcast_object_list(folder)
-    one.save(Path(folder[0]), {"totals": torch.arange(3.0)}).result()
+    folder = shared_folder(world)
+    one.save(folder, {"totals": torch.arange(3.0)}).result()
     two = made(dataclasses_seed(config), world)
     totals = torch.zeros(3)
     differed = worst(whole(one), whole(two))
-    two.load(Path(folder[0]), {"totals": totals})
+    two.load(folder, {"totals": totals})
     same = worst_local(one, two)
     run_steps(config, one, world, 1)
     run_steps(config, two, world, 1)
@@ -227,10 +301,9 @@ def save_and_load(world: World, *more: str) -> dict[str, float]:
 
 def a_failing_rank_fails_all(world: World) -> dict[str, Any]:
     """The last rank alone cannot write, then cannot read back: both ranks are told, and neither waits for ever."""
-    folder: list[Any] = [Path(tempfile.mkdtemp()) if world.rank == 0 else None]
-    dist.broadcast_object_list(folder)
+    folder = shared_folder(world)
     told: list[str] = []
-    saves = Checkpointer(folder[0], made(configured(), world), world.checkpoint, 3, 0, True, told.append)
+    saves = Checkpointer(folder, made(configured(), world), world.checkpoint, 3, 0, True, told.append)
 
     def full(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -240,7 +313,7 @@ def a_failing_rank_fails_all(world: World) -> dict[str, Any]:
         with mock.patch.object(owner, name, full) if owner and failing else contextlib.nullcontext():
             saves.save(step, {}, {"step": step})
             saves.wait()
-    left = sorted(path.name for path in (folder[0] / "checkpoints").iterdir())
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     return {"told": told[:2], "left": left}
 
 
@@ -295,7 +368,8 @@ def state_bytes(world: World) -> list[int]:
 CHECKS: tuple[Callable[[World], Any], ...] = (
     init_does_not_depend_on_sharding,
     optimizer_settings_are_the_tables,
-    first_step_moves_by_lr,
+    one_step_moves_as_the_table_says,
+    another_setting_is_seen,
     non_finite_step_changes_nothing,
     norm_over_the_limit_changes_nothing,
     swapped_weights_are_used_and_given_back,

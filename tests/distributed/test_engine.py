@@ -36,8 +36,12 @@ def test_optimizer_settings_are_the_tables(ranks: Results) -> None:
     assert [r["optimizer_settings_are_the_tables"] for r in ranks] == [[], []]
 
 
-def test_first_step_moves_every_weight_by_its_lr(ranks: Results) -> None:
-    assert [r["first_step_moves_by_lr"] for r in ranks] == [[], []]
+def test_one_step_moves_every_weight_by_its_lr_decay_and_epsilon(ranks: Results) -> None:
+    """Also after a resume from a run with others. On 4 processes: test_zero.py, whose start it shares."""
+    for r in ranks:
+        assert set(r["one_step_moves_as_the_table_says"]) == {"fp32", "bf16", "fp32, resumed", "bf16, resumed"}
+        assert not any(r["one_step_moves_as_the_table_says"].values()), r
+        assert r["another_setting_is_seen"] == {"lr_scale": 0, "weight_decay": 0, "eps": 0}, "of all in the group"
 
 
 def test_non_finite_step_changes_nothing_on_any_rank(ranks: Results) -> None:

@@ -1,8 +1,9 @@
 """The zero engine on gloo processes: one start for all of zero_checks.py, one on four processes, and real runs that
-are resumed and converted."""
+are killed, resumed and converted."""
 
 import json
-import shutil
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from .runs import ROOT, assert_close, environment, exact, train, weights
+from trainer.checkpoint import complete_checkpoints
+
+from .runs import ROOT, assert_close, environment, exact, train, train_and_kill, weights
 
 KINDS = [f"{stage} {precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 # Difference of the initial values, parameters in no shard, numbers in two, parameters with other settings.
@@ -44,22 +47,24 @@ def test_initial_values_are_those_of_fsdp2_and_settings_the_tables(ranks: Result
     assert [r["starts_as_the_table_says"] for r in ranks] == [EXACT] * 2
 
 
-def test_first_step_moves_every_weight_by_its_lr(ranks: Results) -> None:
-    assert [r["first_step_moves_by_lr"] for r in ranks] == [NONE] * 2
+def test_one_step_moves_every_weight_by_its_lr_decay_and_epsilon(ranks: Results) -> None:
+    assert [r["one_step_of_zero_moves_as_the_table_says"] for r in ranks] == [NONE] * 2
 
 
 def test_after_a_resume_the_settings_are_those_of_the_config(ranks: Results) -> None:
     for r in ranks:
-        assert list(r["first_step_after_a_resume"].values()) == [[], [], [], []]
+        assert list(r["one_step_after_a_resume"].values()) == [[], [], [], []]
 
 
 def test_four_processes() -> None:
-    """Small groups leave ranks without a piece of them."""
-    for r in checked(4, "starts_as_the_table_says", "first_step_moves_by_lr"):
-        kinds = r["first_step_moves_by_lr"].keys()
+    """Small groups leave ranks without a piece of them. fsdp2 as well, whose own checks start two processes."""
+    moves = "one_step_of_zero_moves_as_the_table_says"
+    for r in checked(4, "starts_as_the_table_says", moves, "one_step_moves_as_the_table_says"):
+        kinds = r[moves].keys()
         assert len(kinds) == 4
         assert r["starts_as_the_table_says"] == {kind: EXACT[kind] for kind in kinds}
-        assert r["first_step_moves_by_lr"] == {kind: NONE[kind] for kind in kinds}
+        assert r[moves] == {kind: NONE[kind] for kind in kinds}
+        assert list(r["one_step_moves_as_the_table_says"].values()) == [[], [], [], []]
 
 
 def test_losses_are_those_of_fsdp2(ranks: Results) -> None:
@@ -103,36 +108,40 @@ def test_the_checks_can_fail(ranks: Results) -> None:
 
 # ------------------------------------------------------------------------------------------------- runs, conversion
 
-STEPS = 6
+STEPS = 8
 SETTINGS = (
     "parallel.precision=fp32", f"train.steps={STEPS}", "train.checkpoint_every=3", "train.log_every=1",
     f"train.validate_every={STEPS}", "train.sample_every=0", "train.micro_batch_size=0.03125",
 )  # fmt: skip
-ZERO3 = ("parallel.engine=zero", "parallel.zero_stage=3")
+ZERO2, ZERO3 = (("parallel.engine=zero", f"parallel.zero_stage={stage}") for stage in (2, 3))
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """A run of stage 3 and its logged lines."""
-    folder = tmp_path_factory.mktemp("zero") / "zero3"
-    return folder, train(2, folder, *SETTINGS, *ZERO3)
+    """A run of stage 2 and its logged lines."""
+    folder = tmp_path_factory.mktemp("zero") / "zero2"
+    return folder, train(2, folder, *SETTINGS, *ZERO2)
 
 
-def test_resume_is_bit_exact(run_folder: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
-    folder, records = run_folder
-    shutil.copytree(folder, tmp_path / "a")
-    shutil.rmtree(tmp_path / "a" / "checkpoints" / f"step_{STEPS:08d}")
-    assert exact(train(2, tmp_path / "a", *SETTINGS, *ZERO3)) == exact(records)
+def test_killed_at_random_it_resumes_bit_exactly(run_folder: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """Both processes by SIGKILL, after the first checkpoint; what is read is what DeepSpeed has written."""
+    seed = int(os.environ.get("KILL_SEED", random.randrange(1 << 20)))
+    print(f"KILL_SEED={seed}")
+    chance, folder = random.Random(seed), tmp_path / "a"
+    killed_at = train_and_kill(2, folder, chance.randint(4, 6), chance.uniform(0, 0.1), *SETTINGS, *ZERO2)
+    resumed_from = [path.name for path in complete_checkpoints(folder / "checkpoints")]
+    assert resumed_from, f"killed at {killed_at}, seed {seed}"
+    assert exact(train(2, folder, *SETTINGS, *ZERO2)) == exact(run_folder[1]), f"{killed_at} {resumed_from} {seed}"
 
 
 def test_converted_runs_go_on(run_folder: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
-    """zero 3 -> fsdp2 -> zero 1, from the middle of a run, which ends as it would have without."""
+    """zero 2 -> fsdp2 -> zero 3, from the middle of a run, which ends as it would have without."""
     folder, records = run_folder
     middle = Path("checkpoints") / "step_00000003"
     converted(folder / middle, tmp_path / "b", "--engine", "fsdp2")
     assert_close(train(2, tmp_path / "b", *SETTINGS), records, 1e-5)
-    converted(tmp_path / "b" / middle, tmp_path / "c", "--engine", "zero", "--zero-stage", "1")
-    assert_close(train(2, tmp_path / "c", *SETTINGS, "parallel.engine=zero", "parallel.zero_stage=1"), records, 1e-5)
+    converted(tmp_path / "b" / middle, tmp_path / "c", "--engine", "zero", "--zero-stage", "3")
+    assert_close(train(2, tmp_path / "c", *SETTINGS, *ZERO3), records, 1e-5)
     average = weights(tmp_path / "b", "ema_0.99")
     assert average.keys() == weights(tmp_path / "b").keys()
 

@@ -4,9 +4,7 @@ A check returns a number, a flag or a list for its test to judge; each is a func
 """
 
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +17,22 @@ from trainer.build import FrozenParts, build_engine, build_mup_table, build_obje
 from trainer.config import TrainConfig, resolve
 from trainer.ema import EMA
 from trainer.parallel import zero
-from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world
 from trainer.parallel.zero import ZeroEngine
 
-from .engine_checks import configured, dataclasses_seed, made, run_steps, tell, whole, worst
+from .engine_checks import (
+    UPDATE,
+    configured,
+    dataclasses_seed,
+    made,
+    one_step_moves_as_the_table_says,
+    run_steps,
+    shared_folder,
+    tell,
+    whole,
+    worst,
+    wrong_update,
+)
 
 STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16")
 KINDS = [(stage, precision) for stage in STAGES for precision in PRECISIONS]
@@ -89,85 +98,40 @@ def wrong_settings(config: TrainConfig, engine: ZeroEngine) -> list[str]:
     ]
 
 
-FIRST_STEP = ("optim.weight_decay=0", "optim.clip_norm=null")
+def one_step_of_zero_moves_as_the_table_says(world: World) -> dict[str, Any]:
+    def check(stage: int, precision: str, world: World) -> list[str]:
+        config = zero_config(stage, precision, *UPDATE)
+        return wrong_update(config, made_zero(config, world), world)
+
+    return each(check, world)
 
 
-def first_step_moves_by_lr(world: World) -> dict[str, Any]:
-    """|dp| of the first Adam step is lr x the table's factor wherever there is a gradient: measured, not asked."""
-    return each(lambda *kind: wrong_moves(zero_config(*kind[:2], *FIRST_STEP), world), world)
+def one_step_after_a_resume(world: World) -> dict[str, Any]:
+    """The groups that come with a checkpoint are not the config's: lr, decay and epsilon have been changed since."""
 
-
-def wrong_moves(config: TrainConfig, world: World, prepare: Callable[[ZeroEngine], None] = lambda _: None) -> list[str]:
-    """Parameters whose first step is not lr x the table's factor; `prepare` has the engine before it."""
-    table, engine = build_mup_table(config), made_zero(config, world)
-    shards = engine.master_shards()
-    nonzero = dict(shards) | {"final.weight": torch.full_like(shards["final.weight"], 0.02)}
-    prepare(engine)
-    with engine.swapped(nonzero):  # zero: nothing behind it would have a gradient
-        before = whole(engine)
-        run_steps(config, engine, world, 1)
-        after = whole(engine)
-    wrong = []
-    for name, row in table.rows.items():
-        steps = (after[name] - before[name]).abs()
-        steps = steps[steps > 0]
-        if not len(steps) or abs(float(steps.median()) / (config.optim.lr * row.lr) - 1) > 2e-3:
-            wrong.append(name)
-    return wrong
-
-
-def first_step_after_a_resume(world: World) -> dict[str, Any]:
-    """The groups that come with a checkpoint are not the config's: lr and decay have been changed since."""
-
-    def check(stage: int, precision: str, world: World) -> Any:
-        old = zero_config(stage, precision, "optim.lr=3e-3", "optim.weight_decay=0.5", "optim.clip_norm=1e-3")
-        folder = shared_folder(world)
-        made_zero(old, world).save(folder, {}).result()
-        new = zero_config(stage, precision, *FIRST_STEP)
-        settings: list[list[str]] = []
-
-        def resume(engine: ZeroEngine) -> None:
-            engine.load(folder, {})
-            settings.append(wrong_settings(new, engine))
-
-        return [*wrong_moves(new, world, resume), *settings[0]]
+    def check(stage: int, precision: str, world: World) -> list[str]:
+        changed = ("optim.lr=3e-3", "optim.weight_decay=0.5", "optim.eps=1e-6", "optim.clip_norm=1e-3")
+        old, new = zero_config(stage, precision, *changed), zero_config(stage, precision, *UPDATE)
+        engine, folder = made_zero(old, world), shared_folder(world)
+        run_steps(old, engine, world, 2)
+        engine.save(folder, {}).result()
+        resumed = made_zero(new, world)
+        resumed.load(folder, {})
+        return [*wrong_settings(new, resumed), *wrong_update(new, resumed, world)]
 
     return each(check, world, SOME)
-
-
-def losses(config: TrainConfig, engine: FSDP2Engine | ZeroEngine, world: World, steps: int) -> list[float]:
-    """This rank's loss of each micro-batch."""
-    frozen, resolved = FrozenParts(config, world), resolve(config, world.size)
-    objective = build_objective(config, resolved)
-    batch_size = config.train.global_batch_size
-    reader = SyntheticReader(
-        config.data, config.text_encoder, config.autoencoder, 0, batch_size,
-        world.rank, world.size, resolved.micro_batch_rows,
-    )  # fmt: skip
-    found = []
-    for step, batches in reader.batches(0):
-        if step == steps:
-            break
-        for number, batch in enumerate(batches):
-            encoded = frozen.encode(batch)
-            draw = objective.draw(encoded.x0, encoded.keys)
-            prediction, _ = engine.model(draw.x_t, draw.t, encoded.condition)
-            loss = (encoded.weight * objective.loss(prediction, draw)).sum()
-            engine.backward(world.size / batch_size * loss, number == len(batches) - 1)
-            found.append(float(loss.detach()))
-        engine.step(config.optim.lr)
-    return found
 
 
 def losses_differ_by(world: World) -> dict[str, Any]:
     """From fsdp2's, relative, over 10 steps of 2 micro-batches that are all clipped."""
     settings = (ACCUMULATED, "optim.clip_norm=0.05")
     config = configured("parallel.precision=fp32", *settings)
-    expected = losses(config, made(config, world), world, 10)
+    expected: list[float] = []
+    run_steps(config, made(config, world), world, 10, losses=expected)
 
     def check(stage: int, precision: str, world: World) -> list[float]:
-        config = zero_config(stage, precision, *settings)
-        found = losses(config, made_zero(config, world), world, 10)
+        config, found = zero_config(stage, precision, *settings), []
+        run_steps(config, made_zero(config, world), world, 10, losses=found)
         return [len(found), max(abs(a - b) / a for a, b in zip(expected, found, strict=True))]
 
     return each(check, world, [(stage, "fp32") for stage in STAGES])
@@ -275,21 +239,12 @@ def weights_of_fsdp2(world: World) -> dict[str, Any]:
     return each(check, world, [(2, "bf16"), (3, "fp32")])
 
 
-def shared_folder(world: World) -> Path:
-    folder = [tempfile.mkdtemp() if world.rank == 0 else ""]
-    dist.broadcast_object_list(folder)
-    return Path(folder[0])
-
-
 def planted_faults(world: World) -> dict[str, Any]:
     """What the checks above find where an engine is spoilt: none of them is blind."""
-    config = zero_config(2, "fp32", *FIRST_STEP)
-    spoilt = made_zero(config, world)
+    config = zero_config(2, "fp32", *UPDATE)
+    spoilt, scaled = made_zero(config, world), made_zero(config, world)
     spoilt._adam.param_groups[0]["lr"] *= 2
-
-    def another_scale(engine: ZeroEngine) -> None:
-        engine._adam.param_groups[0]["lr_scale"] *= 2
-
+    scaled._adam.param_groups[0]["lr_scale"] *= 2
     settings = zero._settings
 
     def unset(*arguments: Any) -> dict[str, Any]:
@@ -305,7 +260,7 @@ def planted_faults(world: World) -> dict[str, Any]:
         zero._settings = settings
     return {
         "lr": len(wrong_settings(config, spoilt)),
-        "lr_scale": len(wrong_moves(config, world, another_scale)),
+        "lr_scale": len(wrong_update(config, scaled, world)),
         "clipping": clipping,
     }
 
@@ -314,8 +269,8 @@ CHECKS = {
     check.__name__: check
     for check in (
         starts_as_the_table_says,
-        first_step_moves_by_lr,
-        first_step_after_a_resume,
+        one_step_of_zero_moves_as_the_table_says,
+        one_step_after_a_resume,
         losses_differ_by,
         non_finite_step_changes,
         swapped_weights,
@@ -329,7 +284,8 @@ CHECKS = {
 def main() -> None:
     torch.set_num_threads(1)
     world = init_world(int(sys.argv[1]))
-    results = {name: CHECKS[name](world) for name in sys.argv[2:] or CHECKS}
+    checks = {**CHECKS, one_step_moves_as_the_table_says.__name__: one_step_moves_as_the_table_says}
+    results = {name: checks[name](world) for name in sys.argv[2:] or CHECKS}
     tell(world, results)
 
 

@@ -17,8 +17,17 @@ def test_two_kills_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_training_from_it_equals_training_from_images(tmp_path: Path) -> None:
-    """Losses agree within what fp16 latents and bf16 text states round: 2^-11 and 2^-8 of a value, less in a mean."""
-    overrides = settings(ensure_debug_assets(tmp_path / "debug"), small_autoencoder(tmp_path / "autoencoder"))
+    """Losses agree within what fp16 latents and features and bf16 text states round: 2^-11 and 2^-8 of a value, less in
+    a mean. Features are stored because the config trains with REPA."""
+    assets = ensure_debug_assets(tmp_path / "debug")
+    repa = (
+        "objective.repa_weight=0.5",
+        "objective.repa_layer=1",
+        "objective.repa_width=32",
+        "objective.repa_hidden=48",
+    )
+    overrides = settings(assets, small_autoencoder(tmp_path / "autoencoder"))
+    overrides += [*repa, f"objective.repa_encoder={assets}/dinov2"]
     estimate = finish(start(tmp_path / "out" / "train", 1, overrides, "--dry-run", "--images-per-s", "100"))
     assert not (tmp_path / "out").exists()
     assert "512 samples in 2 shards: 0.00" in estimate
@@ -33,15 +42,16 @@ def test_training_from_it_equals_training_from_images(tmp_path: Path) -> None:
     online = train(1, tmp_path / "online", *overrides, *short, "train.sample_every=0")
     vae = "autoencoder={path: none, channels: 4, downsample: 2}"
     stored = train(
-        1, tmp_path / "stored", f"data.shards={tmp_path / 'out'}", "text_encoder.path=none", vae, *short
+        1, tmp_path / "stored", f"data.shards={tmp_path / 'out'}", "text_encoder.path=none", vae, *repa, *short
     )  # fmt: skip
-    for name in ("loss", "grad_norm", "val_loss"):
+    for name in ("loss", "repa_loss", "grad_norm", "val_loss"):
         ours, theirs = ([line[name] for line in lines if name in line] for lines in (stored, online))
+        assert ours, name
         assert ours == pytest.approx(theirs, rel=1e-3), name
         assert ours != theirs, "they round differently"
     prints = [read_meta(find_checkpoint(tmp_path / name))["fingerprints"] for name in ("stored", "online")]
-    assert prints[0]["autoencoder"] == prints[1]["autoencoder"]
-    assert prints[0]["text_encoder"] == prints[1]["text_encoder"]
+    for part in ("autoencoder", "text_encoder", "repa_encoder"):
+        assert prints[0][part] == prints[1][part]
     assert len(prints[0]["precomputed_dataset"]) == 64
     with pytest.raises(AssertionError, match=r"error: text_encoder\.max_length is 40, but .* was precomputed with 48"):
         train(1, tmp_path / "b", f"data.shards={tmp_path / 'out'}", "text_encoder={path: none, max_length: 40}", vae)

@@ -22,17 +22,17 @@ from data.batch import Batch
 from data.config import DataError
 from data.dataset import Dataset, check_images, check_same_kind
 from data.debug import ensure_debug_assets
-from data.encoders import Autoencoder, load_autoencoder, load_text_encoder
+from data.encoders import Autoencoder, load_autoencoder, load_feature_encoder, load_text_encoder
 from data.images import SampleError
 from data.index import ImageTextIndex, open_shards
-from data.precompute import Precompute
+from data.precompute import Precompute, bytes_in_tar
 from data.reader import ImageTextReader, validation_batches
 from data.shard_index import CaptionChoice, captions_from_bytes, load_index
 from models.layers import TextCondition
 from tests.servers import serve
 from tests.unit.test_data_encoders import vae_folder
 from tests.unit.test_data_index import write_tar
-from trainer.build import build_objective
+from trainer.build import build_alignment, build_objective
 from trainer.config import TrainConfig, load_config, resolve
 from trainer.frozen import FrozenParts
 from trainer.parallel.mesh import World
@@ -84,13 +84,16 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("precompute")
-    t5 = ensure_debug_assets(folder / "debug") / "t5"
+    assets = ensure_debug_assets(folder / "debug")
     vae = vae_folder(folder / "vae", scaling_factor=1.5, shift_factor=0.1)
     config = load_config(
         "mmdit_debug_mup",
         [
-            f"data.shards={folder / 'source'}", f"text_encoder.path={t5}", "data.flip=0.5", "text_encoder.dropout=0.2",
-            f"autoencoder={{path: {vae}, channels: 4, downsample: 2}}", f"train.seed={SEED}",
+            f"data.shards={folder / 'source'}", f"text_encoder.path={assets}/t5", "data.flip=0.5",
+            f"autoencoder={{path: {vae}, channels: 4, downsample: 2}}",
+            f"train.seed={SEED}", "text_encoder.dropout=0.2",
+            f"objective.repa_encoder={assets}/dinov2", "objective.repa_weight=0.5", "objective.repa_layer=1",
+            "objective.repa_width=32", "objective.repa_hidden=48",
         ],
     )  # fmt: skip
     source = ImageTextIndex(write_source(folder / "source"))
@@ -104,7 +107,8 @@ def precompute(config: TrainConfig, index: ImageTextIndex, prefix: Path, **optio
     vae = load_autoencoder(config.autoencoder, "cpu", torch.float32)
     assert isinstance(vae, Autoencoder)
     text = load_text_encoder(config.text_encoder, "cpu", torch.float32)
-    task = Precompute(index, config.data, vae, text, None, prefix, None, True, 8, "fp32")
+    features = load_feature_encoder(config.objective.repa_encoder, 32, "cpu", torch.float32)
+    task = Precompute(index, config.data, vae, text, None, prefix, None, True, 8, "fp32", features, 4)
     return dataclasses.replace(task, **options)
 
 
@@ -113,7 +117,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def batches(index: ImageTextIndex, config: TrainConfig, steps: int = 20) -> list[Batch]:
-    reader = ImageTextReader(index, config.data, SEED, BATCH, config.text_encoder.dropout, 0, 1, BATCH)
+    part = (config.text_encoder.dropout, 0, 1, BATCH)
+    reader = ImageTextReader(index, config.data, SEED, BATCH, *part, features=True)
     return [batch for _, [batch] in islice(reader.batches(0), steps)]
 
 
@@ -151,6 +156,8 @@ def test_plain_webdataset_reads_it(made: Made) -> None:
     sample, hole = read[3], read[5]
     assert sample["latents.npy"].shape == (2, 2, 4, 16, 16)
     assert sample["latents.npy"].dtype == np.float16
+    assert sample["features.npy"].shape == (2, 16, 32)
+    assert sample["features.npy"].dtype == np.float16
     entry = sample["json"]
     assert entry["captions"] == ["first of 3", "a second, longer caption of 3", "never"]
     assert (entry["weights"], entry["width"], entry["height"]) == ([1, 3, 0], 32, 32)
@@ -163,6 +170,12 @@ def test_plain_webdataset_reads_it(made: Made) -> None:
     gc.collect()
 
 
+def test_features_take_the_bytes_that_a_dry_run_counts(made: Made) -> None:
+    bare = dataclasses.replace(made.task, feature_encoder=None)
+    [more], [less] = ([bytes_in_tar(x) for x in task.encoded([(0, range(1))])] for task in (made.task, bare))
+    assert more - less == 512 + -(-(128 + 2 * 16 * 32 * 2) // 512) * 512
+
+
 def test_a_sample_is_one_range_of_bytes(made: Made) -> None:
     with tarfile.open(str(made.index.paths[0])) as tar:
         keys = [member.name.partition(".")[0] for member in tar]
@@ -173,19 +186,24 @@ def test_batches_are_those_of_the_images(made: Made) -> None:
     """Everything but rounding: fp16 has 11 bits, bf16 8."""
     nobody: Any = None
     world = World(0, 1, torch.device("cpu"), nobody, nobody, nobody)
-    online = FrozenParts(made.config, world)
+    online = FrozenParts(made.config, world, align=True)
     bare = made.config.model_copy(
         update={
+            "objective": made.config.objective.model_copy(update={"repa_encoder": "none"}),
             "autoencoder": dataclasses.replace(made.config.autoencoder, path="none"),
             "text_encoder": dataclasses.replace(made.config.text_encoder, path="none"),
         }
     )
-    stored = FrozenParts(bare, world, dataset=made.index.dataset)
+    stored = FrozenParts(bare, world, dataset=made.index.dataset, align=True)
     assert stored.without_images == "autoencoder.path and text_encoder.path are needed for them"
-    assert FrozenParts(made.config, world, dataset=made.index.dataset).without_images is None
+    assert FrozenParts(made.config, world, dataset=made.index.dataset, align=True).without_images is None
     for part, fingerprint in online.fingerprints().items():
         assert stored.fingerprints()[part] == fingerprint
     objective = build_objective(made.config, resolve(made.config, 1))
+    kept, made_now = build_alignment(bare, stored), build_alignment(bare, online)
+    assert kept is not None
+    assert made_now is not None
+    projected = torch.randn(BATCH, 16, 32, generator=torch.Generator().manual_seed(0))
     chosen, dropped, holes = set(), 0, 0
     for ours, theirs in zip(batches(made.index, bare), batches(made.source, made.config), strict=True):
         assert [name[-3:] for name in ours.names] == [name[-3:] for name in theirs.names]
@@ -204,6 +222,11 @@ def test_batches_are_those_of_the_images(made: Made) -> None:
         draws = [objective.draw(x.x0, x.keys) for x in (a, b)]
         losses = [objective.loss(torch.zeros_like(x.x0), draw) for x, draw in zip((a, b), draws, strict=True)]
         assert torch.allclose(losses[0][real], losses[1][real], rtol=1e-3)
+        assert ours.features is not None
+        moved = dataclasses.replace(ours, features=ours.features.roll(1, 1))
+        repa = [align.losses(projected, x)[real] for align, x in ((kept, ours), (made_now, theirs), (kept, moved))]
+        assert torch.allclose(repa[0], repa[1], atol=1e-4)
+        assert not torch.allclose(repa[2], repa[1], atol=1e-3), "it would see features at other tokens"
         chosen |= set(ours.full_captions)
         dropped += sum(
             not caption and bool(full) for caption, full in zip(ours.captions, ours.full_captions, strict=True)
@@ -220,15 +243,18 @@ def test_batches_are_those_of_the_images(made: Made) -> None:
 def test_draws_do_not_depend_on_workers_or_world(made: Made) -> None:
     def rows(workers: int, world: int) -> list[tuple[object, ...]]:
         data = dataclasses.replace(made.config.data, num_workers=workers)
-        readers = [ImageTextReader(made.index, data, SEED, BATCH, 0.2, rank, world, 2) for rank in range(world)]
+        parts = [(0.2, rank, world, 2) for rank in range(world)]
+        readers = [ImageTextReader(made.index, data, SEED, BATCH, *part, features=True) for part in parts]
         found = []
         for step in islice(zip(*(reader.batches(4) for reader in readers), strict=True), 4):
             for batch in (batch for _, parts in step for batch in parts):
                 assert batch.latents is not None
                 assert batch.text_states is not None
+                assert batch.features is not None
                 for i in np.flatnonzero([bool(name) for name in batch.names]):
                     state = batch.text_states[i].float().numpy().tobytes()
-                    found.append((batch.names[i], batch.latents[i].numpy().tobytes(), state, batch.captions[i]))
+                    images = batch.latents[i].numpy().tobytes() + batch.features[i].numpy().tobytes()
+                    found.append((batch.names[i], images, state, batch.captions[i]))
         return found
 
     whole = rows(0, 1)
@@ -246,7 +272,7 @@ def test_reading_behind_a_url(made: Made, tmp_path: Path) -> None:
         assert index.dataset.digest == made.index.dataset.digest
         for ours, local in zip(batches(index, made.config, 3), batches(made.index, made.config, 3), strict=True):
             assert ours.holes == local.holes
-            for name in ("latents", "logvar", "text_states", "text_mask"):
+            for name in ("latents", "logvar", "text_states", "text_mask", "features"):
                 assert torch.equal(getattr(ours, name), getattr(local, name))
 
 
@@ -259,7 +285,7 @@ def damaged(made: Made, tmp_path: Path, kind: str, offset: int = 0) -> list[Batc
     return batches(index, made.config)
 
 
-@pytest.mark.parametrize("kind", ["image", "text"])
+@pytest.mark.parametrize("kind", ["features", "image", "text"])
 def test_a_cut_shard_gives_clean_holes(made: Made, tmp_path: Path, kind: str) -> None:
     cut = [batch for batch in damaged(made, tmp_path, kind) if "shard: short read" in batch.holes]
     assert cut
@@ -271,6 +297,8 @@ def test_a_cut_shard_gives_clean_holes(made: Made, tmp_path: Path, kind: str) ->
         assert batch.text_states is not None
         assert (batch.latents[empty] == 0).all()
         assert (batch.logvar[empty] == 0).all()
+        assert batch.features is not None
+        assert (batch.features[empty] == 0).all()
         assert (batch.text_mask[empty].sum(1) == 1).all()
         assert (batch.text_states[~batch.text_mask] == 0).all()
 
@@ -303,6 +331,16 @@ def test_refusals(made: Made, tmp_path: Path) -> None:
         Dataset("set", dataset.declared, "", None).check(c.data, c.autoencoder, c.text_encoder, None)
     with pytest.raises(DataError, match=r"data\.val_shards holds images and data\.shards precomputed samples"):
         check_same_kind(dataset, None)
+    dataset.check_features(4, 32)
+    with pytest.raises(DataError, match=r"objective\.repa_width: 768, but .* features for 32"):
+        dataset.check_features(4, 768)
+    with pytest.raises(DataError, match=r"by data\.resolution and model\.patch_size\): 8, but .* features for 4"):
+        dataset.check_features(8, 32)
+    with pytest.raises(DataError, match=r"objective\.repa_encoder holds an encoder with fingerprint bbbb, but"):
+        dataset.check_encoder("repa_encoder", "bbbb")
+    older = {key: said for key, said in dataset.declared.items() if key != "repa_encoder"}
+    with pytest.raises(DataError, match="set was precomputed without: set it to 0, or precompute with --repa-features"):
+        Dataset("set", older, "", dataset.empty_caption).check_features(4, 32)
     without_encoder = replace(c.text_encoder, path="none"), replace(c.autoencoder, path="none")
     with pytest.raises(DataError, match=r"text_encoder\.path is none: it is needed to encode captions"):
         check_images(c.autoencoder, without_encoder[0], None)
