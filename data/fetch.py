@@ -228,8 +228,9 @@ class SampleFiles:
 
         if self._cache is None:
             return fetch(start, end)
-        name = f"{remote.url.partition('?')[0]}\0{self._index.stamps[shard]}"
-        return self._cache.read(name, start, end, self._index.bytes[shard], fetch)
+        known = self._index.stamps[shard]
+        name = f"{remote.url.partition('?')[0]}\0{known.version}"
+        return self._cache.read(name, start, end, known.size, fetch)
 
 
 def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
