@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from .captions import Captions
 from .config import DataConfig, DataError
 from .dataset import Dataset, open_dataset
-from .files import folder_once
+from .files import folder_once, temporary_beside
 from .order import Part
 from .shard_index import ABSENT, ShardIndex, load_index
 from .store import Patience, Remote, Shard, Stamp, open_shards, stamp
@@ -117,6 +117,7 @@ class ImageTextIndex:
         self.dataset: Dataset | None = open_dataset(self.paths, patience) if self._precomputed else None
 
     def _open(self, folder: Path) -> None:
+        self._packed = folder
         meta = json.loads((folder / "set.json").read_text())
         self.shard_sizes: list[int] = meta["shard_sizes"]
         self.fingerprint: str = meta["fingerprint"]
@@ -203,6 +204,17 @@ class ImageTextIndex:
         if name in COLUMNS:
             return self._rows[name]
         raise AttributeError(name)
+
+    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that follows from the index: made once, and mapped by all processes of a machine from a file beside
+        the packed index. Where that is not kept, or cannot be written, each process holds its own."""
+        path = self._packed / f"{name}.npy"
+        with contextlib.suppress(OSError):
+            if self._packed.is_dir() and not path.is_file():
+                with temporary_beside(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, make())
+            return np.load(path, mmap_mode="r")
+        return make()
 
     def samples_until_first_end(self) -> int:
         """Samples that a run reads in the right shares until the first source has come to its end."""
