@@ -7,7 +7,8 @@ its samples, so an epoch of a cell reads each of them once, and a resume seeks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ BLOCK = 64  # steps that are shuffled together: fewer keep closer to the shares,
 SPECIAL_TOKENS = 2  # at most, that a tokenizer adds to a caption
 _ROWS = 1 << 20  # of the index that are looked at together
 _PURPOSE_CELL, _PURPOSE_STEPS = 4, 5
+_ASSIGN_VERSION = 1  # of what `assign` finds, which is kept in files
 
 
 class Rows(Protocol):
@@ -35,6 +37,7 @@ class Rows(Protocol):
     def height(self) -> np.ndarray: ...
     @property
     def caption_length(self) -> np.ndarray: ...
+    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray: ...
 
 
 class StepCell(NamedTuple):
@@ -134,7 +137,10 @@ class CellOrder:
             self._orders = {0: Order(seed, index.shard_sizes, global_batch_size, epochs, index.parts)}
             shares = [Fraction(1)]
         else:
-            self._cell_of, sizes = _cells_of(index, cells, characters_per_token, global_batch_size)
+            self._cell_of = _cells_of(index, cells, characters_per_token)
+            sizes = _sizes(self._cell_of, index.shard_sizes, len(cells))
+            self._joins = np.array(merged(sizes.sum(axis=1).tolist(), cells, global_batch_size))
+            sizes = np.stack([sizes[self._joins == c].sum(axis=0) for c in range(len(cells))])
             read = [c for c in range(len(cells)) if sizes[c].any()]
             parts = {c: _parts(index, sizes[c]) for c in read}
             self._orders = {
@@ -164,32 +170,41 @@ class CellOrder:
 
     def _located(self, cell: int, queue: Iterator[Run]) -> Iterator[Run]:
         """Samples numbered within the cell -> samples of their shard."""
-        assert self._cell_of is not None
         for run in queue:
-            if run.shard != END_OF_DATA:
-                first = int(self._ends[run.shard - 1]) if run.shard else 0
-                members = np.flatnonzero(self._cell_of[first : self._ends[run.shard]] == cell)
-                run = Run(run.shard, members[run.samples])
-            yield run
+            if run.shard == END_OF_DATA:
+                yield run
+            else:
+                yield Run(run.shard, self._members(run.shard, cell)[run.samples])
+
+    def _members(self, shard: int, cell: int) -> np.ndarray:
+        """int64: the samples of a shard that are in a cell."""
+        assert self._cell_of is not None
+        first = int(self._ends[shard - 1]) if shard else 0
+        return np.flatnonzero(self._joins[self._cell_of[first : self._ends[shard]]] == cell)
 
 
-def _cells_of(
-    index: Rows, cells: Sequence[Cell], characters_per_token: float, at_least: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The cell of every sample (one byte each, two with many cells), and int64 [cells, shards] samples of each."""
-    cell_of = np.empty(len(index), np.uint8 if len(cells) <= 256 else np.uint16)
-    for first in range(0, len(index), _ROWS):
-        rows = slice(first, first + _ROWS)
-        width, height, characters = (c[rows] for c in (index.width, index.height, index.caption_length))
-        cell_of[rows] = assign(width, height, characters, cells, characters_per_token)
-    joins = np.array(merged(np.bincount(cell_of, minlength=len(cells)).tolist(), cells, at_least))
-    cell_of = joins.astype(cell_of.dtype)[cell_of]
-    sizes = np.zeros((len(cells), len(index.shard_sizes)), np.int64)
-    first = 0
-    for shard, count in enumerate(index.shard_sizes):
-        sizes[:, shard] = np.bincount(cell_of[first : first + count], minlength=len(cells))
+def _cells_of(index: Rows, cells: Sequence[Cell], characters_per_token: float) -> np.ndarray:
+    """uint8 [samples] (uint16 for many cells): the cell of every sample, before small cells are merged."""
+
+    def make() -> np.ndarray:
+        cell_of = np.empty(len(index), np.uint8 if len(cells) <= 256 else np.uint16)
+        for first in range(0, len(index), _ROWS):
+            rows = slice(first, first + _ROWS)
+            width, height, characters = (c[rows] for c in (index.width, index.height, index.caption_length))
+            cell_of[rows] = assign(width, height, characters, cells, characters_per_token)
+        return cell_of
+
+    asked = repr((_ASSIGN_VERSION, [tuple(cell) for cell in cells], characters_per_token))
+    return index.kept(f"cells-{hashlib.sha256(asked.encode()).hexdigest()[:16]}", make)
+
+
+def _sizes(cell_of: np.ndarray, shard_sizes: Sequence[int], cells: int) -> np.ndarray:
+    """int64 [cells, shards]: samples of each."""
+    sizes, first = np.zeros((cells, len(shard_sizes)), np.int64), 0
+    for shard, count in enumerate(shard_sizes):
+        sizes[:, shard] = np.bincount(cell_of[first : first + count], minlength=cells)
         first += count
-    return cell_of, sizes
+    return sizes
 
 
 def _parts(index: Rows, sizes: np.ndarray) -> list[Part]:

@@ -195,7 +195,7 @@ def _beside(shard: Shard, name: str) -> Shard:
 def _bytes(shard: Shard, patience: Patience) -> bytes:
     if isinstance(shard, Path):
         return shard.read_bytes()
-    return read_remote(shard.url, 0, stamp(shard, patience)[0], patience, 0)
+    return read_remote(shard.url, 0, stamp(shard, patience).size, patience, 0)
 
 
 def _read(shard: Shard, path: Shard, patience: Patience) -> Dataset:

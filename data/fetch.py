@@ -8,8 +8,9 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +28,7 @@ _THREADS = 16  # reads at the same time in a process
 _MAX_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors a process
 
 
-@dataclass(frozen=True)
-class Raw:
+class Raw(NamedTuple):
     """One sample before it is decoded: its row of the index, and how to read bytes (offset, size) of its shard.
 
     fill: reads from an offset into a whole buffer, without a copy; None where the bytes come from elsewhere.
@@ -123,7 +123,7 @@ class SampleFiles:
 
     def __init__(self, index: ImageTextIndex, cfg: DataConfig, images_only: bool, features: bool = False) -> None:
         self._index, self._images_only = index, images_only
-        self._precomputed = ["image", "caption", "text", *(["features"] if features else [])]
+        self._members = ("image", "caption", "text", *(("features",) if features else ()))
         self._patience = Patience(cfg.timeout_s, cfg.retries)
         self._budget = cfg.prefetch_mib << 20
         self._local = _LocalFiles(index.paths)
@@ -164,38 +164,37 @@ class SampleFiles:
                 yield [None] * len(samples)
                 continue
             rows = self._index.rows(shard, samples)
+            offsets, sizes, used = self._ranges(rows)
             if not isinstance(self._index.paths[shard], Remote):
-                self._tell_kernel(shard, rows)
-                yield [self._raw_local(shard, row) for row in rows]
+                self._tell_kernel(shard, _spans(offsets[used], sizes[used]))
+                # One pair of functions for all of them: this is most of what a small sample costs.
+                read, fill = partial(self._local.read, shard), partial(self._local.fill, shard)
+                yield [Raw(shard, row, read, fill) for row in rows]
                 continue
-            ends = np.cumsum([sum(size for _, size in self._ranges(row)) for row in rows])
+            ends = np.cumsum((sizes * used).sum(axis=1))
             start = 0
             while start < len(rows):
                 before = int(ends[start - 1]) if start else 0
                 fitting = int(np.searchsorted(ends, before + most, side="right"))
                 end = start + 1 if first else max(start + 1, fitting)
                 first = False
-                yield self._remote_part(shard, rows[start:end])
+                part = used[start:end]
+                spans = _spans(offsets[start:end][part], sizes[start:end][part])
+                yield self._remote_part(shard, rows[start:end], spans)
                 start = end
 
-    def _raw_local(self, shard: int, row: np.void) -> Raw:
-        local = self._local
-        return Raw(shard, row, lambda at, size: local.read(shard, at, size), lambda at, to: local.fill(shard, at, to))
-
-    def _tell_kernel(self, shard: int, rows: np.ndarray) -> None:
+    def _tell_kernel(self, shard: int, spans: Sequence[tuple[int, int]]) -> None:
         """Have the kernel read a local chunk ahead."""
-        spans = _spans([r for row in rows for r in self._ranges(row)])
         try:
             for start, end in spans:
                 os.posix_fadvise(self._local.descriptor(shard), start, end - start, os.POSIX_FADV_WILLNEED)
         except (SampleError, OSError):
             pass  # the shard is gone: its samples will be holes
 
-    def _remote_part(self, shard: int, rows: np.ndarray) -> list[Raw | None]:
+    def _remote_part(self, shard: int, rows: np.ndarray, spans: Sequence[tuple[int, int]]) -> list[Raw | None]:
         """Samples whose bytes are on their way."""
         if self._threads is None or self._threads.process != os.getpid():
             self._threads = _Threads()
-        spans = _spans([r for row in rows for r in self._ranges(row)])
         starts = np.array([start for start, _ in spans])
         futures = [self._threads.submit(lambda s=s, e=e: self._fetch(shard, s, e)) for s, e in spans]
 
@@ -206,13 +205,15 @@ class SampleFiles:
 
         return [Raw(shard, row, read) for row in rows]
 
-    def _ranges(self, row: np.void) -> list[tuple[int, int]]:
-        """(offset, size) of what a sample needs of its tar; nothing of members that claim too much."""
-        columns = ["image"] if self._images_only or row["caption_beside"] else ["image", "caption"]
-        if row["precomputed"]:
-            columns = self._precomputed
-        ranges = [(int(row[f"{c}_offset"]), int(row[f"{c}_size"])) for c in columns]
-        return [(offset, size) for offset, size in ranges if offset != ABSENT and size <= MAX_MEMBER_BYTES]
+    def _ranges(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Offsets, sizes (int64 [n, members]) of image, caption, text (features) in the tar, and which of them (bool
+        [n, members]) are read: not what a sample lacks, does not need, or what claims too much."""
+        offsets, sizes = (
+            np.stack([rows[f"{member}_{column}"] for member in self._members], axis=1) for column in ("offset", "size")
+        )
+        used = (offsets != ABSENT) & (sizes <= MAX_MEMBER_BYTES)
+        used[:, 1] &= rows["precomputed"] | ~(rows["caption_beside"] | self._images_only)
+        return offsets, sizes, used
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         if isinstance(self._index.paths[shard], Remote):
@@ -229,16 +230,18 @@ class SampleFiles:
 
         if self._cache is None:
             return fetch(start, end)
-        name = f"{remote.url.partition('?')[0]}\0{self._index.stamps[shard]}"
-        return self._cache.read(name, start, end, self._index.bytes[shard], fetch)
+        known = self._index.stamps[shard]
+        name = f"{remote.url.partition('?')[0]}\0{known.version}"
+        return self._cache.read(name, start, end, known.size, fetch)
 
 
-def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(start, end) of the reads that cover (offset, size) ranges: neighbours together, bounded."""
+def _spans(offsets: np.ndarray, sizes: np.ndarray) -> list[tuple[int, int]]:
+    """(start, end) of the reads that cover ranges of bytes: neighbours together, bounded."""
     spans: list[tuple[int, int]] = []
-    for offset, size in sorted(ranges):
-        if spans and offset - spans[-1][1] <= MAX_GAP and offset + size - spans[-1][0] <= MAX_SPAN:
-            spans[-1] = spans[-1][0], max(spans[-1][1], offset + size)
+    order = np.argsort(offsets)
+    for start, end in zip(offsets[order].tolist(), (offsets + sizes)[order].tolist(), strict=True):
+        if spans and start - spans[-1][1] <= MAX_GAP and end - spans[-1][0] <= MAX_SPAN:
+            spans[-1] = spans[-1][0], max(spans[-1][1], end)
         else:
-            spans.append((offset, offset + size))
+            spans.append((start, end))
     return spans

@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,10 @@ import numpy as np
 from .captions import Captions
 from .config import DataConfig, DataError
 from .dataset import Dataset, open_dataset
-from .files import folder_once
+from .files import folder_once, temporary_beside
 from .order import Part
 from .shard_index import ABSENT, ShardIndex, load_index
-from .store import Patience, Remote, Shard, open_shards, stamp
+from .store import Patience, Remote, Shard, Stamp, open_shards, stamp
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,11 @@ class ImageTextIndex:
     """Index over all samples of a list of shards, in shard order.
 
     shards: tar paths or URLs, or several sources of them. cache: folder for the packed index; None uses an unnamed
-    one that is gone with the process. `names` are the shards' names without .tar; `shard_sizes` counts samples;
-    `parts` tells the sources for the order; `fingerprint` identifies the data: names, keys, sizes and weights, not
-    the folder. `dataset` tells what precomputed shards were made with, None of images. The columns of all samples are
-    attributes, numpy arrays mapped from the file. Raises DataError where precomputed shards and others are mixed.
+    one that is gone with the process. stamps: the shards', where another process has asked for them; None asks.
+    `names` are the shards' names without .tar; `shard_sizes` counts samples; `parts` tells the sources for the order;
+    `fingerprint` identifies the data: names, keys, sizes and weights, not the folder. `dataset` tells what precomputed
+    shards were made with, None of images. The columns of all samples are attributes, numpy arrays mapped from the file.
+    Raises DataError where precomputed shards and others are mixed.
     """
 
     image_offset: np.ndarray
@@ -98,16 +99,22 @@ class ImageTextIndex:
         shards: Sequence[Shard] | Sequence[IndexSource],
         cache: Path | None = None,
         patience: Patience = Patience(),  # noqa: B008 (frozen)
+        stamps: Sequence[Stamp] | None = None,
     ) -> None:
         sources = [source for source in shards if isinstance(source, IndexSource)]
         sources = sources or [IndexSource([shard for shard in shards if not isinstance(shard, IndexSource)])]
         flat = [shard for source in sources for shard in source.shards]
-        with ThreadPoolExecutor(_STAMP_THREADS) as threads:
-            stamps = list(threads.map(lambda shard: stamp(shard, patience), flat))
+        if stamps is None:
+            with ThreadPoolExecutor(_STAMP_THREADS) as threads:
+                stamps = list(threads.map(lambda shard: stamp(shard, patience), flat))
+        if len(stamps) != len(flat):
+            raise DataError(
+                f"data.shards: this process finds {len(flat)} shards and rank 0 {len(stamps)}: give every process "
+                "the same files"
+            )
         self.paths = [shard if isinstance(shard, Remote) else shard.resolve() for shard in flat]
         self.names = [shard.name.removesuffix(".tar") for shard in flat]
-        self.stamps = [text for _, text in stamps]
-        self.bytes = [size for size, _ in stamps]
+        self.stamps = list(stamps)
         self.parts = [Part(len(source.shards), source.weight) for source in sources]
 
         with self._folder(sources, cache, patience) as folder:
@@ -115,6 +122,7 @@ class ImageTextIndex:
         self.dataset: Dataset | None = open_dataset(self.paths, patience) if self._precomputed else None
 
     def _open(self, folder: Path) -> None:
+        self._packed = folder
         meta = json.loads((folder / "set.json").read_text())
         self.shard_sizes: list[int] = meta["shard_sizes"]
         self.fingerprint: str = meta["fingerprint"]
@@ -127,10 +135,10 @@ class ImageTextIndex:
     def _folder(self, sources: Sequence[IndexSource], cache: Path | None, patience: Patience) -> Iterator[Path]:
         """The folder of the packed index of these shards, made where it is missing."""
         identity = hashlib.sha256(f"{_PACKED_VERSION}\0".encode())
-        for name, text in zip(self.names, self.stamps, strict=True):
-            identity.update(f"{name}\0{text}\0".encode())
+        for name, known in zip(self.names, self.stamps, strict=True):
+            identity.update(f"{name}\0{known.version}\0".encode())
         for source in sources:
-            captions = stamp(source.captions)[1] if source.captions else ""
+            captions = stamp(source.captions).version if source.captions else ""
             identity.update(f"{len(source.shards)}\0{source.weight}\0{captions}\0".encode())
         packed = cache / identity.hexdigest()[:32] if cache else None
         if packed is not None and not packed.is_dir():
@@ -201,6 +209,17 @@ class ImageTextIndex:
         if name in COLUMNS:
             return self._rows[name]
         raise AttributeError(name)
+
+    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that follows from the index: made once, and mapped by all processes of a machine from a file beside
+        the packed index. Where that is not kept, or cannot be written, each process holds its own."""
+        path = self._packed / f"{name}.npy"
+        with contextlib.suppress(OSError):
+            if self._packed.is_dir() and not path.is_file():
+                with temporary_beside(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, make())
+            return np.load(path, mmap_mode="r")
+        return make()
 
     def samples_until_first_end(self) -> int:
         """Samples that a run reads in the right shares until the first source has come to its end."""
@@ -274,18 +293,18 @@ def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.
         digest.update(labels.tobytes())
 
 
-def open_index(cfg: DataConfig) -> ImageTextIndex:
-    """The index of a config's training data. Raises DataError where a shard is missing."""
+def open_index(cfg: DataConfig, stamps: Sequence[Stamp] | None = None) -> ImageTextIndex:
+    """The index of a config's training data; stamps as of ImageTextIndex. Raises DataError where a shard is missing."""
     key = "data.sources" if cfg.sources else "data.shards"
     sources = [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
-    return ImageTextIndex(sources, Path(cfg.index_cache), Patience(cfg.timeout_s, cfg.retries))
+    return ImageTextIndex(sources, Path(cfg.index_cache), Patience(cfg.timeout_s, cfg.retries), stamps)
 
 
-def open_validation_index(cfg: DataConfig) -> ImageTextIndex:
-    """The index of data.val_shards."""
+def open_validation_index(cfg: DataConfig, stamps: Sequence[Stamp] | None = None) -> ImageTextIndex:
+    """The index of data.val_shards; stamps as of ImageTextIndex."""
     assert cfg.val_shards is not None
     source = IndexSource(open_shards(cfg.val_shards, "data.val_shards"), _captions(cfg.captions))
-    return ImageTextIndex([source], Path(cfg.index_cache), Patience(cfg.timeout_s, cfg.retries))
+    return ImageTextIndex([source], Path(cfg.index_cache), Patience(cfg.timeout_s, cfg.retries), stamps)
 
 
 def _captions(path: str | None) -> Path | None:

@@ -248,7 +248,7 @@ class Order:
     def _seek(self, step: int, slots: range) -> tuple[list[int], list[int]]:
         """Chunk of the whole and offset in it of sample number `step` of each slot's queue.
 
-        Walks over blocks of chunks, a bincount each, until every slot's queue is longer than `step`.
+        Walks over blocks of chunks, rows of one for each slot, until every slot's queue is longer than `step`.
         """
         batch, first = self.global_batch_size, np.asarray(slots, np.int64)
         longest = max(int(stream.lengths.max()) for stream in self._streams)
@@ -258,18 +258,15 @@ class Order:
         chunk, offset = np.full(len(slots), -1), np.zeros(len(slots), np.int64)
         remaining = np.full(len(slots), step, np.int64)
         # At least an epoch, so that each is permuted twice at most; more chunks than samples are asked for is too many.
-        block = max(min(SEEK_BLOCK, (step + 1) * batch), self._chunks, batch)
+        rows = -(-max(min(SEEK_BLOCK, (step + 1) * batch), self._chunks) // batch)
         base = 0
         while (chunk < 0).any():
-            lengths = self._lengths(base, base + block)
-            slot_of = (base + np.arange(block)) % batch
-            totals = np.bincount(slot_of, weights=lengths, minlength=batch)[first].astype(np.int64)
-            for i in np.flatnonzero((chunk < 0) & (remaining < totals)):
-                mine = np.arange((first[i] - base) % batch, block, batch)
-                ends = np.cumsum(lengths[mine])
-                k = int(np.searchsorted(ends, remaining[i], side="right"))
-                chunk[i] = base + mine[k]
-                offset[i] = remaining[i] - (ends[k] - lengths[mine[k]])
-            remaining -= totals
-            base += block
+            lengths = self._lengths(base * batch, (base + rows) * batch).reshape(rows, batch)[:, first]
+            ends = np.cumsum(lengths, axis=0)  # [rows, slots] samples
+            row = (ends <= remaining).sum(axis=0)  # chunks of this block that end before the wanted sample
+            for i in np.flatnonzero((chunk < 0) & (row < rows)):
+                chunk[i] = (base + row[i]) * batch + first[i]
+                offset[i] = remaining[i] - (ends[row[i], i] - lengths[row[i], i])
+            remaining -= ends[-1]
+            base += rows
         return chunk.tolist(), offset.tolist()

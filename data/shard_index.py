@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from .config import DataError
 from .files import temporary_beside
 from .images import IMAGE_EXTENSIONS, SampleError, image_size
-from .store import LocalBytes, Patience, Remote, RemoteBytes, Shard, stamp
+from .store import LocalBytes, Patience, Remote, RemoteBytes, Shard, Stamp, stamp
 from .tar import Bytes, Member, TarError, members
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _read_whole(file: Bytes, member: Member, at_most: int = MAX_MEMBER_BYTES) ->
 @contextlib.contextmanager
 def _open(shard: Shard, patience: Patience) -> Iterator[Bytes]:
     if isinstance(shard, Remote):
-        yield RemoteBytes(shard, stamp(shard, patience)[0], patience)
+        yield RemoteBytes(shard, stamp(shard, patience).size, patience)
     else:
         with open(shard, "rb") as file:
             yield LocalBytes(file.fileno())
@@ -261,14 +261,15 @@ def load_index(
     cache: Path | None = None,
     patience: Patience = Patience(),  # noqa: B008 (frozen)
     rebuild: bool = False,
-    known_stamp: str | None = None,
+    known_stamp: Stamp | None = None,
 ) -> ShardIndex:
     """The stored index of a shard; built (and stored where a folder is writable) when missing, stale or to be rebuilt.
 
     cache: folder for indexes that cannot be stored beside their shard; None keeps those in memory.
-    known_stamp: the shard's, where it was asked for already.
+    known_stamp: the shard's, where it was asked for already, maybe by another process. Raises DataError where the index
+    must be built and the shard is another file by now, or here.
     """
-    current = known_stamp or stamp(shard, patience)[1]
+    current = (known_stamp or stamp(shard, patience)).version
     beside = [] if isinstance(shard, Remote) else [index_path(shard)]
     places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
     for path in places if not rebuild else ():
@@ -277,6 +278,11 @@ def load_index(
             metadata = table.schema.metadata or {}
             if metadata.get(b"version") == _VERSION and metadata.get(b"stamp") == current.encode():
                 return ShardIndex(shard, table, current)
+    if known_stamp is not None and stamp(shard, patience) != known_stamp:
+        raise DataError(
+            f"shard {shard} has changed since the start, or is not the file that rank 0 sees: give every process "
+            "the same files, and start again"
+        )
     table = build_index(shard, patience)
     stored = table.replace_schema_metadata({b"version": _VERSION, b"stamp": current.encode()})
     for path in places:

@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from fsspec.asyn import sync
@@ -41,6 +41,13 @@ class Remote:
 
 
 Shard = Path | Remote
+
+
+class Stamp(NamedTuple):
+    """Size of a file in bytes, and identity of its content."""
+
+    size: int
+    version: str
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,8 @@ def read_remote(url: str, start: int, end: int, patience: Patience, key: int) ->
     return _repeated(url, "cat_file", patience, key, start=start, end=end) if end > start else b""
 
 
-def stamp(shard: Shard, patience: Patience = Patience()) -> tuple[int, str]:
-    """Size in bytes, and identity of the content without reading it all; DataError where there is no such file.
+def stamp(shard: Shard, patience: Patience = Patience()) -> Stamp:
+    """Size and identity of a file without reading it all; DataError where there is no such file.
 
     Local: a hash of begin, middle and end (the size alone would not do, tars are padded to 10 KiB; nor the time,
     copies change it). Remote: what the store says, its ETag or time of change.
@@ -127,7 +134,7 @@ def stamp(shard: Shard, patience: Patience = Patience()) -> tuple[int, str]:
             raise DataError(f"shard {shard}: the server tells no size, so ranges of it cannot be read")
         keys = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "Last-Modified", "updated")
         version = next((str(info[key]) for key in keys if info.get(key)), "")
-        return int(info["size"]), f"{info['size']}:{version}"
+        return Stamp(int(info["size"]), f"{info['size']}:{version}")
     try:
         size = shard.stat().st_size
         digest = hashlib.sha256()
@@ -136,7 +143,7 @@ def stamp(shard: Shard, patience: Patience = Patience()) -> tuple[int, str]:
                 digest.update(os.pread(file.fileno(), _PROBE_BYTES, offset))
     except OSError as error:
         raise DataError(f"shard {shard} cannot be read: {error.strerror}") from error
-    return size, f"{size}:{digest.hexdigest()}"
+    return Stamp(size, f"{size}:{digest.hexdigest()}")
 
 
 class LocalBytes:

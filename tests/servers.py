@@ -27,6 +27,8 @@ class Server(ThreadingHTTPServer):
         self.stall_s = 30.0
         self.requests: list[tuple[str, int, int]] = []
         """(path, first byte, one past the last) of every GET."""
+        self.heads: list[str] = []
+        """The path of every HEAD."""
         self.random = random.Random(0)
 
     @property
@@ -69,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
         first, end = (int(match[1]), min(int(match[2]) + 1, size)) if match else (0, size)
         if body:
             self.server.requests.append((name, first, end))
+        else:
+            self.server.heads.append(name)
         if fault == "stall":
             time.sleep(self.server.stall_s)
         if fault == "reset":

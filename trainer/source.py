@@ -1,7 +1,7 @@
 """Training and validation data of a config, and what rank 0 does first."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from data.dataset import check_images, check_same_kind
 from data.debug import ensure_debug_assets
 from data.index import ImageTextIndex, open_index, open_validation_index
 from data.reader import ImageTextReader, SyntheticReader, validation_batches
+from data.store import Stamp
 
 from .cells import cells_of, micro_batch_rows
 from .checkpoint import CheckpointError
@@ -55,7 +56,7 @@ class Source:
         self._index: ImageTextIndex | None = None
         self.steps: int | None = None  # None: the data have no end
         if not config.data.synthetic:
-            self._index = first_on_rank_0(world, lambda: _open_index(config.data))
+            self._index = self._shared_index()
             self._check_length(self._index)
             self._check_kind(self._index)
         self.dataset = None if self._index is None else self._index.dataset  # of precomputed training shards
@@ -63,6 +64,19 @@ class Source:
             self.dataset.check_features(config.latent_size // config.model.patch_size, config.objective.repa_width)
         reader = self.reader(world.rank, world.size)
         self.batches, self.fingerprint = reader.batches, reader.fingerprint
+
+    def _shared_index(self, validation: bool = False) -> ImageTextIndex:
+        """The index of the training or the validation data. Rank 0 alone asks for each shard's size and version: else a
+        store would have to answer as often as there are shards and ranks."""
+        data, world = self._config.data, self._world
+        first = on_rank_0(world, lambda: _open_index(data, validation))
+        told: list[Any] = [None if first is None else (first.stamps, first.fingerprint)]
+        dist.broadcast_object_list(told, src=0, group=world.control)
+        stamps, fingerprint = told[0]
+        index = _open_index(data, validation, stamps) if first is None else first
+        if index.fingerprint != fingerprint:
+            raise DataError("data.shards hold other samples here than on rank 0: give every process the same files")
+        return index
 
     def _check_kind(self, index: ImageTextIndex) -> None:
         c = self._config
@@ -107,7 +121,7 @@ class Source:
         if self._config.data.val_shards is None:
             assert self._index is not None
             return self._index
-        index = first_on_rank_0(self._world, lambda: _open_index(self._config.data, validation=True))
+        index = self._shared_index(validation=True)
         self._check_kind(index)
         check_same_kind(self.dataset, index.dataset)
         return index
@@ -131,7 +145,7 @@ def is_debug(path: str) -> bool:
     return Path(path).is_relative_to(_DEBUG_ASSETS)
 
 
-def _open_index(data: DataConfig, validation: bool = False) -> ImageTextIndex:
+def _open_index(data: DataConfig, validation: bool = False, stamps: Sequence[Stamp] | None = None) -> ImageTextIndex:
     if any(is_debug(shards) for shards in (data.val_shards, *(s.shards for s in data.all_sources())) if shards):
         ensure_debug_assets()
-    return open_validation_index(data) if validation else open_index(data)
+    return open_validation_index(data, stamps) if validation else open_index(data, stamps)

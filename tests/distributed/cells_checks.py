@@ -1,4 +1,4 @@
-"""Runs over several cells, of every backbone, in one start: python -m tests.distributed.cells_checks FOLDER."""
+"""Runs over several cells, of every backbone, in one start: python -m tests.distributed.cells_checks FOLDER URL."""
 
 import sys
 from functools import partial
@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import trainer.build
 from data.encoders import load_text_encoder
 from trainer.build import build_run
 from trainer.config import load_config
 from trainer.frozen import FrozenParts, read_text_encoder
 from trainer.loop import train
+from trainer.parallel.memory import compile_units
 from trainer.parallel.mesh import World, init_world, world_size
 from trainer.source import on_rank_0
 
@@ -22,12 +24,22 @@ COMMON = (
     "train.checkpoint_every=0", "train.micro_batch_size=0.03125", "parallel.precision=fp64",
 )  # fmt: skip
 TEXT = ("data.text_lengths=[24,48]", "text_encoder.dropout=0.3")
+ZERO = ("parallel.engine=zero", "parallel.zero_stage=2", "parallel.precision=fp32")
+SHARES = {"train": 2, "more": 1}
 BACKBONES = {
     "mmdit_debug_mup.yaml": ("model.pos_embed_max_size=11", *TEXT),
     "pixart_debug_mup.yaml": ("model.micro_conditions=true", "model.width=96", "mup.base_width=48", *TEXT),
     "dit_debug_mup.yaml": (),
     "uvit_debug_mup.yaml": ("model.input_size=11",),
 }
+
+
+def sources(where: Path | str) -> tuple[str, ...]:
+    """Overrides: two sources in a folder, or below a URL."""
+    shards = [
+        f"{{shards: '{where}/{name}-000000.tar', weight: {weight}}}" for name, weight in (("train", 2), ("more", 1))
+    ]
+    return "data.shards=synthetic", f"data.sources=[{', '.join(shards)}]", f"data.val_shards={where}/more-000000.tar"
 
 
 def sharded_encoder_equals_a_whole_one(world: World) -> float:
@@ -53,8 +65,8 @@ def sharded_encoder_equals_a_whole_one(world: World) -> float:
 def run(world: World, folder: Path, name: str, config: str, steps: int, *more: str) -> None:
     """Train in folder/name, or go on there."""
     shards = folder / "shards" / "train-000000.tar"
-    settings = [f"data.shards={shards}", f"data.val_shards={shards}", f"train.steps={steps}", *COMMON, *more]
-    settings += [f"run.dir={folder}", f"run.name={name}", "run.allow_change=[train.steps]"]
+    settings = [f"data.shards={shards}", f"data.val_shards={shards}", f"train.steps={steps}", *COMMON]
+    settings += [f"run.dir={folder}", f"run.name={name}", "run.allow_change=[train.steps]", *more]
     job = build_run(load_config(config, [*settings, *BACKBONES[config]]), world)
     try:
         train(job)
@@ -63,19 +75,33 @@ def run(world: World, folder: Path, name: str, config: str, steps: int, *more: s
 
 
 if __name__ == "__main__":
-    path, size = Path(sys.argv[1]), world_size()
+    path, url, size = Path(sys.argv[1]), sys.argv[2], world_size()
     here = init_world(size)
     try:
         for backbone in BACKBONES:
             run(here, path, f"{backbone}-{size}", backbone, STEPS)
+        # One process reads files itself, two have reader processes for a web server.
+        remote = (*sources(url), "data.num_workers=2", f"data.index_cache={path}/index")
+        run(
+            here,
+            path,
+            f"sources-{size}",
+            "mmdit_debug_mup.yaml",
+            STEPS,
+            *(remote if size > 1 else sources(path / "shards")),
+        )
         # Begun in one process, ended by two.
         run(here, path, "resumed", "mmdit_debug_mup.yaml", STEPS if size > 1 else STEPS // 2)
         if size > 1:
             run(here, path, "sharded", "mmdit_debug_mup.yaml", STEPS, "text_encoder.shard=true")
             difference = sharded_encoder_equals_a_whole_one(here)
             (path / f"difference-{here.rank}").write_text(repr(difference))
+            run(here, path, "zero", "mmdit_debug_mup.yaml", STEPS, *ZERO)
         else:
             FrozenParts.ahead = lambda self, batches: batches
             run(here, path, "not_ahead", "mmdit_debug_mup.yaml", STEPS)
+            # Without code generation, which takes long: graphs and shapes are what is looked at.
+            trainer.build.compile_units = partial(compile_units, backend="eager")
+            run(here, path, "compile", "mmdit_debug_mup.yaml", STEPS, "parallel.compile=true")
     finally:
         dist.destroy_process_group()

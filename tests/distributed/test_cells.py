@@ -11,18 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.shard_index import load_index
+from data.store import open_shards
 from data.write import write_shards
+from launch import data_order
 from launch.common import kill_tree
+from tests.servers import serve
 from trainer.metrics import read_metrics
 
-from .cells_checks import BACKBONES, COMMON, STEPS, TEXT
+from .cells_checks import BACKBONES, COMMON, STEPS, TEXT, sources
 from .runs import ROOT, assert_close, environment, exact
 
 SIZES = ((44, 24), (36, 28), (40, 40), (28, 36), (26, 50))  # width, height of images, a bucket each
 BUCKETS = {(24, 44), (28, 36), (32, 32), (36, 28), (44, 24)}  # height, width of cells at resolution 32
 
 
-def draw_shards(folder: Path, count: int = 160) -> None:
+def draw_shards(folder: Path, name: str, count: int) -> None:
     """Images of all sizes with short and long captions, in an order by chance."""
     rng = np.random.default_rng(0)
 
@@ -33,7 +37,7 @@ def draw_shards(folder: Path, count: int = 160) -> None:
             Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(buffer, "PNG")
             yield f"{i:04d}", buffer.getvalue(), "png", f"picture {i}" + " of many words" * int(rng.integers(2)), i % 24
 
-    write_shards(samples(), folder / "train", count)
+    write_shards(samples(), folder / name, count)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -64,9 +68,16 @@ def start(processes: int, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cells")
-    draw_shards(path / "shards")
-    for processes in (1, 2):
-        start(processes, "-m", "tests.distributed.cells_checks", str(path))
+    draw_shards(path / "shards", "train", 160)
+    draw_shards(path / "shards", "more", 80)
+    start(1, "-m", "tests.distributed.cells_checks", str(path), "no URL")
+    with serve(path / "shards") as server:
+        shards = open_shards(f"{server.url}/{{train,more}}-000000.tar")
+        for shard in shards:
+            load_index(shard, path / "index")
+        server.heads.clear()
+        start(2, "-m", "tests.distributed.cells_checks", str(path), server.url)
+        (path / "heads").write_text("\n".join(server.heads))
     return path
 
 
@@ -94,15 +105,47 @@ def test_encoding_ahead_changes_no_bit(folder: Path) -> None:
     assert exact(ahead) == exact(not_ahead)
 
 
-def test_data_order_shows_the_cell_of_a_step(folder: Path) -> None:
-    shards = folder / "shards" / "train-000000.tar"
-    settings = [*COMMON, *TEXT, f"data.shards={shards}", "model.pos_embed_max_size=11"]
-    parts = []
-    for world, first in ((1, 0), (3, 5)):
-        arguments = ["--world-size", str(world), "--from-step", str(first), "--to-step", "24"]
-        output = start(1, "launch/data_order.py", "--config", "mmdit_debug_mup.yaml", *arguments, *settings)
-        parts.append([json.loads(line) for line in output.splitlines() if line.startswith("{")])
-    whole, later = parts
-    assert whole[5:] == later
+def test_several_sources_behind_a_web_server(folder: Path) -> None:
+    """Reader processes of two ranks against files in one process. Rank 0 alone asks for sizes and versions, once for
+    training and once for validation."""
+    assert_close(read_metrics(folder / "sources-2"), read_metrics(folder / "sources-1"), 1e-9)
+    assert losses(folder / "sources-1") != losses(folder / "mmdit_debug_mup.yaml-1")
+    asked = (folder / "heads").read_text().split()
+    assert sorted(asked) == ["/more-000000.tar", "/more-000000.tar", "/train-000000.tar"]
+
+
+def test_compiled_blocks_train_alike(folder: Path) -> None:
+    assert_close(read_metrics(folder / "compile"), read_metrics(folder / "mmdit_debug_mup.yaml-1"), 1e-9)
+
+
+def test_the_zero_engine_trains_alike(folder: Path) -> None:
+    """In fp32, so only nearly."""
+    found, wanted = (losses(folder / name) for name in ("zero", "mmdit_debug_mup.yaml-2"))
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def order(capsys: pytest.CaptureFixture[str], world: int, first: int, *settings: str) -> list[dict[str, Any]]:
+    """What launch/data_order.py prints, up to step 24."""
+    arguments = ["--config", "mmdit_debug_mup.yaml", "--world-size", str(world), "--from-step", str(first)]
+    arguments += ["--to-step", "24", *COMMON, *TEXT, "model.pos_embed_max_size=11", *settings]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["data_order.py", *arguments])
+        data_order.main()
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+
+def test_data_order_shows_the_cell_of_a_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = f"data.shards={folder}/shards/train-000000.tar"
+    whole = order(capsys, 1, 0, shards)
+    assert whole[5:] == order(capsys, 3, 5, shards)
     assert {(line["cell"]["height"], line["cell"]["width"]) for line in whole} == BUCKETS
     assert {line["cell"]["text_length"] for line in whole} == {24, 48}
+
+
+def test_data_order_of_several_sources_behind_a_web_server(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = order(capsys, 1, 0, *sources(folder / "shards"))
+    assert {key.partition("-")[0] for line in whole for key in line["keys"]} == {"train", "more"}
+    with serve(folder / "shards") as server:
+        remote = (*sources(server.url), f"data.index_cache={folder}/index", "data.num_workers=0")
+        for world, first in ((2, 0), (6, 13)):
+            assert order(capsys, world, first, *remote) == whole[first:]

@@ -16,22 +16,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
-from data.config import DataConfig, DataError, SourceConfig
+from data.buckets import CellOrder, StepCell
+from data.config import Cell, DataConfig, DataError, SourceConfig
 from data.images import SampleError, decode_image, image_size
 from data.index import ABSENT, ROW, ImageTextIndex, open_index
-from data.order import Order
+from data.order import Part
 from data.reader import ImageTextReader
 from data.shard_index import load_index
 from data.write import write_shards
+from tests.fuzz import fuzz
 from tests.unit.test_data_index import png, write_tar
 
-FUZZ = settings(max_examples=150, deadline=2000, derandomize=True, database=None)
+FUZZ = fuzz(150, deadline=2000)
 
 
 def read_all(path: Path) -> dict[str, str | None]:
@@ -233,7 +235,8 @@ def test_sources_have_captions_of_their_own(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- memory of an index
 
 
-def test_memory_of_a_large_index(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cells", [1, 2])
+def test_memory_of_a_large_index(tmp_path: Path, cells: int) -> None:
     """Ten bytes a sample are allowed for all processes of a machine; a process holds the order of the chunks alone."""
     shards, each, processes = 200, 11_000, 32  # a fifth of SA-1B; 8 ranks with 3 workers
     folder = tmp_path / "index"
@@ -245,11 +248,14 @@ def test_memory_of_a_large_index(tmp_path: Path) -> None:
     (folder / "set.json").write_text(
         json.dumps({"shard_sizes": [each] * shards, "fingerprint": "x", "precomputed": False})
     )
-    tracemalloc.start()
     index = object.__new__(ImageTextIndex)
     index._open(folder)
-    order = Order(0, index.shard_sizes, 2048, None)
-    queues = order.queues(40, range(8))
+    index.parts = [Part(shards, 1.0)]
+    lengths = [Cell(256, 256, 64 << i) for i in range(cells)]
+    CellOrder(0, index, lengths, 2048, None, 1.0)  # of the process that comes first, and makes the files
+    tracemalloc.start()
+    order = CellOrder(0, index, lengths, 2048, None, 1.0)
+    queues = order.queues(StepCell(0, 40), range(8))
     for _ in range(30):
         for queue in queues:
             run = next(queue)
@@ -257,6 +263,23 @@ def test_memory_of_a_large_index(tmp_path: Path) -> None:
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert held * processes / len(index) < 10, f"{held} bytes a process"
+
+
+def test_what_is_kept_beside_an_index_is_made_once(tmp_path: Path) -> None:
+    [path] = write_shards([("a", png(), "png", "x")], tmp_path / "t", 1)
+    made = []
+
+    def make() -> np.ndarray:
+        made.append(1)
+        return np.arange(3)
+
+    for _ in range(2):
+        assert ImageTextIndex([path], tmp_path / "cache").kept("three", make).tolist() == [0, 1, 2]
+    assert len(made) == 1
+    unnamed = ImageTextIndex([path])
+    assert [unnamed.kept("three", make).tolist() for _ in range(2)] == [[0, 1, 2]] * 2
+    assert len(made) == 3
+    assert not unnamed._packed.exists()
 
 
 def test_index_of_a_shard_is_small(tmp_path: Path) -> None:

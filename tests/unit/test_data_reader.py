@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data.reader
 from data.batch import Batch
 from data.config import AutoencoderConfig, DataConfig, DataError, TextEncoderConfig
 from data.images import SampleError, decode_image, image_size
@@ -68,6 +71,40 @@ def test_batches_do_not_depend_on_world_size_micro_batch_or_workers(index: Image
         parts = [take(reader(index, r, world, micro), 0, 12) for r in range(world)]
         assert [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)] == whole
     assert take(reader(index, workers=2, micro=4), 0, 12) == whole
+
+
+class WorkersInTurn:
+    """Does what a DataLoader does with its workers, here: what they are told and what they read is the same."""
+
+    def __init__(self, dataset: Any, num_workers: int, **_: Any) -> None:
+        self._dataset, self._workers = dataset, num_workers
+
+    def __iter__(self) -> Iterator[Batch]:
+        infos = [SimpleNamespace(id=i, num_workers=self._workers) for i in range(self._workers)] or [None]
+        workers = []
+        for info in infos:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(data.reader, "get_worker_info", lambda info=info: info)
+                worker = iter(self._dataset)
+                workers.append(chain([next(worker)], worker))  # it looks at its number when it begins
+        while True:
+            yield from map(next, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_keys_of_each_step_at_any_world_size_before_and_after_a_resume_at_another(
+    index: ImageTextIndex, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.reader, "DataLoader", WorkersInTurn)
+
+    def keys(world: int, first: int, count: int) -> list[list[object]]:
+        ranks = [take(reader(index, rank, world, workers=workers), first, count) for rank in range(world)]
+        return [[row[:2] for row in chain.from_iterable(step)] for step in zip(*ranks, strict=True)]
+
+    whole = [[row[:2] for row in step] for step in take(reader(index), 0, 20)]
+    worlds = (1, 2, 3, 4, 6)
+    for world, other in zip(worlds, (*worlds[1:], 1), strict=True):
+        assert keys(world, 0, 9) + keys(other, 9, 11) == whole, (world, other)
 
 
 def test_a_resumed_reader_goes_on_where_it_was(index: ImageTextIndex) -> None:

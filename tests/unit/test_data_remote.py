@@ -23,7 +23,7 @@ from data.config import DataConfig, DataError, SourceConfig
 from data.fetch import _spans
 from data.index import ImageTextIndex, open_index, open_shards
 from data.reader import ImageTextReader
-from data.shard_index import load_index
+from data.shard_index import index_path, load_index
 from data.store import Patience, Remote
 from data.write import write_shards
 from tests.servers import Server, serve
@@ -102,6 +102,7 @@ def test_a_bad_server_costs_time_only(folder: Path, local: Any) -> None:
         server.faulty = 0.3
         assert take(index, 0, 12, settings(timeout_s=0.3, retries=9)) == local[:12]
         assert take(index, 0, 12, settings(timeout_s=0.3, retries=9, num_workers=2)) == local[:12]
+        assert take(index, 0, 12, settings(timeout_s=0.3, retries=0)) != local[:12], "it is not as bad as it should be"
 
 
 @pytest.mark.parametrize(
@@ -253,10 +254,43 @@ def test_s3(s3: str, local: Any, spec: str, tmp_path: Path) -> None:
 
 
 def test_neighbours_are_read_together() -> None:
+    def spans(*ranges: tuple[int, int]) -> list[tuple[int, int]]:
+        return _spans(*np.array(ranges).T)
+
     mib = 1 << 20
-    assert _spans([(200, 10), (0, 100)]) == [(0, 210)]
-    assert _spans([(mib, 10), (0, 100)]) == [(0, 100), (mib, mib + 10)]
-    assert _spans([(i * mib, mib) for i in range(100)]) == [(0, 64 * mib), (64 * mib, 100 * mib)]
+    assert spans((200, 10), (0, 100)) == [(0, 210)]
+    assert spans((mib, 10), (0, 100)) == [(0, 100), (mib, mib + 10)]
+    assert spans(*((i * mib, mib) for i in range(100))) == [(0, 64 * mib), (64 * mib, 100 * mib)]
+
+
+def test_the_cache_keeps_versions_apart(folder: Path, local: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    cached = settings(cache_dir=str(tmp_path / "blocks"))
+    with serve(copy) as server:
+        before = remote_index(server)
+        assert take(before, 0, 40, cached) == local
+        shutil.copy(folder / "train-000001.tar", copy / "train-000000.tar")
+        index = remote_index(server)
+        now = take(index, 0, 40, settings())
+        assert now != local
+        assert take(index, 0, 40, cached) == now
+        index.stamps = before.stamps  # a cache that does not look at the version
+        assert take(index, 0, 40, cached) != now
+
+
+def test_a_shard_that_changes_while_it_is_indexed_is_named(folder: Path, tmp_path: Path) -> None:
+    """Or one that is another file here than where its stamp comes from: rows of one file would describe another."""
+    path = tmp_path / "train-000000.tar"
+    shutil.copy(folder / path.name, path)
+    known = ImageTextIndex([path]).stamps
+    assert ImageTextIndex([path], stamps=known).stamps == known
+    index_path(path).unlink()
+    shutil.copy(folder / "train-000001.tar", path)
+    with pytest.raises(DataError, match=r"train-000000\.tar has changed since the start"):
+        ImageTextIndex([path], stamps=known)
+    with pytest.raises(DataError, match="finds 2 shards and rank 0 1"):
+        ImageTextIndex([path, path], stamps=known)
 
 
 def test_the_cache_is_bounded_and_drops_what_was_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

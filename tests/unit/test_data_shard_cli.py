@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.index import ImageTextIndex, open_shards
 from data.palette import PALETTE
-from data.shard_index import index_path
+from data.shard_index import index_path, load_index
 from launch import demo_data, shard
 from tests.unit.test_data_index import png, write_tar
 
@@ -116,14 +116,28 @@ def test_bad_input_is_one_message_and_writes_nothing(
 
 
 def test_exit_codes(folder: Path, tmp_path: Path) -> None:
-    result = call("--images", tmp_path / "gone", "--output", tmp_path / "train")
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert "there is no such folder" in result.stderr
-    assert "Traceback" not in result.stderr
     result = call("--images", folder, "--output", tmp_path / "train")
     assert result.returncode == 0
     assert "2 samples" in result.stdout
+
+
+def test_shards_are_indexed_by_several_processes(tmp_path: Path) -> None:
+    """One that cannot be read ends none of the others, and is named."""
+    paths = [write_tar(tmp_path / f"s{i}.tar", {f"{i}.png": png(), f"{i}.txt": b"x"}) for i in range(5)]
+    (tmp_path / "s3.tar").write_bytes(b"no tar" * 1000)
+    result = call("index", tmp_path, "--workers", 2)
+    assert result.returncode == 2
+    assert "1 of 5 shards have no index; the first:" in result.stderr
+    assert "s3.tar" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == [
+        "error" if i == 3 else str(path) for i, path in enumerate(paths)
+    ]
+    for i in (0, 1, 2, 4):
+        before = index_path(paths[i]).read_bytes()
+        table = load_index(paths[i], rebuild=True).table
+        assert table.column("key").to_pylist() == [str(i)]
+        assert index_path(paths[i]).read_bytes() == before
 
 
 def test_demo_captions_read_like_english() -> None:
