@@ -146,6 +146,6 @@ def test_data_order_of_several_sources_behind_a_web_server(folder: Path, capsys:
     whole = order(capsys, 1, 0, *sources(folder / "shards"))
     assert {key.partition("-")[0] for line in whole for key in line["keys"]} == {"train", "more"}
     with serve(folder / "shards") as server:
-        remote = (*sources(server.url), f"data.index_cache={folder}/index", "data.num_workers=0")
+        remote = (*sources(server.url), f"data.index_cache={folder}/index")
         for world, first in ((2, 0), (6, 13)):
             assert order(capsys, world, first, *remote) == whole[first:]

@@ -280,7 +280,7 @@ def test_commands_of_the_data_page(tmp_path: Path) -> None:
         for path in sa:
             tar.add(path, path.name)
     training = (
-        *("train.steps=2", "train.validate_every=2", "train.sample_every=0", "data.val_shards=null"),
+        *("train.steps=3", "train.validate_every=3", "train.sample_every=0", "data.val_shards=null"),
         *("validation.samples=4", f"run.dir={tmp_path}"),
     )
     vae = f"autoencoder={{path: {small_autoencoder(tmp_path / 'vae')}, channels: 4, downsample: 2}}"
