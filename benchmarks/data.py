@@ -36,6 +36,7 @@ from data.buckets import CellOrder
 from data.config import Cell, DataConfig
 from data.dataset import DATASET, EMPTY_CAPTION, LAYOUT, npy
 from data.index import ImageTextIndex, open_index
+from data.order import MAX_CHUNK
 from data.reader import ImageTextReader
 from data.shard_index import _cached_path, index_path, load_index
 from data.store import Remote
@@ -197,8 +198,10 @@ def index_memory(shards: str, cache: str) -> None:
         tracemalloc.start()
         index = open_index(cfg)
         order = CellOrder(0, index, cells, 2048, None, 1.0)
-        for queue in order.queues(order.at(0), range(64)):
-            index.rows(*next(queue))
+        queues = order.queues(order.at(0), range(64))
+        into_third_epoch = 2 * len(index) // (MAX_CHUNK * 2048) + 2  # chunks of a slot: then three epochs are held
+        for run in itertools.chain(map(next, queues), itertools.islice(queues[0], into_third_epoch)):
+            index.rows(*run)
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         found[f"cells_{len(cells)}"] = held / len(index)

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,6 @@ class _Threads:
     """Daemon threads that do what is put in a queue, in order: a server that hangs holds up no exit."""
 
     def __init__(self) -> None:
-        self.process = os.getpid()
         self._queue: queue.SimpleQueue[tuple[Future[bytes], Callable[[], bytes]]] = queue.SimpleQueue()
         for _ in range(_THREADS):
             threading.Thread(target=self._work, daemon=True).start()
@@ -73,6 +72,12 @@ class _Threads:
         future: Future[bytes] = Future()
         self._queue.put((future, work))
         return future
+
+
+@lru_cache(maxsize=1)
+def _threads_of(process: int) -> _Threads:
+    """The threads of this process; a fork has none of its parent's."""
+    return _Threads()
 
 
 class _LocalFiles:
@@ -128,7 +133,6 @@ class SampleFiles:
         self._budget = cfg.prefetch_mib << 20
         self._local = _LocalFiles(index.paths)
         self._cache = BlockCache(Path(cfg.cache_dir), int(cfg.cache_gib * 2**30)) if cfg.cache_dir else None
-        self._threads: _Threads | None = None
 
     def sample(self, shard: int, sample: int) -> Raw:
         """One sample, read when it is used."""
@@ -193,10 +197,9 @@ class SampleFiles:
 
     def _remote_part(self, shard: int, rows: np.ndarray, spans: Sequence[tuple[int, int]]) -> list[Raw | None]:
         """Samples whose bytes are on their way."""
-        if self._threads is None or self._threads.process != os.getpid():
-            self._threads = _Threads()
+        threads = _threads_of(os.getpid())
         starts = np.array([start for start, _ in spans])
-        futures = [self._threads.submit(lambda s=s, e=e: self._fetch(shard, s, e)) for s, e in spans]
+        futures = [threads.submit(lambda s=s, e=e: self._fetch(shard, s, e)) for s, e in spans]
 
         def read(offset: int, size: int) -> bytes:
             at = int(np.searchsorted(starts, offset, side="right")) - 1

@@ -8,6 +8,7 @@ python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-s
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def main() -> int:
     if size < 1 or not 0 <= first <= last:
         parser.error("needs --world-size of at least 1 and 0 <= --from-step <= --to-step")
     config = load_config(arguments.config, arguments.overrides)
+    # All ranks read in this process: it starts no reader processes for each, and holds the bytes of one rank.
+    data = dataclasses.replace(config.data, num_workers=0, prefetch_mib=max(1, config.data.prefetch_mib // size))
+    config = config.model_copy(update={"data": data})
     resolved = resolve(config, size)
     jumps, step = jumps_of(Path(config.run.dir) / str(config.run.name)), first
     world = init_world(1)

@@ -191,8 +191,10 @@ def index_shards(specs: list[str], workers: int, cache: Path) -> None:
     failed = []
     with contextlib.ExitStack() as stack:
         apply = map
-        if workers > 1:  # spawned, not forked: the listing of URLs may have left threads here
-            processes = ProcessPoolExecutor(min(workers, len(shards)), get_context("spawn"))
+        if workers > 1:  # forked from a server, not from here, where the listing of URLs may have left threads
+            context = get_context("forkserver")
+            context.set_forkserver_preload(["launch.shard"])  # the imports once, not in each of them
+            processes = ProcessPoolExecutor(min(workers, len(shards)), context)
             apply = stack.enter_context(processes).map
         for line in apply(_index_shard, shards, [cache] * len(shards)):
             if line.startswith("error: "):

@@ -96,12 +96,12 @@ if __name__ == "__main__":
             run(here, path, "sharded", "mmdit_debug_mup.yaml", STEPS, "text_encoder.shard=true")
             difference = sharded_encoder_equals_a_whole_one(here)
             (path / f"difference-{here.rank}").write_text(repr(difference))
-            run(here, path, "zero", "mmdit_debug_mup.yaml", STEPS, *ZERO)
+            run(here, path, "zero", "mmdit_debug_mup.yaml", STEPS // 2, *ZERO)
         else:
             FrozenParts.ahead = lambda self, batches: batches
             run(here, path, "not_ahead", "mmdit_debug_mup.yaml", STEPS)
             # Without code generation, which takes long: graphs and shapes are what is looked at.
             trainer.build.compile_units = partial(compile_units, backend="eager")
-            run(here, path, "compile", "mmdit_debug_mup.yaml", STEPS, "parallel.compile=true")
+            run(here, path, "compile", "mmdit_debug_mup.yaml", STEPS // 2, "parallel.compile=true")
     finally:
         dist.destroy_process_group()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import data.order
 from data.config import DataError
 from data.order import END_OF_DATA, Order, Part, mix, position_keys, slots_of, uniforms
 from tests.fuzz import FACTOR, fuzz
@@ -54,12 +55,16 @@ def test_the_world_size_only_deals_slots(world: int) -> None:
 
 
 @pytest.mark.parametrize(("sizes", "batch"), [(SIZES, 8), ([64 * 40], 4), ([5], 16), ([1000, 7], 3)])
-def test_seeking_equals_replaying(sizes: list[int], batch: int) -> None:
+def test_seeking_equals_replaying(sizes: list[int], batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     order = Order(3, sizes, batch, None)
     whole = read(order, 0, 600, range(batch))
     for first in (1, 17, 63, 64, 65, 333, 599):
         again = read(Order(3, sizes, batch, None), first, 100, range(batch))
         assert again[: 600 - first] == whole[first : first + 100]
+    with monkeypatch.context() as patch:
+        patch.setattr(data.order, "SEEK_BLOCK", 1)  # an epoch at a time, as with sets that are larger than a block
+        for first in (17, 333, 550):
+            assert read(Order(3, sizes, batch, None), first, 50, range(batch)) == whole[first : first + 50]
     once = read(Order(3, sizes, batch, 1), 0, 600, range(batch))
     assert read(Order(3, sizes, batch, 1), 450, 150, range(batch)) == once[450:]
 

@@ -313,6 +313,7 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used(tmp_path: Path, monkey
     assert sum(p.stat().st_size for p in tmp_path.glob("*/*")) <= 2000
     assert blocks.read("a", 5000, 5050, 5050, fetch) == content[5000:]
     assert blocks.read("b", 100, 200, 5050, lambda *_: b"short") == b"short"
+    assert not [p for p in tmp_path.glob("*/*") if p.stat().st_size == len(b"short")], "a server's fault is not kept"
     block = next(p for p in tmp_path.glob("*/*"))
     block.write_bytes(b"")  # a disk that was full
     again = BlockCache(tmp_path, 2000)
