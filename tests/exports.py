@@ -19,9 +19,12 @@ from trainer.mup.apply import apply_multipliers
 FOLDED = ("model.width=96", "mup.base_width=32", "model.depth=3", "mup.base_depth=2", "mup.output_multiplier=1.7")
 
 
+# As its twin of diffusers embeds time.
+OWN = {"dit": ("model.time_freq_shift=1",)}
+
+
 def config_of(kind: str, *overrides: str) -> TrainConfig:
-    own = {"dit": ("model.time_freq_shift=1",)}.get(kind, ())
-    return load_config(f"{kind}_debug_mup.yaml", [*own, *overrides])
+    return load_config(f"{kind}_debug_mup.yaml", [*OWN.get(kind, ()), *overrides])
 
 
 def random_checkpoint(

@@ -83,7 +83,7 @@ class FrozenParts:
         if dataset is not None:
             for part, fingerprint in self._loaded_fingerprints().items():
                 dataset.check_encoder(part, fingerprint)
-            self._feature_encoder = None
+            self._feature_encoder = None  # the features come with the data
         self._ahead = Ahead(world.device, in_thread="cpu" in (world.device.type, config.text_encoder.device))
         self._begun: dict[int, tuple[Batch, Callable[[], Encoded]]] = {}  # by id; the batch is kept, so ids are its own
         self._encodes = own

@@ -15,10 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launch import export
+from launch.export_folder import twin_config
 from models.layers import ClassCondition, SizedTextCondition, TextCondition
+from models.registry import build_model
 from tests.backbones import relative
-from tests.exports import FOLDED, config_of, load_exactly, random_checkpoint, run_export
+from tests.distributed.runs import weights
+from tests.exports import FOLDED, OWN, config_of, load_exactly, random_checkpoint, run_export
+from trainer.build import build_mup_table
 from trainer.config import TrainConfig
+from trainer.mup.apply import apply_multipliers
 
 MICRO = (
     "model.width=144",
@@ -94,6 +99,32 @@ def test_twins_of_diffusers(
     name: str, dtype: torch.dtype, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert difference(name, tmp_path, monkeypatch, dtype) <= tolerance
+
+
+TWINS = {"mmdit": SD3Transformer2DModel, "pixart": PixArtTransformer2DModel, "dit": DiTTransformer2DModel}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", COMPARED)
+def test_diffusers_own_weights_come_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that diffusers made and saved, with random numbers everywhere, in ours after --import."""
+    compare, kind, overrides = COMPARED[name]
+    config, folder = config_of(kind, *FOLDED, *overrides), tmp_path / "theirs" / "transformer"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        twin = TWINS[kind](**twin_config(config))
+        for parameter in twin.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    if kind == "dit":  # whose copies of the embedders in every block are one in published weights
+        for block in twin.transformer_blocks[1:]:
+            block.norm1.emb.load_state_dict(twin.transformer_blocks[0].norm1.emb.state_dict())
+    twin.save_pretrained(folder)
+    arguments = ("--config", f"{kind}_debug_mup.yaml", "--output", tmp_path / "ours", *OWN.get(kind, ()))
+    run_export(monkeypatch, "--import", tmp_path / "theirs", *arguments, *FOLDED, *overrides)
+    model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
+    apply_multipliers(model, build_mup_table(config))
+    model.load_state_dict(weights(tmp_path / "ours"))
+    assert compare(folder, model.eval(), torch.float32) <= 1e-5
 
 
 def without_multiplier(table: Any, name: str) -> float:

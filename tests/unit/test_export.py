@@ -126,11 +126,29 @@ def test_every_backbone_has_its_forms() -> None:
         assert all((kind, form) in LAYOUTS for form in open_forms)
 
 
-def test_the_projector_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repa = ("objective.repa_weight=0.5", "objective.repa_layer=1", "objective.repa_encoder=.cache/debug/dinov2")
-    ours = exported(tmp_path, monkeypatch, config_of("mmdit", *FOLDED, *repa, "objective.repa_hidden=8"))
+@pytest.mark.parametrize(
+    ("kind", "form", "overrides"),
+    [
+        ("mmdit", "diffusers", ()),
+        ("pixart", "diffusers", ()),
+        ("dit", "diffusers", ()),
+        ("dit", "official", ("model.time_freq_shift=0",)),
+    ],
+)
+def test_the_projector_stays_behind(
+    kind: str, form: Any, overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is what a model without REPA gives: no name more or less, and the same numbers."""
+    repa = ("objective.repa_weight=0.5", "objective.repa_layer=1", "objective.repa_hidden=8")
+    plain = config_of(kind, *FOLDED, *overrides)
+    ours = exported(tmp_path, monkeypatch, config_of(kind, *FOLDED, *overrides, *repa), "--format", form)
     assert "projector.fc1.weight" in ours
-    load_exactly(SD3Transformer2DModel, tmp_path / "to" / "transformer", torch.float32)
+    folder = tmp_path / "to" if form == "official" else tmp_path / "to" / "transformer"
+    [file] = folder.glob("*.safetensors")
+    written = load_file(file)
+    expected = published(plain, form, {name: t for name, t in ours.items() if not name.startswith("projector.")})
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
 # ------------------------------------------------------------------------------------------ the other way, by any names

@@ -42,9 +42,12 @@ def _compiler() -> Iterator[None]:
 
 
 def build(kind: str, *more: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[nn.Module]]:
-    """A debug model of 4 blocks (U-ViT: 2 and 1 and 2) with no weight at zero, and its units."""
-    config = load_config(f"{kind}_debug_mup.yaml", ["text_encoder.width=16", "model.depth=4", *more])
-    model, table = build_model(config.model, 3, 16), build_mup_table(config)
+    """A debug model of 4 blocks (U-ViT: 2 and 1 and 2) with no weight at zero, and its units; with REPA's projector
+    where the backbone can have it."""
+    repa = ["objective.repa_weight=1", "objective.repa_layer=1"] if kind != "uvit" else []
+    repa += ["objective.repa_width=16", "objective.repa_hidden=24"]
+    config = load_config(f"{kind}_debug_mup.yaml", ["text_encoder.width=16", "model.depth=4", *repa, *more])
+    model, table = build_model(config.model, 3, 16, config.projector), build_mup_table(config)
     apply_multipliers(model, table)
     init_parameters(model, table, 0)
     generator = torch.Generator().manual_seed(0)

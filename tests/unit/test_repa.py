@@ -1,5 +1,7 @@
 """Representation alignment: its loss, the encoder's features, what a run logs, keeps and leaves behind."""
 
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +16,11 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from data.config import DataError
 from data.debug import ensure_debug_assets
 from data.encoders import load_feature_encoder
+from launch import sample
 from models.configs import ProjectorConfig
 from models.flops import forward_flops
 from tests.backbones import CHANNELS, TEXT_WIDTH, condition_of, image
+from tests.distributed.runs import exact
 from tests.mup.cases import REPA_CASES
 from trainer.build import build_run
 from trainer.checkpoint import find_checkpoint
@@ -175,11 +179,32 @@ def test_a_run_aligns_and_another_takes_over_all_but_the_projector(kind: str, tm
     assert all("repa_loss" not in record for record in records if record["step"] == 0)
     source = find_checkpoint(tmp_path / "a")
     for name, keys in (("b", ()), ("c", (*REPA, "objective.repa_hidden=40"))):
-        _, start, _ = trained(configured(kind, tmp_path, *keys, f"run.init_from={source}", f"run.name={name}"))
+        with built(configured(kind, tmp_path, *keys, f"run.init_from={source}", f"run.name={name}")) as run:
+            start = {parameter: run.engine.full(parameter).clone() for parameter in run.engine.master_shards()}
         assert any(n.startswith("projector.") for n in start) == bool(keys)
         for parameter, value in start.items():
             if not parameter.startswith("projector."):
                 assert torch.equal(value, weights[parameter]), parameter
+
+
+def test_a_resume_is_exact_also_with_checkpointed_activations_and_can_be_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint in the middle of a run; the encoder is not needed for images."""
+    keys = (*REPA, "train.checkpoint_every=2", "train.sample_every=0")
+    records, _, weights = trained(configured("mmdit", tmp_path, *keys, "run.name=whole"))
+    for mode in ("none", "selective", "full"):
+        shutil.copytree(tmp_path / "whole", tmp_path / mode)
+        shutil.rmtree(tmp_path / mode / "checkpoints" / "step_00000004")
+        more = (f"run.name={mode}", f"parallel.activation_checkpointing={mode}")
+        resumed, start, end = trained(configured("mmdit", tmp_path, *keys, *more))
+        assert exact(resumed) == exact(records), mode
+        assert all(torch.equal(end[name], weights[name]) for name in weights), mode
+        assert not torch.equal(start["projector.fc1.weight"], end["projector.fc1.weight"])
+    command = ["sample.py", "--checkpoint", tmp_path / "full", "--prompt", "a cross", "--output", tmp_path / "a.png"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "sample.steps=2", "objective.repa_encoder=nowhere"])
+    assert sample.main() == 0
+    assert (tmp_path / "a.png").stat().st_size > 100
 
 
 def test_the_term_is_trained_and_not_logged_as_the_loss(tmp_path: Path) -> None:
