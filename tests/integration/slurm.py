@@ -88,6 +88,15 @@ class Slurm:
             time.sleep(0.3)
         return job
 
+    def gone(self, number: int, timeout_s: float = 180.0) -> bool:
+        """Whether a job, or every task of an array, has ended within so many seconds."""
+        deadline = time.monotonic() + timeout_s
+        while self.run("squeue", "--noheader", f"--jobs={number}").strip():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.3)
+        return True
+
     def logs(self) -> str:
         return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("slurm*.log")))
 
