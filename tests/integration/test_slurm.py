@@ -85,7 +85,7 @@ def test_preempted_requeued_resumed_finished(
         said = log.read_text() if log.is_file() else "no log"
         with capsys.disabled():
             print("\n".join(["", *(line for line in said.splitlines() if "job " in line or "resum" in line)]))
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), said
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), f"{said}\n{cluster.logs()}"
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     assert f"resuming {folder}/checkpoints/step_{stopped['step']:08d}" in said
     meta = json.loads((folder / "checkpoints" / "step_00000030" / "meta.json").read_text())
@@ -128,7 +128,7 @@ def test_a_mistake_is_not_repeated(cluster: Slurm, tmp_path: Path) -> None:
 VALUES = {
     "--config": "mmdit_debug_mup.yaml", "--to": "mmdit_debug_mup.yaml", "--gpus": "2", "--nodes": "1",
     "--ntasks-per-node": "2", "--gpus-per-node": "1", "--partition": slurm.PARTITION, "--time": "00:10:00",
-    "--widths": "32,64,128", "--steps": "4", "--processes": "1", "--array": "2", "--study": "{page}/searched",
+    "--widths": "64,128,256", "--steps": "4", "--processes": "1", "--array": "2", "--study": "{page}/searched",
     "--output": "{page}/found.yaml",
 }  # fmt: skip
 OVERRIDES = (
@@ -193,7 +193,7 @@ def test_commands_of_the_page(cluster: Slurm, page: Path, line: str) -> None:
     elif name == "ladder":
         found = json.loads((page / "mmdit_debug_mup_ladder" / "ladder.json").read_text())
         assert found["passed"] is True
-        assert list(found["val_loss"]) == ["32", "64", "128"]
+        assert list(found["val_loss"]) == ["64", "128", "256"]
         assert (page / "mmdit_debug_mup_ladder" / "ladder.png").stat().st_size > 1000
     elif name == "preflight":
         assert "all-reduce" in done.stdout
