@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -173,20 +174,32 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("line", COMMANDS, ids=command_name)
-def test_commands_of_the_page(cluster: Slurm, page: Path, line: str) -> None:
+def test_commands_of_the_page(
+    cluster: Slurm, page: Path, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words, name = shlex.split(line), command_name(line)
     command = [
         "{page}/search.yaml" if word.startswith("search/") else VALUES.get(option, word)
         for option, word in zip(["", *words], words, strict=False)
     ]
-    command = [sys.executable if word == "python" else word.replace("18b", "debug") for word in command]
+    command = [word.replace("18b", "debug") for word in command]
     command = [word.replace("{page}", str(page)) for word in (*command, *ADDED.get(name, OVERRIDES))]
-    if command[0] == "sbatch":
-        command[1:1] = ["--parsable", f"--output={page}/%j.out"]
-    done = subprocess.run(command, cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for key, value in variables(cluster).items():
+        monkeypatch.setenv(key, value)
+    if command[0] == "python":  # in this process, which has imported torch already
+        monkeypatch.setattr(sys, "argv", command[1:])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(command[1], run_name="__main__")
+        said, complaints = capsys.readouterr()
+        assert ended.value.code == 0, said + complaints
+    else:
+        added = {"sbatch": ["--parsable", f"--output={page}/%j.out"]}.get(command[0], [])
+        command = [command[0], *added, *(sys.executable if word == "python" else word for word in command[1:])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = done.stdout
     if name in ("submit", "train"):
-        job = cluster.wait(int(re.findall(r"\d+", done.stdout)[0]), *ENDED)
+        job = cluster.wait(int(re.findall(r"\d+", said)[0]), *ENDED)
         assert job["JobState"] == "COMPLETED", Path(job["StdOut"]).read_text()
         status = page / ("submitted" if name == "submit" else "by_hand") / "status.json"
         assert json.loads(status.read_text())["state"] == "finished"
@@ -196,9 +209,9 @@ def test_commands_of_the_page(cluster: Slurm, page: Path, line: str) -> None:
         assert list(found["val_loss"]) == ["64", "128", "256"]
         assert (page / "mmdit_debug_mup_ladder" / "ladder.png").stat().st_size > 1000
     elif name == "preflight":
-        assert "all-reduce" in done.stdout
+        assert "all-reduce" in said
     elif name == "run":
-        assert cluster.gone(int(re.findall(r"batch job (\d+)", done.stdout)[0])), cluster.logs()
+        assert cluster.gone(int(re.findall(r"batch job (\d+)", said)[0])), cluster.logs()
         logs = "\n".join(path.read_text() for path in (page / "searched" / "logs").glob("array_*.log"))
         assert [trial.state for trial in Study.load(str(page / "searched")).trials()] == ["complete"] * 2, logs
     elif name == "report":
