@@ -83,10 +83,19 @@ class Slurm:
         deadline = time.monotonic() + timeout_s
         while (job := self.job(number))["JobState"] not in states:
             assert time.monotonic() < deadline, f"job {number} is {job['JobState']}, not {states}: {self.logs()}"
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and not _has_steps(number):
                 self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
             time.sleep(0.3)
         return job
+
+    def gone(self, number: int, timeout_s: float = 180.0) -> bool:
+        """Whether a job, or every task of an array, has ended within so many seconds."""
+        deadline = time.monotonic() + timeout_s
+        while self.run("squeue", "--noheader", f"--jobs={number}").strip():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.3)
+        return True
 
     def logs(self) -> str:
         return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("slurm*.log")))
@@ -135,6 +144,15 @@ def cluster(folder: Path) -> Iterator[Slurm]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def _has_steps(job: int) -> bool:
+    """Whether what a job has started still runs. The report of its end would be taken for that of the next start."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
+                return True
+    return False
 
 
 def _idle(slurm: Slurm) -> bool:

@@ -1,7 +1,7 @@
 """docker/Dockerfile's own lines, run in an empty folder and a fresh environment: what it copies, and every RUN.
 
 The environment stands for the base image: it has a torch with CUDA (a stand-in of two lines, which pip must leave
-alone), and the packages of ours behind it, so that pip finds all that setup.py asks for and downloads nothing large.
+alone), and the packages of ours behind it: pip must find there all that setup.py asks for, and has no index to go to.
 """
 
 import os
@@ -29,7 +29,7 @@ def instructions(dockerfile: str) -> list[tuple[str, str]]:
 def build(image: Path, dockerfile: str, cuda: str | None = "13.0") -> dict[str, str]:
     """Run a Dockerfile below `image`; returns the environment of its commands. A RUN that fails raises."""
     base, tools = image / "base", image / "tools"
-    venv.create(base, symlinks=True, with_pip=True)
+    venv.create(base, symlinks=True)  # pip is one of the packages behind it
     packages = base / "lib" / Path(sysconfig.get_path("purelib")).parent.name / "site-packages"
     (packages / "behind.pth").write_text(sysconfig.get_path("purelib"))
     for name, text in {
@@ -44,6 +44,7 @@ def build(image: Path, dockerfile: str, cuda: str | None = "13.0") -> dict[str, 
         (tools / name).chmod(0o755)
     outer = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment = {**outer, "PATH": f"{tools}:{base}/bin:{os.environ['PATH']}", "USER_ID": "1000"}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # pip's 0 means: build with what is there
     workdir = image / "opt" / "mudit"
     workdir.mkdir(parents=True)
     (image / "tmp").mkdir()

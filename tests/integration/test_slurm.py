@@ -1,8 +1,10 @@
 """Jobs on a real Slurm: submitted, trained, preempted by a signal, requeued, resumed, finished."""
 
 import json
+import math
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.runs import ROOT, environment, exact, last_step, train
+from trainer.config import load_config
 from trainer.metrics import read_metrics
+from trainer.search.study import Study
 
 from . import slurm
 from .slurm import Slurm
@@ -82,7 +86,7 @@ def test_preempted_requeued_resumed_finished(
         said = log.read_text() if log.is_file() else "no log"
         with capsys.disabled():
             print("\n".join(["", *(line for line in said.splitlines() if "job " in line or "resum" in line)]))
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), said
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), f"{said}\n{cluster.logs()}"
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     assert f"resuming {folder}/checkpoints/step_{stopped['step']:08d}" in said
     meta = json.loads((folder / "checkpoints" / "step_00000030" / "meta.json").read_text())
@@ -123,18 +127,29 @@ def test_a_mistake_is_not_repeated(cluster: Slurm, tmp_path: Path) -> None:
 
 # docs/cluster.md at debug size: other values of options, and what is added to a command.
 VALUES = {
-    "--config": "mmdit_debug_mup.yaml", "--gpus": "2", "--nodes": "1", "--ntasks-per-node": "2", "--gpus-per-node": "2",
-    "--partition": slurm.PARTITION, "--time": "00:10:00", "--widths": "128,256,512", "--steps": "4", "--processes": "1",
+    "--config": "mmdit_debug_mup.yaml", "--to": "mmdit_debug_mup.yaml", "--gpus": "2", "--nodes": "1",
+    "--ntasks-per-node": "2", "--gpus-per-node": "1", "--partition": slurm.PARTITION, "--time": "00:10:00",
+    "--widths": "64,128,256", "--steps": "4", "--processes": "1", "--array": "2", "--study": "{page}/searched",
+    "--output": "{page}/found.yaml",
 }  # fmt: skip
 OVERRIDES = (
     "data.shards=synthetic", "text_encoder.path=none", "text_encoder.max_length=8", "text_encoder.width=32",
-    "validation.samples=4", "train.steps=4", "train.sample_every=0",
+    "validation.samples=4", "train.steps=4", "train.sample_every=0", "run.dir={page}",
 )  # fmt: skip
+SEARCH = """
+name: searched
+config: mmdit_debug_mup.yaml
+trials: 2
+space:
+  optim.lr: {log_uniform: [1e-3, 1e-2]}
+"""
 ADDED = {
-    "launch/preflight.py": ("--process-nodes", "--least", "0.01"),
-    "launch/ladder.py": ("--tolerance", "1"),
-    "launch/submit.py": ("run.name=submitted",),
-    "launch/slurm/train.sbatch": ("run.name=by_hand",),
+    "preflight": ("--process-nodes", "--least", "0.01", *OVERRIDES),
+    "ladder": ("--tolerance", "1", *OVERRIDES),
+    "submit": ("run.name=submitted", *OVERRIDES),
+    "train": ("run.name=by_hand", *OVERRIDES),
+    "report": (),
+    "transfer": (),
 }
 COMMANDS = [
     line
@@ -143,27 +158,64 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: next(w for w in line.split() if w.startswith("launch/")))
-def test_commands_of_the_page(cluster: Slurm, tmp_path: Path, line: str) -> None:
+def command_name(line: str) -> str:
+    """What a command of the page does: the script, or the command of launch/search.py."""
     words = shlex.split(line)
-    script = next(word for word in words if word.startswith("launch/"))
-    command = [VALUES.get(option, word) for option, word in zip(["", *words], words, strict=False)]
-    command = [sys.executable if word == "python" else word.replace("18b", "debug") for word in command]
-    command += [*ADDED.get(script, ()), *OVERRIDES, f"run.dir={tmp_path}"]
-    if command[0] == "sbatch":
-        command[1:1] = ["--parsable", f"--output={tmp_path}/%j.out"]
-    done = subprocess.run(command, cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    if script in ("launch/submit.py", "launch/slurm/train.sbatch"):
-        job = cluster.wait(int(re.findall(r"\d+", done.stdout)[0]), *ENDED)
+    at = next(number for number, word in enumerate(words) if word.startswith("launch/"))
+    return words[at + 1] if words[at] == "launch/search.py" else Path(words[at]).stem
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of everything that the page's commands make, one after another."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "search.yaml").write_text(SEARCH)
+    return folder
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=command_name)
+def test_commands_of_the_page(
+    cluster: Slurm, page: Path, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, name = shlex.split(line), command_name(line)
+    command = [
+        "{page}/search.yaml" if word.startswith("search/") else VALUES.get(option, word)
+        for option, word in zip(["", *words], words, strict=False)
+    ]
+    command = [word.replace("18b", "debug") for word in command]
+    command = [word.replace("{page}", str(page)) for word in (*command, *ADDED.get(name, OVERRIDES))]
+    for key, value in variables(cluster).items():
+        monkeypatch.setenv(key, value)
+    if command[0] == "python":  # in this process, which has imported torch already
+        monkeypatch.setattr(sys, "argv", command[1:])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(command[1], run_name="__main__")
+        said, complaints = capsys.readouterr()
+        assert ended.value.code == 0, said + complaints
+    else:
+        added = {"sbatch": ["--parsable", f"--output={page}/%j.out"]}.get(command[0], [])
+        command = [command[0], *added, *(sys.executable if word == "python" else word for word in command[1:])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = done.stdout
+    if name in ("submit", "train"):
+        job = cluster.wait(int(re.findall(r"\d+", said)[0]), *ENDED)
         assert job["JobState"] == "COMPLETED", Path(job["StdOut"]).read_text()
-        (status,) = tmp_path.glob("*/status.json")
+        status = page / ("submitted" if name == "submit" else "by_hand") / "status.json"
         assert json.loads(status.read_text())["state"] == "finished"
-    elif script == "launch/ladder.py":
-        (ladder,) = tmp_path.glob("*_ladder/ladder.json")
-        found = json.loads(ladder.read_text())
+    elif name == "ladder":
+        found = json.loads((page / "mmdit_debug_mup_ladder" / "ladder.json").read_text())
         assert found["passed"] is True
-        assert list(found["val_loss"]) == ["128", "256", "512"]
-        assert (ladder.parent / "ladder.png").stat().st_size > 1000
-    elif script == "launch/preflight.py":
-        assert "all-reduce" in done.stdout
+        assert list(found["val_loss"]) == ["64", "128", "256"]
+        assert (page / "mmdit_debug_mup_ladder" / "ladder.png").stat().st_size > 1000
+    elif name == "preflight":
+        assert "all-reduce" in said
+    elif name == "run":
+        assert cluster.gone(int(re.findall(r"batch job (\d+)", said)[0])), cluster.logs()
+        logs = "\n".join(path.read_text() for path in (page / "searched" / "logs").glob("array_*.log"))
+        assert [trial.state for trial in Study.load(str(page / "searched")).trials()] == ["complete"] * 2, logs
+    elif name == "report":
+        assert (page / "searched" / "report" / "index.html").is_file()
+    elif name == "transfer":
+        best = min(Study.load(str(page / "searched")).trials(), key=lambda trial: trial.value or math.inf)
+        assert load_config(str(page / "found.yaml")).optim.lr == best.point["optim.lr"]
