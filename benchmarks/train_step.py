@@ -204,6 +204,8 @@ def measure(case: Case, rounds: int, overrides: list[str], traces: Path | None) 
         variants = {name: build(name, case, settings, world) for name in case.variants}
         for variant in variants.values():
             stack.callback(variant.run.metrics.close)
+            if variant.run.lock is not None:
+                stack.enter_context(variant.run.lock)
             for _ in range(WARM_UP):
                 variant.step()
         precision = precision_of(config, world)
