@@ -1,4 +1,4 @@
-"""Ways to do one thing in a training step, beside each other on the device at hand; docs/performance.md tells what stays.
+"""Ways to do one thing in a training step, beside each other on the device at hand; docs/performance.md draws on it.
 
     python -m benchmarks.choices --output benchmarks/results/choices_cpu.json
 

@@ -187,7 +187,7 @@ def build(name: str, case: Case, settings: list[str], world: World) -> Variant:
     return Variant(config, run, allocated(world.device) - before)
 
 
-def measure(case: Case, rounds: int, overrides: list[str], traces: Path | None) -> dict[str, Any]:
+def measure(label: str, case: Case, rounds: int, overrides: list[str], traces: Path | None) -> dict[str, Any]:
     """Steps of all variants by turns, in an order by chance, and matrix products between; medians."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -216,7 +216,7 @@ def measure(case: Case, rounds: int, overrides: list[str], traces: Path | None) 
             rates.append(matmul_rate(world.device, DTYPES[precision], clock))
         again = counters["stats"]["unique_graphs"] - graphs
         for name, variant in variants.items() if traces else ():
-            trace(variant, traces / f"{config.run.name}_{name}")
+            trace(variant, traces / f"{label}_{name}")
         rate = statistics.median(rates)
         best = OURS_COMPILED if OURS_COMPILED in variants else OURS
         return {
@@ -283,7 +283,9 @@ def main() -> int:
         torch.compile = lambda forward, **settings: compile_(forward, **{**settings, "backend": "eager"})
     if not cuda:
         torch.set_num_threads(1)
-    measured = {name: measure(case, rounds, arguments.overrides, arguments.profile) for name, case in cases.items()}
+    measured = {
+        name: measure(name, case, rounds, arguments.overrides, arguments.profile) for name, case in cases.items()
+    }
     about = "wall, device synchronised" if cuda else "of the process, on one core"
     write(arguments.output, {"seconds": about, "rounds": rounds, "dry_run": arguments.dry_run, "cases": measured})
     if arguments.peer:
