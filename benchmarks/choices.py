@@ -124,7 +124,7 @@ def averages(device: torch.device, width: int, blocks: int) -> Works:
 
 
 def adamw(device: torch.device, width: int, blocks: int) -> Works:
-    def step(**kernel: bool) -> Callable[[], Any]:
+    def step(**kernel: Any) -> Callable[[], Any]:
         parameters = [nn.Parameter(tensor) for tensor in tensors(device, width, blocks)]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)

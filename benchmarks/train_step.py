@@ -80,7 +80,7 @@ ON_GPU = {
     "mmdit_2b": Case("mmdit_2b_mup.yaml", 40, (OURS_COMPILED,), _TEXT),
     "mmdit_2b_4_blocks": Case("mmdit_2b_mup.yaml", 40, ALL, (*_TEXT, "model.depth=4")),
     "pixart_0.61b": Case("pixart_0.61b_mup.yaml", 64, ALL),
-    "dit_xl_2": Case("dit_xl_2_mup.yaml", 128, ALL),
+    "dit_xl_2": Case("dit_xl_2_mup.yaml", 96, ALL),
     "uvit_h_2": Case("uvit_h_2_mup.yaml", 128, (OURS_COMPILED, OURS)),
 }
 synthetic_batches = SyntheticReader.batches
@@ -215,8 +215,9 @@ def measure(label: str, case: Case, rounds: int, overrides: list[str], traces: P
                 variants[name].measure()
             rates.append(matmul_rate(world.device, DTYPES[precision], clock))
         again = counters["stats"]["unique_graphs"] - graphs
-        for name, variant in variants.items() if traces else ():
-            trace(variant, traces / f"{label}_{name}")
+        if traces is not None:
+            for name, variant in variants.items():
+                trace(variant, traces / f"{label}_{name}")
         rate = statistics.median(rates)
         best = OURS_COMPILED if OURS_COMPILED in variants else OURS
         return {

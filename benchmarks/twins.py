@@ -56,8 +56,9 @@ def twin_of(run: Run, config: TrainConfig, world: World, compiled: bool) -> Run:
 
     def initialise(materialised: nn.Module) -> None:
         for parameter in materialised.parameters():
-            assert isinstance(parameter, DTensor)
-            parameter.detach().to_local().normal_(std=0.02)
+            whole = parameter.detach()
+            assert isinstance(whole, DTensor)
+            whole.to_local().normal_(std=0.02)
         for buffer in materialised.buffers():
             buffer.zero_()
 

@@ -44,25 +44,31 @@ def test_cases_are_configs_of_one_micro_batch(name: str) -> None:
 
 
 def test_steps_beside_those_of_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("mmdit_0.18b", "pixart_0.61b", "dit_xl_2", "uvit_h_2")
+    names = ("mmdit_0.18b", "pixart_0.61b", "dit_xl_2")
+    for name in names[1:]:  # tracing takes a second a variant
+        monkeypatch.setitem(train_step.ON_GPU, name, train_step.ON_GPU[name]._replace(variants=train_step.EAGER))
     options = [part for name in names for part in ("--case", name)]
-    found = run(train_step, monkeypatch, tmp_path / "steps.json", *options, "--profile", str(tmp_path / "traces"))
+    found = run(train_step, monkeypatch, tmp_path / "steps.json", *options)
     assert found["machine"]["date"]
     assert list(found["cases"]) == list(names)
     for name, case in found["cases"].items():
         variants = train_step.ON_GPU[name].variants
         assert set(case["variants"]) == set(variants)
-        assert set(case["ours_compiled_is_so_many_times_as_fast_as"]) == {*variants} - {"ours_compiled"}
+        best = "ours_compiled" if "ours_compiled" in variants else "ours"
+        assert set(case[f"{best}_is_so_many_times_as_fast_as"]) == {*variants} - {best}
         assert case["micro_batch"] == 2
         assert all(figures["images_per_s"] > 0 for figures in case["variants"].values())
         assert case["compiled_again_after_warm_up"] == 0
-        for variant in variants:
-            assert "aten::mm" in (tmp_path / "traces" / f"{name}_{variant}.txt").read_text()
-            assert (tmp_path / "traces" / f"{name}_{variant}.json").is_file()
-    # Equal shapes: the twin of the MMDiT has a text query in its last block, that of DiT an embedder in every block.
+    # Equal shapes, but for key biases in both attentions of both blocks, which softmax ignores.
     ours, theirs = (found["cases"]["pixart_0.61b"]["variants"][name]["parameters"] for name in ("ours", "diffusers"))
-    key_biases = 2 * 2 * 144  # in both attentions of both blocks; softmax ignores them
-    assert theirs == ours + key_biases
+    assert theirs == ours + 2 * 2 * 144
+
+
+def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train_step.ON_GPU, "uvit_h_2", train_step.ON_GPU["uvit_h_2"]._replace(variants=("ours",)))
+    run(train_step, monkeypatch, tmp_path / "steps.json", "--case", "uvit_h_2", "--profile", str(tmp_path))
+    assert "aten::mm" in (tmp_path / "uvit_h_2_ours.txt").read_text()
+    assert json.loads((tmp_path / "uvit_h_2_ours.json").read_text())["traceEvents"]
 
 
 def test_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
