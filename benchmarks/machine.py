@@ -3,6 +3,7 @@
 import datetime
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +30,14 @@ def write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
     print(text)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[torch.device], float]) -> float:
+    """FLOP/s of products of square matrices. clock: seconds, when the device has done what it was given."""
+    n, count = (8192, 20) if device.type == "cuda" else (1024, 5)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    began = clock(device)
+    for _ in range(count):
+        torch.mm(a, b)
+    return 2 * n**3 * count / (clock(device) - began)

@@ -1,90 +1,298 @@
-"""Time, images/s, model FLOP/s and peak memory of a whole training step (clip, AdamW and EMA inside).
+"""Time, images/s, model FLOP/s and peak memory of a whole training step (clip, AdamW and EMA inside), beside diffusers.
 
-    python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json
+    python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json     # all cases of this device
+    python -m benchmarks.train_step --output FILE --case mmdit_2b [--profile DIR]
+    python -m benchmarks.train_step --output FILE --peer      # the CPU's MMDiT alone: exit code 1 where ours is slower
+    python -m benchmarks.train_step --output FILE --dry-run   # the GPU's cases at tiny sizes, anywhere
 
-Synthetic latents and text states, so that no encoder is in the figure. On a GPU: the proxies of the ladder in bf16
-with per-block compile; on a CPU: the debug and the demo shape.
+Our model and its twin of diffusers are trained by the same engine and loop at equal shapes and precision, eager and (on
+a GPU) compiled; they take turns on the device, and between them the rate of matrix products is measured. Latents and
+text states are synthetic, so that no encoder is in the figures, and captions fill their length, as with
+data.text_lengths they nearly do. On a CPU a step's time is that of this process on one core: others' load does not
+count. FLOPs: forward + 2 x backward.
 """
 
 import argparse
+import gc
+import io
+import itertools
+import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.machine import write
+from benchmarks.machine import matmul_rate, write
+from benchmarks.twins import twin_of
+from data.batch import Batch
+from data.reader import SyntheticReader
 from trainer.build import build_run
-from trainer.config import load_config, resolve
+from trainer.config import TrainConfig, load_config, resolve
+from trainer.frozen import precision_of
 from trainer.loop import train_step
-from trainer.parallel.mesh import init_world
-from trainer.state import Totals
+from trainer.parallel.mesh import World, init_world
+from trainer.state import Run
 
-ON_CPU = {"mmdit_debug_mup.yaml": 8, "mmdit_demo_mup.yaml": 32}
-ON_GPU = {"mmdit_0.18b_mup.yaml": 128, "mmdit_0.7b_mup.yaml": 64, "mmdit_2b_mup.yaml": 24}
-WARM_UP, TIMED = 3, 10
+OURS, OURS_COMPILED, TWIN, TWIN_COMPILED = "ours", "ours_compiled", "diffusers", "diffusers_compiled"
+EAGER, ALL = (OURS, TWIN), (OURS_COMPILED, OURS, TWIN, TWIN_COMPILED)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+WARM_UP = 3
 
 
-def measure(name: str, batch: int, overrides: list[str]) -> dict[str, Any]:
-    """Median step of one config at a global batch size, in a fresh run folder."""
-    cuda = torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as folder:
-        settings = [
-            *("data.shards=synthetic", f"train.global_batch_size={batch}", f"run.dir={folder}"),
-            *("train.validate_every=0", "train.sample_every=0", "train.checkpoint_every=0"),
-            f"parallel.compile={str(cuda).lower()}",
-        ]
-        config = load_config(name, [*settings, *overrides])
-        world = init_world(resolve(config, 1).shard)
+class Case(NamedTuple):
+    """A config at a micro-batch of `rows`; its variants are on the device together."""
+
+    config: str
+    rows: int
+    variants: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+
+PEER = "mmdit_384"
+_NO_REPA = "objective.repa_weight=0"  # it reads images, which are not cached
+_SHALLOW = ("model.depth=6",)
+_SHORT = "text_encoder.max_length=32"
+ON_CPU = {
+    PEER: Case(
+        "mmdit_0.18b_mup.yaml",
+        8,
+        EAGER,
+        (*_SHALLOW, "model.width=384", "mup.base_width=384", "text_encoder.width=384", _SHORT, _NO_REPA),
+    ),
+    "pixart_288": Case("pixart_0.04b_mup.yaml", 8, EAGER, (*_SHALLOW, _SHORT)),
+    "dit_288": Case("dit_proxy_mup.yaml", 8, EAGER, _SHALLOW),
+    "uvit_288": Case("uvit_proxy_mup.yaml", 8, (OURS,), _SHALLOW),
+}
+# Sizes for an H100 (78 GiB). 2 B leaves no room for a second model, so its twin takes part at 4 of the 19 blocks.
+_TEXT = ("text_encoder.max_length=128", _NO_REPA)
+ON_GPU = {
+    "mmdit_0.18b": Case("mmdit_0.18b_mup.yaml", 128, ALL, _TEXT),
+    "mmdit_0.7b": Case("mmdit_0.7b_mup.yaml", 48, ALL, _TEXT),
+    "mmdit_2b": Case("mmdit_2b_mup.yaml", 40, (OURS_COMPILED,), _TEXT),
+    "mmdit_2b_4_blocks": Case("mmdit_2b_mup.yaml", 40, ALL, (*_TEXT, "model.depth=4")),
+    "pixart_0.61b": Case("pixart_0.61b_mup.yaml", 64, ALL),
+    "dit_xl_2": Case("dit_xl_2_mup.yaml", 96, ALL),
+    "uvit_h_2": Case("uvit_h_2_mup.yaml", 128, (OURS_COMPILED, OURS)),
+}
+synthetic_batches = SyntheticReader.batches
+
+
+class Variant:
+    """A run that takes steps one at a time.
+
+    seconds: of the timed steps; gradients: of their part before the update (on a CPU). peak: bytes that a step held
+    beside what is there between steps (on a GPU).
+    """
+
+    def __init__(self, config: TrainConfig, run: Run, state: int) -> None:
+        self.config, self.run, self.state = config, run, state
+        self.seconds: list[float] = []
+        self.gradients: list[float] = []
+        self.peak = 0
+        self._stream, self._done, self._updating = run.batches(0), 0, 0.0
+        update = run.engine.step
+
+        def marked(*arguments: Any) -> Any:
+            self._updating = time.process_time()
+            return update(*arguments)
+
+        run.engine.step = marked  # type: ignore[method-assign]
+
+    def step(self) -> None:
+        train_step(self.run, self._done, next(self._stream)[1])
+        self._done += 1
+
+    def measure(self) -> None:
+        device = self.run.world.device
+        before = allocated(device, reset_peak=True)
+        began = clock(device)
+        self.step()
+        self.seconds.append(clock(device) - began)
+        self.gradients.append(self._updating - began)
+        if device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(device) - before)
+
+    def figures(self, matmul_flops: float) -> dict[str, Any]:
+        seconds, rows = statistics.median(self.seconds), self.config.train.global_batch_size
+        text_tokens = 0 if self.config.label_classes else self.config.text_encoder.max_length
+        flops = self.run.plan.image_flops(text_tokens, None) * rows / seconds
+        peak_flops, cuda = self.run.plan.peak_flops, self.run.world.device.type == "cuda"
+        return {
+            "parameters": sum(p.numel() for p in self.run.engine.model.parameters()),
+            "step_time_s": seconds,
+            "images_per_s": rows / seconds,
+            "model_tflops_per_s": flops / 1e12,
+            "of_matmul_rate": flops / matmul_flops,
+            "mfu": flops / peak_flops if peak_flops else None,
+            "peak_memory_gib": (self.state + self.peak) / 2**30 if cuda else None,
+        }
+
+    def faster_than(self, other: "Variant") -> dict[str, float]:
+        """How many times as fast: median over the rounds."""
+        found = {"step": ratio(other.seconds, self.seconds)}
+        if self.run.world.device.type == "cpu":
+            found["forward_and_backward"] = ratio(other.gradients, self.gradients)
+        return found
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def allocated(device: torch.device, reset_peak: bool = False) -> int:
+    if device.type != "cuda":
+        return 0
+    if reset_peak:
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def full_batches(reader: SyntheticReader, first_step: int) -> Iterator[tuple[int, list[Batch]]]:
+    """Two steps again and again, as cached features come: pinned, text in bf16; all captions fill their length."""
+    steps = []
+    for _, micro_batches in itertools.islice(synthetic_batches(reader, 0), 2):
+        for batch in micro_batches:
+            if batch.text_states is not None and batch.text_mask is not None:
+                batch.text_states, batch.text_mask = batch.text_states.bfloat16(), torch.ones_like(batch.text_mask)
+        steps.append([batch.pin_memory() if torch.cuda.is_available() else batch for batch in micro_batches])
+    for step in itertools.count(first_step):
+        yield step, steps[step % 2]
+
+
+def build(name: str, case: Case, settings: list[str], world: World) -> Variant:
+    compiled = str(name == OURS_COMPILED).lower()
+    config = load_config(case.config, [*settings, f"run.name={name}", f"parallel.compile={compiled}"])
+    before = allocated(world.device)
+    with redirect_stdout(io.StringIO()):  # the muP table
         run = build_run(config, world)
-        batches = [micro_batches for _, (_, micro_batches) in zip(range(2), run.batches(0), strict=False)]
-        seconds = []
-        for step in range(WARM_UP + TIMED):
-            if cuda:
-                torch.cuda.synchronize()
-            if cuda and step == WARM_UP:
-                torch.cuda.reset_peak_memory_stats()
-            began = time.perf_counter()
-            train_step(run, step, batches[step % len(batches)])
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        median = statistics.median(seconds[WARM_UP:])
-        totals = Totals.unpacked(run.state.totals)
-        tokens = float(totals.text_tokens / totals.counted)
-        flops_per_s = run.plan.image_flops(tokens, None) * batch / median
-        run.metrics.close()
-        dist.destroy_process_group()
-    return {
-        "config": name,
-        "parameters": sum(p.numel() for p in run.engine.model.parameters()),
-        "batch": batch,
-        "image_tokens": config.image_tokens,
-        "text_tokens_mean": tokens,
-        "precision": config.parallel.precision or ("bf16" if cuda else "fp32"),
-        "step_time_s": median,
-        "images_per_s": batch / median,
-        "model_tflops_per_s": flops_per_s / 1e12,
-        "mfu": flops_per_s / run.plan.peak_flops if run.plan.peak_flops else None,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-    }
+    if name in (TWIN, TWIN_COMPILED):
+        run = twin_of(run, config, world, compiled=name == TWIN_COMPILED)
+    gc.collect()  # our model, where the twin takes its place
+    return Variant(config, run, allocated(world.device) - before)
 
 
-def main() -> None:
+def measure(label: str, case: Case, rounds: int, overrides: list[str], traces: Path | None) -> dict[str, Any]:
+    """Steps of all variants by turns, in an order by chance, and matrix products between; medians."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.object(SyntheticReader, "batches", full_batches))
+        settings = [
+            *("data.shards=synthetic", f"train.global_batch_size={case.rows}", "train.log_every=1000000"),
+            *("train.validate_every=0", "train.sample_every=0", "train.checkpoint_every=0", f"run.dir={folder}"),
+            *case.overrides,
+            *overrides,
+        ]
+        config = load_config(case.config, settings)
+        world = init_world(resolve(config, 1).shard)
+        stack.callback(dist.destroy_process_group)
+        variants = {name: build(name, case, settings, world) for name in case.variants}
+        for variant in variants.values():
+            stack.callback(variant.run.metrics.close)
+            if variant.run.lock is not None:
+                stack.enter_context(variant.run.lock)
+            for _ in range(WARM_UP):
+                variant.step()
+        precision = precision_of(config, world)
+        graphs, rates, chance = counters["stats"]["unique_graphs"], [], random.Random(0)
+        for _ in range(rounds):
+            for name in chance.sample(list(variants), len(variants)):
+                variants[name].measure()
+            rates.append(matmul_rate(world.device, DTYPES[precision], clock))
+        again = counters["stats"]["unique_graphs"] - graphs
+        if traces is not None:
+            for name, variant in variants.items():
+                trace(variant, traces / f"{label}_{name}")
+        rate = statistics.median(rates)
+        best = OURS_COMPILED if OURS_COMPILED in variants else OURS
+        return {
+            "config": case.config,
+            "overrides": [*case.overrides, *overrides],
+            "micro_batch": resolve(config, 1).micro_batch_rows,
+            "image_tokens": config.image_tokens,
+            "text_tokens": 0 if config.label_classes else config.text_encoder.max_length,
+            "precision": precision,
+            "matmul_tflops_per_s": rate / 1e12,
+            "variants": {name: variant.figures(rate) for name, variant in variants.items()},
+            "compiled_again_after_warm_up": again,
+            f"{best}_is_so_many_times_as_fast_as": {
+                name: variants[best].faster_than(variant) for name, variant in variants.items() if name != best
+            },
+        }
+
+
+def trace(variant: Variant, path: Path) -> None:
+    """Two steps: PATH.json for chrome://tracing or Perfetto, PATH.txt with the costs, the largest first."""
+    cuda = variant.run.world.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, record_shapes=True) as profiler:
+        variant.step()
+        variant.step()
+        clock(variant.run.world.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path.with_suffix(".json")))
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    table = profiler.key_averages(group_by_input_shape=True).table(sort_by=order, row_limit=40)
+    path.with_suffix(".txt").write_text(table)
+
+
+def tiny(case: Case) -> Case:
+    """The same way at a size of seconds."""
+    head = load_config(case.config).model.head_dim
+    small = ("model.depth=2", f"model.width={2 * head}", f"mup.base_width={head}", "data.resolution=64")
+    if case.config.startswith("uvit"):
+        small += ("model.input_size=4",)
+    if load_config(case.config).label_classes is None:
+        small += ("text_encoder.width=16", "text_encoder.max_length=8")
+    return case._replace(rows=2, overrides=(*case.overrides, *small))
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--config", action="append", help="NAME=BATCH; may be given several times")
+    parser.add_argument("--case", choices=[*ON_CPU, *ON_GPU], action="append", help="may be given several times")
+    parser.add_argument("--peer", action="store_true", help=f"the case {PEER} alone; exit code 1 where ours is slower")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="a trace of each variant and a table of its costs")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny sizes, compiled without a compiler: does it all work?"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    chosen = ON_GPU if torch.cuda.is_available() else ON_CPU
-    if arguments.config:
-        chosen = {name: int(batch) for name, _, batch in (text.partition("=") for text in arguments.config)}
-    results = [measure(name, batch, arguments.overrides) for name, batch in chosen.items()]
-    write(arguments.output, {"steps": results})
+    cuda = torch.cuda.is_available()
+    names = [PEER] if arguments.peer else arguments.case or [*(ON_GPU if cuda or arguments.dry_run else ON_CPU)]
+    cases, rounds = {name: (ON_CPU | ON_GPU)[name] for name in names}, arguments.rounds
+    if arguments.dry_run:
+        cases, rounds = {name: tiny(case) for name, case in cases.items()}, 1
+        # Traced, but not compiled: that takes half a minute a variant.
+        compile_ = torch.compile
+        torch.compile = lambda forward, **settings: compile_(forward, **{**settings, "backend": "eager"})
+    if not cuda:
+        torch.set_num_threads(1)
+    measured = {
+        name: measure(name, case, rounds, arguments.overrides, arguments.profile) for name, case in cases.items()
+    }
+    about = "wall, device synchronised" if cuda else "of the process, on one core"
+    write(arguments.output, {"seconds": about, "rounds": rounds, "dry_run": arguments.dry_run, "cases": measured})
+    if arguments.peer:
+        return 0 if measured[PEER]["ours_is_so_many_times_as_fast_as"][TWIN]["forward_and_backward"] >= 1 else 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -104,9 +104,24 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x [B, H, N, K]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, K]
-        return self.out(attended.transpose(1, 2).flatten(2))  # [B, N, D]
+        q, k, v = split_heads(self.qkv(x), 3, self.head_dim)  # 3 x [B, N, H, K]
+        return self.out(attend(q, k, v, mask))  # [B, N, D]
+
+
+def split_heads(x: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
+    """A fused projection [B, N, parts D] -> its parts, each [B, N, H, K].
+
+    The heads stay behind the tokens until `attend`: norms and concatenations then run over whole rows of memory, and
+    the gradients of the parts are laid into that of x by one copy.
+    """
+    return x.unflatten(-1, (parts, -1, head_dim)).unbind(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention: q [B, N, H, K], k and v [B, L, H, K], mask [B, 1, 1, L], True where to look -> [B, N, D]."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, N or L, K]
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, K]
+    return attended.transpose(1, 2).flatten(2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

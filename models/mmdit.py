@@ -18,10 +18,12 @@ from .layers import (
     Declaration,
     OutputLinear,
     TextCondition,
+    attend,
     axis_sinusoids,
     crop_positions,
     modulate,
     patchify,
+    split_heads,
     time_sinusoids,
     unpatchify,
 )
@@ -42,10 +44,10 @@ class Stream(nn.Module):
         self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"))
 
     def before_attention(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """x [B, N, D], c [B, D] (after SiLU) -> q, k, v [B, H, N, K] and what `after_attention` needs."""
+        """x [B, N, D], c [B, D] (after SiLU) -> q, k, v [B, N, H, K] and what `after_attention` needs."""
         shift, scale, gate, *rest = self.modulation(c).chunk(6, dim=-1)  # 6 x [B, D]
         qkv = self.qkv(modulate(x, shift, scale))  # [B, N, 3 D]
-        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x [B, H, N, K]
+        q, k, v = split_heads(qkv, 3, self.head_dim)  # 3 x [B, N, H, K]
         return self.norm_q(q), self.norm_k(k), v, (gate, *rest)
 
     def after_attention(self, x: Tensor, attended: Tensor, gates: tuple[Tensor, ...], branch_scale: float) -> Tensor:
@@ -67,10 +69,10 @@ class LastTextStream(nn.Module):
         self.norm_k = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, L, D], c [B, D] -> k, v [B, H, L, K]."""
+        """x [B, L, D], c [B, D] -> k, v [B, L, H, K]."""
         scale, shift = self.modulation(c).chunk(2, dim=-1)  # 2 x [B, D], scale first as in SD3
         kv = self.kv(modulate(x, shift, scale))  # [B, L, 2 D]
-        k, v = kv.unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 2 x [B, H, L, K]
+        k, v = split_heads(kv, 2, self.head_dim)  # 2 x [B, L, H, K]
         return self.norm_k(k), v
 
 
@@ -88,9 +90,8 @@ class Block(nn.Module):
         """x [B, N, D], y [B, L, D], c [B, D], mask [B, 1, 1, N + L] -> x, y."""
         q_x, k_x, v_x, gates_x = self.image.before_attention(x, c)
         q_y, k_y, v_y, gates_y = self.text.before_attention(y, c)
-        q, k, v = (torch.cat(pair, dim=2) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))  # [B, H, N + L, K]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N + L, K]
-        attended_x, attended_y = attended.transpose(1, 2).flatten(2).split([x.shape[1], y.shape[1]], dim=1)
+        q, k, v = (torch.cat(pair, dim=1) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))  # [B, N + L, H, K]
+        attended_x, attended_y = attend(q, k, v, mask).split([x.shape[1], y.shape[1]], dim=1)  # [B, N, D], [B, L, D]
         x = self.image.after_attention(x, attended_x, gates_x, self.branch_scale)  # [B, N, D]
         y = self.text.after_attention(y, attended_y, gates_y, self.branch_scale)  # [B, L, D]
         return x, y
@@ -108,12 +109,10 @@ class LastBlock(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, c: Tensor, mask: Tensor) -> tuple[Tensor, None]:
         """As Block, without a text output."""
-        q, k_x, v_x, gates = self.image.before_attention(x, c)  # [B, H, N, K]
-        k_y, v_y = self.text(y, c)  # [B, H, L, K]
-        k, v = torch.cat([k_x, k_y], dim=2), torch.cat([v_x, v_y], dim=2)  # [B, H, N + L, K]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, K]
-        attended = attended.transpose(1, 2).flatten(2)  # [B, N, D]
-        return self.image.after_attention(x, attended, gates, self.branch_scale), None
+        q, k_x, v_x, gates = self.image.before_attention(x, c)  # [B, N, H, K]
+        k_y, v_y = self.text(y, c)  # [B, L, H, K]
+        k, v = torch.cat([k_x, k_y], dim=1), torch.cat([v_x, v_y], dim=1)  # [B, N + L, H, K]
+        return self.image.after_attention(x, attend(q, k, v, mask), gates, self.branch_scale), None
 
 
 class MMDiT(nn.Module):

@@ -20,11 +20,13 @@ from .layers import (
     SelfAttention,
     SizedTextCondition,
     TextCondition,
+    attend,
     axis_sinusoids,
     grid_positions,
     modulate,
     patchify,
     sinusoids,
+    split_heads,
     time_sinusoids,
     unpatchify,
 )
@@ -42,10 +44,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         """x [B, N, D], y [B, L, D], mask [B, 1, 1, L] -> [B, N, D]."""
-        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, N, K]
-        k, v = self.kv(y).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 2 x [B, H, L, K]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, K]
-        return self.out(attended.transpose(1, 2).flatten(2))  # [B, N, D]
+        [q] = split_heads(self.q(x), 1, self.head_dim)  # [B, N, H, K]
+        k, v = split_heads(self.kv(y), 2, self.head_dim)  # 2 x [B, L, H, K]
+        return self.out(attend(q, k, v, mask))  # [B, N, D]
 
 
 class Block(nn.Module):

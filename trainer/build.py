@@ -132,6 +132,8 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if world.device.type == "cpu" and precision_of(config, world) != "bf16":
+        torch.backends.cuda.enable_flash_sdp(True)  # off since init_world, for the sake of bf16
     if is_debug(config.text_encoder.path) or is_debug(config.objective.repa_encoder):
         first_on_rank_0(world, ensure_debug_assets)
     source = Source(config, resolved, world)

@@ -1,11 +1,9 @@
 """Exponential moving averages of the master weights: fp32, on local shards, several decays at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-
-_CHUNK_NUMBERS = 1 << 26  # what an update holds beside the averages: 256 MiB
 
 
 class EMA:
@@ -26,12 +24,10 @@ class EMA:
         """average += (1 - decay) x (weight - average), except where `skipped` (0 or 1, on the device) is 1."""
         for decay, shards in self.shards.items():
             rate = (1 - self.decay_at(decay, step)) * (1 - skipped)
-            for names in self._chunks():
-                averages = [shards[name] for name in names]
-                # A rate on the device (no host sync for `skipped`) rules out foreach_lerp with its float.
-                difference = torch._foreach_sub([self._live[name] for name in names], averages)
-                torch._foreach_mul_(difference, rate.to(averages[0]))
-                torch._foreach_add_(averages, difference)
+            averages = [shards[name] for name in self._live]
+            # A rate for each tensor, because only then may it lie on the device (no host sync for `skipped`).
+            rates = [rate.to(averages[0])] * len(averages)
+            torch._foreach_lerp_(averages, list(self._live.values()), rates)
 
     def reset(self, decays: Sequence[float]) -> None:
         """Start these averages again from the live weights."""
@@ -43,15 +39,3 @@ class EMA:
         """The averages (of some decays) as a checkpoint names them."""
         wanted = self.decays if decays is None else decays
         return {f"ema_{decay}/{name}": t for decay in wanted for name, t in self.shards[decay].items()}
-
-    def _chunks(self) -> Iterator[list[str]]:
-        chunk: list[str] = []
-        numbers = 0
-        for name, shard in self._live.items():
-            chunk.append(name)
-            numbers += shard.numel()
-            if numbers >= _CHUNK_NUMBERS:
-                yield chunk
-                chunk, numbers = [], 0
-        if chunk:
-            yield chunk

@@ -106,7 +106,7 @@ class FrozenParts:
         return self._loaded_fingerprints() if self._dataset is None else self._dataset.fingerprints
 
     def ahead(self, batches: Batches) -> Batches:
-        """The same batches, while those of the next step are being encoded."""
+        """The same batches, while those of the next step are being encoded, or copied to the GPU."""
 
         def following(first_step: int) -> Iterator[tuple[int, list[Batch]]]:
             self._finish()  # before reader processes are forked
@@ -120,7 +120,7 @@ class FrozenParts:
             finally:
                 self._finish()
 
-        return following if self._encodes else batches
+        return following if self._encodes or self._device.type == "cuda" else batches
 
     def _begin(self, step: tuple[int, list[Batch]]) -> tuple[int, list[Batch]]:
         for batch in step[1]:

@@ -1,24 +1,64 @@
 """What only a CUDA device can show; `make gpu-check` runs these, offline."""
 
+import gc
+import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from models.layers import time_sinusoids
 from tests.distributed.runs import exact, train
+from tests.steps import built
+from trainer import estimate
+from trainer.build import build_mup_table
+from trainer.config import load_config
 from trainer.diffusion.random import normal
+from trainer.estimate import Memory
+from trainer.loop import train_step
+from trainer.parallel.dcp import AsyncSaver
+from trainer.state import Run
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 CONFIG = "mmdit_0.18b_mup.yaml"
-TINY = (
-    "data.shards=synthetic", "model.width=128", "model.depth=2", "train.global_batch_size=8", "train.steps=6",
-    "text_encoder.max_length=16", "text_encoder.width=64", "train.log_every=1", "train.validate_every=6",
-    "train.checkpoint_every=3", "optim.warmup_steps=1", "train.deterministic=true",
+SMALL = (
+    "data.shards=synthetic", "model.width=128", "model.depth=2", "train.global_batch_size=8",
+    "text_encoder.max_length=16", "text_encoder.width=64", "objective.repa_layer=1",
 )  # fmt: skip
+TINY = (
+    *SMALL, "train.steps=6", "train.log_every=1", "train.validate_every=6", "train.checkpoint_every=3",
+    "optim.warmup_steps=1", "train.deterministic=true",
+)  # fmt: skip
+BACKBONES = ("mmdit", "pixart", "dit", "uvit")
+KERNELS = ("flash", "efficient", "cudnn")  # of attention that never writes its scores to memory
+
+
+@pytest.fixture(autouse=True)
+def _memory() -> Iterator[None]:
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def steps(run: Run) -> Iterator[int]:
+    """Take steps without end; yields the number of each after it."""
+    for step, (_, micro_batches) in enumerate(run.batches(0)):
+        train_step(run, step, micro_batches)
+        yield step
+
+
+def take(stream: Iterator[int], count: int) -> None:
+    for _ in itertools.islice(stream, count):
+        pass
 
 
 def test_draws_are_those_of_the_cpu() -> None:
@@ -41,3 +81,129 @@ def test_trains_in_bf16_and_resumes_exactly(tmp_path: Path, way: str) -> None:
     parts = train(1, tmp_path / "parts", *settings, "run.allow_change=[train.steps]", config=CONFIG)
     assert exact(parts)[4:] == exact(whole)[4:]
     assert whole[-1]["val_loss"] < whole[0]["val_loss"]
+
+
+def test_bf16_is_near_fp32(tmp_path: Path) -> None:
+    """Losses of the same steps; compiled ones as well."""
+    ways = ("precision=fp32", "precision=bf16", "compile=true")
+    expected, *others = (train(1, tmp_path / way, *TINY, f"parallel.{way}", config=CONFIG) for way in ways)
+    for lines in others:
+        assert [line["loss"] for line in lines[1:]] == pytest.approx([line["loss"] for line in expected[1:]], rel=0.02)
+        assert exact(lines) != exact(expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ the step
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_no_step_waits_for_the_device(kind: str, compiled: str, tmp_path: Path) -> None:
+    """Also not at a log step, whose health figures are made on the device."""
+    settings = ["train.global_batch_size=8", "train.micro_batch_size=4", "train.log_every=2", "optim.clip_norm=1"]
+    settings += ["optim.spike_threshold=6", f"parallel.compile={compiled}"]
+    with built(f"{kind}_debug_mup.yaml", tmp_path, *settings) as run:
+        stream = steps(run)
+        take(stream, 4)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            take(stream, 4)
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                run.state.totals.sum().item()  # the mode does see a wait
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_three_token_counts_are_compiled_once(tmp_path: Path) -> None:
+    """Batches of three lengths of text: after one of each nothing is compiled again."""
+    with built(CONFIG, tmp_path, *SMALL, "data.text_lengths=[4,8,16]", "parallel.compile=true") as run:
+        stream = steps(run)
+        take(stream, 12)
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs > 0
+        take(stream, 12)
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
+def profiled(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """Events of two steps, after others."""
+    stream = steps(run)
+    take(stream, 3)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        take(stream, 2)
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    return json.loads((folder / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_attention_is_fused(kind: str, tmp_path: Path) -> None:
+    """In bf16 no backbone falls back to the kernel that writes all scores to memory, masked or not."""
+    with built(f"{kind}_debug_mup.yaml", tmp_path, "model.head_dim=32", "parallel.precision=bf16") as run:
+        names = {event.get("name", "") for event in profiled(run, tmp_path)}
+    used = {name for name in names if name.startswith("aten::_scaled_dot_product")}
+    assert used
+    assert all(any(kernel in name for kernel in KERNELS) for name in used), used
+
+
+def test_batches_come_on_a_stream_of_their_own(tmp_path: Path) -> None:
+    """Copies of the next batch's latents and text states run beside the kernels of the step."""
+    with built(CONFIG, tmp_path, *SMALL) as run:
+        events = profiled(run, tmp_path)
+    large = [e for e in events if "Memcpy HtoD" in e.get("name", "") and e["args"].get("bytes", 0) > 4096]
+    copies = {e["args"]["stream"] for e in large}
+    kernels = [e["args"]["stream"] for e in events if e.get("cat") == "kernel"]
+    main = max(set(kernels), key=kernels.count)
+    assert copies
+    assert main not in copies
+
+
+# ---------------------------------------------------------------------------------------------- memory and checkpoints
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        ("mmdit_18b_mup.yaml", ("model.depth=2", "train.global_batch_size=4")),
+        ("mmdit_18b_mup.yaml", ("model.depth=4", "train.global_batch_size=2")),
+        ("mmdit_2b_mup.yaml", ("train.global_batch_size=8",)),
+    ],
+)
+def test_memory_is_what_was_estimated(config: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """Within 10 %, at the peak of a step; of what tensors hold."""
+    settings = (*overrides, "data.shards=synthetic", "objective.repa_weight=0", "text_encoder.max_length=128")
+    resolved = load_config(config, list(settings))
+    rows = resolved.train.global_batch_size
+    expected = Memory(estimate.profile(resolved, 1), build_mup_table(resolved)).total(1, rows, False)
+    if expected > 0.93 * torch.cuda.get_device_properties(0).total_memory:
+        pytest.skip(f"needs {expected / 2**30:.0f} GiB")
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    with built(config, tmp_path, *settings, "train.log_every=1") as run:
+        torch.cuda.reset_peak_memory_stats()
+        take(steps(run), 2)
+        most = torch.cuda.max_memory_allocated() - before
+    assert most == pytest.approx(expected, rel=0.1), f"{most / 2**30:.2f} GiB, estimated {expected / 2**30:.2f}"
+
+
+def test_a_save_copies_to_pinned_memory_and_lets_training_go_on(tmp_path: Path) -> None:
+    with built(CONFIG, tmp_path, *SMALL) as run:
+        stream = steps(run)
+        take(stream, 2)
+        at_save = {name: shard.clone() for name, shard in run.engine.master_shards().items()}
+        saver = AsyncSaver(run.world.device, run.world.checkpoint)
+        staged = saver._stager.stage({name: run.engine.master_shards()[name] for name in at_save})
+        assert isinstance(staged, dict)
+        assert all(_local(tensor).is_pinned() for tensor in staged.values())
+        future = run.engine.save(tmp_path / "saved", run.ema.tensors())
+        take(stream, 2)  # writes into the weights while the copy is written to disk
+        future.result()
+        moved = run.engine.master_shards()
+        assert not all(torch.equal(moved[name], at_save[name]) for name in at_save)
+        run.engine.load(tmp_path / "saved", run.ema.tensors())
+        loaded = run.engine.master_shards()
+        assert all(torch.equal(loaded[name], at_save[name]) for name in at_save)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import trainer.ema
 from trainer.diffusion.flow import RectifiedFlow, shift_time
 from trainer.diffusion.random import PURPOSES, bits, normal
 from trainer.diffusion.sampling import euler, euler_times, guided
@@ -390,25 +389,3 @@ def test_float64_averages() -> None:
     ema.update(0, NO)
     torch.testing.assert_close(ema.shards[0.9]["a"], torch.full((3,), 0.1 * (1 + 1e-12)).double(), rtol=1e-7, atol=0)
     assert ema.shards[0.9]["a"].dtype == torch.float64
-
-
-@pytest.mark.parametrize("numbers", [1, 6, 7, 12])
-def test_chunks_change_nothing(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chunk for each tensor, borders on and beside the end of a tensor."""
-
-    def averages() -> dict[str, Tensor]:
-        live = weights()
-        ema = EMA(live, [0.5, 0.9], warmup=True)
-        for step in range(3):
-            for i, tensor in enumerate(live.values()):
-                tensor.add_(step + i)
-            ema.update(step, NO)
-        return {name: tensor.clone() for name, tensor in ema.tensors().items()}
-
-    whole = averages()
-    monkeypatch.setattr(trainer.ema, "_CHUNK_NUMBERS", numbers)
-    chunks = list(EMA(weights(), [0.5], warmup=True)._chunks())
-    assert [name for chunk in chunks for name in chunk] == ["a", "b", "c"]
-    assert len(chunks) == {1: 3, 6: 2, 7: 2, 12: 1}[numbers]
-    for name, tensor in averages().items():
-        assert torch.equal(tensor, whole[name]), name

@@ -1,0 +1,82 @@
+"""The models of diffusers that compute what ours do, trained by our own engine and loop: the model is all that differs.
+
+U-ViT has no twin there.
+"""
+
+import dataclasses
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from launch.export_folder import TWINS, twin_config
+from models.layers import ClassCondition
+from trainer.config import TrainConfig
+from trainer.ema import EMA
+from trainer.frozen import precision_of
+from trainer.parallel.fsdp import FSDP2Engine, Sharding
+from trainer.parallel.mesh import World
+from trainer.state import Run, TrainState
+
+
+class Twin(nn.Module):
+    """A model of diffusers behind the signature of our backbones."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.kind = config.model.kind
+        self.model: Any = getattr(diffusers, TWINS[self.kind])(**twin_config(config))
+        self.model.eval()  # no dropout of labels by chance: the data have done that
+
+    def forward(self, x: Tensor, t: Tensor, condition: Any, features_at: int | None = None) -> tuple[Tensor, None]:
+        """x [B, C, h P, w P], t [B] in [0, 1] -> prediction [B, O, h P, w P]."""
+        x = x.to(self.model.pos_embed.proj.weight.dtype)
+        common = {"hidden_states": x, "timestep": 1000 * t, "return_dict": False}
+        if isinstance(condition, ClassCondition):
+            return self.model(class_labels=condition.labels, **common)[0], None
+        states, mask = condition.states.to(x.dtype), condition.mask  # [B, L, E], [B, L]
+        if self.kind == "pixart":
+            return self.model(encoder_hidden_states=states, encoder_attention_mask=mask, **common)[0], None
+        # SD3 knows no mask: padding takes part.
+        return self.model(encoder_hidden_states=states, pooled_projections=states.mean(1), **common)[0], None
+
+
+def twin_of(run: Run, config: TrainConfig, world: World, compiled: bool) -> Run:
+    """`run` with the twin in place of our model; its weights are random numbers, for its time does not depend on them.
+
+    compiled: the blocks, for the shapes at hand.
+    """
+    with torch.device("meta"):
+        model = Twin(config)
+    if compiled:
+        for block in model.model.transformer_blocks:
+            block.forward = torch.compile(block.forward)
+
+    def initialise(materialised: nn.Module) -> None:
+        for parameter in materialised.parameters():
+            whole = parameter.detach()
+            assert isinstance(whole, DTensor)
+            whole.to_local().normal_(std=0.02)
+        for buffer in materialised.buffers():
+            buffer.zero_()
+
+    def groups(named: dict[str, Tensor]) -> list[dict[str, Any]]:
+        settings = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay, "eps": config.optim.eps}
+        return [{"params": list(named.values()), "lr_scale": 1.0, **settings}]
+
+    # One unit, gathered once a step: diffusers' DiT reads weights of its first block from outside of it.
+    engine = FSDP2Engine(
+        model,
+        units=[],
+        world=world,
+        precision=precision_of(config, world),
+        sharding=Sharding(),
+        initialise=initialise,
+        groups=groups,
+        betas=config.optim.betas,
+        clip_norm=config.optim.clip_norm,
+    )
+    ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
+    return dataclasses.replace(run, engine=engine, ema=ema, state=TrainState.start(world.device))
