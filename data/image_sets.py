@@ -107,6 +107,22 @@ def _folder(folder: Path, key: str, count: int | None) -> ImageSet:
     return ImageSet(f"{key}: {folder}", _digest(identity), len(paths), load)
 
 
+def open_npz_images(path: Path, key: str) -> ImageSet:
+    """The images uint8 [n, H, W, 3] that an .npz holds as arr_0."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = file["arr_0"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{key}: {path} has no images ({error}): expected an array arr_0 beside its statistics"
+        ) from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise DataError(f"{key}: arr_0 of {path} is {images.dtype} {images.shape}; expected uint8 [n, H, W, 3]")
+    identity = hashlib.sha256(images[:: max(1, len(images) // 100)].tobytes()).hexdigest()
+    fingerprint = _digest([identity, images.shape])
+    return ImageSet(f"{key}: {path}", fingerprint, len(images), lambda number: Image.fromarray(images[number]))
+
+
 def _subset(size: int, count: int | None, key: str, spec: str) -> np.ndarray:
     """The `count` numbers below size with the smallest hashes, rising."""
     if count is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from .diffusion.flow import RectifiedFlow
 from .diffusion.repa import Alignment
 from .diffusion.sampling import Euler, Sampler
 from .ema import EMA
-from .evaluate.generate import images_from_prompts, save_grid
+from .evaluate.generate import Generator, images_from_prompts, save_grid
 from .evaluate.val_loss import validation
 from .frozen import FrozenParts, precision_of
 from .health import Health, Watched
@@ -288,9 +288,23 @@ def sample_images(
     )
 
 
+def image_generator(config: TrainConfig, engine: Engine, frozen: FrozenParts, resolved: Resolved) -> Generator:
+    """Images by the weights that the engine's model has when it is called."""
+    return Generator(
+        engine.model,
+        frozen.encode_prompts,
+        frozen.decode,
+        (config.autoencoder.channels, config.latent_size, config.latent_size),
+        build_sampler(config, resolved),
+        config.sample.guidance,
+        config.sample.guidance_channels,
+        frozen.device,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """The EMA weights of a checkpoint, ready to compute with."""
+    """The EMA (or live) weights of a checkpoint, ready to compute with."""
 
     config: TrainConfig
     table: MuTable
@@ -299,10 +313,14 @@ class Inference:
     frozen: FrozenParts
     images: Callable[[Sequence[str], int], np.ndarray]
     """(prompts, seed) -> uint8 [n, H, W, 3]."""
+    generate: Generator
+    """One batch of this rank; all ranks call it equally often."""
 
 
-def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Inference:
-    """Load the EMA weights of a checkpoint that was trained with `config`."""
+def build_inference(
+    config: TrainConfig, checkpoint: Path, world: World, weights: Literal["ema", "live"] = "ema"
+) -> Inference:
+    """Load the weights of a checkpoint that was trained with `config`."""
     if config.data.synthetic:
         raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
     check_images(config.autoencoder, config.text_encoder, config.label_classes)
@@ -313,7 +331,10 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     check_weights_readable(read_meta(checkpoint), checkpoint)
     frozen = FrozenParts(config, world, partial(on_rank_0, world))
     engine = build_engine(config, table, world)
-    engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}", lasting(table.rows))
+    if weights == "live" and read_meta(checkpoint).get("averages_only"):
+        raise CheckpointError(f"{checkpoint} is a snapshot, which holds EMA weights alone: there are no live ones")
+    group = f"ema_{config.ema.decays[0]}" if weights == "ema" else "model"
+    engine.load_weights(checkpoint, group, lasting(table.rows))
     return Inference(
         config=config,
         table=table,
@@ -321,6 +342,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
         objective=build_objective(config, resolved),
         frozen=frozen,
         images=lambda prompts, seed: sample_images(config, engine, frozen, resolved, world, prompts, seed),
+        generate=image_generator(config, engine, frozen, resolved),
     )
 
 

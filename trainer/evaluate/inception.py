@@ -35,7 +35,8 @@ class Inception:
     """
 
     def __init__(self, path: str | Path, resize: Resize, device: torch.device | str = "cpu") -> None:
-        self._resize, self._device = resize, torch.device(device)
+        self._resize: Resize = resize
+        self._device = torch.device(device)
         try:
             with open(path, "rb") as file:
                 self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
