@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import Mask2FormerForUniversalSegmentation
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerModel
 
 from data.config import DataError
 from data.encoders import model_fingerprint, quieten
@@ -35,6 +35,16 @@ _GENEVAL_NAMES = {
 }
 
 
+class Segmenter(Mask2FormerForUniversalSegmentation):
+    """Without the training loss that it would be built with: that needs scipy."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super(Mask2FormerForUniversalSegmentation, self).__init__(config)
+        self.model = Mask2FormerModel(config)
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.post_init()
+
+
 class Detector:
     """Objects of images. fingerprint: identity of both models' weights, whatever the paths."""
 
@@ -42,9 +52,7 @@ class Detector:
         """short: the shorter side of what the detector sees, in pixels."""
         quieten()
         try:
-            model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True
-            )
+            model: Any = Segmenter.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise DataError(
