@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -61,7 +60,8 @@ def main() -> int:
                 "table_hash": meta["mup"]["sha256"],
             },
         }
-        lock = on_rank_0(world, lambda: claim(folder, identity))
+        lock = on_rank_0(world, lambda: lock_folder(folder))
+        on_rank_0(world, lambda: claim(folder, identity))
         began = time.monotonic()
         made = make_images(evaluation, model, folder, world)
         generated_s = time.monotonic() - began
@@ -94,9 +94,8 @@ def shard(folder: Path, batch: int) -> Path:
     return folder / f"images-{batch:06d}.tar"
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> Any:
-    """Hold the output folder, new or of the same evaluation; the returned lock is let go with it."""
-    lock = lock_folder(folder)
+def claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Begin or go on with an evaluation in a folder; DataError where it holds something else."""
     file = folder / "evaluation.json"
     if not file.is_file():
         if any(folder.glob("*.tar")):
@@ -107,35 +106,25 @@ def claim(folder: Path, identity: dict[str, Any]) -> Any:
             f"--output {folder} holds an evaluation of another checkpoint, or by another protocol: choose another "
             "folder, or remove it"
         )
-    return lock
 
 
 def make_images(evaluation: Evaluation, model: Inference, folder: Path, world: World) -> int:
-    """Make the batches that the folder lacks, each rank its share; returns how many images were made.
-
-    All ranks run the same number of batches, because sharded weights are gathered together: a rank that has none left
-    makes the last one again and drops it.
-    """
+    """Make the batches that the folder lacks, shared out over the ranks; returns how many images were made."""
     suite, batches = evaluation.suite, evaluation.batches
     missing: list[Any] = [[batch for batch in range(len(batches)) if not shard(folder, batch).is_file()]]
     dist.broadcast_object_list(missing, src=0, group=world.control)
-    left, began = missing[0], time.monotonic()
-    rounds = -(-len(left) // world.size)
-    for turn in range(rounds):
-        place = turn * world.size + world.rank
-        batch = left[min(place, len(left) - 1)]
-        numbers = [*batches[batch]]
-        filled = numbers + numbers[-1:] * (suite.batch_size - len(numbers))
-        images = model.generate([evaluation.prompts[i].text for i in filled], filled, suite.seed).numpy()
-        if place < len(left):
+    rounds, began = -(-len(missing[0]) // world.size), time.monotonic()
+    for turn, (batch, counts) in enumerate(evaluation.turns(missing[0]), 1):
+        images = evaluation.make(model.generate, batch)
+        if counts:
+            numbers = batches[batch]
             prompts = [evaluation.prompts[i] for i in numbers]
-            kept: np.ndarray = images[: len(numbers)]
-            write_images(shard(folder, batch), numbers, kept, prompts, suite.image_format, suite.jpeg_quality)
+            write_images(shard(folder, batch), numbers, images, prompts, suite.image_format, suite.jpeg_quality)
         if world.rank == 0:
-            left_s = (time.monotonic() - began) / (turn + 1) * (rounds - turn - 1)
-            print(f"batch {turn + 1} of {rounds} on each of {world.size} processes, {left_s:.0f} s left", flush=True)
+            left_s = (time.monotonic() - began) / turn * (rounds - turn)
+            print(f"batch {turn} of {rounds} on each of {world.size} processes, {left_s:.0f} s left", flush=True)
     dist.barrier(group=world.control)  # all are written before any is read
-    return sum(len(batches[batch]) for batch in left)
+    return sum(len(batches[batch]) for batch in missing[0])
 
 
 def report(results: dict[str, Any], folder: Path) -> None:

@@ -3,6 +3,7 @@
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ def save_clip(folder: Path) -> Path:
 def save_detector(folder: Path, names: list[str]) -> Path:
     """A seeded Mask2Former for these classes."""
     quieten()
-    backbone = SwinConfig(
+    backbone: Any = SwinConfig
+    backbone = backbone(
         image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip

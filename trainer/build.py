@@ -42,7 +42,10 @@ from .diffusion.flow import RectifiedFlow
 from .diffusion.repa import Alignment
 from .diffusion.sampling import Euler, Sampler
 from .ema import EMA
+from .evaluate.evaluation import prepare
 from .evaluate.generate import Generator, images_from_prompts, save_grid
+from .evaluate.metrics import MetricError
+from .evaluate.suite import load_suite
 from .evaluate.val_loss import validation
 from .frozen import FrozenParts, precision_of
 from .health import Health, Watched
@@ -181,6 +184,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         return engine.swapped(average)
 
     sample = _grid_writer(config, source, frozen, engine, swapped, resolved, world)
+    evaluate = _evaluator(config, frozen, engine, swapped, resolved, world)
 
     lock = on_rank_0(world, lambda: lock or lock_folder(folder))
     if world.rank == 0:
@@ -215,6 +219,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         encode=frozen.encode,
         validate=lambda: validation(engine.model, objective, bank, swapped),
         sample=sample,
+        evaluate=evaluate,
         metrics=metrics,
         checkpointer=Checkpointer(
             folder,
@@ -261,6 +266,35 @@ def _grid_writer(
             write_atomically(path.parent / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
 
     return write
+
+
+def _evaluator(
+    config: TrainConfig,
+    frozen: FrozenParts,
+    engine: Engine,
+    swapped: Callable[[], Any],
+    resolved: Resolved,
+    world: World,
+) -> Callable[[], dict[str, Any]]:
+    """Figures of train.evaluate_suite as metrics names them. What the suite needs is read now."""
+    if not config.train.evaluate_every:
+        return dict
+    if frozen.without_images:
+        raise DataError(f"train.evaluate_every needs images: {frozen.without_images}")
+    _, suite = load_suite(config.train.evaluate_suite)
+    suite = suite.model_copy(update={"vae": None, "precision": precision_of(config, world)})
+    generate = image_generator(suite.applied(config), engine, frozen, resolved)
+    evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
+
+    def evaluate() -> dict[str, Any]:
+        with swapped():
+            images = {batch: evaluation.make(generate, batch) for batch, _ in evaluation.turns()}
+        try:
+            return {f"val_{key}": score.value for key, score in evaluation.measure(images.__getitem__).items()}
+        except MetricError as error:  # constant images, early or after a divergence, are no reason to stop
+            return {"evaluation_error": str(error)} if world.rank == 0 else {}
+
+    return evaluate
 
 
 def sample_images(
@@ -392,6 +426,7 @@ def _plan(
         checkpoint_every=train.checkpoint_every,
         snapshot_every=train.ema_snapshot_every,
         sample_every=0 if without_images else train.sample_every,
+        evaluate_every=train.evaluate_every,
         max_bad_share=config.data.max_bad_share,
         rollback_after=train.rollback_after,
         data_steps=data_steps,

@@ -33,7 +33,7 @@ def test_moments_in_batches_are_those_of_the_whole() -> None:
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """The trace of the root from the eigenvalues of the product itself, which is not symmetric."""
     c_a, c_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    roots = np.sqrt(np.linalg.eigvals(c_a @ c_b).astype(complex)).real.sum()
+    roots = np.sqrt(np.linalg.eigvals(c_a @ c_b).astype(complex)).sum().real
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c_a) + np.trace(c_b) - 2 * roots)
 
 

@@ -41,7 +41,7 @@ class Segmenter(Mask2FormerForUniversalSegmentation):
     def __init__(self, config: Mask2FormerConfig) -> None:
         super(Mask2FormerForUniversalSegmentation, self).__init__(config)
         self.model = Mask2FormerModel(config)
-        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.class_predictor = nn.Linear(config.hidden_dim, len(config.id2label or {}) + 1)
         self.post_init()
 
 

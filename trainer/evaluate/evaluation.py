@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from .features import (
     image_set_features,
     published_statistics,
 )
+from .generate import Generator
 from .geneval import check_facts, is_correct, scores
 from .inception import Inception
 from .metrics import Score
@@ -58,19 +59,33 @@ class Evaluation:
         """Numbers of the images that are made together."""
         return batches_of(len(self.prompts), self.suite.batch_size)
 
-    def share(self, batches: list[int]) -> list[int]:
-        """This rank's part of some batches."""
-        return batches[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
+    def turns(self, batches: Sequence[int] | None = None) -> Iterator[tuple[int, bool]]:
+        """(batch, whether it counts) for this rank, of some batches or of all: batch i of them falls to rank i mod W.
+
+        Equally many on all ranks, because sharded weights are gathered together: a rank that has none left makes the
+        last one again, which does not count.
+        """
+        batches = range(len(self.batches)) if batches is None else batches
+        size = dist.get_world_size(self.group)
+        for first in range(0, len(batches), size):
+            place = first + dist.get_rank(self.group)
+            yield batches[min(place, len(batches) - 1)], place < len(batches)
+
+    def make(self, generate: Generator, batch: int) -> np.ndarray:
+        """Images uint8 [b, H, W, 3] of a batch, made at the suite's batch size whatever b is."""
+        numbers = [*self.batches[batch]]
+        filled = numbers + numbers[-1:] * (self.suite.batch_size - len(numbers))
+        return generate([self.prompts[i].text for i in filled], filled, self.suite.seed)[: len(numbers)].numpy()
 
     def measure(self, images_of: Callable[[int], np.ndarray]) -> dict[str, Score]:
-        """images_of: batch -> uint8 [b, H, W, 3], asked for this rank's batches. The figures, on rank 0 (else {}).
+        """The figures, on rank 0 (elsewhere {}), of images_of(batch), uint8 [b, H, W, 3], for this rank's batches.
 
         MetricError where the images are degenerate.
         """
         tally = None if self.inception is None else Tally(self.inception, self.wanted, self.device)
         pairs: dict[int, torch.Tensor] = {}
         judged: dict[int, bool] = {}
-        for batch in self.share([*range(len(self.batches))]):
+        for batch in (batch for batch, counts in self.turns() if counts):
             numbers = self.batches[batch]
             whole = filled_up(images_of(batch), self.suite.batch_size)
             if tally is not None:
