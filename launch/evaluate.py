@@ -44,7 +44,8 @@ def main() -> int:
     # However the run was sharded: here the ranks that there are share one copy of the weights.
     trained = parse(meta["config"], f"the config of {checkpoint}", ["parallel.shard=0"])
     config = suite.applied(trained, of_config)
-    folder = arguments.output or checkpoint.parent.parent / "evaluate" / name / f"step_{meta['step']:08d}"
+    step = f"step_{meta['step']:08d}" + ("" if arguments.weights == "ema" else "_live")
+    folder = arguments.output or checkpoint.parent.parent / "evaluate" / name / step
     world = init_world(resolve(config, world_size()).shard)
     try:
         model = build_inference(config, checkpoint, world, arguments.weights)

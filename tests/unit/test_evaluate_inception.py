@@ -46,6 +46,7 @@ def test_output_is_pinned(inception: Inception) -> None:
     np.testing.assert_allclose(features.pooled[:, [0, 5, 100, 1000, 2047]], pooled, rtol=1e-3)
     np.testing.assert_allclose(features.spatial.mean(1), [0.1241, 0.0648], atol=2e-4)
     assert features.spatial.shape == (2, 17 * 17 * 7)
+    assert inception.widths == (2048, 2023)
     with warnings.catch_warnings(action="ignore"):
         whole = torch.jit.load(str(network())).eval()
     assert torch.equal(features.pooled, whole((resized(IMAGES, "tf1_bilinear") - 128) / 128))
@@ -81,7 +82,7 @@ def test_other_resizes(resize: Resize, filter_: Image.Resampling | None) -> None
 
 
 def test_real_images_are_ordered_as_they_must_be(inception: Inception) -> None:
-    """A set and itself; two halves; a half and the other one blurred. Few, for time: docs/evaluate.md has more."""
+    """A set and itself; two halves; a half and the other one blurred. Few, for time."""
     assert CIFAR.is_dir(), "make cifar"
     images = open_image_set(str(CIFAR / "val-*.tar"), "reference")
     halves = [images.pixels(range(first, first + 10), 32) for first in (0, 10)]

@@ -10,6 +10,7 @@ import torch
 
 from data.config import DataError
 from tests.tiny_networks import save_clip, save_detector
+from trainer.evaluate import detector as detector_module
 from trainer.evaluate.clip import Clip
 from trainer.evaluate.detector import Detector
 from trainer.evaluate.geneval import COLOURS, Box, Detection, check_facts, is_correct, relations, scores
@@ -146,10 +147,11 @@ def test_other_metadata_is_refused(wrong: dict[str, Any], message: str) -> None:
         check_facts(wrong, "entry 3")
 
 
-def test_small_models_detect(tmp_path: Path) -> None:
+def test_small_models_detect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Boxes lie in the image, scores are probabilities, colours sum to 1; COCO's spellings become GenEval's."""
+    monkeypatch.setattr(detector_module, "SHORT", 64)
     clip = Clip(str(save_clip(tmp_path / "clip")))
-    detector = Detector(str(save_detector(tmp_path / "detector", ["clock", "mouse", "sofa"])), clip, short=64)
+    detector = Detector(str(save_detector(tmp_path / "detector", ["clock", "mouse", "sofa"])), clip)
     detector.check_names(["clock", "computer mouse", "couch"])
     with pytest.raises(DataError, match='no class "dog", "sofa"'):
         detector.check_names(["clock", "sofa", "dog"])

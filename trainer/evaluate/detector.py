@@ -16,7 +16,7 @@ from data.encoders import model_fingerprint, quieten
 from .clip import Clip
 from .geneval import COLOURS, Box, Detection
 
-_SHORT, _LONG, _MULTIPLE = 800, 1333, 32  # pixels of the detector's input, as it was trained
+SHORT, _LONG, _MULTIPLE = 800, 1333, 32  # pixels of the detector's input, as it was trained
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GREY = 0x99  # behind a masked object
 _TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
@@ -48,8 +48,7 @@ class Segmenter(Mask2FormerForUniversalSegmentation):
 class Detector:
     """Objects of images. fingerprint: identity of both models' weights, whatever the paths."""
 
-    def __init__(self, path: str, clip: Clip, device: torch.device | str = "cpu", short: int = _SHORT) -> None:
-        """short: the shorter side of what the detector sees, in pixels."""
+    def __init__(self, path: str, clip: Clip, device: torch.device | str = "cpu") -> None:
         quieten()
         try:
             model: Any = Segmenter.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
@@ -60,7 +59,7 @@ class Detector:
                 "a Mask2Former, or a hub id that this machine can reach"
             ) from None
         self._model = model.eval().requires_grad_(False).to(device)
-        self._device, self._clip, self._short = torch.device(device), clip, short
+        self._device, self._clip = torch.device(device), clip
         labels = model.config.id2label
         self._names = [_GENEVAL_NAMES.get(labels[i], labels[i]) for i in range(len(labels))]
         self.fingerprint = model_fingerprint(model)
@@ -102,7 +101,7 @@ class Detector:
         return detections
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        scale = min(self._short / min(height, width), self._short * _LONG / _SHORT / max(height, width))
+        scale = min(SHORT / min(height, width), _LONG / max(height, width))
         return round(height * scale), round(width * scale)
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from data.config import DataError
 from data.files import temporary_beside
 from data.image_sets import ImageSet
 
-from .inception import POOLED, SPATIAL, Inception
+from .inception import Inception
 from .metrics import Moments, Statistics, check_statistics
 
 
@@ -41,7 +41,9 @@ class Tally:
 
     def __init__(self, inception: Inception, wanted: Wanted, device: torch.device) -> None:
         self._inception, self._wanted = inception, wanted
-        self._pooled, self._spatial = Moments(POOLED, device), Moments(SPATIAL, device) if wanted.spatial else None
+        pooled, spatial = inception.widths
+        self._pooled = Moments(pooled, device)
+        self._spatial = Moments(spatial, device) if wanted.spatial else None
         self._rows: dict[int, Tensor] = {}
         self._probabilities: dict[int, Tensor] = {}
 

