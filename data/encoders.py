@@ -91,6 +91,11 @@ def _fingerprint(config: Mapping[str, Any], names: Sequence[str], module: nn.Mod
     return digest.hexdigest()
 
 
+def model_fingerprint(model: Any) -> str:
+    """Identity of a Hugging Face model that only measures: its class and weights, whatever the path."""
+    return _fingerprint({}, (), model, type(model).__name__)
+
+
 class TextEncoder:
     """A frozen Hugging Face text encoder.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,10 @@ from .diffusion.flow import RectifiedFlow
 from .diffusion.repa import Alignment
 from .diffusion.sampling import Euler, Sampler
 from .ema import EMA
-from .evaluate.generate import images_from_prompts, save_grid
+from .evaluate.evaluation import prepare
+from .evaluate.generate import Generator, images_from_prompts, save_grid
+from .evaluate.metrics import MetricError
+from .evaluate.suite import load_suite
 from .evaluate.val_loss import validation
 from .frozen import FrozenParts, precision_of
 from .health import Health, Watched
@@ -184,6 +187,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         return engine.swapped(average)
 
     sample = _grid_writer(config, source, frozen, engine, swapped, resolved, world)
+    evaluate = _evaluator(config, frozen, engine, swapped, resolved, world)
 
     lock = on_rank_0(world, lambda: lock or lock_folder(folder))
     if world.rank == 0:
@@ -219,6 +223,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         encode=frozen.encode,
         validate=lambda: validation(engine.model, objective, bank, swapped),
         sample=sample,
+        evaluate=evaluate,
         metrics=metrics,
         checkpointer=Checkpointer(
             folder,
@@ -267,6 +272,35 @@ def _grid_writer(
     return write
 
 
+def _evaluator(
+    config: TrainConfig,
+    frozen: FrozenParts,
+    engine: Engine,
+    swapped: Callable[[], Any],
+    resolved: Resolved,
+    world: World,
+) -> Callable[[], dict[str, Any]]:
+    """Figures of train.evaluate_suite as metrics names them. What the suite needs is read now."""
+    if not config.train.evaluate_every:
+        return dict
+    if frozen.without_images:
+        raise DataError(f"train.evaluate_every needs images: {frozen.without_images}")
+    _, suite = load_suite(config.train.evaluate_suite)
+    suite = suite.model_copy(update={"vae": None, "precision": precision_of(config, world)})
+    generate = image_generator(suite.applied(config), engine, frozen, resolved)
+    evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
+
+    def evaluate() -> dict[str, Any]:
+        with swapped():
+            images = {batch: evaluation.make(generate, batch) for batch, _ in evaluation.turns()}
+        try:
+            return {f"val_{key}": score.value for key, score in evaluation.measure(images.__getitem__).items()}
+        except MetricError as error:  # constant images, early or after a divergence, are no reason to stop
+            return {"evaluation_error": str(error)} if world.rank == 0 else {}
+
+    return evaluate
+
+
 def sample_images(
     config: TrainConfig,
     engine: Engine,
@@ -292,9 +326,23 @@ def sample_images(
     )
 
 
+def image_generator(config: TrainConfig, engine: Engine, frozen: FrozenParts, resolved: Resolved) -> Generator:
+    """Images by the weights that the engine's model has when it is called."""
+    return Generator(
+        engine.model,
+        frozen.encode_prompts,
+        frozen.decode,
+        (config.autoencoder.channels, config.latent_size, config.latent_size),
+        build_sampler(config, resolved),
+        config.sample.guidance,
+        config.sample.guidance_channels,
+        frozen.device,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """The EMA weights of a checkpoint, ready to compute with."""
+    """The EMA (or live) weights of a checkpoint, ready to compute with."""
 
     config: TrainConfig
     table: MuTable
@@ -303,10 +351,14 @@ class Inference:
     frozen: FrozenParts
     images: Callable[[Sequence[str], int], np.ndarray]
     """(prompts, seed) -> uint8 [n, H, W, 3]."""
+    generate: Generator
+    """One batch of this rank; all ranks call it equally often."""
 
 
-def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Inference:
-    """Load the EMA weights of a checkpoint that was trained with `config`."""
+def build_inference(
+    config: TrainConfig, checkpoint: Path, world: World, weights: Literal["ema", "live"] = "ema"
+) -> Inference:
+    """Load the weights of a checkpoint that was trained with `config`."""
     if config.data.synthetic:
         raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
     check_images(config.autoencoder, config.text_encoder, config.label_classes)
@@ -317,7 +369,10 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
     check_weights_readable(read_meta(checkpoint), checkpoint)
     frozen = FrozenParts(config, world, partial(on_rank_0, world))
     engine = build_engine(config, table, world)
-    engine.load_weights(checkpoint, f"ema_{config.ema.decays[0]}", lasting(table.rows))
+    if weights == "live" and read_meta(checkpoint).get("averages_only"):
+        raise CheckpointError(f"{checkpoint} is a snapshot, which holds EMA weights alone: there are no live ones")
+    group = f"ema_{config.ema.decays[0]}" if weights == "ema" else "model"
+    engine.load_weights(checkpoint, group, lasting(table.rows))
     return Inference(
         config=config,
         table=table,
@@ -325,6 +380,7 @@ def build_inference(config: TrainConfig, checkpoint: Path, world: World) -> Infe
         objective=build_objective(config, resolved),
         frozen=frozen,
         images=lambda prompts, seed: sample_images(config, engine, frozen, resolved, world, prompts, seed),
+        generate=image_generator(config, engine, frozen, resolved),
     )
 
 
@@ -374,6 +430,7 @@ def _plan(
         checkpoint_every=train.checkpoint_every,
         snapshot_every=train.ema_snapshot_every,
         sample_every=0 if without_images else train.sample_every,
+        evaluate_every=train.evaluate_every,
         max_bad_share=config.data.max_bad_share,
         rollback_after=train.rollback_after,
         data_steps=data_steps,

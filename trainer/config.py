@@ -65,6 +65,10 @@ class TrainSection(Section):
     ema_snapshot_every: int = Field(default=0, ge=0)
     """Write the EMA weights alone, to be sampled from and kept; 0: never."""
     sample_every: int = Field(default=1000, ge=0)
+    evaluate_every: int = Field(default=0, ge=0)
+    """Measure images of the EMA weights by a small suite; 0: never."""
+    evaluate_suite: str = "demo"
+    """Which: a path, or a name under configs/evaluate/. The run's own precision and autoencoder are used."""
     rollback_after: int = Field(default=0, ge=0)
     """After so many skipped steps in a row go back to the last checkpoint and past the samples between; 0: never."""
     watchdog_factor: float | None = Field(default=20.0, gt=1)

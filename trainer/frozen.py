@@ -66,7 +66,7 @@ class FrozenParts:
         precision = precision_of(config, world)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
         self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
-        self._device = world.device
+        self.device = self._device = world.device
         self._dataset = dataset
         self._classes, self._sized = config.label_classes, config.model.micro_conditions
         self._autoencoder = self._text_encoder = self._feature_encoder = None

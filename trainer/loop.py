@@ -46,7 +46,7 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
     """Steps until the last one, or until the ranks agree to stop; returns the outcome and its reason."""
     plan, state = run.plan, run.state
     if state.step == 0:
-        _look(run, watchdog, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0, sample=False)
+        _look(run, watchdog, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0)
     stream = follow(run.batches, lambda: data_step(state.step, state.jumps))
     run.pace.restart()
     reads_before = _reads(state)
@@ -72,8 +72,8 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
                     go_back(run, row)
                 run.pace.restart()
                 continue
-        if due["log"] or due["validate"] or due["sample"]:
-            _look(run, watchdog, record, due["validate"], due["sample"])
+        if due["log"] or due["validate"] or due["sample"] or due["evaluate"]:
+            _look(run, watchdog, record, due["validate"], due["sample"], due["evaluate"])
         stopping = (asked and state.step < run.last_step) or too_bad
         last = stopping or state.step == run.last_step
         if due["snapshot"] or due["checkpoint"] or last:
@@ -167,6 +167,7 @@ def _intervals(run: Run) -> dict[str, int]:
         "checkpoint": plan.checkpoint_every,
         "snapshot": plan.snapshot_every,
         "sample": plan.sample_every,
+        "evaluate": plan.evaluate_every,
     }
 
 
@@ -223,14 +224,19 @@ def _bad_data(run: Run, share: float) -> str:
     )
 
 
-def _look(run: Run, watchdog: Watchdog, record: dict[str, Any], validate: bool, sample: bool) -> None:
-    """Validate and sample where due, and write one line of metrics."""
+def _look(
+    run: Run, watchdog: Watchdog, record: dict[str, Any], validate: bool, sample: bool = False, evaluate: bool = False
+) -> None:
+    """Validate, sample and evaluate where due, and write one line of metrics."""
     if validate:
         with watchdog.phase("validation"):
             record |= run.validate()
     if sample:
         with watchdog.phase("sampling"):
             run.sample(run.folder / "samples" / f"step_{record['step']:08d}.png")
+    if evaluate:
+        with watchdog.phase("evaluation"):
+            record |= run.evaluate()
     run.metrics.write(record)
-    if validate or sample:
+    if validate or sample or evaluate:
         run.metrics.plot()

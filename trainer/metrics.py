@@ -16,7 +16,9 @@ from .checkpoint import write_atomically
 # Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
 _VALIDATION = "val_"
+_LEVEL = "val_loss_ema_t"
 _PREFIXED = ("mup/", "perf/")  # names that wandb gets as they are
+_PRINTED = ("loss", "val_loss", "val_loss_ema", "val_fid", "val_kid")
 _SPEED = (
     "images_per_s", "model_tflops_per_s", "mfu", "step_time_s", "checkpoint_blocked_s", "checkpoint_write_s",
 )  # fmt: skip
@@ -111,9 +113,11 @@ class Metrics:
             write_status(self._folder, state, step, reason)
 
     def plot(self) -> None:
-        """loss.png from metrics.jsonl."""
+        """loss.png, and what was measured of the EMA weights as evaluation.png, from metrics.jsonl."""
         if self._active:
-            plot_loss(read_metrics(self._folder), self._folder / "loss.png")
+            records = read_metrics(self._folder)
+            plot_loss(records, self._folder / "loss.png")
+            plot_evaluation(records, self._folder / "evaluation.png")
 
     def close(self) -> None:
         if self._active:
@@ -127,7 +131,7 @@ class Metrics:
         width = 20 if sys.stdout.isatty() else 10
         bar = "█" * int(done * width) + "░" * (width - int(done * width))
         parts = [f"{bar} {step}/{self._total}"]
-        parts += [f"{key} {record[key]:.4f}" for key in ("loss", "val_loss", "val_loss_ema") if key in record]
+        parts += [f"{key} {record[key]:.4f}" for key in _PRINTED if key in record]
         if "grad_norm" in record:
             parts += [f"|g| {record['grad_norm']:.3g}", f"lr {record['lr']:.3g}"]
         if "images_per_s" in record:
@@ -160,6 +164,31 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     axes.grid(True, which="both", alpha=0.3)
     if axes.has_data():
         axes.legend()
+    _save(figure, path)
+
+
+def plot_evaluation(records: list[dict[str, Any]], path: Path) -> None:
+    """Against the step, of the EMA weights: the loss at each noise level, and each figure of train.evaluate_suite."""
+    measured = {key: None for record in records for key in record if key.startswith(_VALIDATION)}  # in their order
+    losses = [key for key in measured if key.startswith(_LEVEL)]
+    figures = [key for key in measured if not key.startswith("val_loss")]
+    panels = ([losses] if losses else []) + [[key] for key in figures]
+    if not panels:
+        return
+    figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, keys in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in records if key in r]
+            axes.plot(*zip(*points, strict=True), label=f"t = {key.removeprefix(_LEVEL)}", lw=1, marker=".")
+        axes.grid(True, which="both", alpha=0.3)
+        axes.set(xlabel="step", ylabel="loss by time" if keys is losses else keys[0].removeprefix(_VALIDATION))
+        if keys is losses:
+            axes.set_yscale("log")
+            axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
     beside = path.with_name(f".{path.name}")
     figure.savefig(beside, dpi=120, format="png")
     os.replace(beside, path)

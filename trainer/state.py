@@ -113,6 +113,7 @@ class Plan:
     checkpoint_every: int
     snapshot_every: int
     sample_every: int
+    evaluate_every: int
     max_bad_share: float
     rollback_after: int
     """Skipped steps in a row after which the run goes back; 0: never."""
@@ -148,6 +149,8 @@ class Run:
     """Validation figures of the live and the EMA weights."""
     sample: Callable[[Path], None]
     """Write a grid of samples from the EMA weights."""
+    evaluate: Callable[[], dict[str, Any]]
+    """Figures of images of the EMA weights, on rank 0 (elsewhere {})."""
     metrics: Metrics
     checkpointer: Checkpointer
     meta: Mapping[str, Any]

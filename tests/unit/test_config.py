@@ -30,8 +30,8 @@ from trainer.config import (
 )
 from trainer.mup.rules import ROLES
 
-# Searches (configs/search) describe studies: they name a config and are none.
-FILES = sorted(p for p in CONFIG_DIR.rglob("*.yaml") if "search" not in p.relative_to(CONFIG_DIR).parts)
+# Searches (configs/search) describe studies and suites (configs/evaluate) measurements: they are no configs of runs.
+FILES = sorted(p for p in CONFIG_DIR.glob("*.yaml"))
 DEBUG = "mmdit_debug_mup"
 
 
@@ -418,6 +418,7 @@ def test_frozen() -> None:
 SCHEDULE = {"train.steps", "optim.", "ema."}
 RUNTIME = {"run.", "parallel.", "validation.", "sample.", "wandb.", "train.micro_batch_size", "train.deterministic"}
 RUNTIME |= {f"train.{name}_every" for name in ("log", "validate", "checkpoint", "sample", "ema_snapshot")}
+RUNTIME |= {"train.evaluate_every", "train.evaluate_suite"}
 RUNTIME |= {f"train.{key}" for key in ("checkpoint_async", "rollback_after", "watchdog_factor", "watchdog_min_s")}
 RUNTIME |= {"data.shards", "data.val_shards", "data.num_workers", "data.max_bad_share", "data.sources"}
 RUNTIME |= {f"data.{key}" for key in ("captions", "index_cache", "prefetch_mib", "timeout_s", "retries")}

@@ -81,6 +81,7 @@ ROOMS: dict[str, Room] = {
     "trainer.evaluate": Room(
         ("torch", "numpy", "transformers", "matplotlib"), ("trainer.evaluate", "trainer.diffusion", "data")
     ),
+    "trainer.evaluate.suite": Room(("pydantic",), ("trainer.config", "trainer.config_files")),
     "trainer.search": WHOLE,
     "trainer.estimate": WHOLE,
     "trainer.resume": Room((), ("trainer.checkpoint", "trainer.config", "trainer.mup.table", "trainer.parallel.mesh")),
@@ -91,7 +92,7 @@ ROOMS: dict[str, Room] = {
     "launch": Room(PACKAGES, ("trainer", "data", "launch")),
 }
 
-NO_TORCH = ("models.configs", "data.config", "trainer.config", "trainer.config_files")
+NO_TORCH = ("models.configs", "data.config", "trainer.config", "trainer.config_files", "trainer.evaluate.suite")
 
 
 def within(name: str, prefixes: tuple[str, ...]) -> bool:

@@ -1,6 +1,7 @@
 """Images from prompts: each a function of (seed, its number, prompt) alone; shared out over the ranks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,33 @@ from torch import Tensor, nn
 from data.order import position_keys
 from trainer.diffusion.random import normal
 from trainer.diffusion.sampling import Predict, Sampler, guided
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Prompts -> images by the weights that the model has now.
+
+    encode_prompts: prompts -> what the model is conditioned on; "" is no condition. decode: latents -> [-1, 1].
+    """
+
+    model: nn.Module
+    encode_prompts: Callable[[list[str]], Any]
+    decode: Callable[[Tensor], Tensor]
+    latent_shape: tuple[int, int, int]
+    sampler: Sampler
+    guidance: float
+    guidance_channels: int | None
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> Tensor:
+        """uint8 [n, H, W, 3] on the CPU. A sharded model is called equally often whatever the prompts are."""
+        keys, noise = initial_noise(seed, numbers, self.latent_shape, self.device)
+        conditional = _predict(self.model, self.encode_prompts(list(prompts)))
+        unconditional = _predict(self.model, self.encode_prompts([""] * len(prompts)))
+        predict = guided(conditional, unconditional, self.guidance, self.guidance_channels)
+        pixels = self.decode(self.sampler(predict, noise, keys)).float().clamp(-1, 1) * 127.5 + 127.5
+        return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def images_from_prompts(
@@ -29,25 +57,16 @@ def images_from_prompts(
     group: dist.ProcessGroup,
     batch_size: int = 32,
 ) -> np.ndarray:
-    """uint8 [len(prompts), H, W, 3], on every rank.
+    """uint8 [len(prompts), H, W, 3], on every rank; arguments as of Generator.
 
-    encode_prompts: prompts -> what the model is conditioned on; "" is no condition.
     Each rank computes its part; all run the same number of batches, because sharded weights are gathered together.
     """
+    generate = Generator(model, encode_prompts, decode, latent_shape, sampler, guidance, guidance_channels, device)
     rank, world = dist.get_rank(), dist.get_world_size()
     share = -(-len(prompts) // world)
     numbers = [min(i, len(prompts) - 1) for i in range(rank * share, (rank + 1) * share)]
-    images: list[Tensor] = []
-    with torch.no_grad():
-        for start in range(0, share, batch_size):
-            part = numbers[start : start + batch_size]
-            keys, noise = initial_noise(seed, part, latent_shape, device)
-            conditional = _predict(model, encode_prompts([prompts[i] for i in part]))
-            unconditional = _predict(model, encode_prompts([""] * len(part)))
-            latents = sampler(guided(conditional, unconditional, guidance, guidance_channels), noise, keys)
-            pixels = (decode(latents).float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-            images.append(pixels.permute(0, 2, 3, 1).cpu())  # [b, H, W, 3]
-    mine = torch.cat(images)
+    parts_of_mine = [numbers[start : start + batch_size] for start in range(0, share, batch_size)]
+    mine = torch.cat([generate([prompts[i] for i in part], part, seed) for part in parts_of_mine])
     parts = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(parts, mine, group=group)
     return torch.cat(parts)[: len(prompts)].numpy()

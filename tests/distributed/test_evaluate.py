@@ -1,0 +1,126 @@
+"""launch/evaluate.py on 1, 2 and 3 processes and after a kill; train.evaluate_every beside the same run without it."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.common import kill_tree
+from tests.distributed.runs import ROOT, environment, exact, train
+from tests.tiny_networks import save_clip, save_inception
+from trainer.metrics import read_metrics
+
+COUNT, BATCH = 22, 4
+STEPS = ("train.steps=4", "train.checkpoint_every=2", "train.validate_every=2", "train.sample_every=0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, and a suite with small networks for all metrics."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    suite = {
+        "metrics": ["fid", "sfid", "kid", "inception_score", "precision_recall", "clip_score"],
+        "prompts": ".cache/debug/val-000000.tar",
+        "count": COUNT,
+        "batch_size": BATCH,
+        "rectified_flow": {"steps": 2},
+        "guidance": 2.0,
+        "precision": "fp32",
+        "reference": ".cache/debug/train-000000.tar",
+        "reference_count": 30,
+        "network": str(save_inception(folder / "inception.pt")),
+        "clip": str(save_clip(folder / "clip")),
+        "kid_subset_size": 10,
+        "inception_splits": 2,
+    }
+    (folder / "tiny.yaml").write_text(json.dumps(suite))  # JSON is YAML
+    train(2, folder / "run", *STEPS)
+    return folder
+
+
+def command(folder: Path, processes: int, output: Path, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [
+        *(launcher if processes > 1 else launcher[:1]), "launch/evaluate.py", "--checkpoint", str(folder / "run"),
+        "--suite", str(folder / "tiny.yaml"), "--output", str(output), *arguments,
+    ]  # fmt: skip
+
+
+def evaluate(folder: Path, processes: int, output: Path, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        command(folder, processes, output, *arguments),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads((output / "results.json").read_text())
+
+
+def shards(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(output.glob("*.tar"))}
+
+
+def test_every_number_of_processes_measures_the_same(folder: Path) -> None:
+    """The same images bit for bit, the same figures to 1e-9; each image once, with its whole prompt."""
+    one = evaluate(folder, 1, folder / "one")
+    images = shards(folder / "one")
+    assert one["checkpoint"] == {**one["checkpoint"], "run": "run", "step": 4, "weights": "ema"}
+    assert set(one["metrics"]) == {"fid", "sfid", "kid", "inception_score", "precision", "recall", "clip_score"}
+    assert one["metrics"]["kid"]["standard_error"] > 0
+    members = []
+    for data in images.values():
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            members += tar.getnames()
+    assert members == [f"{number:08d}.{kind}" for number in range(COUNT) for kind in ("png", "txt")]
+    for processes in (2, 3):
+        other = evaluate(folder, processes, folder / str(processes))
+        assert shards(folder / str(processes)) == images
+        assert other["protocol_hash"] == one["protocol_hash"]
+        for key, score in one["metrics"].items():
+            assert other["metrics"][key]["value"] == pytest.approx(score["value"], abs=1e-9, rel=1e-9), key
+
+
+def test_killed_and_resumed(folder: Path) -> None:
+    """Nothing lost, nothing twice."""
+    output = folder / "killed"
+    process = subprocess.Popen(
+        command(folder, 2, output), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (before := shards(output)):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+    before = shards(output)
+    results = evaluate(folder, 1, output)
+    kept = sum(
+        len(range(COUNT)[BATCH * number :][:BATCH]) for number in range(6) if f"images-{number:06d}.tar" in before
+    )
+    assert results["seconds"]["images_made"] == COUNT - kept < COUNT
+    assert shards(output) == shards(folder / "one")
+    assert results["metrics"] == json.loads((folder / "one/results.json").read_text())["metrics"]
+
+
+def test_evaluation_does_not_disturb_training(folder: Path) -> None:
+    """Two processes: losses, norms and validation bit for bit as without it; its figures are in metrics and plots."""
+    settings = ("train.evaluate_every=2", f"train.evaluate_suite={folder / 'tiny.yaml'}")
+    plain = read_metrics(folder / "run")
+    with_figures = train(2, folder / "watched", *STEPS, *settings)
+    figures = ("val_fid", "val_kid", "val_clip_score")
+    measured = [record for record in with_figures if figures[0] in record]
+    assert [record["step"] for record in measured] == [2, 4]
+    assert all(set(figures) <= record.keys() for record in measured)
+    assert measured[0]["val_fid"] != measured[1]["val_fid"]
+    bare = [{k: v for k, v in r.items() if k.startswith("val_loss") or not k.startswith("val_")} for r in with_figures]
+    assert exact(bare) == exact(plain)
+    assert (folder / "watched/evaluation.png").stat().st_size > 10_000
+    assert plain[-1].keys() >= {"val_loss_ema_t0.0625", "val_loss_ema_t0.9375"}

@@ -1,0 +1,77 @@
+"""Networks of the layout that evaluation expects, small enough for tests."""
+
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, SwinConfig
+
+from data.encoders import quieten
+from trainer.evaluate.detector import Segmenter
+
+
+class TinyInception(nn.Module):
+    """`layers` up to 64 pooled features by way of mixed_6 at 5 x 5, and `output`: the layout of NVIDIA's file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = {
+            "conv": nn.Conv2d(3, 16, 19, stride=60),
+            "mixed_6": nn.Tanh(),
+            "pool": nn.AdaptiveAvgPool2d(2),
+            "mixed_10": nn.Conv2d(16, 64, 2),
+        }
+        self.layers = nn.Sequential(OrderedDict(layers))
+        self.output = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.layers(x).flatten(1))
+
+
+def save_inception(path: Path) -> Path:
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        torch.jit.script(TinyInception()).save(str(path))
+    return path
+
+
+def save_clip(folder: Path) -> Path:
+    """A seeded CLIP of width 32 for images of 32 pixels, and a tokenizer of single letters."""
+    quieten()
+    letters = [chr(c) for c in range(33, 127)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPConfig(
+        text_config={**text, "max_position_embeddings": 48},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def save_detector(folder: Path, names: list[str]) -> Path:
+    """A seeded Mask2Former for these classes."""
+    quieten()
+    backbone: Any = SwinConfig
+    backbone = backbone(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=8,
+        id2label=dict(enumerate(names)),
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Segmenter(config).save_pretrained(folder)
+    return folder

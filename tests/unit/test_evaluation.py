@@ -1,0 +1,119 @@
+"""A prepared suite measures images that it is handed: GenEval with small models, and what it refuses."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from data.config import DataError
+from data.debug import ensure_debug_assets
+from tests.tiny_networks import save_clip, save_detector, save_inception
+from trainer.evaluate import detector, evaluation
+from trainer.evaluate.evaluation import Evaluation, prepare
+from trainer.evaluate.metrics import MetricError
+from trainer.evaluate.suite import SuiteConfig
+from trainer.parallel.mesh import World, init_world
+
+LINES = (
+    {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
+    {"tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "clock", "count": 1}], "prompt": "a b"},
+    {"tag": "colors", "include": [{"class": "clock", "count": 1, "color": "red"}], "prompt": "a red clock"},
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield init_world(1)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_CACHE", tmp_path / "cache")
+
+
+def ready(world: World, **keys: Any) -> Evaluation:
+    suite = SuiteConfig.model_validate({"guidance": 1.0, "rectified_flow": {"steps": 1}, "batch_size": 2, **keys})
+    return prepare(suite, 32, None, world.device, world.control)
+
+
+def noise(evaluation: Evaluation, batch: int) -> np.ndarray:
+    generator = np.random.default_rng(batch)
+    return generator.integers(0, 256, (len(evaluation.batches[batch]), 32, 32, 3), dtype=np.uint8)
+
+
+def test_geneval_with_small_models(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From images to scores; with the thresholds down everything that is asked for is found, save the colour."""
+    monkeypatch.setattr(detector, "SHORT", 64)
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    made = ready(
+        world,
+        metrics=["geneval"],
+        prompts=str(tmp_path / "metadata.jsonl"),
+        images_per_prompt=2,
+        clip=str(save_clip(tmp_path / "clip")),
+        detector=str(save_detector(tmp_path / "detector", ["clock", "dog"])),
+    )
+    assert [prompt.text for prompt in made.prompts] == [line["prompt"] for line in LINES for _ in range(2)]
+    none = made.measure(lambda batch: noise(made, batch))
+    assert {key: score.value for key, score in none.items()} == {
+        "geneval": 0, "geneval_single_object": 0, "geneval_two_object": 0, "geneval_colors": 0,
+    }  # fmt: skip
+    monkeypatch.setattr("trainer.evaluate.geneval._CONFIDENCE", 0.0)
+    found = made.measure(lambda batch: noise(made, batch))
+    assert found["geneval_single_object"].value == found["geneval_two_object"].value == 1
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({**LINES[0], "tag": "size"}) + "\n")
+    with pytest.raises(DataError, match=r"metadata\.jsonl: entry 1: tag 'size'"):
+        ready(world, **made.suite.model_dump(include={"metrics", "prompts", "clip", "detector"}))
+
+
+def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> None:
+    """Measured once; a set against itself has no distance; constant images and a missing output layer are named."""
+    shards = str(ensure_debug_assets() / "val-000000.tar")
+    network = str(save_inception(tmp_path / "inception.pt"))
+    keys = {
+        "metrics": ["fid", "kid"],
+        "prompts": shards,
+        "reference": shards,
+        "network": network,
+        "kid_subset_size": 32,
+    }
+    made = ready(world, **keys)
+    [file] = (tmp_path / "cache").iterdir()
+    written = file.stat().st_mtime_ns
+    again = ready(world, **keys)
+    assert file.stat().st_mtime_ns == written
+    images = evaluation.open_image_set(shards, "reference")
+    for each in (made, again):
+        figures = each.measure(lambda batch, each=each: images.pixels(each.batches[batch], 32))
+        assert figures["fid"].value < 1e-6
+        assert abs(figures["kid"].value) < 0.1
+    with pytest.raises(MetricError, match="generated images: the images are constant"):
+        made.measure(lambda batch: np.zeros((len(made.batches[batch]), 32, 32, 3), np.uint8))
+    with pytest.raises(DataError, match="knows no classes"):
+        ready(world, **{**keys, "prompts": "classes", "count": 4})
+    with pytest.raises(DataError, match="has 64 prompts, 65 images"):
+        ready(world, **keys, count=65)
+
+
+def test_batches_fall_to_ranks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch counts once over the ranks, and all ranks take as many turns."""
+    suite = SuiteConfig(metrics=("clip_score",), prompts="p", clip="c", guidance=1.0, rectified_flow=None, ddpm={
+        "sampler": "ddim", "steps": 1}, batch_size=4)  # fmt: skip  # pyright: ignore[reportArgumentType]
+    made = Evaluation(
+        suite, [evaluation.Prompt("", {})] * 22, {}, evaluation.Wanted(), evaluation.SetFeatures(), None, None, None,
+        torch.device("cpu"), None,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    for batches in (None, [0, 3, 5], [2]):
+        turns = []
+        for rank in range(4):
+            monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
+            monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
+            turns.append(list(made.turns(batches)))
+        assert len({len(turn) for turn in turns}) == 1
+        assert sorted(batch for turn in turns for batch, counts in turn if counts) == list(batches or range(6))

@@ -1,0 +1,60 @@
+"""Embeddings of images and captions by a frozen CLIP model (Radford et al., 2021)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel
+
+from data.config import DataError
+from data.encoders import model_fingerprint, quieten
+
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training pixels
+
+
+class Clip:
+    """fingerprint: identity of the weights, whatever the path. float32 throughout."""
+
+    def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
+        quieten()
+        try:
+            self._model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"clip: {path!r} cannot be loaded ({reason}); give a folder with config.json, tokenizer and "
+                "*.safetensors of a CLIP model, or a hub id that this machine can reach"
+            ) from None
+        self._model.eval().requires_grad_(False).to(device)
+        self._device = torch.device(device)
+        config: Any = self._model.config
+        self._side: int = config.vision_config.image_size
+        self._longest: int = config.text_config.max_position_embeddings
+        self.fingerprint = model_fingerprint(self._model)
+
+    @torch.no_grad()
+    def images(self, images: Tensor) -> Tensor:
+        """uint8 [b, H, W, 3] -> embeddings [b, d]: shorter side to the model's, bicubic, then the centre."""
+        x = images.permute(0, 3, 1, 2).to(self._device).float()
+        height, width = x.shape[-2:]
+        scale = self._side / min(height, width)
+        size = max(self._side, round(height * scale)), max(self._side, round(width * scale))
+        x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255).round() / 255
+        top, left = (size[0] - self._side) // 2, (size[1] - self._side) // 2
+        x = x[:, :, top : top + self._side, left : left + self._side]
+        mean, std = (torch.tensor(v, device=self._device)[:, None, None] for v in (_MEAN, _STD))
+        pooled = self._model.vision_model(pixel_values=(x - mean) / std).pooler_output
+        return self._model.visual_projection(pooled)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Whole captions, cut at what the model can read -> embeddings [b, d]. Padded to one length, so that a
+        caption's embedding does not depend on the others."""
+        tokens = self._tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self._longest, return_tensors="pt"
+        ).to(self._device)
+        output = self._model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return self._model.text_projection(output.pooler_output)

@@ -1,0 +1,228 @@
+"""A suite, ready to measure: its prompts, its reference, its networks. It makes no images: it is handed them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data.config import DataError
+from data.image_sets import ImageSet, Prompt, open_image_set, open_npz_images, read_prompts
+
+from . import metrics
+from .clip import Clip
+from .detector import Detector
+from .features import (
+    SetFeatures,
+    Tally,
+    Wanted,
+    batches_of,
+    cached,
+    filled_up,
+    gather_rows,
+    image_set_features,
+    published_statistics,
+)
+from .generate import Generator
+from .geneval import check_facts, is_correct, scores
+from .inception import Inception
+from .metrics import Score
+from .suite import AGAINST_REFERENCE, CLASSES, ON_FEATURES, SuiteConfig
+
+_CACHE = Path(".cache/evaluate")  # features of reference images
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """contents: fingerprints of what the suite's paths hold."""
+
+    suite: SuiteConfig
+    prompts: list[Prompt]
+    """One an image, whole."""
+    contents: Mapping[str, str]
+    wanted: Wanted
+    reference: SetFeatures
+    inception: Inception | None
+    clip: Clip | None
+    detector: Detector | None
+    device: torch.device
+    group: dist.ProcessGroup
+
+    @property
+    def batches(self) -> list[range]:
+        """Numbers of the images that are made together."""
+        return batches_of(len(self.prompts), self.suite.batch_size)
+
+    def turns(self, batches: Sequence[int] | None = None) -> Iterator[tuple[int, bool]]:
+        """(batch, whether it counts) for this rank, of some batches or of all: batch i of them falls to rank i mod W.
+
+        Equally many on all ranks, because sharded weights are gathered together: a rank that has none left makes the
+        last one again, which does not count.
+        """
+        batches = range(len(self.batches)) if batches is None else batches
+        size = dist.get_world_size(self.group)
+        for first in range(0, len(batches), size):
+            place = first + dist.get_rank(self.group)
+            yield batches[min(place, len(batches) - 1)], place < len(batches)
+
+    def make(self, generate: Generator, batch: int) -> np.ndarray:
+        """Images uint8 [b, H, W, 3] of a batch, made at the suite's batch size whatever b is."""
+        numbers = [*self.batches[batch]]
+        filled = numbers + numbers[-1:] * (self.suite.batch_size - len(numbers))
+        return generate([self.prompts[i].text for i in filled], filled, self.suite.seed)[: len(numbers)].numpy()
+
+    def measure(self, images_of: Callable[[int], np.ndarray]) -> dict[str, Score]:
+        """The figures, on rank 0 (elsewhere {}), of images_of(batch), uint8 [b, H, W, 3], for this rank's batches.
+
+        MetricError where the images are degenerate.
+        """
+        tally = None if self.inception is None else Tally(self.inception, self.wanted, self.device)
+        pairs: dict[int, torch.Tensor] = {}
+        judged: dict[int, bool] = {}
+        for batch in (batch for batch, counts in self.turns() if counts):
+            numbers = self.batches[batch]
+            whole = filled_up(images_of(batch), self.suite.batch_size)
+            if tally is not None:
+                tally.update(numbers, whole)
+            if "clip_score" in self.suite.metrics:
+                pairs |= self._embedded(numbers, whole)
+            if self.detector is not None:
+                for number in numbers:
+                    detections = self.detector(whole[number - numbers[0]])
+                    judged[number] = is_correct(detections, self.prompts[number].facts)
+        features = SetFeatures() if tally is None else tally.finish("generated images", self.group)
+        embeddings = gather_rows(pairs, self.group) if "clip_score" in self.suite.metrics else None
+        verdicts: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(verdicts, judged, group=self.group)
+        if dist.get_rank(self.group) != 0:
+            return {}
+        figures = self._on_features(features)
+        if embeddings is not None:
+            figures["clip_score"] = metrics.clip_score(*embeddings.chunk(2, dim=1))
+        if self.detector is not None:
+            each = self.suite.images_per_prompt
+            all_of_them = {number: correct for part in verdicts for number, correct in part.items()}
+            figures |= scores([(self.prompts[n].facts["tag"], n // each, all_of_them[n]) for n in sorted(all_of_them)])
+        return figures
+
+    def _embedded(self, numbers: range, images: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Image and caption embeddings side by side, by number."""
+        assert self.clip is not None
+        texts = [self.prompts[number].text for number in numbers]
+        texts += texts[-1:] * (len(images) - len(texts))
+        both = torch.cat([self.clip.images(images), self.clip.texts(texts)], dim=1).cpu()
+        return dict(zip(numbers, both[: len(numbers)], strict=True))
+
+    def _on_features(self, features: SetFeatures) -> dict[str, Score]:
+        suite, reference = self.suite, self.reference
+        figures: dict[str, Score] = {}
+        if features.pooled is not None and reference.pooled is not None:
+            figures["fid"] = Score(metrics.fid(features.pooled, reference.pooled))
+        if features.spatial is not None and reference.spatial is not None:
+            figures["sfid"] = Score(metrics.fid(features.spatial, reference.spatial))
+        if features.probabilities is not None:
+            figures["inception_score"] = metrics.inception_score(features.probabilities, suite.inception_splits)
+        if features.rows is not None and reference.rows is not None:
+            rows, real = features.rows.to(self.device), reference.rows.to(self.device)
+            if "kid" in suite.metrics:
+                figures["kid"] = metrics.kid(real, rows, suite.kid_subset_size)
+            if "precision_recall" in suite.metrics:
+                precision, recall = metrics.precision_recall(real, rows, suite.neighbours)
+                figures |= {"precision": Score(precision), "recall": Score(recall)}
+        return figures
+
+
+def prepare(
+    suite: SuiteConfig, side: int, classes: int | None, device: torch.device, group: dist.ProcessGroup
+) -> Evaluation:
+    """Read and check all that a suite needs, and measure its reference. Called on all ranks.
+
+    side: of the generated images in pixels. classes: of a model of class labels. DataError where something is missing.
+    """
+    prompts = _prompts(suite, classes)
+    wanted_metrics = set(suite.metrics)
+    wanted = Wanted(
+        pooled="fid" in wanted_metrics,
+        spatial="sfid" in wanted_metrics,
+        rows=bool(wanted_metrics & {"kid", "precision_recall"}),
+        probabilities="inception_score" in wanted_metrics,
+    )
+    contents = {"prompts": _digest([[prompt.text, dict(prompt.facts)] for prompt in prompts])}
+    inception = clip = detector = None
+    reference = SetFeatures()
+    if wanted_metrics & ON_FEATURES:
+        assert suite.network is not None
+        inception = Inception(suite.network, suite.resize, device)
+        if wanted.probabilities and not inception.has_probabilities:
+            raise DataError(
+                f"network: {suite.network} has no output layer, which inception_score needs: use NVIDIA's "
+                "inception-2015-12-05.pt, or leave inception_score out of metrics"
+            )
+        contents["network"] = inception.fingerprint
+    if wanted_metrics & AGAINST_REFERENCE:
+        assert inception is not None
+        reference, contents["reference"] = _reference(suite, side, inception, wanted, device, group)
+    if suite.clip is not None and wanted_metrics & {"clip_score", "geneval"}:
+        clip = Clip(suite.clip, device)
+        contents["clip"] = clip.fingerprint
+    if "geneval" in wanted_metrics:
+        assert suite.detector is not None
+        assert clip is not None
+        detector = Detector(suite.detector, clip, device)
+        contents["detector"] = detector.fingerprint
+        for number, prompt in enumerate(prompts[:: suite.images_per_prompt], 1):
+            check_facts(prompt.facts, f"prompts: {suite.prompts}: entry {number}")
+        detector.check_names([item["class"] for prompt in prompts for item in prompt.facts["include"]])
+    return Evaluation(suite, prompts, contents, wanted, reference, inception, clip, detector, device, group)
+
+
+def _prompts(suite: SuiteConfig, classes: int | None) -> list[Prompt]:
+    """One an image: those of a prompt one after another."""
+    if suite.prompts == CLASSES:
+        if classes is None:
+            raise DataError("prompts: the checkpoint's model reads captions and knows no classes: give a prompt file")
+        if suite.count is None:
+            raise DataError("count: how many images of classes must be given")
+        return [Prompt(str(number % classes), {}) for number in range(suite.count)]
+    prompts = read_prompts(suite.prompts, "prompts")
+    each = suite.images_per_prompt
+    count = len(prompts) * each if suite.count is None else suite.count
+    if not 0 < count <= len(prompts) * each:
+        raise DataError(
+            f"prompts: {suite.prompts} has {len(prompts)} prompts, {count} images of {each} each are wanted"
+        )
+    return [prompts[number // each] for number in range(count)]
+
+
+def _reference(
+    suite: SuiteConfig, side: int, inception: Inception, wanted: Wanted, device: torch.device, group: dist.ProcessGroup
+) -> tuple[SetFeatures, str]:
+    """(features of the reference, fingerprint)."""
+    assert suite.reference is not None
+    wanted = wanted._replace(probabilities=False)
+
+    def measured(images: ImageSet, wanted: Wanted) -> SetFeatures:
+        identity = [images.fingerprint, side, suite.resize, suite.batch_size, inception.fingerprint, wanted]
+        file = _CACHE / f"{_digest(identity)}.npz"
+        make = partial(image_set_features, images, side, inception, wanted, suite.batch_size, device, group)
+        return cached(file, make, group)
+
+    if not suite.reference.endswith(".npz"):
+        images = open_image_set(suite.reference, "reference", suite.reference_count)
+        return measured(images, wanted), images.fingerprint
+    path = Path(suite.reference).expanduser()
+    features = published_statistics(path, wanted.spatial)
+    if wanted.rows:  # ADM's file has images beside its statistics, and precision and recall are of those
+        features = features._replace(rows=measured(open_npz_images(path, "reference"), Wanted(rows=True)).rows)
+    with open(path, "rb") as file:
+        return features, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,170 @@
+"""What an evaluation is: every choice that moves a number, as configs/evaluate/NAME.yaml. No torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from trainer.config import Section, TrainConfig, parse, plain
+from trainer.config_files import ConfigError, find_config, nearest, override, read
+
+Metric = Literal["fid", "sfid", "kid", "inception_score", "precision_recall", "clip_score", "geneval"]
+CLASSES = "classes"
+ON_FEATURES: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "inception_score", "precision_recall"})
+AGAINST_REFERENCE: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "precision_recall"})
+# Where something lies on this machine; what it holds goes into the protocol in its place.
+_PATHS = ("prompts", "reference", "network", "clip", "detector", "vae")
+_CONFIG_SECTIONS = ("text_encoder", "autoencoder", "parallel")
+
+
+class FlowSampling(Section):
+    """Of models trained with objective.kind rectified_flow."""
+
+    sampler: Literal["euler"] = "euler"
+    steps: int = Field(ge=1)
+
+
+class DiffusionSampling(Section):
+    """Of models trained with objective.kind ddpm."""
+
+    sampler: Literal["ancestral", "ddim", "dpm_solver"]
+    steps: int = Field(ge=1)
+
+
+class SuiteConfig(Section):
+    metrics: tuple[Metric, ...] = Field(min_length=1)
+    prompts: str
+    """A .txt, .jsonl or .json file, shards whose captions they are, or `classes`: all of them in turn."""
+    count: int | None = Field(default=None, ge=1)
+    """Images; null: images_per_prompt of each prompt."""
+    images_per_prompt: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=50, ge=1)
+    """Images that are made at once, on every number of processes: equal shapes give equal bits."""
+    rectified_flow: FlowSampling | None = None
+    ddpm: DiffusionSampling | None = None
+    guidance: float = Field(ge=0)
+    """Classifier-free guidance; 1 is none."""
+    guidance_channels: int | None = Field(default=None, ge=1)
+    """Guided channels, counted from the first; null: all."""
+    resolution: int | None = Field(default=None, ge=1)
+    """Side of the images that the suite is defined for; null: any."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    vae: str | None = None
+    """Autoencoder that decodes; null: that of the checkpoint's config. Its fingerprint is in the results."""
+    image_format: Literal["png", "jpeg"] = "png"
+    """How images are kept; they are measured as read back."""
+    jpeg_quality: int = Field(default=95, ge=1, le=100)
+    reference: str | None = None
+    """Published statistics (.npz with mu and sigma; mu_s and sigma_s for sfid), a folder of images, or shards."""
+    reference_count: int | None = Field(default=None, ge=2)
+    """A fixed subset of the reference images; null: all."""
+    network: str | None = None
+    """TorchScript file of the Inception network."""
+    resize: Literal["tf1_bilinear", "bilinear", "bicubic"] = "bicubic"
+    """To the network's 299 pixels: tf1_bilinear as ADM, bilinear as pytorch-fid, bicubic as clean-fid."""
+    kid_subset_size: int = Field(default=1000, ge=2)
+    inception_splits: int = Field(default=10, ge=2)
+    neighbours: int = Field(default=3, ge=1)
+    """k of precision and recall."""
+    clip: str | None = None
+    """Folder or hub id of a CLIP model; of geneval it tells colours."""
+    detector: str | None = None
+    """Folder or hub id of a Mask2Former with COCO's classes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SuiteConfig":
+        wanted = set(self.metrics)
+        needs = {
+            "network": wanted & ON_FEATURES,
+            "reference": wanted & AGAINST_REFERENCE,
+            "clip": wanted & {"clip_score", "geneval"},
+            "detector": wanted & {"geneval"},
+        }
+        problems = [
+            f"{key}: {', '.join(sorted(by))} needs one: give {key}=PATH (docs/evaluate.md says what)"
+            for key, by in needs.items()
+            if by and getattr(self, key) is None
+        ]
+        if self.rectified_flow is None and self.ddpm is None:
+            problems.append("rectified_flow, ddpm: at least one of them must say sampler and steps")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def applied(self, config: TrainConfig, overrides: Sequence[str] = ()) -> TrainConfig:
+        """The config of a checkpoint with the suite's way of sampling; ConfigError where they do not fit.
+
+        overrides: of where encoders lie and how the model is sharded.
+        """
+        sampling = getattr(self, config.objective.kind)
+        if sampling is None:
+            kind = config.objective.kind
+            raise ConfigError(
+                f"the suite does not say how to sample a model of objective.kind {kind}: give {kind}.steps=N"
+            )
+        if self.resolution not in (None, config.data.resolution):
+            raise ConfigError(
+                f"the suite is for images of {self.resolution} pixels, the checkpoint makes {config.data.resolution}: "
+                "use another suite, or override resolution and the reference"
+            )
+        chosen = [
+            f"sample.sampler={sampling.sampler}",
+            f"sample.steps={sampling.steps}",
+            f"sample.guidance={self.guidance}",
+            f"sample.guidance_channels={'null' if self.guidance_channels is None else self.guidance_channels}",
+            f"parallel.precision={self.precision}",
+            *([] if self.vae is None else [f"autoencoder.path={self.vae}", "autoencoder.subfolder=null"]),
+        ]
+        return parse(plain(config), "the checkpoint's config", [*chosen, *overrides])
+
+    def protocol(self, contents: Mapping[str, Any]) -> dict[str, Any]:
+        """All choices; `contents` (fingerprints of what lies at the paths) in place of the paths."""
+        choices = {key: value for key, value in self.model_dump(mode="json").items() if key not in _PATHS}
+        return {**choices, "contents": dict(contents)}
+
+
+def protocol_hash(protocol: Mapping[str, Any]) -> str:
+    """Equal where results can be compared."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(of the suite, of the checkpoint's config); the latter only where they cannot change what is measured."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    for text in overrides:
+        section, dot, _ = text.partition("=")[0].partition(".")
+        theirs_too = dot and section in _CONFIG_SECTIONS
+        if not theirs_too and section not in SuiteConfig.model_fields:
+            known = [*SuiteConfig.model_fields, *_CONFIG_SECTIONS]
+            raise ConfigError(f'override "{text}": {section} is no key of a suite{nearest(section, known)}')
+        (theirs if theirs_too else ours).append(text)
+    return ours, theirs
+
+
+def load_suite(name: str, overrides: Sequence[str] = ()) -> tuple[str, SuiteConfig]:
+    """(name, suite) by path or by name under configs/evaluate/, with overrides `key=value`; raises ConfigError."""
+    plain_name = not name.endswith(".yaml") and "/" not in name
+    path = find_config(f"evaluate/{name}" if plain_name else name)
+    data: Mapping[str, Any] = read(path)
+    for text in overrides:
+        data = override(data, text)
+    try:
+        return Path(path).stem, SuiteConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem(item) for item in error.errors()]
+        raise ConfigError(f"{path.name}{' with overrides' if overrides else ''}:\n  " + "\n  ".join(problems)) from None
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(key, list(SuiteConfig.model_fields))}"
+    if item["type"] == "missing":
+        return f"{key}: must be given"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, got {item['input']!r}" if key else message
