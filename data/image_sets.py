@@ -1,0 +1,198 @@
+"""Sets of images and of prompts that evaluation reads and writes: folders, shards, prompt files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from .config import DataConfig, DataError
+from .fetch import SampleFiles
+from .files import temporary_beside
+from .images import IMAGE_EXTENSIONS, SampleError, load_rgb
+from .index import ImageTextIndex
+from .order import mix
+from .samples import captions_of, member
+from .store import LocalBytes, open_shards
+from .tar import members
+
+ImageFormat = Literal["png", "jpeg"]
+_SUBSET_SEED = 0x5E7
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images by number. name: as in messages; fingerprint: identity of which images these are."""
+
+    name: str
+    fingerprint: str
+    size: int
+    _load: Callable[[int], Image.Image]
+    _caption: Callable[[int], str] | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def pixels(self, numbers: Sequence[int], side: int) -> np.ndarray:
+        """uint8 [n, side, side, 3]: the largest square in the centre, resized by PIL's Lanczos filter where it has
+        another size. An image that cannot be read is a DataError: a hole would move every figure."""
+        return np.stack([self._square(number, side) for number in numbers])
+
+    def _square(self, number: int, side: int) -> np.ndarray:
+        try:
+            image = self._load(number)
+        except (SampleError, OSError) as error:
+            raise DataError(
+                f"{self.name}: image {number} cannot be read ({error}): replace it, or leave it out"
+            ) from None
+        short = min(image.size)
+        left, top = (image.width - short) // 2, (image.height - short) // 2
+        square = image.crop((left, top, left + short, top + short))
+        return np.asarray(square if short == side else square.resize((side, side), Image.Resampling.LANCZOS))
+
+    def captions(self) -> list[str]:
+        """The first caption of each image; DataError where the set has none."""
+        if self._caption is None:
+            raise DataError(f"{self.name} is a folder of images, which have no captions: give shards, or a prompt file")
+        return [self._caption(number) for number in range(self.size)]
+
+
+def open_image_set(spec: str, key: str, count: int | None = None) -> ImageSet:
+    """A folder of images (searched through) or shards, as config key `key` names them.
+
+    count: a fixed subset of so many, which depends on the number of images alone; DataError where there are fewer.
+    """
+    folder = Path(spec).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        return _folder(folder, key, count)
+    index = ImageTextIndex(open_shards(spec, key))
+    if index.dataset is not None:
+        raise DataError(f"{key}: {spec} holds latents, no images: name the shards they were made from")
+    files = SampleFiles(index, DataConfig(), images_only=False)
+    chosen = _subset(len(index), count, key, spec)
+
+    def sample(number: int) -> Any:
+        return files.sample(*index.locate(int(chosen[number])))
+
+    def caption(number: int) -> str:
+        try:
+            return captions_of(index, sample(number)).texts[0]
+        except SampleError as error:
+            raise DataError(f"{key}: {spec}: image {number} has no caption that can be read ({error})") from None
+
+    def load(number: int) -> Image.Image:
+        return load_rgb(member(sample(number), "image"), DataConfig().max_image_pixels)
+
+    return ImageSet(f"{key}: {spec}", _digest([index.fingerprint, len(chosen)]), len(chosen), load, caption)
+
+
+def _folder(folder: Path, key: str, count: int | None) -> ImageSet:
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+    if not found:
+        raise DataError(f"{key}: {folder} holds neither images ({', '.join(IMAGE_EXTENSIONS)}) nor .tar shards")
+    paths = [found[int(i)] for i in _subset(len(found), count, key, str(folder))]
+    identity = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
+
+    def load(number: int) -> Image.Image:
+        return load_rgb(paths[number].read_bytes(), DataConfig().max_image_pixels)
+
+    return ImageSet(f"{key}: {folder}", _digest(identity), len(paths), load)
+
+
+def _subset(size: int, count: int | None, key: str, spec: str) -> np.ndarray:
+    """The `count` numbers below size with the smallest hashes, rising."""
+    if count is None:
+        return np.arange(size)
+    if count > size:
+        raise DataError(f"{key}: {spec} holds {size} images, {count} are wanted")
+    return np.sort(np.argsort(mix(_SUBSET_SEED, np.arange(size)), kind="stable")[:count])
+
+
+def _digest(identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: whole. facts: what else the file says of it."""
+
+    text: str
+    facts: Mapping[str, Any]
+
+
+def read_prompts(path: str, key: str) -> list[Prompt]:
+    """Prompts in the order of the file; DataError names the line that has none.
+
+    .txt: one a line. .jsonl: objects with "prompt" or "caption". .json: a list of such objects, or an object whose
+    values they are. Anything else: shards, whose samples' first captions are the prompts.
+    """
+    file = Path(path).expanduser()
+    if file.suffix not in (".txt", ".jsonl", ".json"):
+        return [Prompt(caption, {}) for caption in open_image_set(path, key).captions()]
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".txt":
+            return [Prompt(line.strip(), {}) for line in text.splitlines() if line.strip()]
+        if file.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            loaded = json.loads(text)
+            entries = list(loaded.values()) if isinstance(loaded, dict) else loaded
+    except (OSError, ValueError) as error:
+        raise DataError(f"{key}: {file} cannot be read ({error}); docs/evaluate.md says what it is") from None
+    return [_prompt(entry, f"{key}: {file}: entry {number}") for number, entry in enumerate(entries, 1)]
+
+
+def _prompt(entry: Any, where: str) -> Prompt:
+    text = (entry.get("prompt") or entry.get("caption")) if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f'{where} has no "prompt" and no "caption"')
+    return Prompt(text, entry)
+
+
+# ----------------------------------------------------------------------------------------------------- written batches
+
+
+def write_images(
+    path: Path, numbers: Sequence[int], images: np.ndarray, prompts: Sequence[Prompt], kind: ImageFormat, quality: int
+) -> None:
+    """Images uint8 [n, H, W, 3] with their numbers and whole prompts as a WebDataset shard: complete or absent."""
+    with (
+        temporary_beside(path) as temporary,
+        open(temporary, "wb") as file,
+        TarWriter(file, user="mudit", group="mudit", mode=0o644, mtime=0) as tar,
+    ):
+        for number, pixels, prompt in zip(numbers, images, prompts, strict=True):
+            buffer = io.BytesIO()
+            if kind == "png":
+                Image.fromarray(pixels).save(buffer, "PNG")
+            else:
+                Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+            facts = {"json": json.dumps(dict(prompt.facts)).encode()} if prompt.facts else {}
+            tar.write({"__key__": f"{number:08d}", kind: buffer.getvalue(), "txt": prompt.text, **facts})
+
+
+def read_images(path: Path, numbers: Sequence[int]) -> np.ndarray:
+    """Images uint8 [n, H, W, 3] of a shard of write_images, which must hold just these numbers."""
+    try:
+        with open(path, "rb") as file:
+            reader = LocalBytes(file.fileno())
+            found = {m.name: reader.read_at(m.offset, m.size) for m in members(reader)}
+        files = {name: data for name, data in found.items() if name.endswith((".png", ".jpeg"))}
+        images = {int(name.partition(".")[0]): np.asarray(load_rgb(data, 1 << 30)) for name, data in files.items()}
+    except (OSError, ValueError, SampleError) as error:  # TarError is a ValueError
+        raise DataError(f"{path} cannot be read ({error}): remove it, and its images are made again") from None
+    if sorted(images) != sorted(numbers):
+        raise DataError(f"{path} holds other images than the suite's: remove it, and they are made again")
+    return np.stack([images[number] for number in numbers])

