@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from data.config import DataError
 from launch.common import run
 from trainer.checkpoint import write_atomically
-from trainer.evaluate.curves import first_reached
+from trainer.evaluate.curves import Reached, compare
 
 _LOWER_IS_BETTER = ("fid", "sfid", "kid", "loss")
 Column = tuple[str, str]  # suite, metric
@@ -48,29 +48,16 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """When a run is as good as the baseline at its end. steps: None where it never is; exact: else at or before."""
+class Comparison:
+    """Of a run with the baseline in one metric."""
 
     suite: str
     metric: str
     method: str
-    value: float
-    baseline_step: float
-    step: float | None
-    exact: bool
-
-    @property
-    def times_earlier(self) -> float | None:
-        return self.baseline_step / self.step if self.step else None
+    reached: Reached
 
     def __str__(self) -> str:
-        what = f"{self.suite} {self.metric}: {self.method}"
-        if self.step is None:
-            return f"{what} does not reach the baseline's final value {self.value:.4g}"
-        where = f"at step {self.step:.0f} (interpolated)" if self.exact else f"at or before step {self.step:.0f}"
-        times = f"{self.baseline_step / self.step:.2f} times earlier" if self.step else "at the start"
-        least = "" if self.exact else "at least "
-        return f"{what} reaches the baseline's final value {self.value:.4g} {where}: {least}{times}"
+        return f"{self.suite} {self.metric}: {self.method} {self.reached}"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,9 +69,9 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     names = method_names(given.runs)
     values, protocols = read_all(dict(zip(names, given.runs, strict=True)))
-    reached = compare(values, names)
+    comparisons = compare_all(values, names)
     rows = table(values, names)
-    lines = [str(line) for line in reached]
+    lines = [str(comparison) for comparison in comparisons]
     print("\n".join([*as_text(rows), "", *lines]))
     given.output.mkdir(parents=True, exist_ok=True)
     notes = [f"- {suite}: {weights} weights, protocol `{key}`" for suite, (key, weights) in protocols.items()]
@@ -94,10 +81,19 @@ def main(arguments: Sequence[str]) -> int:
         "baseline": names[0],
         "protocols": {suite: {"hash": key, "weights": weights} for suite, (key, weights) in protocols.items()},
         "values": [asdict(value) for value in values],
-        "reached": [asdict(line) | {"times_earlier": line.times_earlier} for line in reached],
+        "reached": [
+            {
+                "suite": c.suite,
+                "metric": c.metric,
+                "method": c.method,
+                **asdict(c.reached),
+                "times_earlier": c.reached.times_earlier,
+            }
+            for c in comparisons
+        ],
     }
     write_atomically(given.output / "table.json", json.dumps(found, indent=1) + "\n")
-    plot(values, reached, given.output / "table.png")
+    plot(values, comparisons, given.output / "table.png")
     print(f"\n{given.output / 'table.md'}")
     return 0
 
@@ -177,21 +173,14 @@ def columns(values: Iterable[Value]) -> list[Column]:
     return list(dict.fromkeys(value.column for value in values))
 
 
-def compare(values: Sequence[Value], methods: Sequence[str]) -> list[Reached]:
-    """Each run against the first, in each metric that both have. The baseline counts from where it first was as good
-    as at its end: a baseline that gets worse has not needed the steps since."""
+def compare_all(values: Sequence[Value], methods: Sequence[str]) -> list[Comparison]:
+    """Each run against the first, in each metric that both have."""
     found = []
     for column in columns(values):
-        baseline = curve(values, methods[0], column)
-        if not baseline:
-            continue
-        lower, final = lower_is_better(column[1]), baseline[max(baseline)]
-        own = first_reached(baseline, final, lower)
-        assert own is not None, "the last step is as good as itself"
-        for method in methods[1:]:
-            if other := curve(values, method, column):
-                step, exact = first_reached(other, final, lower) or (None, True)
-                found.append(Reached(*column, method, final, own[0], step, exact))
+        if baseline := curve(values, methods[0], column):
+            for method in methods[1:]:
+                if other := curve(values, method, column):
+                    found.append(Comparison(*column, method, compare(baseline, other, lower_is_better(column[1]))))
     return found
 
 
@@ -230,7 +219,7 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 
-def plot(values: Sequence[Value], reached: Sequence[Reached], path: Path) -> None:
+def plot(values: Sequence[Value], comparisons: Sequence[Comparison], path: Path) -> None:
     """A panel a metric; the baseline's final value is a line, and where the others reach it a mark."""
     panels = columns(values)
     across = min(3, len(panels))
@@ -242,13 +231,14 @@ def plot(values: Sequence[Value], reached: Sequence[Reached], path: Path) -> Non
         for place, method in enumerate(methods):
             if points := sorted(curve(values, method, column).items()):
                 axes.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{place}", label=method)
-        for line in reached:
-            if (line.suite, line.metric) == column:
-                axes.axhline(line.value, color="C0", ls=":", lw=1)
-                if line.step is not None:
-                    label = f"{'' if line.exact else '≥ '}{line.times_earlier or math.inf:.2f}x earlier"
-                    colour = f"C{methods.index(line.method)}"
-                    axes.plot([line.step], [line.value], "*", ms=12, color=colour, label=label)
+        for comparison in comparisons:
+            if (comparison.suite, comparison.metric) != column:
+                continue
+            reached, colour = comparison.reached, f"C{methods.index(comparison.method)}"
+            axes.axhline(reached.value, color="C0", ls=":", lw=1)
+            if reached.times_earlier is not None:
+                label = f"{'' if reached.exact else '≥ '}{reached.times_earlier:.2f}x earlier"
+                axes.plot([reached.step], [reached.value], "*", ms=12, color=colour, label=label)
         axes.set(xlabel="step", ylabel=" ".join(column))
         axes.grid(True, alpha=0.25)
         axes.legend(fontsize=8)

@@ -1,13 +1,51 @@
-"""A measure against the step: when does it reach a value?"""
+"""A measure against the step: when does a run reach the value at which another one ends?"""
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+Curve = Mapping[int, float]
+"""{step: measure}"""
 
 
-def first_reached(curve: Mapping[int, float], value: float, lower_is_better: bool = True) -> tuple[float, bool] | None:
-    """(step, exact) at which {step: measure} is first as good as `value`, between two steps by linear interpolation.
+@dataclass(frozen=True)
+class Reached:
+    """When a run is as good as the baseline at its end.
 
-    exact: False where the first step that was measured is already better, so that it was reached at or before it.
+    baseline_step: where the baseline first was so good itself: one that gets worse has not needed the steps since.
+    step: None where the run never is; exact: False where the first step that was measured is already better.
+    """
+
+    value: float
+    baseline_step: float
+    step: float | None
+    exact: bool
+
+    @property
+    def times_earlier(self) -> float | None:
+        """baseline_step / step (at least, where that is not exact)."""
+        return self.baseline_step / self.step if self.step else None
+
+    def __str__(self) -> str:
+        if self.step is None:
+            return f"does not reach the baseline's final value {self.value:.4g}"
+        where = f"at step {self.step:.0f} (interpolated)" if self.exact else f"at or before step {self.step:.0f}"
+        times = "" if self.step == 0 else f": {'' if self.exact else 'at least '}{self.times_earlier:.2f} times earlier"
+        return f"reaches the baseline's final value {self.value:.4g} {where}{times}"
+
+
+def compare(baseline: Curve, other: Curve, lower_is_better: bool = True) -> Reached:
+    """Both must have a point."""
+    final = baseline[max(baseline)]
+    own = first_reached(baseline, final, lower_is_better)
+    assert own is not None, "the last step is as good as itself"
+    step, exact = first_reached(other, final, lower_is_better) or (None, True)
+    return Reached(final, own[0], step, exact)
+
+
+def first_reached(curve: Curve, value: float, lower_is_better: bool = True) -> tuple[float, bool] | None:
+    """(step, exact) at which a curve is first as good as `value`, between two steps by linear interpolation.
+
     None where no step is as good.
     """
     sign = 1 if lower_is_better else -1
