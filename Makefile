@@ -90,4 +90,6 @@ gpu-check:
 	$$python -m pytest -m gpu -o addopts="" tests/gpu; \
 	$$python -m benchmarks.train_step --output benchmarks/results/train_step_gpu.json; \
 	if [ -n "$(LONG)" ]; then $$python -m benchmarks.transfer --study mmdit_gpu --folder runs/transfer_mmdit_gpu \
-	    --output docs/transfer_mmdit_gpu.json; fi
+	    --output docs/transfer_mmdit_gpu.json; \
+	    $$python -m benchmarks.convergence --study mmdit_gpu --folder runs/convergence_mmdit_gpu \
+	    --output docs/convergence_mmdit_gpu.json; fi

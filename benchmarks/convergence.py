@@ -79,8 +79,9 @@ STUDIES = {
     "mmdit_gpu": Study("mmdit_demo_mup.yaml", ("model.depth=6", "model.head_dim=72", "sample.guidance=1"),
                        144, 1152, 4000, (-12, -11, -10, -9, -8, -7, -6), images=2048, references=8192, workers=3),
     # Seconds: tests that the machinery works, not that muP does.
-    "tiny": Study("mmdit_debug_mup.yaml", ("model.depth=1", "validation.samples=8", "optim.warmup_steps=1"),
-                  32, 64, 8, (-9, -7), seeds=2, eighths=(4, 8), images=8, references=16, network="pixels", workers=1),
+    "tiny": Study("mmdit_debug_mup.yaml", ("model.depth=1", "validation.samples=4", "optim.warmup_steps=1"),
+                  32, 64, 8, (-9, -7), -9, seeds=2, eighths=(4, 8), images=8, references=16, network="pixels",
+                  workers=1),
 }  # fmt: skip
 
 _COMMON = (
@@ -278,8 +279,9 @@ def plot(study: Study, results: Sequence[dict[str, Any]], found: dict[str, Any],
     ):
         points = sorted((r["log2_lr"], r["loss"]) for r in swept if r["parametrization"] == kind)
         first.plot(*zip(*points, strict=True), "o-", ms=4, color=colour, label=label)
-    lowest = min(r["loss"] for r in swept)
-    first.set(xlabel="log2 of the learning rate", ylabel="last val_loss_ema", ylim=(0.95 * lowest, 4 * lowest))
+    losses = [r["loss"] for r in swept]
+    limits = 0.97 * min(losses), min(1.03 * max(losses), 3 * min(losses))
+    first.set(xlabel="log2 of the learning rate", ylabel=f"last {LOSS}", ylim=limits)
     for place, (arm, jobs) in enumerate(arms(study, results).items()):
         for axes, measure in zip(panels, MEASURES, strict=True):
             curves = curves_of(results, jobs, measure)
@@ -291,10 +293,8 @@ def plot(study: Study, results: Sequence[dict[str, Any]], found: dict[str, Any],
             if arm != "mup":
                 axes.axhline(mean[max(mean)], color=f"C{place}", ls=":", lw=1)
     for axes, measure in zip(panels, MEASURES, strict=True):
-        against = {control: found["mup_against"][control][measure] for control in ("sp_best", "sp_default")}
-        axes.set_title(
-            "\n".join(f"{_times(a)} earlier than {c.replace('_', ' ')}" for c, a in against.items()), fontsize=9
-        )
+        titles = [_times(found["mup_against"][control][measure], control) for control in ("sp_best", "sp_default")]
+        axes.set_title("\n".join(titles), fontsize=9)
         axes.set(xlabel="step", ylabel=measure, yscale="log")
     for axes in (first, *panels):
         axes.grid(True, alpha=0.25)
@@ -302,9 +302,12 @@ def plot(study: Study, results: Sequence[dict[str, Any]], found: dict[str, Any],
     figure.savefig(path, dpi=120, format="png")
 
 
-def _times(against: dict[str, Any]) -> str:
+def _times(against: dict[str, Any], control: str) -> str:
     times = against["times_earlier"]
-    return f"{'' if against['exact'] else '≥ '}{times['value']:.2f}x [{times['low']:.2f}, {times['high']:.2f}]"
+    figures = (
+        f"{'' if against['exact'] else '≥ '}{times['value']:.2f}x [{times['low']:.2f}, {times['high']:.2f}] earlier"
+    )
+    return f"{control}: {'not reached' if against['step'] is None else figures}"
 
 
 def main() -> int:

@@ -37,8 +37,10 @@ def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
         _world = _world or init_world(resolve(config, 1).shard)
         run = build_run(config, _world)
         run.metrics.say = lambda text: None
-        train(run)
+        outcome = train(run)
         run.metrics.close()
+        if outcome != "finished":  # a signal has stopped it: its figures are not those of the whole run
+            raise RuntimeError(f"a run ended as {outcome}")
         yield run.folder, _world
     finally:
         shutil.rmtree(folder)
