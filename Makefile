@@ -102,4 +102,6 @@ gpu-check:
 	$$python -m benchmarks.choices $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/choices_gpu.json; \
 	$$python -m benchmarks.proxies $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/proxies_gpu.json; \
 	if [ -n "$(LONG)" ]; then $$python -m benchmarks.transfer --study mmdit_gpu --folder runs/transfer_mmdit_gpu \
-	    --output docs/transfer_mmdit_gpu.json; fi
+	    --output docs/transfer_mmdit_gpu.json; \
+	    $$python -m benchmarks.convergence --study mmdit_gpu --folder runs/convergence_mmdit_gpu \
+	    --output docs/convergence_mmdit_gpu.json; fi

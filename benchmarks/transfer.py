@@ -9,28 +9,21 @@ The statistics are those of trainer.search.statistics; the figure lies beside th
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
+import functools
 import itertools
-import json
 import math
-import multiprocessing
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from benchmarks.machine import write
-from trainer.build import build_run
-from trainer.config import load_config, resolve
-from trainer.loop import train
+from benchmarks.runs import run_jobs, trained, worker_pool
+from trainer.config import load_config
 from trainer.metrics import read_metrics
-from trainer.parallel.mesh import World, init_world
 from trainer.search.statistics import Estimate, Transfer, transfer
 
 LARGEST_SHIFT, WIDEST_INTERVAL = 0.35, 0.5  # octaves a doubling
@@ -106,50 +99,20 @@ def settings(sweep: Sweep, job: Job) -> list[str]:
     ]  # fmt: skip
 
 
-_world: World | None = None  # of this process: one process group for all its runs
-
-
 def run_job(sweep: Sweep, job: Job) -> dict[str, Any]:
     """Train it; {**job, loss (None where it is not finite), seconds}."""
-    global _world
-    torch.set_num_threads(1)
     began = time.perf_counter()
-    folder = tempfile.mkdtemp()
-    try:
-        config = load_config(sweep.config, [*settings(sweep, job), f"run.dir={folder}", "run.name=run"])
-        _world = _world or init_world(resolve(config, 1).shard)
-        run = build_run(config, _world)
-        run.metrics.say = lambda text: None
-        train(run)
-        run.metrics.close()
-        loss = read_metrics(run.folder)[-1]["val_loss_ema"]
-    finally:
-        shutil.rmtree(folder)
+    with trained(load_config(sweep.config, settings(sweep, job))) as (folder, _):
+        loss = read_metrics(folder)[-1]["val_loss_ema"]
     seconds = round(time.perf_counter() - began, 1)
     return {**dataclasses.asdict(job), "loss": loss if math.isfinite(loss) else None, "seconds": seconds}
 
 
 def run_all(sweep: Sweep, axis: str, folder: Path, deadline: float, workers: int) -> list[dict[str, Any]]:
     """Results of the jobs that are done when the time is over, those of earlier calls among them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "results.jsonl"
-    results = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    done = {Job(**{field.name: r[field.name] for field in dataclasses.fields(Job)}) for r in results}
-    todo = [job for job in jobs(sweep, axis) if job not in done]
-    total, todo = len(todo), iter(todo)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool, open(file, "a") as out:
-        running = {pool.submit(run_job, sweep, job) for job in itertools.islice(todo, workers)}
-        while running:
-            finished, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in finished:
-                results.append(future.result())
-                out.write(json.dumps(results[-1]) + "\n")
-                out.flush()
-                total -= 1
-                print(f"{json.dumps(results[-1])}  {total} left", flush=True)
-                if time.monotonic() < deadline and (job := next(todo, None)):
-                    running.add(pool.submit(run_job, sweep, job))
+    with worker_pool(workers) as pool:
+        work = functools.partial(run_job, sweep)
+        results = run_jobs(pool, workers, list(jobs(sweep, axis)), work, folder / "results.jsonl", deadline)
     return [r for r in results if r["axis"] == axis]
 
 

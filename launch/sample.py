@@ -4,12 +4,14 @@ python launch/sample.py --checkpoint runs/demo --prompt "a red apple on a teal b
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from launch.common import run
-from trainer.build import build_inference
+from trainer.build import Inference, build_inference
 from trainer.checkpoint import find_checkpoint, read_meta
 from trainer.config import parse, resolve
 from trainer.evaluate.generate import save_grid
@@ -30,20 +32,26 @@ def main() -> int:
     if arguments.output.suffix != ".png":
         parser.error(f"--output must end in .png, got {arguments.output}")
     checkpoint = find_checkpoint(arguments.checkpoint)
-    # However the run was sharded: here the ranks that there are share one copy of the weights.
-    overrides = ["parallel.shard=0", *arguments.overrides]
-    config = parse(read_meta(checkpoint)["config"], f"the config of {checkpoint}", overrides)
-    world = init_world(resolve(config, world_size()).shard)
-    try:
-        model = build_inference(config, checkpoint, world)
+    with inference(checkpoint, arguments.overrides) as model:
         prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.count)]
         images = model.images(prompts, arguments.seed)
         if rank() == 0:
             save_grid(images, arguments.output)
             print(f"{len(images)} images from the EMA weights of {checkpoint}: {arguments.output}")
+    return 0
+
+
+@contextlib.contextmanager
+def inference(checkpoint: Path, overrides: Sequence[str]) -> Iterator[Inference]:
+    """The EMA weights of a checkpoint on the processes that there are, while the block runs."""
+    # However the run was sharded: here the ranks that there are share one copy of the weights.
+    overrides = ["parallel.shard=0", *overrides]
+    config = parse(read_meta(checkpoint)["config"], f"the config of {checkpoint}", overrides)
+    world = init_world(resolve(config, world_size()).shard)
+    try:
+        yield build_inference(config, checkpoint, world)
     finally:
         dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""Many small runs, each in a process of a pool, stored one by one: a study that was stopped goes on."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import gc
+import itertools
+import json
+import multiprocessing
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from trainer.build import build_run
+from trainer.config import TrainConfig, resolve
+from trainer.loop import train
+from trainer.parallel.mesh import World, init_world
+
+J = TypeVar("J")  # a frozen dataclass of numbers and strings
+_world: World | None = None  # of this process: one process group for all its runs
+
+
+@contextlib.contextmanager
+def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
+    """Train in this process; (the run's folder, which is gone after the block, and the process's world)."""
+    global _world
+    torch.set_num_threads(1)
+    gc.collect()  # a sharded model holds itself in cycles, and with it its memory
+    folder = tempfile.mkdtemp()
+    try:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder, "name": "run"})})
+        _world = _world or init_world(resolve(config, 1).shard)
+        run = build_run(config, _world)
+        run.metrics.say = lambda text: None
+        outcome = train(run)
+        run.metrics.close()
+        if outcome != "finished":  # a signal has stopped it: its figures are not those of the whole run
+            raise RuntimeError(f"a run ended as {outcome}")
+        yield run.folder, _world
+    finally:
+        shutil.rmtree(folder)
+
+
+def worker_pool(workers: int) -> concurrent.futures.Executor:
+    return concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def run_jobs(
+    pool: concurrent.futures.Executor,
+    workers: int,
+    jobs: Sequence[J],
+    work: Callable[[J], dict[str, Any]],
+    file: Path,
+    deadline: float,
+) -> list[dict[str, Any]]:
+    """All results that the file holds when these jobs are done, or when the time is over (what runs then still ends).
+
+    work: job -> {**job's fields, ...}, a line of the file; a job that has its line is not done again. deadline: of
+    time.monotonic(). workers: jobs side by side.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = file.read_text() if file.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
+    if whole != text:
+        file.write_text(whole)
+    results = [json.loads(line) for line in whole.splitlines()]
+    todo = [job for job in jobs if not any(dataclasses.asdict(job).items() <= r.items() for r in results)]  # pyright: ignore[reportArgumentType]
+    left, waiting = len(todo), iter(todo)
+    with open(file, "a") as out:
+        running = {pool.submit(work, job) for job in itertools.islice(waiting, workers)}
+        while running:
+            finished, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in finished:
+                results.append(future.result())
+                out.write(json.dumps(results[-1]) + "\n")
+                out.flush()
+                left -= 1
+                print(f"{json.dumps(results[-1])}  {left} left", flush=True)
+                if time.monotonic() < deadline and (job := next(waiting, None)):
+                    running.add(pool.submit(work, job))
+    return results
