@@ -222,8 +222,8 @@ def _detached(parameter: DTensor) -> DTensor:
 def _prefetch(root: FSDPModule, units: Sequence[FSDPModule], ahead: int) -> None:
     """Gather `ahead` units before their turn.
 
-    The root's own weights come first in both passes. What it gathers ahead in the backward pass is left to FSDP2: a list
-    would be gathered at the gradient of each of its outputs, with REPA's features once more when it has been used.
+    The root's own weights come first in both passes. Backwards, what it gathers ahead is left to FSDP2: a list would be
+    gathered at the gradient of each of its outputs, with REPA's features once more when it has been used.
     """
     if ahead == 0:
         return
