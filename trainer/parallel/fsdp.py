@@ -220,14 +220,20 @@ def _detached(parameter: DTensor) -> DTensor:
 
 
 def _prefetch(root: FSDPModule, units: Sequence[FSDPModule], ahead: int) -> None:
-    """Gather `ahead` units before their turn; the root's own weights come first in both passes."""
+    """Gather `ahead` units before their turn.
+
+    The root's own weights come first in both passes. Backwards, what it gathers ahead is left to FSDP2: a list would be
+    gathered at the gradient of each of its outputs, with REPA's features once more when it has been used.
+    """
     if ahead == 0:
         return
-    forward, backward = [root, *units], [root, *reversed(units)]
-    for number in range(len(forward)):
-        following = slice(number + 1, number + 1 + ahead)
-        forward[number].set_modules_to_forward_prefetch(forward[following])
-        backward[number].set_modules_to_backward_prefetch(backward[following])
+    forward, backward = [root, *units], list(reversed(units))
+    for order, set_following in (
+        (forward, FSDPModule.set_modules_to_forward_prefetch),
+        (backward, FSDPModule.set_modules_to_backward_prefetch),
+    ):
+        for number, module in enumerate(order):
+            set_following(module, order[number + 1 : number + 1 + ahead])
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
