@@ -47,6 +47,10 @@ LOSS = "val_loss_ema"
 MEASURES = (LOSS, "fid", "kid")
 ARMS = {"mup": "μP, the proxy's rate", "sp_best": "SP, its best rate", "sp_default": "SP, its default rate"}
 _TUNING_SEED = 0  # the arms are compared on the seeds after it, so that no rate was chosen on them
+_NORMAL, _STUDENT = (
+    1.96,
+    {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571},
+)  # 97.5 % quantiles, t by degrees of freedom
 _BATCH = 64  # images that the network sees at once
 
 
@@ -80,7 +84,7 @@ STUDIES = {
                        144, 1152, 4000, (-12, -11, -10, -9, -8, -7, -6), images=2048, references=8192, workers=3),
     # Seconds: tests that the machinery works, not that muP does.
     "tiny": Study("mmdit_debug_mup.yaml", ("model.depth=1", "validation.samples=4", "optim.warmup_steps=1"),
-                  32, 64, 8, (-9, -7), -9, seeds=2, eighths=(4, 8), images=8, references=16, network="pixels",
+                  32, 64, 8, (-9, -7), -9, seeds=1, eighths=(8,), images=8, references=16, network="pixels",
                   workers=1),
 }  # fmt: skip
 
@@ -224,11 +228,12 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 def speed_up(baseline: Sequence[Curve], other: Sequence[Curve]) -> tuple[Reached, Estimate]:
     """(when the mean of `other` is as good as the baseline's at its end, how many times earlier that is).
 
-    A curve a seed, the same seeds in both. The interval resamples seeds, for both together; their deviations are
-    widened by sqrt(n / (n - 1)), as a sample's standard deviation is. Never reached counts as 0 times.
+    A curve a seed, the same seeds in both. The interval resamples seeds, for both together. Three seeds resampled as
+    they are give an interval that holds the truth three times in four: their deviations are widened to what Student's
+    t makes of so few. Never reached counts as 0 times.
     """
     n = len(baseline)
-    widen = math.sqrt(n / (n - 1)) if n > 1 else 1.0
+    widen = math.sqrt(n / (n - 1)) * _STUDENT.get(n - 1, _NORMAL) / _NORMAL if n > 1 else 1.0
     reached = compare(mean_curve(baseline), mean_curve(other))
     wide = [_spread(curves, widen) for curves in (baseline, other)]
     chance = random.Random(0)

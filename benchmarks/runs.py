@@ -37,8 +37,13 @@ def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
         _world = _world or init_world(resolve(config, 1).shard)
         run = build_run(config, _world)
         run.metrics.say = lambda text: None
-        outcome = train(run)
-        run.metrics.close()
+        run.metrics.plot = lambda: None  # nobody sees the folder, and a picture costs more than a small run's steps
+        try:
+            outcome = train(run)
+        finally:
+            run.metrics.close()
+            if run.lock is not None:
+                run.lock.close()
         if outcome != "finished":  # a signal has stopped it: its figures are not those of the whole run
             raise RuntimeError(f"a run ended as {outcome}")
         yield run.folder, _world

@@ -16,8 +16,10 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Which is better?</title>
 <style>
  body { font: 18px/1.5 system-ui, sans-serif; margin: 0; padding: 1em; text-align: center; background: #808080 }
- main, form { background: #fff; display: inline-block; padding: 1em 2em; border-radius: 8px; max-width: 94vw }
- img { width: min(44vw, 62vh, 768px); margin: .5em; vertical-align: top }
+ main, form { background: #fff; display: inline-block; padding: .5em 1em; border-radius: 8px; max-width: 94vw }
+ [hidden] { display: none !important }
+ #pair { white-space: nowrap }
+ img { width: min(42vw, 58vh, 768px); margin: .4em; vertical-align: top }
  img.small { image-rendering: pixelated }
  button { font: inherit; padding: .3em 1.2em; margin: .2em } input { font: inherit }
  #prompt { font-weight: bold } #progress, .keys { color: #666; font-size: 14px }

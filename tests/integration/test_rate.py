@@ -147,6 +147,10 @@ def test_a_rater_with_keys(
             page.wait(ANSWERED.format(0))
             shown = page.value("document.documentElement.outerHTML + location")
             assert str(folder.parent) not in shown
+            left, right = (page.value(f"{side}.getBoundingClientRect().toJSON()") for side in ("left", "right"))
+            assert left["top"] == right["top"]
+            assert left["right"] < right["left"]
+            assert page.value("getComputedStyle(document.getElementById('name')).display") == "none"
             assert not any(f"/{run}/" in shown for run in ("a", "b"))
             for answered in (1, 2, 3):
                 vote_for(page, RED)
