@@ -32,7 +32,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import matmul_rate, write
-from benchmarks.twins import twin_of
+from benchmarks.twins import build_twin
 from data.batch import Batch
 from data.reader import SyntheticReader
 from trainer.build import build_run
@@ -176,14 +176,15 @@ def full_batches(reader: SyntheticReader, first_step: int) -> Iterator[tuple[int
 
 
 def build(name: str, case: Case, settings: list[str], world: World) -> Variant:
-    compiled = str(name == OURS_COMPILED).lower()
+    compiled = str(name in (OURS_COMPILED, TWIN_COMPILED)).lower()
     config = load_config(case.config, [*settings, f"run.name={name}", f"parallel.compile={compiled}"])
+    gc.collect()
     before = allocated(world.device)
-    with redirect_stdout(io.StringIO()):  # the muP table
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(io.StringIO()))  # the muP table
+        if name in (TWIN, TWIN_COMPILED):
+            stack.enter_context(mock.patch("trainer.build.build_engine", build_twin))
         run = build_run(config, world)
-    if name in (TWIN, TWIN_COMPILED):
-        run = twin_of(run, config, world, compiled=name == TWIN_COMPILED)
-    gc.collect()  # our model, where the twin takes its place
     return Variant(config, run, allocated(world.device) - before)
 
 

@@ -3,7 +3,6 @@
 U-ViT has no twin there.
 """
 
-import dataclasses
 from typing import Any
 
 import diffusers
@@ -14,11 +13,10 @@ from torch.distributed.tensor import DTensor
 from launch.export_folder import TWINS, twin_config
 from models.layers import ClassCondition
 from trainer.config import TrainConfig
-from trainer.ema import EMA
 from trainer.frozen import precision_of
+from trainer.mup.table import MuTable
 from trainer.parallel.fsdp import FSDP2Engine, Sharding
 from trainer.parallel.mesh import World
-from trainer.state import Run, TrainState
 
 
 class Twin(nn.Module):
@@ -43,14 +41,14 @@ class Twin(nn.Module):
         return self.model(encoder_hidden_states=states, pooled_projections=states.mean(1), **common)[0], None
 
 
-def twin_of(run: Run, config: TrainConfig, world: World, compiled: bool) -> Run:
-    """`run` with the twin in place of our model; its weights are random numbers, for its time does not depend on them.
+def build_twin(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:
+    """In place of trainer.build.build_engine: the twin. Its weights are random numbers: time does not depend on them.
 
-    compiled: the blocks, for the shapes at hand.
+    With parallel.compile its blocks are compiled for the shapes at hand.
     """
     with torch.device("meta"):
         model = Twin(config)
-    if compiled:
+    if config.parallel.compile:
         for block in model.model.transformer_blocks:
             block.forward = torch.compile(block.forward)
 
@@ -66,10 +64,9 @@ def twin_of(run: Run, config: TrainConfig, world: World, compiled: bool) -> Run:
         settings = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay, "eps": config.optim.eps}
         return [{"params": list(named.values()), "lr_scale": 1.0, **settings}]
 
-    # One unit, gathered once a step: diffusers' DiT reads weights of its first block from outside of it.
-    engine = FSDP2Engine(
+    return FSDP2Engine(
         model,
-        units=[],
+        units=[],  # gathered whole, once a step: diffusers' DiT reads weights of its first block from outside of it
         world=world,
         precision=precision_of(config, world),
         sharding=Sharding(),
@@ -78,5 +75,3 @@ def twin_of(run: Run, config: TrainConfig, world: World, compiled: bool) -> Run:
         betas=config.optim.betas,
         clip_norm=config.optim.clip_norm,
     )
-    ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
-    return dataclasses.replace(run, engine=engine, ema=ema, state=TrainState.start(world.device))

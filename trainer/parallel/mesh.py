@@ -40,7 +40,7 @@ def init_world(shard: int) -> World:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        # The CPU's flash attention is slow backwards in bf16: a step of the demo takes twice as long with it.
+        # In bf16 the CPU's flash attention has a slow backward pass: a step of the demo takes twice as long with it.
         torch.backends.cuda.enable_flash_sdp(False)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
