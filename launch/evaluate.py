@@ -2,6 +2,7 @@
 
 torchrun --nproc-per-node 8 launch/evaluate.py --checkpoint runs/xl --suite imagenet_fid50k reference=FILE network=FILE
 python launch/evaluate.py --checkpoint runs/demo --suite demo
+python launch/evaluate.py table runs/BASELINE runs/OTHER ...     # side by side: launch/evaluate_table.py
 
 The same command again goes on where it was stopped. Overrides are keys of the suite, and those of text_encoder,
 autoencoder and parallel of the checkpoint's config.
@@ -9,6 +10,7 @@ autoencoder and parallel of the checkpoint's config.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch.distributed as dist
 
 from data.config import DataError
 from data.image_sets import read_images, write_images
+from launch import evaluate_table
 from launch.common import end_with_torchrun, run
 from trainer.build import Inference, build_inference, commit
 from trainer.checkpoint import find_checkpoint, lock_folder, read_meta, write_atomically
@@ -29,6 +32,8 @@ from trainer.source import on_rank_0
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["table"]:
+        return evaluate_table.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, a snapshot or a run folder")
     parser.add_argument("--suite", required=True, help="a name under configs/evaluate/, or a path")

@@ -120,6 +120,9 @@ def test_evaluation_does_not_disturb_training(folder: Path) -> None:
     assert [record["step"] for record in measured] == [2, 4]
     assert all(set(figures) <= record.keys() for record in measured)
     assert measured[0]["val_fid"] != measured[1]["val_fid"]
+    afterwards = json.loads((folder / "one/results.json").read_text())["metrics"]  # of the same EMA weights
+    for key in figures:
+        assert measured[1][key] == pytest.approx(afterwards[key.removeprefix("val_")]["value"], rel=1e-9), key
     bare = [{k: v for k, v in r.items() if k.startswith("val_loss") or not k.startswith("val_")} for r in with_figures]
     assert exact(bare) == exact(plain)
     assert (folder / "watched/evaluation.png").stat().st_size > 10_000

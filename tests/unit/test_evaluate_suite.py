@@ -1,6 +1,7 @@
 """Suites: their files, what they refuse, what makes two of them comparable; sets of images and prompts."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from data.config import DataError
 from data.debug import ensure_debug_assets
 from data.image_sets import Prompt, open_image_set, open_npz_images, read_images, read_prompts, write_images
 from launch.evaluate import claim
+from models.flops import forward_flops
 from trainer.config import CONFIG_DIR, ConfigError, load_config
 from trainer.evaluate.features import published_statistics
 from trainer.evaluate.suite import SuiteConfig, load_suite, protocol_hash, split_overrides
@@ -192,3 +194,22 @@ def test_published_statistics(tmp_path: Path) -> None:
     np.savez(tmp_path / "nan.npz", mu=mean * np.nan, sigma=covariance)
     with pytest.raises(DataError, match="NaN"):
         published_statistics(tmp_path / "nan.npz", spatial=False)
+
+
+def test_costs_on_the_page_are_the_formula() -> None:
+    page = (CONFIG_DIR.parent / "docs/evaluate.md").read_text()
+    rows = [
+        line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| \w+ \| \w+_[\w.]+ \| \d+ ", line)
+    ]
+    assert len(rows) == 9
+    for name, checkpoint, images, steps, guidance, hours in rows:
+        suite = load_suite(name, ["reference=r.npz", "network=n.pt"])[1]
+        c = load_config(checkpoint)
+        sampling = getattr(suite, c.objective.kind)
+        count = suite.count or 553 * suite.images_per_prompt
+        assert (int(images), int(steps), float(guidance)) == (count, sampling.steps, suite.guidance)
+        text = 0 if c.label_classes else c.text_encoder.max_length
+        forward = forward_flops(c.model, c.autoencoder.channels, c.text_encoder.width, c.image_tokens, text)
+        passes = 1 if suite.guidance == 1 else 2
+        expected = count * sampling.steps * passes * forward / (989e12 * 0.3) / 3600
+        assert hours == f"{expected:.2g}", (name, checkpoint)

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from data.config import DataError
 from data.debug import ensure_debug_assets
 from tests.tiny_networks import save_clip, save_detector, save_inception
+from trainer.diffusion.sampling import Euler
 from trainer.evaluate import detector, evaluation
 from trainer.evaluate.evaluation import Evaluation, prepare
-from trainer.evaluate.metrics import MetricError
+from trainer.evaluate.generate import Generator
+from trainer.evaluate.metrics import MetricError, statistics_of
 from trainer.evaluate.suite import SuiteConfig
 from trainer.parallel.mesh import World, init_world
 
@@ -82,6 +84,7 @@ def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> Non
         "reference": shards,
         "network": network,
         "kid_subset_size": 32,
+        "batch_size": 7,
     }
     made = ready(world, **keys)
     [file] = (tmp_path / "cache").iterdir()
@@ -89,6 +92,11 @@ def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> Non
     again = ready(world, **keys)
     assert file.stat().st_mtime_ns == written
     images = evaluation.open_image_set(shards, "reference")
+    assert made.inception is not None
+    whole = statistics_of(made.inception(torch.from_numpy(images.pixels(range(64), 32))).pooled)
+    assert made.reference.pooled is not None
+    for ours, expected in zip(made.reference.pooled, whole, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)  # rows that fill up the last batch count not
     for each in (made, again):
         figures = each.measure(lambda batch, each=each: images.pixels(each.batches[batch], 32))
         assert figures["fid"].value < 1e-6
@@ -99,6 +107,27 @@ def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> Non
         ready(world, **{**keys, "prompts": "classes", "count": 4})
     with pytest.raises(DataError, match="has 64 prompts, 65 images"):
         ready(world, **keys, count=65)
+
+
+class Blend(torch.nn.Module):
+    """A velocity that depends on image, time and prompt."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return x * t[:, None, None, None] + condition[:, None, None, None], None
+
+
+def test_an_image_is_a_function_of_its_number_seed_and_prompt() -> None:
+    """Whatever else is in the batch, and wherever in it."""
+    generate = Generator(
+        Blend(), lambda prompts: torch.tensor([len(p) / 10 for p in prompts]), lambda x: x, (3, 4, 4), Euler(4, 1.0),
+        2.0, None, torch.device("cpu"),
+    )  # fmt: skip
+    three = generate(["a", "bb", "a"], [5, 6, 7], seed=1)
+    assert three.shape == (3, 4, 4, 3)
+    assert torch.equal(three[1:], generate(["bb", "a"], [6, 7], seed=1))
+    assert not torch.equal(three[0], three[2])  # one prompt, two numbers
+    assert not torch.equal(three[0], generate(["a"], [5], seed=2)[0])
+    assert not torch.equal(three[0], generate(["aaa"], [5], seed=1)[0])
 
 
 def test_batches_fall_to_ranks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
