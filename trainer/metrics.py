@@ -1,4 +1,5 @@
-"""metrics.jsonl (always), the terminal, wandb (when configured) and loss.png. Names carry units."""
+"""metrics.jsonl (always), the terminal, wandb (when configured), loss.png and evaluation.png. Names carry
+units."""
 
 import json
 import os

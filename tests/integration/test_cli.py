@@ -118,7 +118,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_folder(source: Path) -> None:
     """What the architecture promises of a run folder, after one process without torchrun."""
-    names = {"config.yaml", "mup.json", "metrics.jsonl", "status.json", "samples", "checkpoints", "loss.png"}
+    names = {"config.yaml", "mup.json", "metrics.jsonl", "status.json", "samples", "checkpoints"}
+    names |= {"loss.png", "evaluation.png"}
     assert {p.name for p in source.iterdir() if p.name != ".lock"} == names
     records = read_metrics(source)
     assert [record["step"] for record in records] == [0, 1, 2, 3]

@@ -89,8 +89,9 @@ def batches_of(count: int, size: int) -> list[range]:
 
 
 def filled_up(images: np.ndarray, size: int) -> Tensor:
-    """[size, H, W, 3]: the last image is repeated, since equal bits need equal shapes."""
-    return torch.from_numpy(np.concatenate([images, *[images[-1:]] * (size - len(images))]))
+    """[size, H, W, 3]: the last image is repeated, since equal bits need equal shapes, and an equal layout in memory:
+    with channels first, as a decoder leaves them, convolutions take another way."""
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate([images, *[images[-1:]] * (size - len(images))])))
 
 
 def image_set_features(

@@ -64,7 +64,11 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """images: uint8 [b, H, W, 3]."""
+        """images: uint8 [b, H, W, 3]. In full float32 on a GPU too: TF32, a convolution's default, has 10 bits."""
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return self._features(images)
+
+    def _features(self, images: Tensor) -> Features:
         x = resized(images.to(self._device), self._resize)
         # 127.5 is the scale of pytorch-fid, whose resizing `bilinear` is; the TensorFlow graph's is 128.
         x = x / 127.5 - 1 if self._resize == "bilinear" else (x - 128) / 128
