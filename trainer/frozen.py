@@ -66,7 +66,7 @@ class FrozenParts:
         precision = precision_of(config, world)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
         self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
-        self.device = self._device = world.device
+        self.device = world.device
         self._dataset = dataset
         self._classes, self._sized = config.label_classes, config.model.micro_conditions
         self._autoencoder = self._text_encoder = self._feature_encoder = None
@@ -120,7 +120,7 @@ class FrozenParts:
             finally:
                 self._finish()
 
-        return following if self._encodes or self._device.type == "cuda" else batches
+        return following if self._encodes or self.device.type == "cuda" else batches
 
     def _begin(self, step: tuple[int, list[Batch]]) -> tuple[int, list[Batch]]:
         for batch in step[1]:
@@ -141,18 +141,18 @@ class FrozenParts:
 
     @torch.no_grad()
     def _encode(self, batch: Batch) -> Encoded:
-        keys = batch.keys.to(self._device, non_blocking=True)
-        weight = batch.weight.to(self._device, non_blocking=True)
+        keys = batch.keys.to(self.device, non_blocking=True)
+        weight = batch.weight.to(self.device, non_blocking=True)
         if batch.latents is not None:
-            mean, logvar = batch.latents.to(self._device, non_blocking=True), batch.logvar
+            mean, logvar = batch.latents.to(self.device, non_blocking=True), batch.logvar
         else:
             assert batch.images is not None
             assert self._autoencoder is not None
-            mean, logvar = self._autoencoder.encode(batch.images.to(self._device, non_blocking=True))
+            mean, logvar = self._autoencoder.encode(batch.images.to(self.device, non_blocking=True))
         x0 = mean.to(self.x0_dtype)
         if logvar is not None:
             noise = normal(keys, tuple(x0.shape[1:]), "posterior").to(x0.dtype)
-            x0 = x0 + (0.5 * logvar.to(self._device, x0.dtype, non_blocking=True)).exp() * noise
+            x0 = x0 + (0.5 * logvar.to(self.device, x0.dtype, non_blocking=True)).exp() * noise
         condition = self._condition(batch)
         lengths = torch.zeros_like(weight) if isinstance(condition, ClassCondition) else condition.mask.sum(1)
         return Encoded(x0, condition, keys, weight, (lengths * weight).sum())
@@ -161,38 +161,38 @@ class FrozenParts:
     def features(self, batch: Batch) -> Tensor:
         """What REPA aligns tokens with: [b, N, F] of the very crops that are trained on; of synthetic data noise."""
         if batch.features is not None:
-            return batch.features.to(self._device, non_blocking=True)
+            return batch.features.to(self.device, non_blocking=True)
         if batch.latents is not None:
             height, width = batch.latents.shape[-2:]
             shape = (height * width // self._patch_size**2, self._feature_width)
-            return normal(batch.keys.to(self._device, non_blocking=True), shape, "features").to(self.x0_dtype)
+            return normal(batch.keys.to(self.device, non_blocking=True), shape, "features").to(self.x0_dtype)
         assert batch.images is not None
         assert self._feature_encoder is not None
         rows, columns = (side // (self._downsample * self._patch_size) for side in batch.images.shape[-2:])
-        return self._feature_encoder.encode(batch.images.to(self._device, non_blocking=True), rows, columns)
+        return self._feature_encoder.encode(batch.images.to(self.device, non_blocking=True), rows, columns)
 
     def _condition(self, batch: Batch) -> TextCondition | SizedTextCondition | ClassCondition:
         if self._classes is not None:
             # Rows without a sample (weight 0) have label -1, which no table holds: they get the null label.
-            labels = batch.labels.to(self._device, non_blocking=True)
+            labels = batch.labels.to(self.device, non_blocking=True)
             return ClassCondition(torch.where(labels < 0, self._classes, labels))
         if batch.text_states is not None and batch.text_mask is not None:
             text = TextCondition(
-                batch.text_states.to(self._device, non_blocking=True),
-                batch.text_mask.to(self._device, non_blocking=True),
+                batch.text_states.to(self.device, non_blocking=True),
+                batch.text_mask.to(self.device, non_blocking=True),
             )
         else:
             text = self._encode_text(batch.captions, batch.cell.text_length if batch.cell else None)
         if not self._sized or batch.sizes is None:
             return text
-        return SizedTextCondition(*text, batch.sizes.to(self._device, non_blocking=True))
+        return SizedTextCondition(*text, batch.sizes.to(self.device, non_blocking=True))
 
     @torch.no_grad()
     def _encode_text(self, captions: list[str], length: int | None = None) -> TextCondition:
         assert self._text_encoder is not None
         states, mask = self._text_encoder.encode(captions, length)
-        if states.device != self._device:  # from the CPU: by pinned memory, so that the copy waits for no other work
-            states, mask = (part.pin_memory().to(self._device, non_blocking=True) for part in (states, mask))
+        if states.device != self.device:  # from the CPU: by pinned memory, so that the copy waits for no other work
+            states, mask = (part.pin_memory().to(self.device, non_blocking=True) for part in (states, mask))
         return TextCondition(states, mask)
 
     def encode_prompts(self, prompts: list[str]) -> TextCondition | ClassCondition:
@@ -203,7 +203,7 @@ class FrozenParts:
             if prompt and not (prompt.isdecimal() and int(prompt) < self._classes):
                 raise DataError(f'prompt "{prompt}": the model knows classes, give a number below {self._classes}')
         labels = [int(prompt) if prompt else self._classes for prompt in prompts]
-        return ClassCondition(torch.tensor(labels, device=self._device))
+        return ClassCondition(torch.tensor(labels, device=self.device))
 
     def decode(self, latents: Tensor) -> Tensor:
         assert self._autoencoder is not None
