@@ -86,6 +86,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.proxies --output benchmarks/results/proxies_cpu.json
 	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory_cpu.json
 	$(BIN)/python -m benchmarks.data --output benchmarks/results/data.json
+	$(BIN)/python -m benchmarks.export_memory --output benchmarks/results/export_memory.json objective.repa_weight=0
 
 # Offline, installing nothing: with .venv if it is there, else with the python that is found. Each command takes less
 # than ten minutes on an H100. DRY=1: the same commands at tiny sizes, on any machine.
