@@ -40,6 +40,9 @@ class Twin(nn.Module):
         # SD3 knows no mask: padding takes part.
         return self.model(encoder_hidden_states=states, pooled_projections=states.mean(1), **common)[0], None
 
+    def shard_units(self) -> list[nn.Module]:
+        return [*self.model.transformer_blocks]
+
 
 def build_twin(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:
     """In place of trainer.build.build_engine: the twin. Its weights are random numbers: time does not depend on them.
@@ -49,7 +52,7 @@ def build_twin(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine
     with torch.device("meta"):
         model = Twin(config)
     if config.parallel.compile:
-        for block in model.model.transformer_blocks:
+        for block in model.shard_units():
             block.forward = torch.compile(block.forward)
 
     def initialise(materialised: nn.Module) -> None:

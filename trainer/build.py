@@ -95,6 +95,8 @@ def build_mup_table(config: TrainConfig) -> MuTable:
 def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine | ZeroEngine:
     """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
     optim, parallel = config.optim, config.parallel
+    if precision_of(config, world) != "bf16":
+        torch.backends.cuda.enable_flash_sdp(True)  # on a CPU off since init_world, for the sake of bf16
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
     apply_multipliers(model, table)
@@ -135,8 +137,6 @@ def build_run(config: TrainConfig, world: World) -> Run:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if world.device.type == "cpu" and precision_of(config, world) != "bf16":
-        torch.backends.cuda.enable_flash_sdp(True)  # off since init_world, for the sake of bf16
     if is_debug(config.text_encoder.path) or is_debug(config.objective.repa_encoder):
         first_on_rank_0(world, ensure_debug_assets)
     source = Source(config, resolved, world)
