@@ -1,12 +1,14 @@
 """metrics.jsonl (always), the terminal, wandb (when configured), loss.png and evaluation.png. Names carry
 units."""
 
+import errno
 import json
 import os
 import secrets
 import sys
 import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,17 +63,22 @@ class Metrics:
         self._wandb: Wandb | None = None
         if not active:
             return
-        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self._file = self._open()
+        self._unwritten = b""
         self.cut(first_step)
 
     def cut(self, step: int) -> None:
         """Drop the lines past `step`, from which the run goes on."""
         if not self._active:
             return
+        self._flush()
         self._file.close()
         kept = [r for r in read_metrics(self._folder) if step and r["step"] <= step]
         write_atomically(self._folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = open(self._folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._file, self._unwritten = self._open(), b""
+
+    def _open(self) -> FileIO:
+        return open(self._folder / "metrics.jsonl", "ab", buffering=0)
 
     def start_wandb(self, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
         """Log to wandb as well; the run's id is kept in the run folder, so that a resumed run continues it."""
@@ -99,10 +106,22 @@ class Metrics:
         """One JSON object a line, flushed; then the terminal and wandb."""
         if not self._active:
             return
-        self._file.write(json.dumps(dict(record)) + "\n")
+        self._unwritten += json.dumps(dict(record)).encode() + b"\n"
+        self._flush()
         self._print(record)
         if self._wandb is not None:
             self._wandb.log({_wandb_name(k): v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def _flush(self) -> None:
+        """A full disk does not end the run: a checkpoint that did not fit may be removed again in a moment."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            lines = self._unwritten.count(b"\n")
+            self.say(f"warning: {self._folder}/metrics.jsonl: {error.strerror}; {lines} lines wait for room")
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
@@ -122,6 +141,7 @@ class Metrics:
 
     def close(self) -> None:
         if self._active:
+            self._flush()
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()

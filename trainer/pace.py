@@ -68,11 +68,11 @@ class Pace:
             found[f"perf/{name}_slowest_rank"] = int(seconds.argmax())
         return found
 
-    def _timed(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+    def _timed(self, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         if not self.watching:
-            return forward(*inputs)
+            return forward(*inputs, **named)
         began = self._now()
-        result = forward(*inputs)
+        result = forward(*inputs, **named)
         self._spans.append((began, self._now()))
         return result
 

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent, an index that runs no code, and what a run folder's log holds."""
 
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -337,6 +339,30 @@ def test_lines_are_flushed(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, True, 100, 0)
     metrics.write({"step": 1})
     assert steps_in(tmp_path) == [1]
+    metrics.close()
+
+
+def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a line of which a part was written."""
+    metrics, room = Metrics(tmp_path, True, 100, 0), 20
+    real = metrics._file
+
+    def write(data: bytes) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = min(room, len(data))
+        room -= taken
+        return real.write(data[:taken])
+
+    metrics._file = cast(Any, SimpleNamespace(write=write, close=real.close))
+    for step in (1, 2):
+        metrics.write({"step": step})
+    assert steps_in(tmp_path) == [1]
+    assert "No space left on device; 1 lines wait for room" in capsys.readouterr().out
+    room = 1000
+    metrics.write({"step": 3})
+    assert steps_in(tmp_path) == [1, 2, 3]
     metrics.close()
 
 
