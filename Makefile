@@ -88,7 +88,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.data --output benchmarks/results/data.json
 	$(BIN)/python -m benchmarks.export_memory --output benchmarks/results/export_memory.json objective.repa_weight=0
 
-# Offline, installing nothing: with .venv if it is there, else with the python that is found. Each command takes less
+# Offline, installing nothing: with .venv if it is there, else with the python that is found. Each command is sized for less
 # than ten minutes on an H100. DRY=1: the same commands at tiny sizes, on any machine.
 STEPS := mmdit_0.18b mmdit_0.7b mmdit_2b mmdit_2b_4_blocks pixart_0.61b dit_xl_2 uvit_h_2
 GPU_RESULTS := $(if $(DRY),.cache/gpu_check,benchmarks/results)
