@@ -78,7 +78,7 @@ soak: setup
 	$(BIN)/python -m benchmarks.search_kills --trials 80 --kills 10 --output benchmarks/results/search_kills.json
 	$(BIN)/python -m benchmarks.search_kills --slurm --trials 80 --kills 10 --output benchmarks/results/search_kills_slurm.json
 	$(BIN)/python -m benchmarks.kills_precompute --kills 10 --output benchmarks/results/kills_precompute.json
-	$(BIN)/python -m benchmarks.fuzz --factor 10 --output benchmarks/results/fuzz.json
+	$(BIN)/python -m benchmarks.fuzz --factor 50 --output benchmarks/results/fuzz.json
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json

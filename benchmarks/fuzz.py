@@ -1,7 +1,7 @@
 """The tests that make their cases by chance (broken tars and images, orders of samples), with many new cases; and a
 whole epoch of SA-1B's size.
 
-python -m benchmarks.fuzz --factor 10 --output benchmarks/results/fuzz.json
+python -m benchmarks.fuzz --factor 50 --output benchmarks/results/fuzz.json
 """
 
 import argparse
@@ -38,7 +38,7 @@ def run(factor: int, *tests: str) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--factor", type=int, default=10, help="times as many cases as in CI")
+    parser.add_argument("--factor", type=int, default=50, help="times as many cases as in CI")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.factor < 2:
