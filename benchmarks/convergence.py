@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.machine import write
-from benchmarks.runs import run_jobs, trained, worker_pool
+from benchmarks.runs import add_study_arguments, run_jobs, trained, worker_pool
 from data.files import temporary_beside
 from data.image_sets import open_image_set
 from trainer.build import build_inference
@@ -318,12 +318,7 @@ def _times(against: dict[str, Any], control: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, required=True)
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="of results.jsonl, which a further call goes on with"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="JSON; the figure lies beside it")
-    parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start no run after so long")
-    parser.add_argument("--workers", type=int, help="runs side by side")
+    add_study_arguments(parser)
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]
     workers = arguments.workers or study.workers

@@ -1,11 +1,13 @@
 """Many small runs, each in a process of a pool, stored one by one: a study that was stopped goes on."""
 
+import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import shutil
 import tempfile
@@ -49,6 +51,16 @@ def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
         yield run.folder, _world
     finally:
         shutil.rmtree(folder)
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where a study is stored and how much of the machine it takes."""
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="of results.jsonl, which a further call goes on with"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON; the figure lies beside it")
+    parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start no run after so long")
+    parser.add_argument("--workers", type=int, help="runs side by side")
 
 
 def worker_pool(workers: int) -> concurrent.futures.Executor:

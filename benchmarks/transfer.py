@@ -21,7 +21,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.machine import write
-from benchmarks.runs import run_jobs, trained, worker_pool
+from benchmarks.runs import add_study_arguments, run_jobs, trained, worker_pool
 from trainer.config import load_config
 from trainer.metrics import read_metrics
 from trainer.search.statistics import Estimate, Transfer, transfer
@@ -202,12 +202,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=SWEEPS, required=True)
     parser.add_argument("--axis", choices=_AXES, default="width")
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="of results.jsonl, which a further call goes on with"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="JSON; the figure lies beside it")
-    parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start no run after so long")
-    parser.add_argument("--workers", type=int, help="runs side by side")
+    add_study_arguments(parser)
     arguments = parser.parse_args()
     sweep, axis = SWEEPS[arguments.study], arguments.axis
     deadline = time.monotonic() + 60 * arguments.budget_minutes
