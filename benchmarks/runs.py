@@ -37,7 +37,8 @@ def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
     try:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder, "name": "run"})})
         _world = _world or init_world(resolve(config, 1).shard)
-        run = build_run(config, _world)
+        with contextlib.redirect_stdout(None):  # a muP table of each of many runs is no news
+            run = build_run(config, _world)
         run.metrics.say = lambda text: None
         run.metrics.plot = lambda: None  # nobody sees the folder, and a picture costs more than a small run's steps
         try:
