@@ -52,7 +52,7 @@ SWEEPS = {
     "mmdit_cpu": Sweep(
         "mmdit_demo_mup.yaml", ("model.depth=3", "data.resolution=16", "objective.shift_base_tokens=16"), _SIZES
     ),
-    "dit_cpu": Sweep("dit_cifar_mup.yaml", ("model.depth=3", "data.resolution=16"), _SIZES),
+    "dit_cpu": Sweep("dit_cifar_mup.yaml", ("model.depth=3", "data.resolution=16"), _SIZES, (-9, -8, -7, -6, -5, -4)),
     "mmdit_gpu": Sweep(
         "mmdit_demo_mup.yaml",
         ("model.depth=6", "model.head_dim=72"),

@@ -76,6 +76,21 @@ def test_divergence_is_left_out() -> None:
     assert found.shift.value == pytest.approx(0, abs=1e-6)
 
 
+def test_one_seed_that_ran_away_does_not_widen_the_interval() -> None:
+    """Its distance from the others is not the noise of the learning rates that work."""
+    losses = {w: {lr: list(values) for lr, values in curve.items()} for w, curve in sweep(-0.5, noise=0.002).items()}
+    calm = transfer(losses)
+    for values in losses.values():
+        values[-4.0] = [1.5, 1.6, 1.5]  # diverged alike
+    alike = transfer(losses)
+    losses[256][-4.0][1] = 40.0
+    away = transfer(losses)
+    assert away.shift == alike.shift
+    assert away.shift.half_width < 2 * calm.shift.half_width
+    assert away.seed_std == pytest.approx(calm.seed_std)
+    assert away.regret == alike.regret
+
+
 def test_optimum_at_the_edge_is_named() -> None:
     losses = {w: {lr: [lr] * 3 for lr in LRS} for w in WIDTHS}
     assert transfer(losses).at_edge == WIDTHS

@@ -8,10 +8,11 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from benchmarks.transfer import SWEEPS, Job, jobs, judge, plot, run_all, settings, to_json, verdict
+from benchmarks.transfer import SWEEPS, Job, Sweep, jobs, judge, plot, run_all, settings, to_json, verdict
 from trainer.config import load_config
 
 CPU = SWEEPS["mmdit_cpu"]
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def results(shift: dict[str, float], better: float = 0.05) -> list[dict[str, Any]]:
@@ -90,3 +91,20 @@ def test_runs_are_stored_and_not_done_again(tmp_path: Path) -> None:
     assert Job(**{field.name: rows[1][field.name] for field in dataclasses.fields(Job)}) == second
     assert 0 < rows[1]["loss"] < 10
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows) == 2
+
+
+@pytest.mark.parametrize(("study", "name"), [("mmdit", "MMDiT"), ("dit", "DiT")])
+def test_the_committed_study_says_what_its_runs_say(study: str, name: str) -> None:
+    """Statistics, verdict and the page's table follow from the runs that lie beside them."""
+    stored = json.loads((DOCS / f"transfer_{study}.json").read_text())
+    sweep = Sweep(**stored["sweep"])
+    assert len(stored["runs"]) == len(list(jobs(sweep, "width")))
+    found = judge(sweep, "width", stored["runs"])
+    assert json.loads(json.dumps({kind: to_json(statistic) for kind, statistic in found.items()})) == stored["statistics"]
+    assert verdict(found) == stored["checks"]
+    page = (DOCS / "transfer.md").read_text()
+    for kind, statistic in found.items():
+        optima = " | ".join(f"{estimate.value:.2f}" for estimate in statistic.optima.values())
+        yes_no = "yes" if statistic.wider_at_least_as_good else "no"
+        row = f"| {name} | {'μP' if kind == 'mup' else 'SP'} | {optima} | {statistic.shift} | {statistic.regret.value:.4f}"
+        assert f"{row} | {yes_no} |" in page, f"{row} | {yes_no} |"

@@ -124,7 +124,7 @@ def transfer(losses: Losses, seed: int = 0) -> Transfer:
     optima, shift, regret = figures(means)
     replicates = [figures({w: _resampled(means[w], centred[w], chance) for w in widths}) for _ in range(REPLICATES)]
     narrow, wide = (min(filter(math.isfinite, means[w].values())) for w in (widths[0], widths[-1]))
-    spreads = [statistics.variance(v) for w in widths for v in centred[w].values() if len(v) > 1]
+    spreads = [statistics.variance(v) for w in widths for lr in _valley(means[w]) if len(v := centred[w][lr]) > 1]
     return Transfer(
         optima={w: interval([r[0][i] for r in replicates], optima[i]) for i, w in enumerate(widths)},
         at_edge=[w for i, w in enumerate(widths) if not min(means[w]) < _lowest(means[w]) < max(means[w])],
@@ -159,16 +159,24 @@ def _regret(curve: Mapping[float, float], lr: float) -> float:
     return 0.0
 
 
+def _valley(means: Mapping[float, float]) -> list[float]:
+    """The learning rates that did not diverge."""
+    lowest = min(means.values())
+    return [lr for lr, mean in means.items() if mean <= max(lowest, DIVERGED_AT * lowest)]
+
+
 def _centred(curve: Mapping[float, Sequence[float]]) -> dict[float, list[float]]:
     """Deviations of each seed from the mean at its learning rate, less what the seed adds at all of them: data and
     initial weights that are easier everywhere do not move an optimum. Widened by sqrt(n / (n - 1)), as a sample's
-    standard deviation is."""
+    standard deviation is. None where the mean diverged: how far one seed ran away is no noise of a valley."""
     finite = {lr: list(values) for lr, values in curve.items() if all(map(math.isfinite, values))}
     count = min(map(len, finite.values()))
     means = {lr: statistics.fmean(values) for lr, values in finite.items()}
-    common = [statistics.fmean(finite[lr][k] - means[lr] for lr in finite) for k in range(count)]
+    valley = _valley(means)
+    common = [statistics.fmean(finite[lr][k] - means[lr] for lr in valley) for k in range(count)]
     widen = math.sqrt(count / (count - 1)) if count > 1 else 1.0
-    return {lr: [widen * (finite[lr][k] - means[lr] - common[k]) for k in range(count)] for lr in finite}
+    deviations = {lr: [widen * (finite[lr][k] - means[lr] - common[k]) for k in range(count)] for lr in valley}
+    return {lr: deviations.get(lr, [0.0] * count) for lr in finite}
 
 
 def _resampled(
