@@ -24,7 +24,7 @@ KILL_IN = ("0004", 25)  # the trial in the middle of eight, and a step at which 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="of the target; more than its 50 of warm-up")
+    parser.add_argument("--steps", type=int, default=300, help="of the target; more than its 50 of warm-up")
     parser.add_argument("--workers", type=int, default=2, help="of the search, and processes of the target")
     parser.add_argument("--folder", type=Path, default=Path("runs/search_demo"), help="removed first")
     parser.add_argument("--figure", type=Path, help="copy of the report's picture: loss against each hyperparameter")
