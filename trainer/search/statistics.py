@@ -160,7 +160,7 @@ def _regret(curve: Mapping[float, float], lr: float) -> float:
 
 
 def _valley(means: Mapping[float, float]) -> list[float]:
-    """The learning rates that did not diverge."""
+    """The learning rates neither so high nor so low that their loss is far above the best."""
     lowest = min(means.values())
     return [lr for lr, mean in means.items() if mean <= max(lowest, DIVERGED_AT * lowest)]
 
@@ -193,9 +193,7 @@ def _rises(
     losses: Losses, widths: Sequence[int], means: Mapping[int, Mapping[float, float]]
 ) -> dict[float, tuple[float, float]]:
     rises = {}
-    for lr in sorted(set.intersection(*(set(losses[w]) for w in widths))):
-        if any(means[w][lr] > DIVERGED_AT * min(means[w].values()) for w in widths):
-            continue
+    for lr in sorted(set.intersection(*(set(_valley(means[w])) for w in widths))):
         steps = []
         for narrow, wide in itertools.pairwise(widths):
             differences = [b - a for a, b in zip(losses[narrow][lr], losses[wide][lr], strict=True)]
