@@ -168,7 +168,7 @@ def _valley(means: Mapping[float, float]) -> list[float]:
 def _centred(curve: Mapping[float, Sequence[float]]) -> dict[float, list[float]]:
     """Deviations of each seed from the mean at its learning rate, less what the seed adds at all of them: data and
     initial weights that are easier everywhere do not move an optimum. Widened by sqrt(n / (n - 1)), as a sample's
-    standard deviation is. None where the mean diverged: how far one seed ran away is no noise of a valley."""
+    standard deviation is. Zero outside the valley: how far one seed ran away is no noise of a valley."""
     finite = {lr: list(values) for lr, values in curve.items() if all(map(math.isfinite, values))}
     count = min(map(len, finite.values()))
     means = {lr: statistics.fmean(values) for lr, values in finite.items()}
