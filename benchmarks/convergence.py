@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.machine import write
-from benchmarks.runs import add_study_arguments, run_jobs, trained, worker_pool
+from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained, worker_pool
 from data.files import temporary_beside
 from data.image_sets import open_image_set
 from trainer.build import build_inference
@@ -238,19 +238,30 @@ def speed_up(baseline: Sequence[Curve], other: Sequence[Curve]) -> tuple[Reached
 
     A curve a seed, the same seeds in both. The interval resamples seeds, for both together. Three seeds resampled as
     they are give an interval that holds the truth three times in four: their deviations are widened to what Student's
-    t makes of so few. Never reached counts as 0 times.
+    t makes of so few. Never reached counts as 0 times, and better at its first measurement as unboundedly many for the
+    upper end: how much earlier that was is not known.
     """
     n = len(baseline)
     widen = math.sqrt(n / (n - 1)) * _STUDENT.get(n - 1, _NORMAL) / _NORMAL if n > 1 else 1.0
     reached = compare(mean_curve(baseline), mean_curve(other))
     wide = [_spread(curves, widen) for curves in (baseline, other)]
     chance = random.Random(0)
-    replicates = []
+    replicates = []  # (at least, at most)
     for _ in range(REPLICATES):
         drawn = chance.choices(range(n), k=n)
         means = [mean_curve([curves[i] for i in drawn]) for curves in wide]
-        replicates.append(compare(means[0], means[1]).times_earlier or 0.0)
-    return reached, interval(replicates, reached.times_earlier or 0.0)
+        replicates.append(_bounds(compare(means[0], means[1])))
+    low, high = ([pair[end] for pair in replicates] for end in (0, 1))
+    value = _bounds(reached)[0]
+    return reached, Estimate(value, interval(low, value).low, interval(high, value).high)
+
+
+def _bounds(reached: Reached) -> tuple[float, float]:
+    """How many times earlier at least and at most."""
+    if reached.step is None:
+        return 0.0, 0.0
+    times = math.inf if reached.times_earlier is None else reached.times_earlier
+    return times, times if reached.exact else math.inf
 
 
 def _spread(curves: Sequence[Curve], factor: float) -> list[Curve]:
@@ -270,15 +281,21 @@ def judge(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         )
         against.setdefault(control, {})[measure] = {
             **dataclasses.asdict(reached),
-            "times_earlier": {key: round(value, 3) for key, value in dataclasses.asdict(times).items()},
+            "times_earlier": {key: _number(value) for key, value in dataclasses.asdict(times).items()},
             "text": f"μP {reached}",
         }
-    ends = (min(study.log2_lrs), max(study.log2_lrs))
     return {
         "log2_lr": rates,
-        "at_edge_of_the_sweep": [arm for arm in ("mup", "sp_best") if rates[arm] in ends],
+        "at_edge_of_the_sweep": [
+            arm for arm in ("mup", "sp_best") if not min(study.log2_lrs) < rates[arm] < max(study.log2_lrs)
+        ],
         "mup_against": against,
     }
+
+
+def _number(value: float) -> float | None:
+    """None: without bound, which JSON has no number for."""
+    return round(value, 3) if math.isfinite(value) else None
 
 
 def plot(study: Study, results: Sequence[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
@@ -316,11 +333,9 @@ def plot(study: Study, results: Sequence[dict[str, Any]], found: dict[str, Any],
 
 
 def _times(against: dict[str, Any], control: str) -> str:
-    times = against["times_earlier"]
-    figures = (
-        f"{'' if against['exact'] else '≥ '}{times['value']:.2f}x [{times['low']:.2f}, {times['high']:.2f}] earlier"
-    )
-    return f"{control}: {'not reached' if against['step'] is None else figures}"
+    times = {key: "∞" if value is None else f"{value:.2f}" for key, value in against["times_earlier"].items()}
+    value = f"{'' if against['exact'] else '≥ '}{times['value']}x earlier"
+    return f"{control}: {'not reached' if against['step'] is None else value} [{times['low']}, {times['high']}]"
 
 
 def main() -> int:
@@ -330,6 +345,7 @@ def main() -> int:
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]
     workers = arguments.workers or study.workers
+    claim_folder(arguments.folder, dataclasses.asdict(study))
     deadline = time.monotonic() + 60 * arguments.budget_minutes
     references = arguments.folder / "references.pt"
     if not references.is_file():

@@ -12,19 +12,21 @@ import multiprocessing
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from trainer.build import build_run
+from trainer.checkpoint import write_atomically
 from trainer.config import TrainConfig, resolve
 from trainer.loop import train
 from trainer.parallel.mesh import World, init_world
 
 J = TypeVar("J")  # a frozen dataclass of numbers and strings
 _world: World | None = None  # of this process: one process group for all its runs
+_MAY_GROW = ("seeds", "log2_lrs", "workers")  # of a study: which runs there are, not what one of them is
 
 
 @contextlib.contextmanager
@@ -62,6 +64,22 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON; the figure lies beside it")
     parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start no run after so long")
     parser.add_argument("--workers", type=int, help="runs side by side")
+
+
+def claim_folder(folder: Path, study: Mapping[str, Any]) -> None:
+    """Begin a study in its folder or go on there; SystemExit where it holds runs of another one, which have the same
+    names. study: its fields."""
+    file = folder / "identity.json"
+    identity = json.loads(json.dumps({key: value for key, value in study.items() if key not in _MAY_GROW}))
+    held = json.loads(file.read_text()) if file.is_file() else None
+    if held is None and not (folder / "results.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(identity, indent=1) + "\n")
+    elif held != identity:
+        changed = sorted(key for key in identity if held is None or held.get(key) != identity[key])
+        raise SystemExit(
+            f"--folder {folder} holds runs of another study ({', '.join(changed)} differ): choose another folder"
+        )
 
 
 def worker_pool(workers: int) -> concurrent.futures.Executor:

@@ -21,7 +21,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.machine import write
-from benchmarks.runs import add_study_arguments, run_jobs, trained, worker_pool
+from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained, worker_pool
 from trainer.config import load_config
 from trainer.metrics import read_metrics
 from trainer.search.statistics import Estimate, Transfer, transfer
@@ -208,6 +208,7 @@ def main() -> int:
     add_study_arguments(parser)
     arguments = parser.parse_args()
     sweep, axis = SWEEPS[arguments.study], arguments.axis
+    claim_folder(arguments.folder, dataclasses.asdict(sweep))
     deadline = time.monotonic() + 60 * arguments.budget_minutes
     results = run_all(sweep, axis, arguments.folder, deadline, arguments.workers or sweep.workers)
     found = judge(sweep, axis, results)

@@ -87,6 +87,13 @@ def test_speed_up_of_known_curves() -> None:
     assert reached.exact
     assert times.value == pytest.approx(2, rel=1e-9)
     assert (times.low, times.high) == pytest.approx((2, 2), rel=0.01)
+    early = [{step: measure for step, measure in curve.items() if step >= 500} for curve in fast]
+    censored, times = speed_up(slow, early)  # at its first measurement already better
+    assert not censored.exact
+    assert (times.value, times.low, times.high) == (1.6, 1.6, math.inf)
+    diverged = [{0: 1.0, 800: 2.0}] * 3
+    _, times = speed_up(diverged, fast)
+    assert times.value == times.low == times.high == math.inf
     _, same = speed_up(slow, slow)
     assert (same.value, same.low, same.high) == (1, 1, 1)
     never, times = speed_up(fast, slow)
@@ -116,11 +123,20 @@ def test_judgement_and_figure(tmp_path: Path) -> None:
     assert found["mup_against"]["sp_best"]["fid"]["text"].startswith("μP reaches the baseline's final value")
     default = found["mup_against"]["sp_default"]["val_loss_ema"]
     assert default["times_earlier"]["value"] > 20
+    cut = [{**r, "fid": {k: v for k, v in r["fid"].items() if r["parametrization"] == "sp" or int(k) >= 200}}
+           if r["compared"] else r for r in rows]  # fmt: skip
+    found = judge(CPU, cut)
+    assert found["mup_against"]["sp_default"]["fid"]["times_earlier"] == {"value": 4, "low": 4, "high": None}
+    plot(CPU, cut, found, tmp_path / "figure.png")
     worse = judge(CPU, results(mup=0.002, sp_best=0.004, sp_default=0.0001))["mup_against"]["sp_best"]["val_loss_ema"]
     assert (worse["step"], worse["times_earlier"]["value"]) == (None, 0)
     plot(CPU, rows, found, tmp_path / "figure.png")
     assert matplotlib.image.imread(tmp_path / "figure.png").std() > 0.05
-    assert "NaN" not in json.dumps(found)
+    json.dumps(found, allow_nan=False)
+    lowest = [{**r, "loss": 0.1} if r["log2_lr"] == CPU.default_log2_lr else r for r in rows]
+    assert best_rate(CPU, lowest, "sp", 256) == CPU.default_log2_lr
+    assert judge(CPU, [*lowest, *({**r, "log2_lr": -13.3} for r in rows if r["compared"])])[
+        "at_edge_of_the_sweep"] == ["sp_best"]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- real runs
@@ -175,6 +191,10 @@ def test_tiny_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert convergence.main() == 0
     assert file.read_text() == stored
     capsys.readouterr()
+    monkeypatch.setitem(STUDIES, "other", dataclasses.replace(study, steps=16))
+    monkeypatch.setattr(sys, "argv", [word if word != "tiny" else "other" for word in command])
+    with pytest.raises(SystemExit, match=r"holds runs of another study \(steps differ\)"):
+        convergence.main()
     found = json.loads((tmp_path / "study.json").read_text())
     assert found["mup_against"]["sp_default"]["val_loss_ema"]["times_earlier"]["value"] > 1
     compared = [r for r in found["runs"] if r["compared"]]

@@ -77,6 +77,8 @@ def interval(values: Sequence[float], value: float, share: float = 0.95) -> Esti
         position = q * (len(ordered) - 1)
         below = math.floor(position)
         above = min(below + 1, len(ordered) - 1)
+        if ordered[below] == ordered[above] or position == below:  # infinities have no difference
+            return ordered[below]
         return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
     return Estimate(value, quantile((1 - share) / 2), quantile((1 + share) / 2))
