@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,18 +111,24 @@ def _folder(folder: Path, key: str, count: int | None) -> ImageSet:
 
 def open_npz_images(path: Path, key: str) -> ImageSet:
     """The images uint8 [n, H, W, 3] that an .npz holds as arr_0."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images = file["arr_0"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{key}: {path} has no images ({error}): expected an array arr_0 beside its statistics"
-        ) from None
+    (images,) = read_npz(path, key, ["arr_0"], "has no images", "an array arr_0 beside its statistics")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise DataError(f"{key}: arr_0 of {path} is {images.dtype} {images.shape}; expected uint8 [n, H, W, 3]")
     identity = hashlib.sha256(images[:: max(1, len(images) // 100)].tobytes()).hexdigest()
     fingerprint = _digest([identity, images.shape])
     return ImageSet(f"{key}: {path}", fingerprint, len(images), lambda number: Image.fromarray(images[number]))
+
+
+def read_npz(path: Path, key: str, names: Sequence[str], lacks: str, expected: str) -> list[np.ndarray]:
+    """Arrays of an .npz; DataError where it is damaged or `lacks` one, which says what was `expected`."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except KeyError as error:
+        raise DataError(f"{key}: {path} {lacks}: {error.args[0]}; expected {expected}") from None
+    # What numpy raises for files that are cut, empty, or no .npz at all.
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{key}: {path} cannot be read ({error}); docs/evaluate.md says where to get it") from None
 
 
 def _subset(size: int, count: int | None, key: str, spec: str) -> np.ndarray:
@@ -167,6 +175,8 @@ def read_prompts(path: str, key: str) -> list[Prompt]:
             entries = list(loaded.values()) if isinstance(loaded, dict) else loaded
     except (OSError, ValueError) as error:
         raise DataError(f"{key}: {file} cannot be read ({error}); docs/evaluate.md says what it is") from None
+    if not isinstance(entries, list):
+        raise DataError(f"{key}: {file} is neither a list nor an object of prompts; docs/evaluate.md says what it is")
     return [_prompt(entry, f"{key}: {file}: entry {number}") for number, entry in enumerate(entries, 1)]
 
 

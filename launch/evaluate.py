@@ -4,8 +4,8 @@ torchrun --nproc-per-node 8 launch/evaluate.py --checkpoint runs/xl --suite imag
 python launch/evaluate.py --checkpoint runs/demo --suite demo
 python launch/evaluate.py table runs/BASELINE runs/OTHER ...     # side by side: launch/evaluate_table.py
 
-The same command again goes on where it was stopped. Overrides are keys of the suite, and those of text_encoder,
-autoencoder and parallel of the checkpoint's config.
+The same command again goes on where it was stopped. Overrides are keys of the suite, and those of the checkpoint's
+config that say where its text encoder lies and how the model is spread over the machine.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from launch import evaluate_table
 from launch.common import end_with_torchrun, run
 from trainer.build import Inference, build_inference, commit
 from trainer.checkpoint import find_checkpoint, lock_folder, read_meta, write_atomically
-from trainer.config import parse, resolve
+from trainer.config import ConfigError, parse, resolve
 from trainer.evaluate.evaluation import Evaluation, prepare
-from trainer.evaluate.suite import load_suite, protocol_hash, split_overrides
+from trainer.evaluate.suite import digest, load_suite, split_overrides
 from trainer.parallel.mesh import World, init_world, world_size
 from trainer.source import on_rank_0
 
@@ -50,20 +50,25 @@ def main() -> int:
     trained = parse(meta["config"], f"the config of {checkpoint}", ["parallel.shard=0"])
     config = suite.applied(trained, of_config)
     step = f"step_{meta['step']:08d}" + ("" if arguments.weights == "ema" else "_live")
+    if arguments.output is None and checkpoint.parent.name not in ("checkpoints", "ema"):
+        raise ConfigError(f"--checkpoint {checkpoint} lies in no run's folder: give --output, a folder for the results")
     folder = arguments.output or checkpoint.parent.parent / "evaluate" / name / step
     world = init_world(resolve(config, world_size()).shard)
     try:
         model = build_inference(config, checkpoint, world, arguments.weights)
         evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
-        protocol = suite.protocol({**evaluation.contents, "vae": model.frozen.fingerprints()["autoencoder"]})
+        encoders = model.frozen.fingerprints()
+        protocol = suite.protocol({**evaluation.contents, "vae": encoders["autoencoder"]})
         identity = {
             "suite": name,
-            "protocol_hash": protocol_hash(protocol),
+            "protocol_hash": digest(protocol),
             "checkpoint": {
                 "run": config.run.name,
                 "step": meta["step"],
                 "weights": arguments.weights,
                 "table_hash": meta["mup"]["sha256"],
+                "files_hash": digest(meta.get("files", {})),
+                "text_encoder": encoders.get("text_encoder"),
             },
         }
         lock = on_rank_0(world, lambda: lock_folder(folder))
@@ -78,7 +83,6 @@ def main() -> int:
                 "metrics": {key: score._asdict() for key, score in figures.items()},
                 "images": len(evaluation.prompts),
                 "protocol": protocol,
-                "text_encoder": model.frozen.fingerprints().get("text_encoder"),
                 "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "commit": commit(),
                 "machine": {

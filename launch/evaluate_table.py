@@ -66,20 +66,22 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the baseline first")
     parser.add_argument("--output", type=Path, default=Path("runs/table"), help="folder of table.md, .json and .png")
+    parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="whose figures are compared")
     given = parser.parse_args(arguments)
     names = method_names(given.runs)
-    values, protocols = read_all(dict(zip(names, given.runs, strict=True)))
+    values, protocols = read_all(dict(zip(names, given.runs, strict=True)), given.weights)
     comparisons = compare_all(values, names)
     rows = table(values, names)
     lines = [str(comparison) for comparison in comparisons]
     print("\n".join([*as_text(rows), "", *lines]))
     given.output.mkdir(parents=True, exist_ok=True)
-    notes = [f"- {suite}: {weights} weights, protocol `{key}`" for suite, (key, weights) in protocols.items()]
+    notes = [f"- {suite}: {given.weights} weights, protocol `{key}`" for suite, key in protocols.items()]
     page = [*as_markdown(rows), "", *notes, *(f"- {line}" for line in lines), "", "![by step](table.png)", ""]
     write_atomically(given.output / "table.md", "\n".join(page))
     found = {
         "baseline": names[0],
-        "protocols": {suite: {"hash": key, "weights": weights} for suite, (key, weights) in protocols.items()},
+        "weights": given.weights,
+        "protocols": protocols,
         "values": [asdict(value) for value in values],
         "reached": [
             {
@@ -112,36 +114,38 @@ def method_names(runs: Sequence[Path]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- the results
 
 
-def read_all(runs: dict[str, Path]) -> tuple[list[Value], dict[str, tuple[str, str]]]:
-    """(values of all runs, {suite: (protocol's hash, weights)}); runs: {method: folder}.
+def read_all(runs: dict[str, Path], weights: str = "ema") -> tuple[list[Value], dict[str, str]]:
+    """(values of these weights of all runs, {suite: protocol's hash}); runs: {method: folder}.
 
     Raises DataError where a file is damaged, and where two of a suite were made by different protocols.
     """
     values: list[Value] = []
-    protocols: dict[str, tuple[str, str]] = {}
+    protocols: dict[str, str] = {}
     first: dict[str, Path] = {}
     for method, folder in runs.items():
-        files = sorted(folder.glob("evaluate/*/step_*/results.json"))
-        if not files:
-            raise DataError(
-                f"{folder} has no evaluate/SUITE/step_*/results.json: "
-                f"run launch/evaluate.py --checkpoint {folder} --suite NAME first"
-            )
-        for file in files:
-            suite, protocol, found = read(file, method)
+        of_weights = False
+        for file in sorted(folder.glob("evaluate/*/step_*/results.json")):
+            suite, protocol, its_weights, found = read(file, method)
+            if its_weights != weights:
+                continue
+            of_weights = True
             if protocols.setdefault(suite, protocol) != protocol:
                 raise DataError(
-                    f"{file} cannot be compared with {first[suite]}: protocol {protocol[0]} with {protocol[1]} "
-                    f"weights, against {protocols[suite][0]} with {protocols[suite][1]} weights; "
-                    "evaluate both by one protocol"
+                    f"{file} cannot be compared with {first[suite]}: protocol {protocol}, against protocol "
+                    f"{protocols[suite]}; evaluate both by one protocol"
                 )
             first.setdefault(suite, file)
             values += found
+        if not of_weights:
+            raise DataError(
+                f"{folder} has no evaluate/SUITE/step_*/results.json of {weights} weights: "
+                f"run launch/evaluate.py --checkpoint {folder} --suite NAME --weights {weights} first"
+            )
     return values, protocols
 
 
-def read(file: Path, method: str) -> tuple[str, tuple[str, str], list[Value]]:
-    """(suite, (protocol's hash, weights), its values)."""
+def read(file: Path, method: str) -> tuple[str, str, str, list[Value]]:
+    """(suite, protocol's hash, weights, its values)."""
     try:
         results: dict[str, Any] = json.loads(file.read_text())
         suite, checkpoint = str(results["suite"]), results["checkpoint"]
@@ -149,14 +153,14 @@ def read(file: Path, method: str) -> tuple[str, tuple[str, str], list[Value]]:
             Value(int(checkpoint["step"]), method, suite, name, float(found["value"]), found["standard_error"])
             for name, found in results["metrics"].items()
         ]
-        protocol = str(results["protocol_hash"]), str(checkpoint["weights"])
+        protocol, weights = str(results["protocol_hash"]), str(checkpoint["weights"])
     except KeyError as error:
         raise DataError(f"{file} has no key {error}: it was not written by launch/evaluate.py") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     if broken := [value.metric for value in values if not math.isfinite(value.value)]:
         raise DataError(f"{file}: {broken[0]} is not a finite number")
-    return suite, protocol, values
+    return suite, protocol, weights, values
 
 
 def lower_is_better(metric: str) -> bool:

@@ -104,6 +104,7 @@ class Rating(ThreadingHTTPServer):
         self, address: tuple[str, int], votes: Votes, images: Path, prompts: list[str], seed: int, token: str | None
     ) -> None:
         super().__init__(address, _Handler)
+        self.host = address[0].lower()
         self.votes, self.images, self.prompts, self.seed, self.token = votes, images, prompts, seed, token
 
     @property
@@ -155,11 +156,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"/vote": self._vote})
 
     def _answer(self, routes: dict[str, Any]) -> None:
-        address = urlsplit(self.path)
-        self.query = {key: values[0] for key, values in parse_qs(address.query).items()}
         try:
             body = self._body()
+            try:
+                address = urlsplit(self.path)
+                self.query = {key: values[0] for key, values in parse_qs(address.query).items()}
+                host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+            except ValueError:
+                raise BadRequest(400, "the address cannot be read") from None
             token = self.server.token
+            if token is None and host not in ("localhost", self.server.host):
+                # A page of another site may point a name of its own at this machine.
+                raise BadRequest(403, f"open this page as {self.server.host} or localhost")
             if token is not None and not secrets.compare_digest(self.query.get("token", "").encode(), token.encode()):
                 raise BadRequest(403, "the address must end in the token that the command printed")
             if address.path not in routes:
@@ -180,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
-        if not length.isdecimal() or int(length) > _LONGEST_BODY:
+        if not length.isdecimal() or len(length) > 9 or int(length) > _LONGEST_BODY:
             self.close_connection = True  # what follows is not read
             raise BadRequest(413, f"expected at most {_LONGEST_BODY} bytes")
         return self.rfile.read(int(length))
@@ -203,9 +211,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise BadRequest(415, "a vote must be JSON")
         try:
             choice = json.loads(body)["choice"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             choice = None
-        if choice not in (*SIDES, BOTH_BAD):
+        if not isinstance(choice, str) or choice not in (*SIDES, BOTH_BAD):
             raise BadRequest(400, "choice must be left, right or both_bad")
         rater = self._rater()
         self.server.vote(rater, self._number(), choice)

@@ -69,6 +69,7 @@ class Votes:
             file.executescript(_TABLES)
             with file:
                 file.execute("INSERT INTO study VALUES (?)", (json.dumps(study),))
+        path.chmod(0o600)  # it holds the token
         return cls(path)
 
     def close(self) -> None:

@@ -368,6 +368,7 @@ def build_inference(
     check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
     check_weights_readable(read_meta(checkpoint), checkpoint)
     frozen = FrozenParts(config, world, partial(on_rank_0, world))
+    _check_text_encoder(frozen, checkpoint, config.text_encoder.path)
     engine = build_engine(config, table, world)
     if weights == "live" and read_meta(checkpoint).get("averages_only"):
         raise CheckpointError(f"{checkpoint} is a snapshot, which holds EMA weights alone: there are no live ones")
@@ -382,6 +383,16 @@ def build_inference(
         images=lambda prompts, seed: sample_images(config, engine, frozen, resolved, world, prompts, seed),
         generate=image_generator(config, engine, frozen, resolved),
     )
+
+
+def _check_text_encoder(frozen: FrozenParts, checkpoint: Path, path: str) -> None:
+    trained, present = (
+        held.get("text_encoder") for held in (read_meta(checkpoint)["fingerprints"], frozen.fingerprints())
+    )
+    if trained is not None and present not in (None, trained):
+        raise CheckpointError(
+            f"text_encoder.path {path} holds another text encoder than {checkpoint} was trained with: name that one"
+        )
 
 
 def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow | DDPM:

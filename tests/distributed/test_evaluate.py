@@ -13,7 +13,7 @@ import pytest
 
 from launch.common import kill_tree
 from tests.distributed.runs import ROOT, environment, exact, train
-from tests.tiny_networks import save_clip, save_inception
+from tests.tiny_networks import save_clip, save_detector, save_inception
 from trainer.metrics import read_metrics
 
 COUNT, BATCH = 22, 4
@@ -40,6 +40,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inception_splits": 2,
     }
     (folder / "tiny.yaml").write_text(json.dumps(suite))  # JSON is YAML
+    facts = [
+        {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
+        {"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "a photo of two clocks"},
+    ]
+    (folder / "metadata.json").write_text(json.dumps(facts))
+    geneval = {
+        "metrics": ["geneval"],
+        "prompts": str(folder / "metadata.json"),
+        "images_per_prompt": 2,
+        "batch_size": 3,
+        "detector": str(save_detector(folder / "detector", ["clock", "dog"])),
+    }
+    common = {key: suite[key] for key in ("rectified_flow", "guidance", "precision", "clip")}
+    (folder / "objects.yaml").write_text(json.dumps(common | geneval))
     train(2, folder / "run", *STEPS)
     return folder
 
@@ -50,6 +64,16 @@ def command(folder: Path, processes: int, output: Path, *arguments: str) -> list
         *(launcher if processes > 1 else launcher[:1]), "launch/evaluate.py", "--checkpoint", str(folder / "run"),
         "--suite", str(folder / "tiny.yaml"), "--output", str(output), *arguments,
     ]  # fmt: skip
+
+
+def refused(folder: Path, output: Path, *arguments: str) -> str:
+    """What the command says where it ends without a traceback; later options win."""
+    done = subprocess.run(
+        command(folder, 1, output, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
 def evaluate(folder: Path, processes: int, output: Path, *arguments: str) -> dict[str, Any]:
@@ -83,6 +107,39 @@ def test_every_number_of_processes_measures_the_same(folder: Path) -> None:
         assert other["protocol_hash"] == one["protocol_hash"]
         for key, score in one["metrics"].items():
             assert other["metrics"][key]["value"] == pytest.approx(score["value"], abs=1e-9, rel=1e-9), key
+
+
+def test_geneval_on_two_processes(folder: Path) -> None:
+    """Images with the facts of their prompts; verdicts of all ranks are counted."""
+    objects = ("--suite", str(folder / "objects.yaml"))
+    one, two = (evaluate(folder, n, folder / f"objects{n}", *objects) for n in (1, 2))
+    assert shards(folder / "objects1") == shards(folder / "objects2")
+    assert one["metrics"] == two["metrics"]
+    assert set(one["metrics"]) == {"geneval", "geneval_single_object", "geneval_counting"}
+    with tarfile.open(folder / "objects2/images-000000.tar") as tar:
+        assert tar.getnames()[:3] == ["00000000.png", "00000000.txt", "00000000.json"]
+        member = tar.extractfile("00000002.json")
+        assert member is not None
+        assert json.load(member)["include"] == [{"class": "clock", "count": 2}]
+
+
+def test_whose_images_these_are(folder: Path) -> None:
+    """Live weights make other images; a folder of images of other weights of the same run and step is not measured."""
+    live = evaluate(folder, 1, folder / "live", "--weights", "live")
+    assert live["checkpoint"]["weights"] == "live"
+    assert live["metrics"]["fid"] != evaluate(folder, 1, folder / "one")["metrics"]["fid"]
+    train(1, folder / "twin/run", *STEPS, "train.seed=1")
+    twin = ("--checkpoint", str(folder / "twin/run"))
+    assert "holds an evaluation of another checkpoint" in refused(folder, folder / "one", *twin)
+    moved = (folder / "run/checkpoints/step_00000004").rename(folder / "moved")
+    try:
+        lone = [word for word in command(folder, 1, folder, "--checkpoint", str(moved))
+                if word not in ("--output", str(folder))]  # fmt: skip
+        done = subprocess.run(lone, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    finally:
+        moved.rename(folder / "run/checkpoints/step_00000004")
+    assert "lies in no run's folder: give --output" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_killed_and_resumed(folder: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -95,9 +96,13 @@ def make(arguments: list[str], patch: pytest.MonkeyPatch) -> None:
     patch.undo()
 
 
-def ask(address: str, path: str, choice: str | None = None, kind: str = "application/json") -> Any:
+def ask(
+    address: str, path: str, choice: str | None = None, kind: str = "application/json", host: str | None = None
+) -> Any:
     body = None if choice is None else json.dumps({"choice": choice}).encode()
-    request = urllib.request.Request(f"{address}{path}", body, {"Content-Type": kind})
+    request = urllib.request.Request(
+        f"{address}{path}", body, {"Content-Type": kind} | ({"Host": host} if host else {})
+    )
     with urllib.request.urlopen(request, timeout=30) as answer:
         content = answer.read()
     return json.loads(content) if answer.headers.get_content_type() == "application/json" else content
@@ -203,7 +208,19 @@ def test_blind_and_checked(study: tuple[Path, list[str]], monkeypatch: pytest.Mo
         assert refused(address, "vote?rater=ann&number=0", "a")[0] == 400
         assert refused(address, "vote?rater=ann&number=0", "left", kind="text/plain")[0] == 415
         assert refused(address, "vote?rater=ann&number=0", "l" * 5000)[0] == 413
+        assert refused(address, "vote?rater=ann&number=0", "left", host="evil.example")[0] == 403
+        assert ask(address, "task?rater=ann", host=f"localhost:{rating.server_port}")["tasks"] == 6
+        for request, status in (
+            (b"GET http://[/ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"400"),
+            (b"POST /vote HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"413"),
+            (b"POST /vote?rater=ann&number=0 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+             b"Content-Length: 4000\r\n\r\n" + b"[" * 4000, b"400"),
+        ):  # fmt: skip
+            with socket.create_connection(("127.0.0.1", rating.server_port), timeout=30) as raw:
+                raw.sendall(request)
+                assert raw.recv(100).split()[1] == status
         assert rating.votes.all() == []
+    assert (folder / "votes.db").stat().st_mode & 0o077 == 0  # it holds a token
 
 
 def test_token(study: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from launch.evaluate import claim
 from models.flops import forward_flops
 from trainer.config import CONFIG_DIR, ConfigError, load_config
 from trainer.evaluate.features import published_statistics
-from trainer.evaluate.suite import SuiteConfig, load_suite, protocol_hash, split_overrides
+from trainer.evaluate.suite import SuiteConfig, digest, load_suite, split_overrides
 
 MINIMAL: dict[str, Any] = {
     "metrics": ["fid"], "prompts": "p.txt", "reference": "r.npz", "network": "n.pt", "guidance": 2.0,
@@ -83,7 +83,8 @@ def test_overrides_go_where_they_belong() -> None:
     ours = ["guidance=3", "ddpm.steps=5", "resolution=8"]
     theirs = ["text_encoder.path=a", "parallel.shard=1", "autoencoder.path=b"]
     assert split_overrides([*ours, *theirs]) == (ours, theirs)
-    for wrong in ("model.width=3", "sample.steps=3", "optim.lr=1"):  # they would change what is measured
+    changes_figures = ("parallel.precision=fp32", "text_encoder.max_length=5", "autoencoder.scale=1")
+    for wrong in ("model.width=3", "sample.steps=3", "optim.lr=1", *changes_figures):
         with pytest.raises(ConfigError, match="no key of a suite"):
             split_overrides([wrong])
 
@@ -92,7 +93,7 @@ def test_protocol_hash_is_of_choices_and_contents() -> None:
     suite = SuiteConfig.model_validate(MINIMAL)
 
     def hash_of(changes: dict[str, Any], contents: str = "c") -> str:
-        return protocol_hash(suite.model_copy(update=changes).protocol({"network": contents}))
+        return digest(suite.model_copy(update=changes).protocol({"network": contents}))
 
     base = hash_of({})
     assert base == hash_of({"network": "/elsewhere/n.pt", "reference": "moved.npz"})
@@ -191,6 +192,18 @@ def test_published_statistics(tmp_path: Path) -> None:
         open_npz_images(tmp_path / "bare.npz", "reference")
     with pytest.raises(DataError, match=r"absent\.npz cannot be read"):
         published_statistics(tmp_path / "absent.npz", spatial=False)
+    whole = (tmp_path / "adm.npz").read_bytes()
+    np.save(tmp_path / "array.npy", mean)
+    np.savez(tmp_path / "words.npz", mu=["a"], sigma=["b"])
+    damaged = {"cut": whole[: len(whole) // 2], "empty": b"", "array": (tmp_path / "array.npy").read_bytes()}
+    for name, data in damaged.items():
+        (tmp_path / f"{name}.npz").write_bytes(data)
+        with pytest.raises(DataError, match=rf"{name}\.npz cannot be read"):
+            published_statistics(tmp_path / f"{name}.npz", spatial=False)
+        with pytest.raises(DataError, match=rf"{name}\.npz cannot be read"):
+            open_npz_images(tmp_path / f"{name}.npz", "reference")
+    with pytest.raises(DataError, match=r"words\.npz has other things than numbers"):
+        published_statistics(tmp_path / "words.npz", spatial=False)
     np.savez(tmp_path / "nan.npz", mu=mean * np.nan, sigma=covariance)
     with pytest.raises(DataError, match="NaN"):
         published_statistics(tmp_path / "nan.npz", spatial=False)

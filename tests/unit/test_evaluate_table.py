@@ -93,8 +93,10 @@ def test_suites_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        ({"protocol_hash": "q"}, r"step_00900000/results\.json cannot be compared with .*protocol q .*against p"),
-        ({"checkpoint": {"step": 1, "weights": "live"}}, r"cannot be compared .*live weights"),
+        (
+            {"protocol_hash": "q"},
+            r"step_00900000/results\.json cannot be compared with .*protocol q, against protocol p",
+        ),
         ({"checkpoint": {}}, r"results\.json has no key 'step'"),
         ({"metrics": {"fid": {"value": float("nan"), "standard_error": None}}}, r"fid is not a finite number"),
         ({"metrics": {"fid": 3}}, r"results\.json cannot be read"),
@@ -105,6 +107,19 @@ def test_refused(runs: list[Path], results: dict[str, Any], message: str) -> Non
     with pytest.raises(DataError, match=message):
         evaluate_table.main([*map(str, runs), "--output", str(runs[0].parent / "table")])
     assert not (runs[0].parent / "table").exists()
+
+
+def test_weights_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", 10, 5.0)
+    with pytest.raises(DataError, match=r"results\.json of live weights: run .* --weights live first"):
+        evaluate_table.main([str(tmp_path / "run"), "--weights", "live", "--output", str(tmp_path / "t")])
+    live = write(tmp_path / "run", 20, 7.0, checkpoint={"step": 10, "weights": "live"}).parent
+    live.rename(live.with_name("step_00000010_live"))
+    for weights, fid in (("ema", "5"), ("live", "7")):
+        options = ["--weights", weights, "--output", str(tmp_path / "t")]
+        assert evaluate_table.main([str(tmp_path / "run"), *options]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["10", "run", fid]
+        assert f"{weights} weights" in (tmp_path / "t/table.md").read_text()
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:

@@ -107,6 +107,11 @@ def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> Non
         ready(world, **{**keys, "prompts": "classes", "count": 4})
     with pytest.raises(DataError, match="has 64 prompts, 65 images"):
         ready(world, **keys, count=65)
+    few = f"count: 9 images are too few for kid, which needs at least {made.suite.kid_subset_size}"
+    with pytest.raises(DataError, match=few):
+        ready(world, **keys, count=9)
+    with pytest.raises(DataError, match=r"reference: .*: 9 images are too few for kid"):
+        ready(world, **{**keys, "reference_count": 9})
 
 
 class Blend(torch.nn.Module):

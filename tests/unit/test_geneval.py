@@ -140,6 +140,13 @@ def test_scores_are_shares_by_tag_and_their_mean() -> None:
         ({"tag": "colors", "include": [{"class": "car"}]}, "class and count"),
         ({"tag": "colors", "include": [item("car", color="teal")]}, "colour 'teal'"),
         ({"tag": "position", "include": [item("car", position=["above", 0])]}, "refers to item 0"),
+        *(
+            ({"tag": "position", "include": [item("dog"), item("car", position=wrong)]}, "position .* is not one of")
+            for wrong in ("left of", ["above"], ["above", "0"], ["left_of", 0], None)
+        ),
+        ({"tag": "counting", "include": [item("car", 0)]}, "a count is 0"),
+        ({"tag": "counting", "include": [item("car", True)]}, "class and count"),
+        ({"tag": "counting", "include": [item("car")], "exclude": None}, "`exclude` is no list"),
     ],
 )
 def test_other_metadata_is_refused(wrong: dict[str, Any], message: str) -> None:

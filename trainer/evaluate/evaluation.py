@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from .generate import Generator
 from .geneval import check_facts, is_correct, scores
 from .inception import Inception
 from .metrics import Score
-from .suite import AGAINST_REFERENCE, CLASSES, ON_FEATURES, SuiteConfig
+from .suite import AGAINST_REFERENCE, CLASSES, ON_FEATURES, Metric, SuiteConfig
 
 _CACHE = Path(".cache/evaluate")  # features of reference images
 
@@ -131,7 +131,7 @@ class Evaluation:
         if features.rows is not None and reference.rows is not None:
             rows, real = features.rows.to(self.device), reference.rows.to(self.device)
             if "kid" in suite.metrics:
-                figures["kid"] = metrics.kid(real, rows, suite.kid_subset_size)
+                figures["kid"] = metrics.kid(real, rows, suite.kid_subset_size, names=("reference", "generated images"))
             if "precision_recall" in suite.metrics:
                 precision, recall = metrics.precision_recall(real, rows, suite.neighbours)
                 figures |= {"precision": Score(precision), "recall": Score(recall)}
@@ -146,6 +146,7 @@ def prepare(
     side: of the generated images in pixels. classes: of a model of class labels. DataError where something is missing.
     """
     prompts = _prompts(suite, classes)
+    _check_count(suite, len(prompts), "count", suite.metrics)
     wanted_metrics = set(suite.metrics)
     wanted = Wanted(
         pooled="fid" in wanted_metrics,
@@ -200,6 +201,17 @@ def _prompts(suite: SuiteConfig, classes: int | None) -> list[Prompt]:
     return [prompts[number // each] for number in range(count)]
 
 
+def _check_count(suite: SuiteConfig, count: int, name: str, of: Collection[Metric]) -> None:
+    """Before hours of making images: DataError where they are too few for a metric."""
+    least = {
+        "fid": 2, "sfid": 2, "kid": suite.kid_subset_size, "inception_score": 2 * suite.inception_splits,
+        "precision_recall": suite.neighbours + 1,
+    }  # fmt: skip
+    for metric in of:
+        if count < least.get(metric, 1):
+            raise DataError(f"{name}: {count} images are too few for {metric}, which needs at least {least[metric]}")
+
+
 def _reference(
     suite: SuiteConfig, side: int, inception: Inception, wanted: Wanted, device: torch.device, group: dist.ProcessGroup
 ) -> tuple[SetFeatures, str]:
@@ -215,6 +227,7 @@ def _reference(
 
     if not suite.reference.endswith(".npz"):
         images = open_image_set(suite.reference, "reference", suite.reference_count)
+        _check_count(suite, len(images), images.name, AGAINST_REFERENCE.intersection(suite.metrics))
         return measured(images, wanted), images.fingerprint
     path = Path(suite.reference).expanduser()
     features = published_statistics(path, wanted.spatial)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.config import DataError
 from data.files import temporary_beside
-from data.image_sets import ImageSet
+from data.image_sets import ImageSet, read_npz
 
 from .inception import Inception
 from .metrics import Moments, Statistics, check_statistics
@@ -112,16 +112,14 @@ def image_set_features(
 
 def published_statistics(path: Path, spatial: bool) -> SetFeatures:
     """Statistics of an .npz with mu and sigma (and mu_s and sigma_s, as ADM's). DataError where they are not there."""
+    names = ["mu", "sigma", *(["mu_s", "sigma_s"] if spatial else [])]
+    arrays = read_npz(path, "reference", names, "lacks statistics", "mu and sigma, and mu_s and sigma_s for sfid")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = [("mu", "sigma"), *([("mu_s", "sigma_s")] if spatial else [])]
-            arrays = [tuple(torch.from_numpy(np.asarray(file[name], np.float64)) for name in pair) for pair in names]
-    except KeyError as error:
-        reason = error.args[0]
-        raise DataError(f"reference: {path}: {reason}; expected mu and sigma, and mu_s and sigma_s for sfid") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"reference: {path} cannot be read ({error}); docs/evaluate.md says where to get it") from None
-    statistics = [check_statistics(Statistics(*pair), f"reference: {path}") for pair in arrays]
+        tensors = [torch.from_numpy(np.asarray(array, np.float64)) for array in arrays]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"reference: {path} has other things than numbers for statistics ({error})") from None
+    pairs = [Statistics(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+    statistics = [check_statistics(pair, f"reference: {path}") for pair in pairs]
     return SetFeatures(statistics[0], statistics[1] if spatial else None)
 
 

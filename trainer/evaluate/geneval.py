@@ -14,6 +14,7 @@ from data.config import DataError
 from .metrics import Score
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+RELATIONS = ("left of", "right of", "above", "below")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 _CONFIDENCE, _COUNTING_CONFIDENCE = 0.3, 0.9
 _MOST_OBJECTS = 16  # of a class in an image
@@ -47,20 +48,26 @@ def check_facts(facts: Mapping[str, Any], where: str) -> None:
 
     if facts.get("tag") not in TAGS:
         raise wrong(f"tag {facts.get('tag')!r} is none of {', '.join(TAGS)}")
-    include = facts.get("include")
+    include, exclude = facts.get("include"), facts.get("exclude", [])
     if not isinstance(include, list) or not include:
         raise wrong("there is no list `include`")
-    for number, item in enumerate([*include, *facts.get("exclude", [])]):
-        if (
-            not isinstance(item, dict)
-            or not isinstance(item.get("class"), str)
-            or not isinstance(item.get("count"), int)
-        ):
+    if not isinstance(exclude, list):
+        raise wrong("`exclude` is no list")
+    for number, item in enumerate([*include, *exclude]):
+        if not isinstance(item, dict) or not isinstance(item.get("class"), str) or type(item.get("count")) is not int:
             raise wrong("an item has no class and count")
+        if item["count"] < 1:
+            raise wrong(f"a count is {item['count']}, at least 1 is needed")
         if item.get("color", COLOURS[0]) not in COLOURS:
             raise wrong(f"colour {item['color']!r} is none of {', '.join(COLOURS)}")
-        if "position" in item and not 0 <= item["position"][1] < number:
-            raise wrong(f"a position refers to item {item['position'][1]}, which does not come before it")
+        if "position" not in item:
+            continue
+        match item["position"]:
+            case [relation, int(target)] if relation in RELATIONS:
+                if not 0 <= target < number:
+                    raise wrong(f"a position refers to item {target}, which does not come before it")
+            case other:
+                raise wrong(f"position {other!r} is not one of {', '.join(RELATIONS)} and the number of an item")
 
 
 def is_correct(detections: Sequence[Detection], facts: Mapping[str, Any]) -> bool:

@@ -117,13 +117,15 @@ def _root(covariance: Tensor) -> Tensor:
     return vectors[:, kept] * values[kept].sqrt()
 
 
-def kid(a: Tensor, b: Tensor, subset_size: int = 1000, seed: int = 0) -> Score:
+def kid(
+    a: Tensor, b: Tensor, subset_size: int = 1000, seed: int = 0, names: tuple[str, str] = ("first set", "second set")
+) -> Score:
     """Kernel distance (Bińkowski et al., 2018): unbiased MMD² under the kernel (xᵀy / d + 1)³.
 
     The mean over as many disjoint subsets of `subset_size` images of each set as there are; which ones is a function
     of the sizes and the seed. Disjoint, so that the standard error is one. A single subset has none.
     """
-    a, b = _checked(a, "first set", subset_size), _checked(b, "second set", subset_size)
+    a, b = (_checked(x, name, subset_size) for x, name in zip((a, b), names, strict=True))
     if a.shape[1] != b.shape[1]:
         raise MetricError(f"features of {a.shape[1]} and of {b.shape[1]} numbers are not of one network")
     if subset_size < 2:
@@ -150,7 +152,7 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> Score:
 
     probabilities: [n, classes], rows sum to 1. What n leaves over after the division goes to the last part.
     """
-    p = _checked(probabilities, "images", 2 * splits)
+    p = _checked(probabilities, "generated images", 2 * splits)
     if not torch.allclose(p.sum(1), torch.ones(len(p)).to(p), atol=1e-3) or bool((p < 0).any()):
         raise MetricError("inception_score: rows must be probabilities, that is not negative and of sum 1")
     size = len(p) // splits
@@ -169,7 +171,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     Precision: share of the generated images that lie in a real image's ball, whose radius is the distance to its k-th
     nearest real neighbour; recall with the two sets exchanged.
     """
-    real, generated = _checked(real, "real", k + 1), _checked(generated, "generated", k + 1)
+    real, generated = _checked(real, "real images", k + 1), _checked(generated, "generated images", k + 1)
     if real.shape[1] != generated.shape[1]:
         raise MetricError(f"features of {real.shape[1]} and of {generated.shape[1]} numbers are not of one network")
     return _covered(generated, real, k), _covered(real, generated, k)

@@ -17,7 +17,12 @@ ON_FEATURES: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "inception_sco
 AGAINST_REFERENCE: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "precision_recall"})
 # Where something lies on this machine; what it holds goes into the protocol in its place.
 _PATHS = ("prompts", "reference", "network", "clip", "detector", "vae")
-_CONFIG_SECTIONS = ("text_encoder", "autoencoder", "parallel")
+# Of the checkpoint's config: they move no figure.
+_OF_CONFIG = (
+    *(f"text_encoder.{key}" for key in ("path", "subfolder", "device", "shard")),
+    *(f"autoencoder.{key}" for key in ("path", "subfolder")),
+    *(f"parallel.{key}" for key in ("shard", "prefetch", "cpu_offload")),
+)
 
 
 class FlowSampling(Section):
@@ -127,9 +132,9 @@ class SuiteConfig(Section):
         return {**choices, "contents": dict(contents)}
 
 
-def protocol_hash(protocol: Mapping[str, Any]) -> str:
-    """Equal where results can be compared."""
-    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+def digest(identity: object) -> str:
+    """SHA-256 of what JSON can hold. Of a protocol: equal where results can be compared."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -137,12 +142,11 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     ours: list[str] = []
     theirs: list[str] = []
     for text in overrides:
-        section, dot, _ = text.partition("=")[0].partition(".")
-        theirs_too = dot and section in _CONFIG_SECTIONS
-        if not theirs_too and section not in SuiteConfig.model_fields:
-            known = [*SuiteConfig.model_fields, *_CONFIG_SECTIONS]
-            raise ConfigError(f'override "{text}": {section} is no key of a suite{nearest(section, known)}')
-        (theirs if theirs_too else ours).append(text)
+        key = text.partition("=")[0]
+        if key not in _OF_CONFIG and key.partition(".")[0] not in SuiteConfig.model_fields:
+            known = [*SuiteConfig.model_fields, *_OF_CONFIG]
+            raise ConfigError(f'override "{text}": {key} is no key of a suite{nearest(key, known)}')
+        (theirs if key in _OF_CONFIG else ours).append(text)
     return ours, theirs
 
 
