@@ -88,10 +88,12 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.data --output benchmarks/results/data.json
 	$(BIN)/python -m benchmarks.export_memory --output benchmarks/results/export_memory.json objective.repa_weight=0
 
-# Offline, installing nothing: with .venv if it is there, else with the python that is found. Each command is sized for less
-# than ten minutes on an H100. DRY=1: the same commands at tiny sizes, on any machine.
+# Offline, installing nothing: with .venv if it is there, else with the python that is found. Each command is meant for less
+# than ten minutes on an H100, but the studies of LONG=1. DRY=1: the same commands at tiny sizes, on any machine.
 STEPS := mmdit_0.18b mmdit_0.7b mmdit_2b mmdit_2b_4_blocks pixart_0.61b dit_xl_2 uvit_h_2
 GPU_RESULTS := $(if $(DRY),.cache/gpu_check,benchmarks/results)
+GPU_STUDY := $(if $(DRY),tiny,mmdit_gpu)
+GPU_STUDIES := $(if $(DRY),.cache/gpu_check,docs)
 gpu-check:
 	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v $(PYTHON)); set -ex; \
 	export PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-4}; \
@@ -102,7 +104,9 @@ gpu-check:
 	done; \
 	$$python -m benchmarks.choices $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/choices_gpu.json; \
 	$$python -m benchmarks.proxies $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/proxies_gpu.json; \
-	if [ -n "$(LONG)" ]; then $$python -m benchmarks.transfer --study mmdit_gpu --folder runs/transfer_mmdit_gpu \
-	    --output docs/transfer_mmdit_gpu.json; \
-	    $$python -m benchmarks.convergence --study mmdit_gpu --folder runs/convergence_mmdit_gpu \
-	    --output docs/convergence_mmdit_gpu.json; fi
+	if [ -n "$(LONG)" ]; then \
+	    $$python -m benchmarks.transfer --study $(GPU_STUDY) --folder runs/transfer_$(GPU_STUDY) \
+	        --output $(GPU_STUDIES)/transfer_$(GPU_STUDY).json || test -n "$(DRY)"; \
+	    $$python -m benchmarks.convergence --study $(GPU_STUDY) --folder runs/convergence_$(GPU_STUDY) \
+	        --output $(GPU_STUDIES)/convergence_$(GPU_STUDY).json; \
+	fi

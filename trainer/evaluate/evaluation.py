@@ -108,7 +108,8 @@ class Evaluation:
         if self.detector is not None:
             each = self.suite.images_per_prompt
             all_of_them = {number: correct for part in verdicts for number, correct in part.items()}
-            figures |= scores([(self.prompts[n].facts["tag"], n // each, all_of_them[n]) for n in sorted(all_of_them)])
+            tags = [prompt.facts["tag"] for prompt in self.prompts]
+            figures |= scores([(tag, number // each, all_of_them[number]) for number, tag in enumerate(tags)])
         return figures
 
     def _embedded(self, numbers: range, images: torch.Tensor) -> dict[int, torch.Tensor]:
