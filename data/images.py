@@ -23,6 +23,10 @@ class SampleError(Exception):
     """A sample that cannot be used; the message is the reason under which holes are counted."""
 
 
+class StoreError(SampleError):
+    """The store did not give a sample's bytes; it may give them later."""
+
+
 @contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
     """Open lazily (header only) with PIL's own size limit off: the room checks data.max_image_pixels itself."""

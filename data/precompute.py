@@ -28,7 +28,7 @@ from .dataset import DATASET, EMPTY_CAPTION, LAYOUT, npy
 from .encoders import Autoencoder, FeatureEncoder, TextEncoder
 from .fetch import Raw, SampleFiles
 from .files import temporary_beside
-from .images import SampleError, decode_image
+from .images import SampleError, StoreError, decode_image
 from .index import ImageTextIndex
 from .order import END_OF_DATA, Run
 from .samples import captions_of, label_of, member
@@ -304,6 +304,11 @@ class Precompute:
             pixels = decode_image(
                 member(raw, "image"), self.data.resolution, self.data.max_image_pixels, crop=None, flip=False
             )
+        except StoreError as error:  # what is stored as a hole stays one
+            raise DataError(
+                f"{self.index.paths[raw.shard]}: sample {self.index.key(raw.row)}: {error}: make it readable and "
+                "give the same command again, it goes on"
+            ) from None
         except SampleError as error:
             return _Decoded(key, raw.row, str(error), ABSENT, None, nothing)
         return _Decoded(key, raw.row, "", label, pixels, captions)

@@ -315,7 +315,7 @@ class SyntheticReader:
         self._base = Cell(cfg.resolution, cfg.resolution, text.max_length)
         self._channels, self._downsample = autoencoder.channels, autoencoder.downsample
         self._text, self._seed, self._batch = text, seed, global_batch_size
-        self._slots = slots_of(rank, world, global_batch_size)
+        self._slots = share_of(rank, world, global_batch_size)  # none on some ranks where a bank is small
         self._cells, self._shapes = _step_shapes(cells, global_batch_size, world, micro_batch_size)
         self._schedule = Schedule(seed, [Fraction(1)] * len(self._cells))
 

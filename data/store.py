@@ -17,7 +17,7 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from .config import SYNTHETIC, DataConfig, DataError, redact
-from .images import SampleError
+from .images import StoreError
 from .order import mix, uniforms
 
 _PROBE_BYTES = 1 << 14
@@ -92,7 +92,7 @@ def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
 
 
 def _repeated(url: str, method: str, patience: Patience, key: int, **options: Any) -> Any:
-    """_call, repeated after a delay that doubles; key: of the jitter. SampleError in the end."""
+    """_call, repeated after a delay that doubles; key: of the jitter. StoreError in the end."""
     reason = ""
     for attempt in range(patience.retries + 1):
         try:
@@ -111,7 +111,7 @@ def _repeated(url: str, method: str, patience: Patience, key: int, **options: An
         if attempt < patience.retries:
             jitter = float(uniforms(mix(key).view("int64"), attempt))
             time.sleep(_FIRST_DELAY_S * 2**attempt * (0.5 + jitter))
-    raise SampleError(f"shard: {reason}")
+    raise StoreError(f"shard: {reason}")
 
 
 def read_remote(url: str, start: int, end: int, patience: Patience, key: int) -> bytes:
@@ -128,7 +128,7 @@ def stamp(shard: Shard, patience: Patience = Patience()) -> Stamp:
     if isinstance(shard, Remote):
         try:
             info = _repeated(shard.url, "info", patience, 0)
-        except SampleError as error:
+        except StoreError as error:
             raise DataError(f"shard {shard} cannot be read ({error}): check the URL and the access to it") from None
         if info.get("size") is None:
             raise DataError(f"shard {shard}: the server tells no size, so ranges of it cannot be read")

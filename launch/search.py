@@ -47,6 +47,9 @@ def main() -> int:
         "--time", default="24:00:00", help="of the array's jobs; what they leave goes on after a requeue"
     )
     running.add_argument("--gpus-per-node", type=int, default=1, help="devices that train one trial of the array")
+    running.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="more for the array: --sbatch=--account=a"
+    )
     running.add_argument("--dry-run", action="store_true", help="write the array's script, and submit nothing")
     running.set_defaults(command=run_search)
 

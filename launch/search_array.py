@@ -26,16 +26,17 @@ _SCRIPT = """#!/bin/bash
 #SBATCH --signal=B:USR1@{notice}
 {more}
 cd {here}
-# Before the time limit the worker saves its trial, and the task is queued again.
-requeue() {{
-    kill -TERM "$worker"
-    wait "$worker"
-    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
-}}
-trap requeue USR1
+# srun without this has one CPU, whatever the job has.
+[ -n "${{SLURM_CPUS_PER_TASK:-}}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun {command} &
 worker=$!
-wait "$worker"
+# Before the time limit the worker saves its trial, and the task is queued again. USR1: at a TERM, srun kills.
+told=
+trap 'told=1; kill -USR1 "$worker" 2>/dev/null' USR1
+# A signal ends `wait`, not the worker.
+while kill -0 "$worker" 2>/dev/null; do wait "$worker"; ended=$?; done
+[ -n "$told" ] && scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+exit "$ended"
 """
 
 
@@ -44,10 +45,12 @@ def array_script(search: Search, arguments: argparse.Namespace) -> str:
     gpus = arguments.gpus_per_node
     more = [f"#SBATCH --partition={arguments.partition}"] if arguments.partition else []
     more += [f"#SBATCH --gpus-per-node={gpus}"] if gpus else []
+    more += [f"#SBATCH {option}" for option in arguments.sbatch]
     launcher = [sys.executable]
     if gpus > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-        # torchrun passes a SIGTERM on and waits; 30 s, its default, may be too short to save.
+        # torchrun passes the signal on and waits; 30 s, its default, may be too short to save.
+        launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
         launcher += ["--shutdown-timeout", str(NOTICE_S // 2)]
     command = [*launcher, str(SEARCH), "run", "--config", arguments.config, *arguments.overrides]
     return _SCRIPT.format(

@@ -1,7 +1,8 @@
 """Submit a run to Slurm: check the config, freeze code and config into the run folder, write the job, sbatch it.
 
 python launch/submit.py --config mmdit_18b_mup.yaml --nodes 32 --gpus-per-node 8 --partition gpu --time 24:00:00 \\
-    [--account A] [--qos Q] [--container IMAGE | --apptainer IMAGE.sif] [--chain N] [--dry-run] [key=value ...]
+    [--account A] [--qos Q] [--container IMAGE | --apptainer IMAGE.sif] [--mount /data] [--chain N] [--dry-run] \\
+    [key=value ...]
 
 A job that is told to stop (by its time limit, or `scancel --batch --signal=USR1 JOB`) saves and requeues itself. Where
 a cluster forbids that, --chain N submits N jobs, each after the one before it. The same command again goes on with
@@ -37,6 +38,9 @@ def main() -> int:
     parser.add_argument("--qos")
     parser.add_argument("--container", help="image for Pyxis (srun --container-image); the repository is mounted")
     parser.add_argument("--apptainer", metavar="IMAGE", help="image for apptainer exec --nv")
+    parser.add_argument(
+        "--mount", action="append", default=[], metavar="PATH[:PATH]", help="more for the container: data, encoders"
+    )
     parser.add_argument("--signal-seconds", type=int, default=300, help="warning before the time limit")
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs one after another, not requeued")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--mem=0")
@@ -63,16 +67,19 @@ def main() -> int:
         "--requeue" if a.chain == 1 else "--no-requeue", "--open-mode=append", f"--output={folder}/slurm-%j.out",
         f"--signal=B:USR1@{a.signal_seconds}", *a.sbatch,
     ]  # fmt: skip
-    mounts = f"{Path.cwd()}:{Path.cwd()},{config.run.dir}:{config.run.dir}"
+    mounts = ",".join(m if ":" in m else f"{m}:{m}" for m in [str(Path.cwd()), config.run.dir, *a.mount])
     settings = {
         "MUDIT_CODE": str(folder / "code"),
         "MUDIT_PYTHON": "python" if a.container or a.apptainer else sys.executable,
+        "MUDIT_HOST_PYTHON": sys.executable,
         "MUDIT_REQUEUE": str(int(a.chain == 1)),
     }
     if a.container:
-        settings["MUDIT_SRUN"] = f"--container-image={a.container} --container-mounts={mounts}"
+        settings["MUDIT_SRUN"] = (
+            f"--container-image={a.container} --container-mounts={mounts} --container-workdir={Path.cwd()}"
+        )
     if a.apptainer:
-        settings["MUDIT_INSIDE"] = f"apptainer exec --nv --bind {mounts} {a.apptainer}"
+        settings["MUDIT_INSIDE"] = f"apptainer exec --nv --bind {mounts} --pwd {Path.cwd()} {a.apptainer}"
     script = job_script(options, settings)
     if a.dry_run:
         print(script)

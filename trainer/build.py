@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data.config import Cell, DataError
 from data.dataset import check_images
@@ -64,7 +66,7 @@ from .parallel.mesh import World
 from .parallel.zero import ZeroEngine
 from .resume import engine_identity, find_resumed
 from .source import Source, first_on_rank_0, is_debug, on_rank_0
-from .state import Plan, Run, TrainState
+from .state import Encoded, Plan, Run, TrainState
 
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy")
 
@@ -179,14 +181,14 @@ def build_run(config: TrainConfig, world: World) -> Run:
     elif initial is not None:
         notes.append(f"weights from {initial} ({initial_weights})")
 
-    bank = [frozen.encode(batch) for batch in source.validation()] if config.train.validate_every else []
+    bank = _validation_bank(config, source, frozen, world, notes) if config.train.validate_every else []
     objective = build_objective(config, resolved)
     average = ema.shards[config.ema.decays[0]]
 
     def swapped() -> Any:
         return engine.swapped(average)
 
-    sample = _grid_writer(config, source, frozen, engine, swapped, resolved, world)
+    write_grid = _grid_writer(config, source, frozen, engine, swapped, resolved, world)
     evaluate = _evaluator(config, frozen, engine, swapped, resolved, world)
 
     lock = on_rank_0(world, lambda: lock or lock_folder(folder))
@@ -200,6 +202,10 @@ def build_run(config: TrainConfig, world: World) -> Run:
         metrics.start_wandb(config.wandb.project, config.wandb.mode, config.run.name, plain(config))
     for note in notes:
         metrics.say(note)
+
+    def sample(path: Path) -> None:
+        with metrics.without_room(path):
+            write_grid(path)
 
     def warn(text: str) -> None:
         metrics.say(text)
@@ -239,6 +245,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
             "engine": engine_identity(config, world),
             "mup": table.to_json(),
             "fingerprints": fingerprints,
+            "validation": source.validation_fingerprint if config.train.validate_every else None,
             "versions": {name: version(name) for name in _PACKAGES},
             "commit": commit(),
         },
@@ -353,6 +360,31 @@ class Inference:
     """(prompts, seed) -> uint8 [n, H, W, 3]."""
     generate: Generator
     """One batch of this rank; all ranks call it equally often."""
+
+
+def _validation_bank(
+    config: TrainConfig, source: Source, frozen: FrozenParts, world: World, notes: list[str]
+) -> list[Encoded]:
+    """This rank's batches of the fixed bank. Losses are compared over runs and starts: DataError, on all ranks, where a
+    store does not give samples, or too many are unreadable; a note where some are."""
+    bank, holes, read = [], Counter[str](), 0
+    for batch in source.validation():
+        holes.update(batch.holes)
+        read += batch.read
+        bank.append(frozen.encode(batch))
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, (holes, read), group=world.control)
+    holes, read = sum((part for part, _ in parts), Counter[str]()), sum(number for _, number in parts)
+    if holes:
+        unreadable = f"{holes.total()} of {read} validation samples are unreadable (" + ", ".join(
+            f"{reason}: {count}" for reason, count in sorted(holes.items())
+        )
+        most = config.data.max_bad_share * max(1000, read)  # as in training
+        if any(reason.startswith("shard: ") for reason in holes) or holes.total() > most or holes.total() == read:
+            key = "data.shards" if config.data.val_shards is None else "data.val_shards"
+            raise DataError(f"{key}: {unreadable}): make them readable and start again")
+        notes.append(f"warning: {unreadable}): validation losses are of the others")
+    return bank
 
 
 def build_inference(

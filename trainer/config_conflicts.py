@@ -1,5 +1,6 @@
 """Keys that are fine alone and wrong together."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,11 @@ def conflicts(c: "TrainConfig") -> Iterator[str]:
         yield from c.model.conflicts(c.data.resolution, longest_side(c, cell), c.text_encoder.max_length)
     if c.mup.base_width % c.model.head_dim:
         yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
+    else:
+        try:
+            dataclasses.replace(c.model, width=c.mup.base_width)
+        except ValueError as error:
+            yield f"mup.base_width {c.mup.base_width} makes no model: {error}"
     if c.mup.base_depth is not None and not c.model.residual:
         yield (
             f"mup.base_depth does not fit model.kind {c.model.kind}, which is not deep by residual branches alone: "

@@ -268,7 +268,7 @@ def simulated_config(config: TrainConfig) -> TrainConfig:
     parallel = config.parallel.model_copy(
         update={"engine": "fsdp2", "precision": config.parallel.precision or "bf16", "compile": False}
     )
-    data = type(config.data)(**{**vars(config.data), "shards": SYNTHETIC})
+    data = type(config.data)(**{**vars(config.data), "shards": SYNTHETIC, "sources": ()})
     return config.model_copy(update={"parallel": parallel, "data": data})
 
 

@@ -194,7 +194,7 @@ def _figures(run: Run) -> dict[str, Any]:
         for name in ("loss", "grad_norm", *(["repa_loss"] if run.alignment else [])):
             figures[name] = float(getattr(totals, name)) / counted
         figures["mup/clip_share"] = float(totals.clipped) / counted
-    figures |= time_figures(totals.by_time.tolist()) | run.health.figures()
+    figures |= time_figures(totals.by_time.tolist()) | run.health.figures() | run.checkpointer.figures()
     text_tokens, cells = float(totals.text_tokens) / max(1.0, counted), run.pace.cells
     images_per_s = plan.global_batch_size / step_s
     image_flops = sum(plan.image_flops(text_tokens, cell) * count for cell, count in cells.items()) / cells.total()

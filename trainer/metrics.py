@@ -1,13 +1,14 @@
 """metrics.jsonl (always), the terminal, wandb (when configured), loss.png and evaluation.png. Names carry
 units."""
 
+import contextlib
 import errno
 import json
 import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from .checkpoint import write_atomically
 
 # Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _VALIDATION = "val_"
 _LEVEL = "val_loss_ema_t"
 _PREFIXED = ("mup/", "perf/")  # names that wandb gets as they are
@@ -101,6 +103,9 @@ class Metrics:
             dir=str(self._folder),
             config=dict(config),
         )
+        # wandb's own step only rises: lines after a rollback, or from a checkpoint on, would be dropped.
+        self._wandb.define_metric("step")
+        self._wandb.define_metric("*", step_metric="step")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One JSON object a line, flushed; then the terminal and wandb."""
@@ -110,7 +115,7 @@ class Metrics:
         self._flush()
         self._print(record)
         if self._wandb is not None:
-            self._wandb.log({_wandb_name(k): v for k, v in record.items() if k != "step"}, step=record["step"])
+            self._wandb.log({k if k == "step" else _wandb_name(k): v for k, v in record.items()})
 
     def _flush(self) -> None:
         """A full disk does not end the run: a checkpoint that did not fit may be removed again in a moment."""
@@ -118,7 +123,7 @@ class Metrics:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in _NO_ROOM:
                 raise
             lines = self._unwritten.count(b"\n")
             self.say(f"warning: {self._folder}/metrics.jsonl: {error.strerror}; {lines} lines wait for room")
@@ -130,14 +135,26 @@ class Metrics:
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         if self._active:
-            write_status(self._folder, state, step, reason)
+            with self.without_room(self._folder / "status.json"):
+                write_status(self._folder, state, step, reason)
 
     def plot(self) -> None:
         """loss.png, and what was measured of the EMA weights as evaluation.png, from metrics.jsonl."""
         if self._active:
-            records = read_metrics(self._folder)
-            plot_loss(records, self._folder / "loss.png")
-            plot_evaluation(records, self._folder / "evaluation.png")
+            with self.without_room(self._folder / "loss.png"):
+                records = read_metrics(self._folder)
+                plot_loss(records, self._folder / "loss.png")
+                plot_evaluation(records, self._folder / "evaluation.png")
+
+    @contextlib.contextmanager
+    def without_room(self, path: Path) -> Iterator[None]:
+        """A full disk does not end the run: what can be written anew is left out, with a warning."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            self.say(f"warning: {path} is not written: {error.strerror}")
 
     def close(self) -> None:
         if self._active:

@@ -108,6 +108,12 @@ class Source:
         index = self._validation_index
         return list(validation_batches(index, c.data, count, world.rank, world.size, rows, c.label_classes))
 
+    @property
+    def validation_fingerprint(self) -> str:
+        """Identity of the bank."""
+        data = self.fingerprint if self._index is None else self._validation_index.fingerprint
+        return f"{data}/{self._config.validation.samples}"
+
     def validation_prompts(self, count: int) -> list[str]:
         """Captions, or class numbers, of the first `count` samples of the bank, the same on all ranks."""
         classes = self._config.label_classes

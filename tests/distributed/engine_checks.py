@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,21 @@ def replicas_agree(world: World) -> float:
     return worst(whole(sharded), whole(copies))
 
 
+def shares_of_copies(world: World) -> dict[str, int]:
+    """HSDP: how often a sharded tensor is staged for a checkpoint over all copies, least and most; all must be once."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world.size, 1), mesh_dim_names=("replicate", "shard"))
+    engine = made(configured(), dataclasses.replace(world, mesh=mesh))
+    assert isinstance(engine, FSDP2Engine)
+    everything = engine._tensors({})
+    staged = [name for name, tensor in engine._share(everything).items() if isinstance(tensor, DTensor)]
+    lists: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(lists, staged, group=world.control)
+    counts = Counter(name for names in lists for name in names)
+    wanted = [name for name, tensor in everything.items() if isinstance(tensor, DTensor)]
+    return {"least": min(counts[name] for name in wanted), "most": max(counts.values()), "own": len(staged),
+            "all": len(wanted)}  # fmt: skip
+
+
 def save_and_load(world: World, *more: str) -> dict[str, float]:
     """A fresh engine that loads a checkpoint holds every tensor of it, and its next step is the same, bit for bit."""
     config = configured(*more)
@@ -374,6 +390,7 @@ CHECKS: tuple[Callable[[World], Any], ...] = (
     norm_over_the_limit_changes_nothing,
     swapped_weights_are_used_and_given_back,
     replicas_agree,
+    shares_of_copies,
     save_and_load,
     a_failing_rank_fails_all,
     bf16_keeps_fp32_masters,

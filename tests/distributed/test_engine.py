@@ -72,6 +72,14 @@ def test_replicas_agree_with_full_sharding(ranks: Results) -> None:
     assert all(r["replicas_agree"] < 1e-12 for r in ranks)
 
 
+def test_each_copy_stages_its_share_of_a_checkpoint(ranks: Results) -> None:
+    """Every sharded tensor on one copy, and none of them on all: host memory would hold it several times."""
+    for r in ranks:
+        found = r["shares_of_copies"]
+        assert (found["least"], found["most"]) == (1, 1)
+        assert abs(found["own"] - found["all"] / len(ranks)) < 1
+
+
 def test_save_and_load_is_bit_exact(ranks: Results) -> None:
     for r in ranks:
         found = r["save_and_load"]

@@ -17,7 +17,11 @@ SETTINGS = ("train.steps=16", "train.log_every=2", "train.checkpoint_every=5", "
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return {n: exact(train(n, folder / f"w{n}", *SETTINGS)) for n in (1, 2)}
+    records = {n: train(n, folder / f"w{n}", *SETTINGS) for n in (1, 2)}
+    for n in records:  # the saves of steps 5 and 10, beside the lines of metrics.jsonl
+        for key in ("checkpoint_blocked_s", "checkpoint_write_s"):
+            assert sum(record.get(key, 0) > 0 for record in records[n]) >= 2, key
+    return {n: exact(records[n]) for n in records}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

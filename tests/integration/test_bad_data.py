@@ -1,6 +1,7 @@
 """Too many unreadable samples: the run saves, says why, stops; and goes on where it stopped once it may."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -40,7 +41,14 @@ def test_stops_and_goes_on(tmp_path: Path) -> None:
     assert [p.name for p in complete_checkpoints(folder / "checkpoints")] == [f"step_{last['step']:08d}"]
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
 
-    finished = run("data.max_bad_share=1")
+    held_out = (f"data.val_shards={half_broken(tmp_path / 'val')}", "validation.samples=64")
+    refused = run(*held_out)
+    assert refused.returncode == 2
+    assert re.search(r"data\.val_shards: \d+ of \d+ validation samples are unreadable \(image: unread", refused.stderr)
+    assert "Traceback" not in refused.stderr
+
+    finished = run("data.max_bad_share=1", *held_out)
     assert finished.returncode == 0, finished.stderr
+    assert re.search(r"warning: \d+ of \d+ validation samples are unreadable", finished.stdout)
     records = read_metrics(folder)
     assert [r["step"] for r in records] == list(range(21)), "no step twice, none left out"

@@ -125,6 +125,29 @@ def test_a_mistake_is_not_repeated(cluster: Slurm, tmp_path: Path) -> None:
     assert "data.shards" in (tmp_path / f"{ended['JobId']}.out").read_text()
 
 
+def test_an_array_saves_its_trial_and_is_queued_again(cluster: Slurm, tmp_path: Path) -> None:
+    """Told as by its time limit: the trial goes on from the step at which it was stopped, and nothing else saves it."""
+    (tmp_path / "search.yaml").write_text(SEARCH)
+    command = [
+        sys.executable, "launch/search.py", "run", "--config", str(tmp_path / "search.yaml"), "--array", "1",
+        "--partition", slurm.PARTITION, "--time", "00:10:00", "--gpus-per-node", "0", "--sbatch=--comment=told",
+        "trials=1", *(word.replace("{page}", str(tmp_path)) for word in OVERRIDES),
+        "train.steps=60", "train.checkpoint_every=1000", "train.log_every=1",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    number = int(re.findall(r"batch job (\d+)", done.stdout)[0])
+    study = Study.load(str(tmp_path / "searched"))
+    preempt(cluster, study.run_folder(0), number)
+    ended = cluster.wait(number, *ENDED)
+    log = (tmp_path / "searched" / "logs" / "array_0.log").read_text()
+    assert (ended["JobState"], ended["Restarts"], ended["Comment"]) == ("COMPLETED", "1", "told"), log
+    assert "trial 0 is saved: start the search again to go on" in log
+    assert [trial.state for trial in study.trials()] == ["complete"]
+    said = (tmp_path / "searched" / "logs" / "0000_rank0.log").read_text()
+    assert re.search(r"resuming .*checkpoints/step_000000[0-5]\d", said), said
+
+
 # docs/cluster.md at debug size: other values of options, and what is added to a command.
 VALUES = {
     "--config": "mmdit_debug_mup.yaml", "--to": "mmdit_debug_mup.yaml", "--gpus": "2", "--nodes": "1",

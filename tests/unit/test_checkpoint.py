@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent, an index that runs no code, and what a run folder's log holds."""
 
+import contextlib
 import errno
 import io
 import json
@@ -339,6 +340,26 @@ def test_lines_are_flushed(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, True, 100, 0)
     metrics.write({"step": 1})
     assert steps_in(tmp_path) == [1]
+    metrics.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_status_and_plots_without_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    """They are left out with a warning; another error is not swallowed."""
+    metrics = Metrics(tmp_path, True, 100, 0)
+    metrics.write({"step": 1, "loss": 1.0})
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(number, "no room")
+
+    monkeypatch.setattr("trainer.metrics.write_atomically", fail)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    for write, name in ((lambda: metrics.status("running", 1), "status.json"), (metrics.plot, "loss.png")):
+        with contextlib.nullcontext() if number != errno.EACCES else pytest.raises(OSError, match="no room"):
+            write()
+        assert (f"{tmp_path / name} is not written: no room" in capsys.readouterr().out) is (number != errno.EACCES)
     metrics.close()
 
 

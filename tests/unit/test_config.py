@@ -375,6 +375,12 @@ def test_conflicts(overrides: list[str], problem: str) -> None:
     assert problem in message(*overrides)
 
 
+def test_a_base_width_that_the_model_refuses() -> None:
+    changes = ["model.micro_conditions=true", "model.head_dim=64", "model.width=384", "mup.base_width=256"]
+    with pytest.raises(ConfigError, match=r"mup\.base_width 256 makes no model: .*multiple of 3"):
+        load_config("pixart_0.04b_mup", changes)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

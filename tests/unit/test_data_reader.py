@@ -296,6 +296,13 @@ SYNTHETIC = (
 )
 
 
+def test_a_synthetic_bank_may_be_smaller_than_the_world() -> None:
+    """Ranks without a sample have rows of weight 0, as many as the others."""
+    ranks = [next(SyntheticReader(*SYNTHETIC, 1, 2, rank, 3, 4).batches(0))[1] for rank in range(3)]
+    assert [sum(float(batch.weight.sum()) for batch in batches) for batches in ranks] == [1, 1, 0]
+    assert len({len(batches) for batches in ranks}) == 1
+
+
 def test_synthetic_rows_depend_on_the_key_alone() -> None:
     def collect(world: int, micro: int, first: int) -> list[tuple[object, ...]]:
         ranks = [

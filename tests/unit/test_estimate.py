@@ -252,6 +252,11 @@ def test_encoders_are_counted(tmp_path: Path) -> None:
         estimate.encoder_bytes(load_config("mmdit_18b_mup.yaml", ["text_encoder.width=100"]))
 
 
+def test_several_sources_need_no_file() -> None:
+    config = load_config("mmdit_debug_mup", ["data.shards=synthetic", "data.sources=[{shards: nowhere}]"])
+    assert estimate.simulated_config(config).data.synthetic
+
+
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["estimate.py", "--config", "mmdit_debug_mup.yaml", "--gpus", "2", "--json", *SMALL]
     monkeypatch.setattr(sys, "argv", command)

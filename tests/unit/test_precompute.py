@@ -122,6 +122,20 @@ def batches(index: ImageTextIndex, config: TrainConfig, steps: int = 20) -> list
     return [batch for _, [batch] in islice(reader.batches(0), steps)]
 
 
+def test_a_store_that_fails_makes_no_holes(made: Made, tmp_path: Path) -> None:
+    """What is stored as a hole stays one: the command ends, and goes on when the shard can be read again."""
+    source = ImageTextIndex(write_source(tmp_path / "source"))
+    task = dataclasses.replace(made.task, index=source, prefix=tmp_path / "out" / "train")
+    second = (tmp_path / "source" / "s1.tar").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"s1\.tar.*: sample .*: shard: cannot be opened: make it readable"):
+        task.run(0, 1, lambda _: None)
+    assert not (tmp_path / "out" / "train-000001.tar").exists()
+    second.rename(tmp_path / "source" / "s1.tar")
+    task.run(0, 1, lambda _: None)
+    shards = [path.read_bytes() for path in sorted((tmp_path / "out").glob("*.tar"))]
+    assert shards == [path.read_bytes() for path in sorted(made.task.prefix.parent.glob("*.tar"))]
+
+
 def test_bytes_do_not_depend_on_processes_and_stops(made: Made, tmp_path: Path) -> None:
     task = dataclasses.replace(made.task, prefix=tmp_path / "one" / "train", per_shard=7)
     task.run(0, 1, lambda _: None)

@@ -13,7 +13,7 @@ from trainer.search.study import Study
 
 
 def arguments(**changes: object) -> argparse.Namespace:
-    given = {"array": 4, "gpus_per_node": 8, "partition": "gpu", "time": "12:00:00", "dry_run": True}
+    given = {"array": 4, "gpus_per_node": 8, "partition": "gpu", "time": "12:00:00", "dry_run": True, "sbatch": []}
     return argparse.Namespace(
         config="search/demo.yaml", overrides=["data.shards=a b-{000..100}.tar"], **given | changes
     )
@@ -36,6 +36,7 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"#SBATCH {line}" in text, line
     assert "'data.shards=a b-{000..100}.tar'" in text, "quoted"
     assert "torch.distributed.run --standalone --nproc-per-node 8" in text
+    assert "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in text
     assert "scontrol requeue" in text
     directives = [number for number, line in enumerate(text.splitlines()) if line.startswith("#SBATCH")]
     assert directives == list(range(1, len(directives) + 1)), "Slurm reads them up to the first command"

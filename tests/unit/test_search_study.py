@@ -61,6 +61,31 @@ def test_a_dead_trial_is_taken_first_and_a_living_one_never(tmp_path: Path) -> N
     assert taken(other).number == 3
 
 
+def test_a_trial_whose_worker_died_as_it_took_it_has_all_values(tmp_path: Path) -> None:
+    """The journal ends after the trial's first value, as a kill within ask() leaves it."""
+    study = Study.open(search(tmp_path))
+    whole = taken(study)
+    whole.lock.close()
+    journal = tmp_path / "study" / JOURNAL
+    lines = journal.read_text().splitlines(keepends=True)
+    values = [number for number, line in enumerate(lines) if '"param_name"' in line]
+    assert len(values) == 4
+    journal.write_text("".join(lines[: values[1]]))
+    revived = taken(Study.open(search(tmp_path)))
+    assert (revived.number, revived.point) == (whole.number, whole.point)
+
+
+def test_trials_of_other_data_are_refused(tmp_path: Path) -> None:
+    study = Study.open(search(tmp_path))
+    identity = {"data": "a", "text_encoder": "b", "validation": "c/128"}
+    study.check_data(identity)
+    Study.open(search(tmp_path)).check_data(identity)
+    with pytest.raises(ConfigError, match="the trials before had other contents of data, validation: give back"):
+        Study.open(search(tmp_path)).check_data(identity | {"data": "x", "validation": "c/64"})
+    with pytest.raises(ConfigError, match=r"parallel\.precision: None in the study, fp32 now"):
+        Study.open(search(tmp_path, "parallel.precision=fp32"))
+
+
 def _take_all(folder: Path, queue: "multiprocessing.queues.Queue[int]") -> None:  # pyright: ignore[reportAttributeAccessIssue]
     study = Study.open(search(folder))
     while claim := study.claim():

@@ -23,11 +23,15 @@ def test_dry_run_prints_a_script_that_bash_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--account", "me", "--qos", "high", "--container", "registry/image:1", "--sbatch=--mem=0")
-    assert submitted(monkeypatch, tmp_path, "--dry-run", *more) == 0
+    assert submitted(monkeypatch, tmp_path, "--dry-run", "--mount", "/data", *more) == 0
     script = capsys.readouterr().out
     for option in ("nodes=2", "gpus-per-node=4", "account=me", "qos=high", "mem=0", "requeue", "signal=B:USR1@300"):
         assert f"#SBATCH --{option}\n" in script
     assert "export MUDIT_SRUN='--container-image=registry/image:1 --container-mounts=" in script
+    here = Path.cwd()
+    assert f",{tmp_path}:{tmp_path},/data:/data --container-workdir={here}'" in script
+    assert f"export MUDIT_HOST_PYTHON={sys.executable}\n" in script
+    assert 'exec "${MUDIT_HOST_PYTHON:-$MUDIT_PYTHON}"' in script
     assert script.count("--job-name") == 1  # the template's own options are gone
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -68,7 +69,9 @@ class FSDP2Engine:
         pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
         offload = pinned if sharding.cpu_offload else OffloadPolicy()
         # One copy of the weights needs no all-reduce between copies.
-        mesh = world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
+        copies = world.mesh["replicate"]
+        self._copies = copies.get_group() if copies.size() > 1 else None
+        mesh = world.mesh if copies.size() > 1 else world.mesh["shard"]
         shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
         sharded = [shard(unit, reshard_after_forward=sharding.reshard_after_forward) for unit in units]
         # The root's own weights end the forward pass and begin the backward pass: they stay.
@@ -109,6 +112,9 @@ class FSDP2Engine:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._copies is not None:
+            # Copies of the weights may add up the shards' parts in another order: one of them decides for all.
+            dist.broadcast(norm, group=self._copies, group_src=0)
         clipped = torch.zeros_like(norm)
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip_norm, norm, foreach=True)
@@ -183,7 +189,16 @@ class FSDP2Engine:
         exchange(self.master_shards(), shards)
 
     def save(self, folder: Path, extra: Mapping[str, Tensor], averages_only: bool = False) -> Future[None]:
-        return self._saver.save(folder, self._sharded(extra) if averages_only else self._tensors(extra))
+        return self._saver.save(folder, self._share(self._sharded(extra) if averages_only else self._tensors(extra)))
+
+    def _share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this copy of the weights writes: else the host memory of each would hold what one of them writes."""
+        if self._copies is None:
+            return tensors
+        copies, own = dist.get_world_size(self._copies), dist.get_rank(self._copies)
+        sharded = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
+        others = {name for number, name in enumerate(sharded) if number % copies != own}
+        return {name: tensor for name, tensor in tensors.items() if name not in others}
 
     def load(self, folder: Path, extra: Mapping[str, Tensor]) -> None:
         load_tensors(folder, self._tensors(extra), self._world.checkpoint)

@@ -104,7 +104,11 @@ class Study:
         with lock_folder(self.folder, wait_s=120):
             for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if lock := self._lock(frozen.number):
-                    return Claim(optuna.trial.Trial(self._study, frozen._trial_id), lock)
+                    trial = optuna.trial.Trial(self._study, frozen._trial_id)
+                    for key, distribution in self._distributions.items():
+                        # A kill within ask() leaves a trial without some of its values; those it has stay.
+                        trial._suggest(key, distribution)
+                    return Claim(trial, lock)
             trials = self._study.get_trials(deepcopy=False)
             waiting = any(t.state == TrialState.WAITING for t in trials)
             if not waiting and not (self.search.sampler == "tpe" and len(trials) < self.search.trials):
@@ -113,6 +117,19 @@ class Study:
             lock = self._lock(trial.number)
             assert lock is not None, f"trial {trial.number} is new, and its lock is held"
             return Claim(trial, lock)
+
+    def check_data(self, identity: dict[str, Any]) -> None:
+        """Losses of trials are compared: ConfigError unless data, validation bank and encoders have the fingerprints
+        that the first trial's had."""
+        with lock_folder(self.folder, wait_s=120):
+            held = self._study.user_attrs.get("identity")
+            if held is None:
+                self._study.set_user_attr("identity", identity)
+            elif changed := [part for part in identity if held.get(part) != identity[part]]:
+                raise ConfigError(
+                    f"{self.folder}: the trials before had other contents of {', '.join(changed)}: give back what they "
+                    "had, or give this search another name"
+                )
 
     def finish(self, claim: Claim, state: State, losses: list[float], reason: str, **attributes: Any) -> None:
         """Record the outcome and let go of the trial."""
@@ -228,7 +245,7 @@ def _check_same(folder: Path, stored: dict[str, Any], search: Search, proxy: Tra
     changed += [
         f"{key}: {before.get(key)} in the study, {after.get(key)} now"
         for key in sorted(before.keys() | after.keys())
-        if key_class(key) != "runtime" and before.get(key) != after.get(key)
+        if (key_class(key) != "runtime" or key == "parallel.precision") and before.get(key) != after.get(key)
     ]
     if changed:
         raise ConfigError(

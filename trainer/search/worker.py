@@ -97,6 +97,8 @@ class Worker:
         with self._log(number) as log, contextlib.redirect_stdout(log):
             run = build_run(self._search.run_config(self._folder, number, seed, point), self._world)
             of_run = {"commit": run.meta["commit"], "table": run.meta["mup"]["sha256"]}
+            identity = run.meta["fingerprints"] | {"validation": run.meta["validation"]}
+            on_rank_0(self._world, lambda: self._study.check_data(identity) if self._study else None)
 
             def look(record: Mapping[str, Any]) -> None:
                 self._look(claim, number, seed, record)

@@ -1,0 +1,44 @@
+"""The fixed bank that losses are compared on: a run does not start with another one because a store was slow."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from data.config import DataError
+from trainer.build import _validation_bank
+from trainer.config import load_config
+from trainer.parallel.mesh import World, init_world
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield init_world(1)
+    dist.destroy_process_group()
+
+
+def bank(world: World, holes: list[str], read: int, *overrides: str) -> list[str]:
+    """The notes that a bank of one batch leaves."""
+    batch, notes = SimpleNamespace(holes=holes, read=read), []
+    source, frozen = SimpleNamespace(validation=lambda: [batch]), SimpleNamespace(encode=lambda batch: batch)
+    parts: Any = (source, frozen)
+    assert _validation_bank(load_config("mmdit_debug_mup", overrides), *parts, world, notes) == [batch]
+    return notes
+
+
+def test_unreadable_samples(world: World) -> None:
+    assert bank(world, [], 256) == []
+    [note] = bank(world, ["image: truncated"] * 2 + ["caption: empty"], 256)
+    assert note.startswith(
+        "warning: 3 of 256 validation samples are unreadable (caption: empty: 1, image: truncated: 2)"
+    )
+    for holes, read in (
+        (["shard: timed out"], 256),  # another bank than the last start's
+        (["image: truncated"] * 11, 256),  # more than data.max_bad_share of 1000
+        (["image: truncated"] * 4, 4),  # nothing is left
+    ):
+        with pytest.raises(DataError, match=r"data\.val_shards: .* validation samples are unreadable"):
+            bank(world, holes, read)
+    assert bank(world, ["image: truncated"] * 11, 256, "data.max_bad_share=0.1")
