@@ -20,7 +20,7 @@ from models.flops import forward_flops
 from trainer.build import build_engine, build_mup_table, build_objective
 from trainer.config import ParallelConfig, TrainConfig, load_config, resolve
 from trainer.ema import EMA
-from trainer.estimate import ACTIVATIONS, Memory, Profile, _batch, profile, simulated_world
+from trainer.estimate import ACTIVATIONS, Memory, Profile, _batch, profile, simulated_config, simulated_world
 from trainer.frozen import FrozenParts
 from trainer.health import Health, Watched
 from trainer.parallel.mesh import World, init_world
@@ -254,7 +254,7 @@ def test_encoders_are_counted(tmp_path: Path) -> None:
 
 def test_several_sources_need_no_file() -> None:
     config = load_config("mmdit_debug_mup", ["data.shards=synthetic", "data.sources=[{shards: nowhere}]"])
-    assert estimate.simulated_config(config).data.synthetic
+    assert simulated_config(config).data.synthetic
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
