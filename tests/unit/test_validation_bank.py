@@ -22,9 +22,9 @@ def world() -> Iterator[World]:
 def bank(world: World, holes: list[str], read: int, *overrides: str) -> list[str]:
     """The notes that a bank of one batch leaves."""
     batch, notes = SimpleNamespace(holes=holes, read=read), []
-    source, frozen = SimpleNamespace(validation=lambda: [batch]), SimpleNamespace(encode=lambda batch: batch)
-    parts: Any = (source, frozen)
-    assert _validation_bank(load_config("mmdit_debug_mup", overrides), *parts, world, notes) == [batch]
+    source: Any = SimpleNamespace(validation=lambda: [batch])
+    frozen: Any = SimpleNamespace(encode=lambda batch: batch)
+    assert _validation_bank(load_config("mmdit_debug_mup", overrides), source, frozen, world, notes) == [batch]
     return notes
 
 
