@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks import convergence, runs
-from benchmarks.convergence import STUDIES, Job, arms, best_rate, judge, plot, settings, speed_up, sweeps
+from benchmarks.convergence import ARMS, STUDIES, Job, Study, arms, best_rate, judge, plot, settings, speed_up, sweeps
 from trainer.config import load_config
 
 CPU = STUDIES["mmdit_cpu"]
@@ -137,6 +137,31 @@ def test_judgement_and_figure(tmp_path: Path) -> None:
     assert best_rate(CPU, lowest, "sp", 256) == CPU.default_log2_lr
     assert judge(CPU, [*lowest, *({**r, "log2_lr": -13.3} for r in rows if r["compared"])])[
         "at_edge_of_the_sweep"] == ["sp_best"]  # fmt: skip
+
+
+NAMES = {"val_loss_ema": "loss", "fid": "FID", "kid": "KID"}
+
+
+def test_the_committed_study_says_what_its_runs_say() -> None:
+    """Judgement and the page's table follow from the runs that lie beside them."""
+    docs = Path(__file__).parents[2] / "docs"
+    stored = json.loads((docs / "convergence_mmdit.json").read_text())
+    study = Study(**stored["study"])
+    found = judge(study, stored["runs"])
+    assert found == {key: stored[key] for key in found}
+    assert found["at_edge_of_the_sweep"] == []
+    assert len([r for r in stored["runs"] if r["compared"]]) == 3 * study.seeds
+    page = (docs / "convergence.md").read_text()
+    for control, measures in found["mup_against"].items():
+        for measure, against in measures.items():
+            times = [against["times_earlier"][key] for key in ("value", "low", "high")]
+            value, low, high = ("∞" if time is None else f"{time:.2f}" for time in times)
+            least, at_most = ("", "") if against["exact"] else ("≥ ", "≤ ")
+            row = (
+                f"| {ARMS[control]} | 2^{found['log2_lr'][control]:g} | {NAMES[measure]} | {against['value']:.4g} | "
+                f"{at_most}{against['step']:.0f} | {least}{value} [{low}, {high}] |"
+            )
+            assert row in page, row
 
 
 # ---------------------------------------------------------------------------------------------------------- real runs
