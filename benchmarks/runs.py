@@ -75,8 +75,10 @@ def claim_folder(folder: Path, study: Mapping[str, Any]) -> None:
     if held is None and not (folder / "results.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(identity, indent=1) + "\n")
+    elif held is None:
+        raise SystemExit(f"--folder {folder} holds runs of a study that it does not name: choose another folder")
     elif held != identity:
-        changed = sorted(key for key in identity if held is None or held.get(key) != identity[key])
+        changed = sorted(key for key in identity | held if identity.get(key) != held.get(key))
         raise SystemExit(
             f"--folder {folder} holds runs of another study ({', '.join(changed)} differ): choose another folder"
         )

@@ -93,7 +93,7 @@ class _LocalFiles:
             try:
                 self._open[shard] = os.open(str(self._paths[shard]), os.O_RDONLY)
             except OSError as error:
-                raise StoreError("shard: cannot be opened") from error
+                raise StoreError("store: cannot be opened") from error
             if len(self._open) > _MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(shard)
@@ -104,7 +104,7 @@ class _LocalFiles:
         try:
             data = os.pread(self.descriptor(shard), size, offset)
         except OSError as error:
-            raise StoreError("shard: read error") from error
+            raise StoreError("store: read error") from error
         if len(data) != size:
             raise SampleError("shard: short read")
         return data
@@ -114,7 +114,7 @@ class _LocalFiles:
         try:
             size = os.preadv(self.descriptor(shard), [buffer], offset)
         except OSError as error:
-            raise StoreError("shard: read error") from error
+            raise StoreError("store: read error") from error
         if size != len(buffer):
             raise SampleError("shard: short read")
 

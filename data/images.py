@@ -24,7 +24,7 @@ class SampleError(Exception):
 
 
 class StoreError(SampleError):
-    """The store did not give a sample's bytes; it may give them later."""
+    """The store did not give a sample's bytes; it may give them later. Messages begin with `store: `."""
 
 
 @contextmanager

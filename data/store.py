@@ -17,7 +17,7 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from .config import SYNTHETIC, DataConfig, DataError, redact
-from .images import StoreError
+from .images import SampleError, StoreError
 from .order import mix, uniforms
 
 _PROBE_BYTES = 1 << 14
@@ -92,7 +92,8 @@ def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
 
 
 def _repeated(url: str, method: str, patience: Patience, key: int, **options: Any) -> Any:
-    """_call, repeated after a delay that doubles; key: of the jitter. StoreError in the end."""
+    """_call, repeated after a delay that doubles; key: of the jitter. StoreError in the end, or SampleError of too
+    few bytes."""
     reason = ""
     for attempt in range(patience.retries + 1):
         try:
@@ -111,7 +112,8 @@ def _repeated(url: str, method: str, patience: Patience, key: int, **options: An
         if attempt < patience.retries:
             jitter = float(uniforms(mix(key).view("int64"), attempt))
             time.sleep(_FIRST_DELAY_S * 2**attempt * (0.5 + jitter))
-    raise StoreError(f"shard: {reason}")
+    # What is too short stays so: the tar ends early, or the answers lie.
+    raise SampleError("shard: short read") if reason == "short read" else StoreError(f"store: {reason}")
 
 
 def read_remote(url: str, start: int, end: int, patience: Patience, key: int) -> bytes:

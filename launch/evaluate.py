@@ -5,11 +5,12 @@ python launch/evaluate.py --checkpoint runs/demo --suite demo
 python launch/evaluate.py table runs/BASELINE runs/OTHER ...     # side by side: launch/evaluate_table.py
 
 The same command again goes on where it was stopped. Overrides are keys of the suite, and those of the checkpoint's
-config that say where its text encoder lies and how the model is spread over the machine.
+config that say where its encoders lie and how the model runs on the machine.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     end_with_torchrun()
-    checkpoint = find_checkpoint(arguments.checkpoint)
+    checkpoint = Path(os.path.abspath(find_checkpoint(arguments.checkpoint)))
     meta = read_meta(checkpoint)
     of_suite, of_config = split_overrides(arguments.overrides)
     name, suite = load_suite(arguments.suite, of_suite)

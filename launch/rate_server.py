@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             except ValueError:
                 raise BadRequest(400, "the address cannot be read") from None
             token = self.server.token
-            if token is None and host not in ("localhost", self.server.host):
+            if token is None and host not in ("localhost", "127.0.0.1", self.server.host):
                 # A page of another site may point a name of its own at this machine.
                 raise BadRequest(403, f"open this page as {self.server.host} or localhost")
             if token is not None and not secrets.compare_digest(self.query.get("token", "").encode(), token.encode()):

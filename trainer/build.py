@@ -380,7 +380,7 @@ def _validation_bank(
             f"{reason}: {count}" for reason, count in sorted(holes.items())
         )
         most = config.data.max_bad_share * max(1000, read)  # as in training
-        if any(reason.startswith("shard: ") for reason in holes) or holes.total() > most or holes.total() == read:
+        if any(reason.startswith("store: ") for reason in holes) or holes.total() > most or holes.total() == read:
             key = "data.shards" if config.data.val_shards is None else "data.val_shards"
             raise DataError(f"{key}: {unreadable}): make them readable and start again")
         notes.append(f"warning: {unreadable}): validation losses are of the others")

@@ -219,7 +219,7 @@ def test_a_shard_that_vanished_is_a_hole(tmp_path: Path) -> None:
     index = ImageTextIndex([path])
     path.unlink()
     _, [batch] = next(reader(index).batches(0))
-    assert batch.holes == ["shard: cannot be opened"] * BATCH
+    assert batch.holes == ["store: cannot be opened"] * BATCH
     assert batch.names[0] == "s/a"
 
 

@@ -108,10 +108,10 @@ def test_a_bad_server_costs_time_only(folder: Path, local: Any) -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("stall", "shard: timed out"),
-        ("reset", "shard: read error"),
-        ("500", "shard: read error"),
-        ("404", "shard: not found"),
+        ("stall", "store: timed out"),
+        ("reset", "store: read error"),
+        ("500", "store: read error"),
+        ("404", "store: not found"),
         ("short", "shard: short read"),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_store_that_fails_makes_no_holes(made: Made, tmp_path: Path) -> None:
     source = ImageTextIndex(write_source(tmp_path / "source"))
     task = dataclasses.replace(made.task, index=source, prefix=tmp_path / "out" / "train")
     second = (tmp_path / "source" / "s1.tar").rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"s1\.tar.*: sample .*: shard: cannot be opened: make it readable"):
+    with pytest.raises(DataError, match=r"s1\.tar.*: sample .*: store: cannot be opened: make it readable"):
         task.run(0, 1, lambda _: None)
     assert not (tmp_path / "out" / "train-000001.tar").exists()
     second.rename(tmp_path / "source" / "s1.tar")

@@ -79,7 +79,10 @@ def test_trials_of_other_data_are_refused(tmp_path: Path) -> None:
     study = Study.open(search(tmp_path))
     identity = {"data": "a", "text_encoder": "b", "validation": "c/128"}
     study.check_data(identity)
-    Study.open(search(tmp_path)).check_data(identity)
+    Study.open(search(tmp_path)).check_data(identity | {"repa_encoder": "d"})
+    Study.open(search(tmp_path)).check_data(identity)  # a trial without REPA
+    with pytest.raises(ConfigError, match="other contents of repa_encoder"):
+        study.check_data(identity | {"repa_encoder": "e"})
     with pytest.raises(ConfigError, match="the trials before had other contents of data, validation: give back"):
         Study.open(search(tmp_path)).check_data(identity | {"data": "x", "validation": "c/64"})
     with pytest.raises(ConfigError, match=r"parallel\.precision: None in the study, fp32 now"):

@@ -34,8 +34,9 @@ def test_unreadable_samples(world: World) -> None:
     assert note.startswith(
         "warning: 3 of 256 validation samples are unreadable (caption: empty: 1, image: truncated: 2)"
     )
+    assert bank(world, ["shard: short read", "shard: member too large"], 256), "faults of the data stay"
     for holes, read in (
-        (["shard: timed out"], 256),  # another bank than the last start's
+        (["store: timed out"], 256),  # another bank than the last start's
         (["image: truncated"] * 11, 256),  # more than data.max_bad_share of 1000
         (["image: truncated"] * 4, 4),  # nothing is left
     ):

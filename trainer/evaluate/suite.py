@@ -17,11 +17,13 @@ ON_FEATURES: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "inception_sco
 AGAINST_REFERENCE: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "precision_recall"})
 # Where something lies on this machine; what it holds goes into the protocol in its place.
 _PATHS = ("prompts", "reference", "network", "clip", "detector", "vae")
-# Of the checkpoint's config: they move no figure.
+# Of the checkpoint's config: where encoders lie (the protocol has the autoencoder's fingerprint), and what moves a
+# figure by rounding at most.
 _OF_CONFIG = (
     *(f"text_encoder.{key}" for key in ("path", "subfolder", "device", "shard")),
     *(f"autoencoder.{key}" for key in ("path", "subfolder")),
-    *(f"parallel.{key}" for key in ("shard", "prefetch", "cpu_offload")),
+    *(f"parallel.{key}" for key in ("engine", "zero_stage", "shard", "compile")),
+    *(f"parallel.{key}" for key in ("reshard_after_forward", "prefetch", "cpu_offload")),
 )
 
 

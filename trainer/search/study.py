@@ -120,16 +120,16 @@ class Study:
 
     def check_data(self, identity: dict[str, Any]) -> None:
         """Losses of trials are compared: ConfigError unless data, validation bank and encoders have the fingerprints
-        that the first trial's had."""
+        that they had in the trials before."""
         with lock_folder(self.folder, wait_s=120):
-            held = self._study.user_attrs.get("identity")
-            if held is None:
-                self._study.set_user_attr("identity", identity)
-            elif changed := [part for part in identity if held.get(part) != identity[part]]:
+            held = self._study.user_attrs.get("identity", {})
+            if changed := [part for part in identity if part in held and held[part] != identity[part]]:
                 raise ConfigError(
                     f"{self.folder}: the trials before had other contents of {', '.join(changed)}: give back what they "
                     "had, or give this search another name"
                 )
+            if identity.keys() - held.keys():  # not every trial has REPA's encoder
+                self._study.set_user_attr("identity", held | identity)
 
     def finish(self, claim: Claim, state: State, losses: list[float], reason: str, **attributes: Any) -> None:
         """Record the outcome and let go of the trial."""
