@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data.config import Cell, DataError
 from data.dataset import check_images
@@ -65,8 +63,8 @@ from .parallel.memory import checkpoint_activations, compile_units
 from .parallel.mesh import World
 from .parallel.zero import ZeroEngine
 from .resume import engine_identity, find_resumed
-from .source import Source, first_on_rank_0, is_debug, on_rank_0
-from .state import Encoded, Plan, Run, TrainState
+from .source import Source, first_on_rank_0, is_debug, on_rank_0, validation_bank
+from .state import Plan, Run, TrainState
 
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy")
 
@@ -181,7 +179,9 @@ def build_run(config: TrainConfig, world: World) -> Run:
     elif initial is not None:
         notes.append(f"weights from {initial} ({initial_weights})")
 
-    bank = _validation_bank(config, source, frozen, world, notes) if config.train.validate_every else []
+    bank = []
+    if config.train.validate_every:
+        bank = validation_bank(source.validation(), frozen.encode, config.data, world, notes)
     objective = build_objective(config, resolved)
     average = ema.shards[config.ema.decays[0]]
 
@@ -360,31 +360,6 @@ class Inference:
     """(prompts, seed) -> uint8 [n, H, W, 3]."""
     generate: Generator
     """One batch of this rank; all ranks call it equally often."""
-
-
-def _validation_bank(
-    config: TrainConfig, source: Source, frozen: FrozenParts, world: World, notes: list[str]
-) -> list[Encoded]:
-    """This rank's batches of the fixed bank. Losses are compared over runs and starts: DataError, on all ranks, where a
-    store does not give samples, or too many are unreadable; a note where some are."""
-    bank, holes, read = [], Counter[str](), 0
-    for batch in source.validation():
-        holes.update(batch.holes)
-        read += batch.read
-        bank.append(frozen.encode(batch))
-    parts: list[Any] = [None] * world.size
-    dist.all_gather_object(parts, (holes, read), group=world.control)
-    holes, read = sum((part for part, _ in parts), Counter[str]()), sum(number for _, number in parts)
-    if holes:
-        unreadable = f"{holes.total()} of {read} validation samples are unreadable (" + ", ".join(
-            f"{reason}: {count}" for reason, count in sorted(holes.items())
-        )
-        most = config.data.max_bad_share * max(1000, read)  # as in training
-        if any(reason.startswith("store: ") for reason in holes) or holes.total() > most or holes.total() == read:
-            key = "data.shards" if config.data.val_shards is None else "data.val_shards"
-            raise DataError(f"{key}: {unreadable}): make them readable and start again")
-        notes.append(f"warning: {unreadable}): validation losses are of the others")
-    return bank
 
 
 def build_inference(

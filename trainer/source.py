@@ -1,7 +1,8 @@
 """Training and validation data of a config, and what rank 0 does first."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,3 +156,28 @@ def _open_index(data: DataConfig, validation: bool = False, stamps: Sequence[Sta
     if any(is_debug(shards) for shards in (data.val_shards, *(s.shards for s in data.all_sources())) if shards):
         ensure_debug_assets()
     return open_validation_index(data, stamps) if validation else open_index(data, stamps)
+
+
+def validation_bank(
+    batches: Iterable[Batch], encode: Callable[[Batch], T], data: DataConfig, world: World, notes: list[str]
+) -> list[T]:
+    """This rank's batches of the fixed bank, encoded. Losses are compared over runs and starts: DataError, on all
+    ranks, where a store does not give samples, or too many are unreadable; a note where some are."""
+    bank, holes, read = [], Counter[str](), 0
+    for batch in batches:
+        holes.update(batch.holes)
+        read += batch.read
+        bank.append(encode(batch))
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, (holes, read), group=world.control)
+    holes, read = sum((part for part, _ in parts), Counter[str]()), sum(number for _, number in parts)
+    if holes:
+        unreadable = f"{holes.total()} of {read} validation samples are unreadable (" + ", ".join(
+            f"{reason}: {count}" for reason, count in sorted(holes.items())
+        )
+        most = data.max_bad_share * max(1000, read)  # as in training
+        if any(reason.startswith("store: ") for reason in holes) or holes.total() > most or holes.total() == read:
+            key = "data.shards" if data.val_shards is None else "data.val_shards"
+            raise DataError(f"{key}: {unreadable}): make them readable and start again")
+        notes.append(f"warning: {unreadable}): validation losses are of the others")
+    return bank

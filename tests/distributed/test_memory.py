@@ -32,12 +32,13 @@ def test_trains_alike(ranks: Results, way: str) -> None:
 
 def test_collectives_of_a_step(ranks: Results) -> None:
     """Four groups, two micro-batches: weights and gradients are whole as briefly as can be; where weights stay, they
-    are gathered once and gradients reduced once. Replicas are summed once."""
+    are gathered once and gradients reduced once. Replicas are summed once, and one of them tells the norm."""
     gathers, once = "_allgather_base_", {"_allgather_base_": 4, "_reduce_scatter_base_": 4}
     freed = {gathers: 2 * (4 + 3), "_reduce_scatter_base_": 2 * 4}  # forward; again in backward, but for the root
     for r in ranks:
         assert r["collectives"] == {
-            "free": freed, "prefetch": freed, "keep": once, "keep_offload": once, "replicas": {"allreduce_": 4},
+            "free": freed, "prefetch": freed, "keep": once, "keep_offload": once,
+            "replicas": {"allreduce_": 4, "broadcast_": 1},
         }  # fmt: skip
 
 

@@ -83,7 +83,8 @@ class Slurm:
         deadline = time.monotonic() + timeout_s
         while (job := self.job(number))["JobState"] not in states:
             assert time.monotonic() < deadline, f"job {number} is {job['JobState']}, not {states}: {self.logs()}"
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and not _has_steps(number):
+            requeued = job["JobState"] == "PENDING" and job["Reason"] == "BeginTime"
+            if requeued and not _has_steps(number) and _idle(self):  # idle: nothing is left to be told to end
                 self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
             time.sleep(0.3)
         return job

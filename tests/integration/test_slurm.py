@@ -141,7 +141,9 @@ def test_an_array_saves_its_trial_and_is_queued_again(cluster: Slurm, tmp_path: 
     preempt(cluster, study.run_folder(0), number)
     ended = cluster.wait(number, *ENDED)
     log = (tmp_path / "searched" / "logs" / "array_0.log").read_text()
-    assert (ended["JobState"], ended["Restarts"], ended["Comment"]) == ("COMPLETED", "1", "told"), log
+    assert (ended["JobState"], ended["Restarts"], ended["Comment"]) == ("COMPLETED", "1", "told"), (
+        f"{log}\n{ended}\n{cluster.logs()}"
+    )
     assert "trial 0 is saved: start the search again to go on" in log
     assert [trial.state for trial in study.trials()] == ["complete"]
     said = (tmp_path / "searched" / "logs" / "0000_rank0.log").read_text()

@@ -8,9 +8,9 @@ import pytest
 import torch.distributed as dist
 
 from data.config import DataError
-from trainer.build import _validation_bank
 from trainer.config import load_config
 from trainer.parallel.mesh import World, init_world
+from trainer.source import validation_bank
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def world() -> Iterator[World]:
 def bank(world: World, holes: list[str], read: int, *overrides: str) -> list[str]:
     """The notes that a bank of one batch leaves."""
     batch, notes = SimpleNamespace(holes=holes, read=read), []
-    source: Any = SimpleNamespace(validation=lambda: [batch])
-    frozen: Any = SimpleNamespace(encode=lambda batch: batch)
-    assert _validation_bank(load_config("mmdit_debug_mup", overrides), source, frozen, world, notes) == [batch]
+    batches: Any = [batch]
+    data = load_config("mmdit_debug_mup", overrides).data
+    assert validation_bank(batches, lambda batch: batch, data, world, notes) == [batch]
     return notes
 
 
