@@ -79,7 +79,7 @@ def run_search(arguments: argparse.Namespace) -> int:
     search = load_search(arguments.config, arguments.overrides)
     if arguments.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {arguments.workers}")
-    if search.proxy().data.synthetic:
+    if search.proxy().data.synthetic and rank() == 0:
         print("warning: data.shards is synthetic: noise has no best hyperparameters; give data.shards=...")
     if arguments.array is not None:
         return submit_array(search, arguments)
