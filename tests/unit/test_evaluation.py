@@ -114,6 +114,25 @@ def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> Non
         ready(world, **{**keys, "reference_count": 9})
 
 
+def test_published_reference(tmp_path: Path, world: World) -> None:
+    """Statistics of the file for FID, its images for precision and recall; another file is another protocol."""
+    shards = str(ensure_debug_assets() / "val-000000.tar")
+    keys: dict[str, Any] = {"prompts": shards, "network": str(save_inception(tmp_path / "inception.pt"))}
+    own = ready(world, metrics=["fid"], reference=shards, **keys)
+    assert own.reference.pooled is not None
+    pixels = evaluation.open_image_set(shards, "reference").pixels(range(64), 32)
+    mean, covariance = (part.numpy() for part in own.reference.pooled)
+    file = tmp_path / "published.npz"
+    np.savez(file, mu=mean, sigma=covariance, arr_0=pixels)
+    keys |= {"metrics": ["fid", "precision_recall"], "reference": str(file)}
+    made = ready(world, **keys)
+    figures = made.measure(lambda batch: pixels[list(made.batches[batch])])
+    assert figures["fid"].value < 1e-6
+    assert figures["precision"].value == figures["recall"].value == 1
+    np.savez(file, mu=mean + 1, sigma=covariance, arr_0=pixels)
+    assert ready(world, **keys).contents["reference"] != made.contents["reference"]
+
+
 class Blend(torch.nn.Module):
     """A velocity that depends on image, time and prompt."""
 

@@ -1,7 +1,6 @@
 """A suite, ready to measure: its prompts, its reference, its networks. It makes no images: it is handed them."""
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,7 @@ from .generate import Generator
 from .geneval import check_facts, is_correct, scores
 from .inception import Inception
 from .metrics import Score
-from .suite import AGAINST_REFERENCE, CLASSES, ON_FEATURES, Metric, SuiteConfig
+from .suite import AGAINST_REFERENCE, CLASSES, ON_FEATURES, Metric, SuiteConfig, digest
 
 _CACHE = Path(".cache/evaluate")  # features of reference images
 
@@ -155,7 +154,7 @@ def prepare(
         rows=bool(wanted_metrics & {"kid", "precision_recall"}),
         probabilities="inception_score" in wanted_metrics,
     )
-    contents = {"prompts": _digest([[prompt.text, dict(prompt.facts)] for prompt in prompts])}
+    contents = {"prompts": digest([[prompt.text, dict(prompt.facts)] for prompt in prompts])}
     inception = clip = detector = None
     reference = SetFeatures()
     if wanted_metrics & ON_FEATURES:
@@ -222,7 +221,7 @@ def _reference(
 
     def measured(images: ImageSet, wanted: Wanted) -> SetFeatures:
         identity = [images.fingerprint, side, suite.resize, suite.batch_size, inception.fingerprint, wanted]
-        file = _CACHE / f"{_digest(identity)}.npz"
+        file = _CACHE / f"{digest(identity)}.npz"
         make = partial(image_set_features, images, side, inception, wanted, suite.batch_size, device, group)
         return cached(file, make, group)
 
@@ -236,7 +235,3 @@ def _reference(
         features = features._replace(rows=measured(open_npz_images(path, "reference"), Wanted(rows=True)).rows)
     with open(path, "rb") as file:
         return features, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(identity: object) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
