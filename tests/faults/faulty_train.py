@@ -2,8 +2,8 @@
 
 {"rank": 1, "nan": [5, 6], "slow_data": [3], "slow_model": [4], "hang": 8, "kill": 8, "kill_torchrun": 8,
 "kill_after_rollback": true}: the rank (null: every one); data steps (from 0) whose batch holds a NaN, whose batch
-comes late, in which a block takes long, at which it sleeps for ever, kills itself, or kills its torchrun; and whether
-it kills itself once the run has gone back.
+comes late, in which a block takes long, at which it sleeps for ever, kills itself (once the last save has ended, which
+goes on in the background), or kills its torchrun; and whether it kills itself once the run has gone back.
 """
 
 import dataclasses
@@ -39,7 +39,10 @@ def with_faults(run: Run) -> Run:
 
     def encode(batch: Any) -> Encoded:
         encoded = run.encode(batch)
-        if present == FAULTS.get("kill") or (FAULTS.get("kill_after_rollback") and (run.folder / FILE).exists()):
+        if present == FAULTS.get("kill"):
+            run.checkpointer.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if FAULTS.get("kill_after_rollback") and (run.folder / FILE).exists():
             os.kill(os.getpid(), signal.SIGKILL)
         if present == FAULTS.get("kill_torchrun"):
             os.kill(os.getppid(), signal.SIGKILL)
