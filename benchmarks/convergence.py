@@ -276,9 +276,13 @@ def judge(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rates = {arm: jobs[0].log2_lr for arm, jobs in found.items()}
     against: dict[str, Any] = {}
     for control, measure in itertools.product(("sp_best", "sp_default"), MEASURES):
-        reached, times = speed_up(
-            curves_of(results, found[control], measure), curves_of(results, found["mup"], measure)
-        )
+        curves = curves_of(results, found[control], measure)
+        if not all(study.steps in curve for curve in curves):  # a run diverged, or its images are all the same
+            against.setdefault(control, {})[measure] = {
+                "times_earlier": None, "text": f"no comparison: a run of {control} has no {measure} at its end",
+            }  # fmt: skip
+            continue
+        reached, times = speed_up(curves, curves_of(results, found["mup"], measure))
         against.setdefault(control, {})[measure] = {
             **dataclasses.asdict(reached),
             "times_earlier": {key: _number(value) for key, value in dataclasses.asdict(times).items()},
@@ -317,11 +321,11 @@ def plot(study: Study, results: Sequence[dict[str, Any]], found: dict[str, Any],
             curves = curves_of(results, jobs, measure)
             mean = mean_curve(curves)
             label = f"{ARMS[arm]}: 2^{jobs[0].log2_lr:g}"
-            axes.plot(*zip(*mean.items(), strict=True), "o-", ms=4, color=f"C{place}", label=label)
+            axes.plot(list(mean), list(mean.values()), "o-", ms=4, color=f"C{place}", label=label)
             for curve in curves:
                 axes.plot(list(mean), [curve[step] for step in mean], color=f"C{place}", lw=0.6, alpha=0.6)
-            if arm != "mup":
-                axes.axhline(mean[max(mean)], color=f"C{place}", ls=":", lw=1)
+            if arm != "mup" and study.steps in mean:
+                axes.axhline(mean[study.steps], color=f"C{place}", ls=":", lw=1)
     for axes, measure in zip(panels, MEASURES, strict=True):
         titles = [_times(found["mup_against"][control][measure], control) for control in ("sp_best", "sp_default")]
         axes.set_title("\n".join(titles), fontsize=9)
@@ -333,6 +337,8 @@ def plot(study: Study, results: Sequence[dict[str, Any]], found: dict[str, Any],
 
 
 def _times(against: dict[str, Any], control: str) -> str:
+    if against["times_earlier"] is None:
+        return f"{control}: {against['text']}"
     times = {key: "∞" if value is None else f"{value:.2f}" for key, value in against["times_earlier"].items()}
     value = f"{'' if against['exact'] else '≥ '}{times['value']}x earlier"
     return f"{control}: {'not reached' if against['step'] is None else value} [{times['low']}, {times['high']}]"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ _VAE_FIELDS = (
     "norm_num_groups", "act_fn", "scaling_factor", "shift_factor", "use_quant_conv",
     "use_post_quant_conv", "mid_block_add_attention",
 )
+_SD1_SCALE = 0.18215
 _DINO_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "use_swiglu_ffn",
     "hidden_act", "layer_norm_eps", "image_size", "patch_size", "num_register_tokens",
@@ -91,9 +93,10 @@ def _fingerprint(config: Mapping[str, Any], names: Sequence[str], module: nn.Mod
     return digest.hexdigest()
 
 
-def model_fingerprint(model: Any) -> str:
-    """Identity of a Hugging Face model that only measures: its class and weights, whatever the path."""
-    return _fingerprint({}, (), model, type(model).__name__)
+def model_fingerprint(model: Any, extra: object) -> str:
+    """Identity of a Hugging Face model that only measures, whatever the path: its class, its weights, and `extra`, what
+    else of its config and tokenizer moves figures."""
+    return _fingerprint({}, (), model, [type(model).__name__, extra])
 
 
 class TextEncoder:
@@ -279,8 +282,9 @@ def load_autoencoder(
 ) -> Autoencoder | PixelAutoencoder:
     """Load an AutoencoderKL from safetensors with the scale and shift of its own config.json, or none.
 
-    Raises DataError where it cannot be loaded, names no scaling_factor, or has other channels or downsampling
-    than the config says.
+    SD 1's autoencoders come with a config.json that is older than the field: their scale is known. Raises DataError
+    where it cannot be loaded, otherwise names no scaling_factor, or has other channels or downsampling than the config
+    says.
     """
     if cfg.path == NONE:
         loaded: Autoencoder | PixelAutoencoder = PixelAutoencoder(device, dtype)
@@ -294,6 +298,8 @@ def load_autoencoder(
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise _load_error("autoencoder.path", cfg.path, cfg.subfolder, error) from error
         assert isinstance(stored, dict)
+        if "scaling_factor" not in stored and _is_of_sd1(stored):
+            stored = {**stored, "scaling_factor": _SD1_SCALE}
         scale, shift = stored.get("scaling_factor"), stored.get("shift_factor")
         if scale is None:
             raise DataError(
@@ -313,6 +319,16 @@ def load_autoencoder(
                 f"set it to {found}"
             )
     return loaded
+
+
+def _is_of_sd1(stored: Mapping[str, Any]) -> bool:
+    """Whether a config is older than the field scaling_factor (diffusers 0.12) and of SD's shape, as sd-vae-ft-ema's.
+
+    That field came with two values: SD's, and that of the 4x upscaler (0.08333), which has three blocks.
+    """
+    version = tuple(int(part) for part in re.findall(r"\d+", str(stored.get("_diffusers_version", "")))[:2])
+    shape = stored.get("latent_channels"), len(stored.get("block_out_channels", ()))
+    return () < version < (0, 12) and shape == (4, 4)
 
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels that DINOv2 was trained on

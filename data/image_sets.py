@@ -96,11 +96,16 @@ def open_image_set(spec: str, key: str, count: int | None = None) -> ImageSet:
     return ImageSet(f"{key}: {spec}", _digest([index.fingerprint, len(chosen)]), len(chosen), load, caption)
 
 
-def _folder(folder: Path, key: str, count: int | None) -> ImageSet:
+def image_files(folder: Path, key: str, count: int | None) -> list[Path]:
+    """Those of a folder that open_image_set takes, in its order."""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
     if not found:
         raise DataError(f"{key}: {folder} holds neither images ({', '.join(IMAGE_EXTENSIONS)}) nor .tar shards")
-    paths = [found[int(i)] for i in _subset(len(found), count, key, str(folder))]
+    return [found[int(i)] for i in _subset(len(found), count, key, str(folder))]
+
+
+def _folder(folder: Path, key: str, count: int | None) -> ImageSet:
+    paths = image_files(folder, key, count)
     identity = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
 
     def load(number: int) -> Image.Image:
@@ -167,9 +172,9 @@ def read_prompts(path: str, key: str) -> list[Prompt]:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".txt":
-            return [Prompt(line.strip(), {}) for line in text.splitlines() if line.strip()]
+            return [Prompt(line.strip(), {}) for line in text.split("\n") if line.strip()]
         if file.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             loaded = json.loads(text)
             entries = list(loaded.values()) if isinstance(loaded, dict) else loaded
@@ -200,13 +205,24 @@ def write_images(
         TarWriter(file, user="mudit", group="mudit", mode=0o644, mtime=0) as tar,
     ):
         for number, pixels, prompt in zip(numbers, images, prompts, strict=True):
-            buffer = io.BytesIO()
-            if kind == "png":
-                Image.fromarray(pixels).save(buffer, "PNG")
-            else:
-                Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
             facts = {"json": json.dumps(dict(prompt.facts)).encode()} if prompt.facts else {}
-            tar.write({"__key__": f"{number:08d}", kind: buffer.getvalue(), "txt": prompt.text, **facts})
+            tar.write({"__key__": f"{number:08d}", kind: _encoded(pixels, kind, quality), "txt": prompt.text, **facts})
+
+
+def _encoded(pixels: np.ndarray, kind: ImageFormat, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    if kind == "png":
+        Image.fromarray(pixels).save(buffer, "PNG")
+    else:
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def as_kept(images: np.ndarray, kind: ImageFormat, quality: int) -> np.ndarray:
+    """What read_images would give after write_images."""
+    if kind == "png":
+        return images
+    return np.stack([np.asarray(load_rgb(_encoded(pixels, kind, quality), 1 << 30)) for pixels in images])
 
 
 def read_images(path: Path, numbers: Sequence[int]) -> np.ndarray:

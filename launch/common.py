@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from trainer.config import ConfigError
 from trainer.parallel.memory import CompileError
 from trainer.stopping import RunError
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -27,6 +29,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = _report(str(error), 2)
     except RunError as error:
         code = _report(str(error), 1)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        code = _report(f"{where}{error.strerror}: make room or give rights, then run the same command again", 2)
     sys.stdout.flush()
     sys.exit(code)
 

@@ -67,12 +67,13 @@ def main() -> int:
                 "run": config.run.name,
                 "step": meta["step"],
                 "weights": arguments.weights,
+                "ema_decay": config.ema.decays[0] if arguments.weights == "ema" else None,
                 "table_hash": meta["mup"]["sha256"],
                 "files_hash": digest(meta.get("files", {})),
                 "text_encoder": encoders.get("text_encoder"),
             },
         }
-        lock = on_rank_0(world, lambda: lock_folder(folder))
+        lock = on_rank_0(world, lambda: lock_folder(folder, other="another --output"))
         on_rank_0(world, lambda: claim(folder, identity))
         began = time.monotonic()
         made = make_images(evaluation, model, folder, world)

@@ -88,7 +88,7 @@ def is_loopback(host: str) -> bool:
 def read_prompts(path: Path) -> list[str]:
     """The lines of the file; blank lines at its end do not count."""
     try:
-        prompts = path.read_text(encoding="utf-8").rstrip().splitlines()
+        prompts = path.read_text(encoding="utf-8").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path} cannot be read: {error}") from None
     blank = [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]

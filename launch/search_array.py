@@ -31,10 +31,10 @@ cd {here}
 srun {command} &
 worker=$!
 # Before the time limit the worker saves its trial, and the task is queued again. USR1: at a TERM, srun kills.
-told=
-trap 'told=1; kill -USR1 "$worker" 2>/dev/null' USR1
-# A signal ends `wait`, not the worker.
-while kill -0 "$worker" 2>/dev/null; do wait "$worker"; ended=$?; done
+told= again=yes
+trap 'told=yes; again=yes; kill -USR1 "$worker" 2>/dev/null' USR1
+# A signal ends `wait`, not the worker, whose exit code bash keeps for the next `wait`.
+while [ "$again" ]; do again=; wait "$worker"; ended=$?; done
 [ -n "$told" ] && scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 exit "$ended"
 """

@@ -298,11 +298,12 @@ def _evaluator(
     evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
 
     def evaluate() -> dict[str, Any]:
-        with swapped():
-            images = {batch: evaluation.make(generate, batch) for batch, _ in evaluation.turns()}
         try:
-            return {f"val_{key}": score.value for key, score in evaluation.measure(images.__getitem__).items()}
-        except MetricError as error:  # constant images, early or after a divergence, are no reason to stop
+            with swapped():
+                images = {batch: evaluation.make(generate, batch) for batch, _ in evaluation.turns()}
+            figures = evaluation.measure(lambda batch: evaluation.as_kept(images[batch]))
+            return {f"val_{key}": score.value for key, score in figures.items()}
+        except MetricError as error:  # constant images early, NaN after a divergence: no reason to stop
             return {"evaluation_error": str(error)} if world.rank == 0 else {}
 
     return evaluate

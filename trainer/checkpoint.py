@@ -200,8 +200,10 @@ def _described(engine: Mapping[str, Any]) -> str:
     return f"parallel.engine {engine['name']}"
 
 
-def lock_folder(folder: Path, wait_s: float = 30.0) -> IO[str]:
-    """Hold the run folder as long as the returned file is open; two runs in one folder would mix their lines.
+def lock_folder(folder: Path, wait_s: float = 30.0, other: str = "another run.name or run.dir") -> IO[str]:
+    """Hold a folder as long as the returned file is open; two runs in one folder would mix their lines.
+
+    other: what a user can choose in its place.
 
     Waits for a predecessor that is ending; raises CheckpointError where the folder stays in use. The system lets go
     of the lock when the process ends, however it ends.
@@ -210,7 +212,7 @@ def lock_folder(folder: Path, wait_s: float = 30.0) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
     except OSError as error:
-        raise CheckpointError(f"the run folder {folder} cannot be written ({error}): choose another run.dir") from None
+        raise CheckpointError(f"the folder {folder} cannot be written ({error}): choose {other}") from None
     deadline = time.monotonic() + wait_s
     while True:
         try:
@@ -220,7 +222,7 @@ def lock_folder(folder: Path, wait_s: float = 30.0) -> IO[str]:
             if time.monotonic() > deadline:
                 file.close()
                 raise CheckpointError(
-                    f"{folder} is in use by another run that has not ended: stop it, or use another run.name"
+                    f"{folder} is in use by another process that has not ended: stop it, or choose {other}"
                 ) from None
             time.sleep(0.2)
         except OSError:  # a file system without locks

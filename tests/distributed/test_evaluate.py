@@ -32,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rectified_flow": {"steps": 2},
         "guidance": 2.0,
         "precision": "fp32",
+        "image_format": "jpeg",
         "reference": ".cache/debug/train-000000.tar",
         "reference_count": 30,
         "network": str(save_inception(folder / "inception.pt")),

@@ -496,7 +496,7 @@ def test_meta_of_a_run_is_json() -> None:
 def test_a_run_folder_is_held_by_one_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     held = lock_folder(folder)
-    with pytest.raises(CheckpointError, match="in use by another run"):
+    with pytest.raises(CheckpointError, match=r"in use by another process .* or choose another run\.name"):
         lock_folder(folder, wait_s=0)
     held.close()
     lock_folder(folder, wait_s=0).close()

@@ -128,6 +128,20 @@ def test_judgement_and_figure(tmp_path: Path) -> None:
     found = judge(CPU, cut)
     assert found["mup_against"]["sp_default"]["fid"]["times_earlier"] == {"value": 4, "low": 4, "high": None}
     plot(CPU, cut, found, tmp_path / "figure.png")
+    # A control that ends without a figure is not compared, and does not end the study; what muP lacks is not reached.
+    diverged = [{**r, "fid": {} if r["parametrization"] == "sp" or r["seed"] == 1 else r["fid"]} if r["compared"] else r
+                for r in rows]  # fmt: skip
+    found = judge(CPU, diverged)
+    assert found["mup_against"]["sp_best"]["fid"] == {
+        "times_earlier": None, "text": "no comparison: a run of sp_best has no fid at its end",
+    }  # fmt: skip
+    assert found["mup_against"]["sp_best"]["kid"]["times_earlier"]["value"] == pytest.approx(2, rel=0.01)
+    plot(CPU, diverged, found, tmp_path / "figure.png")
+    early = [{**r, "kid": {"75": 1.0}} if r["compared"] and r["parametrization"] == "sp" and r["seed"] == 2 else r
+             for r in rows]  # fmt: skip
+    assert judge(CPU, early)["mup_against"]["sp_default"]["kid"]["times_earlier"] is None, "its end is not step 75"
+    without = [{**r, "fid": {}} if r["compared"] and r["parametrization"] == "mup" else r for r in rows]
+    assert judge(CPU, without)["mup_against"]["sp_best"]["fid"]["step"] is None
     worse = judge(CPU, results(mup=0.002, sp_best=0.004, sp_default=0.0001))["mup_against"]["sp_best"]["val_loss_ema"]
     assert (worse["step"], worse["times_earlier"]["value"]) == (None, 0)
     plot(CPU, rows, found, tmp_path / "figure.png")

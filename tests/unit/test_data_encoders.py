@@ -138,7 +138,7 @@ def vae_folder(folder: Path, drop: str | None = None, **options: Any) -> Path:
         "norm_num_groups": 4,
         "latent_channels": 4,
     }
-    model = AutoencoderKL(**sizes, **options)
+    model = AutoencoderKL(**sizes | options)
     model.save_pretrained(folder)
     if drop is not None:
         config = json.loads((folder / "config.json").read_text())
@@ -186,6 +186,30 @@ def test_autoencoder_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"autoencoder\.path: there is no folder"):
         vae(tmp_path / "gone")
     assert vae(vae_folder(tmp_path / "unshifted", drop="shift_factor")).shift == 0.0
+
+
+def test_the_scale_of_files_older_than_its_field(tmp_path: Path) -> None:
+    """sd-vae-ft-ema was written by diffusers 0.4.2; the 4x upscaler's autoencoder has three blocks."""
+
+    def written_by(name: str, version: str | None, blocks: int) -> Path:
+        kinds = {
+            "down_block_types": ("DownEncoderBlock2D",) * blocks,
+            "up_block_types": ("UpDecoderBlock2D",) * blocks,
+            "block_out_channels": (8,) * blocks,
+        }
+        folder = vae_folder(tmp_path / name, drop=None if version is None else "scaling_factor", **kinds)
+        if version is not None:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "_diffusers_version": version}))
+        return folder
+
+    old = vae(written_by("old", "0.4.2", 4), downsample=8)
+    assert old.scale == 0.18215
+    stated = vae(written_by("stated", None, 4), downsample=8)
+    assert (stated.scale, stated.fingerprint) == (old.scale, old.fingerprint), "the same weights and the same scale"
+    for name, version, blocks in (("upscaler", "0.4.2", 3), ("new", "0.12.0", 4), ("unknown", "", 4)):
+        with pytest.raises(DataError, match="has no scaling_factor"):
+            vae(written_by(name, version, blocks), downsample=2 ** (blocks - 1))
 
 
 def test_pixels_are_their_own_latents() -> None:

@@ -94,6 +94,17 @@ def test_real_images_are_ordered_as_they_must_be(inception: Inception) -> None:
     assert 0.1 < distances[1] < distances[2], distances
     kernel = [metrics.kid(first, other, subset_size=10).value for other in (second, soft)]
     assert abs(kernel[0]) < kernel[1] / 2, kernel
+    # Computed independently; for FID from features few enough to have full rank.
+    x, y = (pooled.double().numpy() for pooled in (first, second))
+    few = [pooled[:, ::256] for pooled in (x, y)]
+    covariances = [np.cov(part, rowvar=False) for part in few]
+    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).sum().real
+    shift = np.square(few[0].mean(0) - few[1].mean(0)).sum()
+    ours = metrics.fid(*(metrics.statistics_of(pooled[:, ::256]) for pooled in (first, second)))
+    assert ours == pytest.approx(shift + sum(c.trace() for c in covariances) - 2 * roots, rel=1e-6)
+    table = (np.vstack([x, y]) @ np.vstack([x, y]).T / x.shape[1] + 1) ** 3
+    same = [(part.sum() - part.trace()) / 90 for part in (table[:10, :10], table[10:, 10:])]
+    assert kernel[0] == pytest.approx(sum(same) - 2 * table[:10, 10:].mean(), rel=1e-6)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from data.config import DataError
 from data.debug import ensure_debug_assets
-from data.image_sets import Prompt, open_image_set, open_npz_images, read_images, read_prompts, write_images
+from data.image_sets import Prompt, as_kept, open_image_set, open_npz_images, read_images, read_prompts, write_images
+from launch import coco_prompts
 from launch.evaluate import claim
 from models.flops import forward_flops
 from trainer.config import CONFIG_DIR, ConfigError, load_config
@@ -42,7 +43,12 @@ def test_the_protocols_of_the_paper() -> None:
         1,
     )
     assert imagenet.resize == "tf1_bilinear"
-    assert load_suite("mjhq_30k")[1].count == load_suite("coco_30k")[1].count == 30_000
+    assert (imagenet.prompts, imagenet.vae) == ("random_classes", "stabilityai/sd-vae-ft-mse")
+    for name in ("mjhq_30k", "coco_30k"):
+        suite = load_suite(name)[1]
+        assert suite.ddpm is not None
+        assert (suite.count, suite.reference_count, suite.ddpm.steps, suite.guidance) == (30_000, 30_000, 20, 4.5)
+        assert (suite.resize, suite.image_format, suite.jpeg_quality) == ("bicubic", "jpeg", 75)
     assert load_suite("geneval")[1].images_per_prompt == 4
 
 
@@ -118,7 +124,7 @@ def test_an_output_folder_holds_one_evaluation(tmp_path: Path) -> None:
 
 def test_prompt_files(tmp_path: Path) -> None:
     files = {
-        "a.txt": "one\n\n two \n",
+        "a.txt": "one\r\n\n two \n",
         "b.jsonl": '{"prompt": "one", "tag": "colors"}\n{"caption": "two"}\n',
         "c.json": '{"id1": {"prompt": "one", "category": "x"}, "id2": {"prompt": "two"}}',
         "d.json": '[{"prompt": "one"}, {"prompt": "two"}]',
@@ -127,6 +133,10 @@ def test_prompt_files(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         assert [prompt.text for prompt in read_prompts(str(tmp_path / name), "prompts")] == ["one", "two"]
     assert read_prompts(str(tmp_path / "b.jsonl"), "prompts")[0].facts["tag"] == "colors"
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "one\u2028line"}\n', encoding="utf-8")  # JSON allows it
+    (tmp_path / "lines.txt").write_text("one\u2028line\n", encoding="utf-8")
+    for name in ("lines.jsonl", "lines.txt"):
+        assert [prompt.text for prompt in read_prompts(str(tmp_path / name), "prompts")] == ["one\u2028line"]
     shards = read_prompts(str(ensure_debug_assets() / "val-000000.tar"), "prompts")
     assert len(shards) == 64
     assert shards[0].text.startswith("a ")
@@ -136,12 +146,48 @@ def test_prompt_files(tmp_path: Path) -> None:
             read_prompts(str(tmp_path / name), "prompts")
 
 
+def test_prompts_of_coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A caption for each image that the suite's reference takes, in its order."""
+    numbers = [42, 73, 581]
+    captions = [
+        {"image_id": n, "id": 10 * n - i, "caption": f"caption {i}\nof {n} "} for n in numbers for i in range(5)
+    ]
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": captions}))
+    (tmp_path / "images").mkdir()
+    for number in numbers:
+        Image.new("RGB", (8, 8)).save(tmp_path / f"images/COCO_val2014_{number:012d}.jpg")
+
+    def written(count: int, annotations: str = "captions.json") -> list[Any]:
+        arguments = ["--annotations", tmp_path / annotations, "--images", tmp_path / "images", "--count", count]
+        monkeypatch.setattr(
+            "sys.argv", ["coco_prompts.py", *map(str, arguments), "--output", str(tmp_path / "o.jsonl")]
+        )
+        assert coco_prompts.main() == 0
+        return [(prompt.text, prompt.facts["image"]) for prompt in read_prompts(str(tmp_path / "o.jsonl"), "prompts")]
+
+    every = [(f"caption 4 of {number}", f"COCO_val2014_{number:012d}.jpg") for number in numbers]
+    assert written(3) == every
+    assert written(2) == [each for each in every if each in written(2)] != every[:0]
+    with pytest.raises(DataError, match="holds 3 images, 4 are wanted"):
+        written(4)
+    (tmp_path / "images/none.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none\.png has no caption"):
+        written(4)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(DataError, match=r"other\.json cannot be read .*captions_val2014\.json"):
+        written(3, "other.json")
+
+
 def test_equal_and_long_prompts_keep_their_images(tmp_path: Path) -> None:
     """Images are found by number: equal prompts do not overwrite each other, and none is cut."""
     images = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
     prompts = [Prompt("a/b " * 300, {}), Prompt("same", {}), Prompt("same", {"tag": "colors"})]
     write_images(tmp_path / "x.tar", [7, 8, 9], images, prompts, "png", 95)
     assert np.array_equal(read_images(tmp_path / "x.tar", range(7, 10)), images)
+    write_images(tmp_path / "y.tar", [7, 8, 9], images, prompts, "jpeg", 75)
+    kept = read_images(tmp_path / "y.tar", range(7, 10))
+    assert np.array_equal(as_kept(images, "jpeg", 75), kept)
+    assert not np.array_equal(kept, as_kept(images, "png", 75))
     held = open_image_set(str(tmp_path / "x.tar"), "reference")
     assert held.captions()[:2] == [prompts[0].text.strip(), "same"]
     with pytest.raises(DataError, match="holds other images"):

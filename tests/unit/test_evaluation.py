@@ -154,6 +154,48 @@ def test_an_image_is_a_function_of_its_number_seed_and_prompt() -> None:
     assert not torch.equal(three[0], generate(["aaa"], [5], seed=1)[0])
 
 
+def test_images_that_are_not_finite_are_named(tmp_path: Path, world: World) -> None:
+    """In the latents and in what the autoencoder makes of them; NaN would be black, and measured."""
+    (tmp_path / "prompts.txt").write_text("aaaa\nbb\n!\n")
+    made = ready(world, metrics=["clip_score"], prompts=str(tmp_path / "prompts.txt"),
+                 clip=str(save_clip(tmp_path / "clip")))  # fmt: skip
+
+    def generator(bad: float, decode: Any) -> Generator:
+        return Generator(
+            Blend(), lambda prompts: torch.tensor([bad if p == "!" else 0.1 for p in prompts]), decode, (3, 4, 4),
+            Euler(4, 1.0), 1.0, None, torch.device("cpu"),
+        )  # fmt: skip
+
+    for bad, decode in (
+        (torch.nan, lambda x: x),
+        (torch.inf, lambda x: x.clamp(-1, 1)),
+        (-9.0, lambda x: torch.where(x > 2, torch.nan, x)),
+    ):
+        broken = generator(bad, decode)
+        assert made.make(broken, 0).shape == (2, 4, 4, 3)
+        with pytest.raises(MetricError, match="generated images: image 2 is not finite"):
+            made.make(broken, 1)
+        assert broken(["!"], [0], 0).dtype == torch.uint8, "a sample grid shows it all the same"
+    assert made.make(generator(0.2, lambda x: x), 1).std() > 1
+
+
+def test_classes(tmp_path: Path, world: World) -> None:
+    """In turn, or drawn for each number whatever the count is."""
+
+    def classes(**keys: Any) -> list[int]:
+        suite = SuiteConfig.model_validate({"guidance": 1, "rectified_flow": {"steps": 1}, "metrics": ["clip_score"],
+                                            "clip": str(save_clip(tmp_path / "clip")), **keys})  # fmt: skip
+        return [int(prompt.text) for prompt in prepare(suite, 32, 10, world.device, world.control).prompts]
+
+    assert classes(prompts="classes", count=12) == [*range(10), 0, 1]
+    drawn = classes(prompts="random_classes", count=5000)
+    assert (
+        drawn[:40] == classes(prompts="random_classes", count=40) != classes(prompts="random_classes", count=40, seed=1)
+    )
+    counts = np.bincount(drawn, minlength=10)
+    assert 4 < np.square(counts - 500).sum() / 500 < 30, "as chi squared of nine degrees"
+
+
 def test_batches_fall_to_ranks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each batch counts once over the ranks, and all ranks take as many turns."""
     suite = SuiteConfig(metrics=("clip_score",), prompts="p", clip="c", guidance=1.0, rectified_flow=None, ddpm={

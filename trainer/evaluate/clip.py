@@ -11,11 +11,14 @@ from transformers import AutoTokenizer, CLIPModel
 from data.config import DataError
 from data.encoders import model_fingerprint, quieten
 
+from .inception import full_float32
+
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training pixels
+_PROBE = "a photo of two red Bicycles, and 1 café"
 
 
 class Clip:
-    """fingerprint: identity of the weights, whatever the path. float32 throughout."""
+    """fingerprint: identity of weights and tokenizer, whatever the path. float32 throughout."""
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
         quieten()
@@ -33,9 +36,13 @@ class Clip:
         config: Any = self._model.config
         self._side: int = config.vision_config.image_size
         self._longest: int = config.text_config.max_position_embeddings
-        self.fingerprint = model_fingerprint(self._model)
+        text, vision = config.text_config, config.vision_config
+        computed = [(c.hidden_act, c.num_attention_heads, c.layer_norm_eps) for c in (text, vision)]
+        tokens = self._tokenizer(_PROBE, padding="max_length", max_length=self._longest)["input_ids"]
+        self.fingerprint = model_fingerprint(self._model, [*computed, text.eos_token_id, tokens])
 
     @torch.no_grad()
+    @full_float32()
     def images(self, images: Tensor) -> Tensor:
         """uint8 [b, H, W, 3] -> embeddings [b, d]: shorter side to the model's, bicubic, then the centre."""
         x = images.permute(0, 3, 1, 2).to(self._device).float()
@@ -50,6 +57,7 @@ class Clip:
         return self._model.visual_projection(pooled)
 
     @torch.no_grad()
+    @full_float32()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Whole captions, cut at what the model can read -> embeddings [b, d]. Padded to one length, so that a
         caption's embedding does not depend on the others."""

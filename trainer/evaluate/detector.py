@@ -15,6 +15,7 @@ from data.encoders import model_fingerprint, quieten
 
 from .clip import Clip
 from .geneval import COLOURS, Box, Detection
+from .inception import full_float32
 
 SHORT, _LONG, _MULTIPLE = 800, 1333, 32  # pixels of the detector's input, as it was trained
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -62,7 +63,7 @@ class Detector:
         self._device, self._clip = torch.device(device), clip
         labels = model.config.id2label
         self._names = [_GENEVAL_NAMES.get(labels[i], labels[i]) for i in range(len(labels))]
-        self.fingerprint = model_fingerprint(model)
+        self.fingerprint = model_fingerprint(model, self._names)
         self._colour_weights = cache(self._embed_colours)
 
     def check_names(self, names: Sequence[str]) -> None:
@@ -74,6 +75,7 @@ class Detector:
             )
 
     @torch.no_grad()
+    @full_float32()
     def __call__(self, image: Tensor) -> list[Detection]:
         """uint8 [H, W, 3] -> every query's likeliest classes with the boxes of their masks, as Mask2Former scores them:
         class probability times the mean probability within the mask."""

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataError
-from data.image_sets import ImageSet, Prompt, open_image_set, open_npz_images, read_prompts
+from data.image_sets import ImageSet, Prompt, as_kept, open_image_set, open_npz_images, read_prompts
+from data.order import position_keys, uniforms
 
 from . import metrics
 from .clip import Clip
@@ -28,11 +29,11 @@ from .features import (
     image_set_features,
     published_statistics,
 )
-from .generate import Generator
+from .generate import Generator, to_uint8
 from .geneval import check_facts, is_correct, scores
 from .inception import Inception
-from .metrics import Score
-from .suite import AGAINST_REFERENCE, CLASSES, ON_FEATURES, Metric, SuiteConfig, digest
+from .metrics import MetricError, Score
+from .suite import AGAINST_REFERENCE, CLASSES, ON_FEATURES, RANDOM_CLASSES, Metric, SuiteConfig, digest
 
 _CACHE = Path(".cache/evaluate")  # features of reference images
 
@@ -71,10 +72,27 @@ class Evaluation:
             yield batches[min(place, len(batches) - 1)], place < len(batches)
 
     def make(self, generate: Generator, batch: int) -> np.ndarray:
-        """Images uint8 [b, H, W, 3] of a batch, made at the suite's batch size whatever b is."""
+        """Images uint8 [b, H, W, 3] of a batch, made at the suite's batch size whatever b is.
+
+        Called equally often on all ranks; MetricError on all of them where one has made an image that is not finite.
+        """
         numbers = [*self.batches[batch]]
         filled = numbers + numbers[-1:] * (self.suite.batch_size - len(numbers))
-        return generate([self.prompts[i].text for i in filled], filled, self.suite.seed)[: len(numbers)].numpy()
+        pixels = generate.pixels([self.prompts[i].text for i in filled], filled, self.suite.seed)[: len(numbers)]
+        finite = pixels.isfinite().flatten(1).all(1).tolist()
+        broken: list[Any] = [None] * dist.get_world_size(self.group)
+        mine = [number for number, is_finite in zip(numbers, finite, strict=True) if not is_finite]
+        dist.all_gather_object(broken, mine, group=self.group)
+        if found := sorted({number for part in broken for number in part}):
+            raise MetricError(
+                f"generated images: image {found[0]} is not finite (of the last batches, {len(found)} are not): the "
+                "weights have diverged, or precision is too narrow for them; try precision=fp32, or an older checkpoint"
+            )
+        return to_uint8(pixels).numpy()
+
+    def as_kept(self, images: np.ndarray) -> np.ndarray:
+        """What images uint8 [b, H, W, 3] are once they have been kept in the suite's format and read back."""
+        return as_kept(images, self.suite.image_format, self.suite.jpeg_quality)
 
     def measure(self, images_of: Callable[[int], np.ndarray]) -> dict[str, Score]:
         """The figures, on rank 0 (elsewhere {}), of images_of(batch), uint8 [b, H, W, 3], for this rank's batches.
@@ -185,12 +203,16 @@ def prepare(
 
 def _prompts(suite: SuiteConfig, classes: int | None) -> list[Prompt]:
     """One an image: those of a prompt one after another."""
-    if suite.prompts == CLASSES:
+    if suite.prompts in (CLASSES, RANDOM_CLASSES):
         if classes is None:
             raise DataError("prompts: the checkpoint's model reads captions and knows no classes: give a prompt file")
         if suite.count is None:
             raise DataError("count: how many images of classes must be given")
-        return [Prompt(str(number % classes), {}) for number in range(suite.count)]
+        labels = np.arange(suite.count) % classes
+        if suite.prompts == RANDOM_CLASSES:
+            keys = position_keys(suite.seed, np.arange(suite.count, dtype=np.int64))
+            labels = (uniforms(keys, "class of an image") * classes).astype(np.int64)
+        return [Prompt(str(label), {}) for label in labels]
     prompts = read_prompts(suite.prompts, "prompts")
     each = suite.images_per_prompt
     count = len(prompts) * each if suite.count is None else suite.count

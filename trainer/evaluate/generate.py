@@ -34,13 +34,22 @@ class Generator:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> Tensor:
-        """uint8 [n, H, W, 3] on the CPU. A sharded model is called equally often whatever the prompts are."""
+        """uint8 [n, H, W, 3] on the CPU."""
+        return to_uint8(self.pixels(prompts, numbers, seed))
+
+    @torch.no_grad()
+    def pixels(self, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> Tensor:
+        """float32 [n, C, H, W] in [-1, 1]; NaN are the images whose latents are not finite.
+
+        A sharded model is called equally often whatever the prompts are.
+        """
         keys, noise = initial_noise(seed, numbers, self.latent_shape, self.device)
         conditional = _predict(self.model, self.encode_prompts(list(prompts)))
         unconditional = _predict(self.model, self.encode_prompts([""] * len(prompts)))
         predict = guided(conditional, unconditional, self.guidance, self.guidance_channels)
-        pixels = self.decode(self.sampler(predict, noise, keys)).float().clamp(-1, 1) * 127.5 + 127.5
-        return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        latents = self.sampler(predict, noise, keys)
+        finite = latents.isfinite().flatten(1).all(1)[:, None, None, None]
+        return self.decode(latents).float().clamp(-1, 1).where(finite, torch.nan)
 
 
 def images_from_prompts(
@@ -70,6 +79,11 @@ def images_from_prompts(
     parts = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(parts, mine, group=group)
     return torch.cat(parts)[: len(prompts)].numpy()
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[n, C, H, W] in [-1, 1] -> uint8 [n, H, W, C] on the CPU; NaN is black."""
+    return (pixels * 127.5 + 127.5).nan_to_num(0.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def initial_noise(

@@ -3,6 +3,8 @@ in front of it, which differs between the usual tools and moves FID."""
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,6 +26,13 @@ class Features(NamedTuple):
     pooled: Tensor
     spatial: Tensor
     probabilities: Tensor | None
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """For networks that measure, on a GPU too: TF32, a convolution's default there, has 10 bits."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
 
 
 class Inception:
@@ -63,12 +72,9 @@ class Inception:
         return self._output is not None
 
     @torch.no_grad()
+    @full_float32()
     def __call__(self, images: Tensor) -> Features:
-        """images: uint8 [b, H, W, 3]. In full float32 on a GPU too: TF32, a convolution's default, has 10 bits."""
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            return self._features(images)
-
-    def _features(self, images: Tensor) -> Features:
+        """images: uint8 [b, H, W, 3]."""
         x = resized(images.to(self._device), self._resize)
         # 127.5 is the scale of pytorch-fid, whose resizing `bilinear` is; the TensorFlow graph's is 128.
         x = x / 127.5 - 1 if self._resize == "bilinear" else (x - 128) / 128

@@ -12,7 +12,7 @@ from trainer.config import Section, TrainConfig, parse, plain
 from trainer.config_files import ConfigError, find_config, nearest, override, read
 
 Metric = Literal["fid", "sfid", "kid", "inception_score", "precision_recall", "clip_score", "geneval"]
-CLASSES = "classes"
+CLASSES, RANDOM_CLASSES = "classes", "random_classes"
 ON_FEATURES: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "inception_score", "precision_recall"})
 AGAINST_REFERENCE: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "precision_recall"})
 # Where something lies on this machine; what it holds goes into the protocol in its place.
@@ -44,7 +44,8 @@ class DiffusionSampling(Section):
 class SuiteConfig(Section):
     metrics: tuple[Metric, ...] = Field(min_length=1)
     prompts: str
-    """A .txt, .jsonl or .json file, shards whose captions they are, or `classes`: all of them in turn."""
+    """A .txt, .jsonl or .json file, shards whose captions they are, `classes`: all of them in turn, or
+    `random_classes`: drawn for each image, as ADM does."""
     count: int | None = Field(default=None, ge=1)
     """Images; null: images_per_prompt of each prompt."""
     images_per_prompt: int = Field(default=1, ge=1)
