@@ -22,7 +22,7 @@ from data.debug import ensure_debug_assets
 from launch.common import kill_tree
 from tests.distributed.runs import ROOT, environment
 
-SHARDS, PER_SHARD, PATIENCE_S = 32, 16, 180.0
+SHARDS, PER_SHARD, PATIENCE_S = 32, 16, 600.0
 
 
 def small_autoencoder(folder: Path) -> Path:

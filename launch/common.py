@@ -48,22 +48,31 @@ def end_with_torchrun() -> None:
 def kill_tree(pid: int) -> None:
     """SIGKILL a process and all that descend from it. torchrun's workers are in process groups of their own: killed
     by its group alone it would leave them training."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents[int(stat.parent.name)] = int(fields[1])
-    doomed = {pid}
-    while more := {child for child, parent in parents.items() if parent in doomed} - doomed:
-        doomed |= more
+    doomed, found = set[int](), {pid}
+    while found:  # stopped first: what runs might start another one meanwhile
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGSTOP)
+        doomed |= found
+        found = {child for child, parent in _parents().items() if parent in doomed} - doomed
     for process in doomed:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
+def _parents() -> dict[int, int]:
+    """{process: its parent}"""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+    return parents
+
+
 def _report(message: str, code: int) -> int:
     if os.environ.get("RANK", "0") != "0":
         # Rank 0 nearly always has the same message; torchrun ends this process before it would repeat it.
-        time.sleep(3)
+        time.sleep(15)
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code

@@ -97,7 +97,12 @@ def _port(file: Path) -> int:
 
 async def _connect(port: int) -> tuple[aiohttp.ClientSession, aiohttp.ClientWebSocketResponse]:
     session = aiohttp.ClientSession()
-    async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-        tabs = json.loads(await answer.text())
-    url = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
+    deadline = time.monotonic() + _TIMEOUT_S
+    pages: list[dict[str, Any]] = []
+    while not pages:  # the port is open before the first tab
+        assert time.monotonic() < deadline, "the browser opens no tab"
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            pages = [tab for tab in json.loads(await answer.text()) if tab["type"] == "page"]
+        await asyncio.sleep(0.05)
+    url = pages[0]["webSocketDebuggerUrl"]
     return session, await session.ws_connect(url, max_msg_size=0)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -29,8 +30,8 @@ T = TypeVar("T")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing, also after a crash of the machine."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """The whole text or nothing, also after a crash of the machine, and whoever else writes it at the same time."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     with open(beside, "w") as file:
         file.write(text)
         file.flush()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.common import kill_tree
-from trainer.checkpoint import find_checkpoint
+from trainer.checkpoint import complete_checkpoints, find_checkpoint
 from trainer.metrics import read_metrics
 from trainer.parallel.dcp import SafeReader
 
@@ -47,15 +47,18 @@ def train(processes: int, folder: Path, *arguments: str, config: str = "mmdit_de
     return read_metrics(folder)
 
 
-def train_and_kill(processes: int, folder: Path, after_step: int, delay_s: float, *arguments: str) -> int:
-    """SIGKILL every process of a run `delay_s` after it has logged `after_step`; returns the last logged step."""
+def train_and_kill(
+    processes: int, folder: Path, after_step: int, delay_s: float, *arguments: str, after_save: bool = False
+) -> int:
+    """SIGKILL every process of a run `delay_s` after it has logged `after_step`, and, with after_save, has a complete
+    checkpoint; returns the last logged step."""
     process = subprocess.Popen(
         command(processes, *_in(folder), *arguments),
         cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
-        while last_step(folder) < after_step:
+        deadline = time.monotonic() + 240
+        while last_step(folder) < after_step or (after_save and not complete_checkpoints(folder / "checkpoints")):
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline, "the run logs nothing"
             time.sleep(0.02)

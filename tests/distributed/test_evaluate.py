@@ -150,7 +150,7 @@ def test_killed_and_resumed(folder: Path) -> None:
         command(folder, 2, output), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (before := shards(output)):
             assert process.poll() is None
             assert time.monotonic() < deadline

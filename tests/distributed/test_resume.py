@@ -19,8 +19,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[st
     folder = tmp_path_factory.mktemp("uninterrupted")
     records = {n: train(n, folder / f"w{n}", *SETTINGS) for n in (1, 2)}
     for n in records:  # the saves of steps 5 and 10, beside the lines of metrics.jsonl
-        for key in ("checkpoint_blocked_s", "checkpoint_write_s"):
-            assert sum(record.get(key, 0) > 0 for record in records[n]) >= 2, key
+        # A save that ends late is counted with the next one.
+        for key, least in (("checkpoint_blocked_s", 2), ("checkpoint_write_s", 1)):
+            assert sum(record.get(key, 0) > 0 for record in records[n]) >= least, key
     return {n: exact(records[n]) for n in records}
 
 
@@ -40,7 +41,7 @@ def test_bit_exact(processes: int, workers: int, uninterrupted: dict[int, list[s
 def test_another_world_size_goes_on(tmp_path: Path, uninterrupted: dict[int, list[str]]) -> None:
     """2 -> 1 process in mid-run, in float64: same samples and draws, losses to rounding."""
     settings = (*SETTINGS, "parallel.precision=fp64", "train.sample_every=0")
-    train_and_kill(2, tmp_path / "a", 8, 0.0, *settings)
+    train_and_kill(2, tmp_path / "a", 8, 0.0, *settings, after_save=True)
     assert complete_checkpoints(tmp_path / "a" / "checkpoints"), "killed after its first checkpoint"
     changed, whole = train(1, tmp_path / "a", *settings), train(2, tmp_path / "b", *settings)
     assert_close(changed, whole, 1e-9)

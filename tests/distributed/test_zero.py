@@ -128,7 +128,9 @@ def test_killed_at_random_it_resumes_bit_exactly(run_folder: tuple[Path, list[di
     seed = int(os.environ.get("KILL_SEED", random.randrange(1 << 20)))
     print(f"KILL_SEED={seed}")
     chance, folder = random.Random(seed), tmp_path / "a"
-    killed_at = train_and_kill(2, folder, chance.randint(4, 6), chance.uniform(0, 0.1), *SETTINGS, *ZERO2)
+    killed_at = train_and_kill(
+        2, folder, chance.randint(4, 6), chance.uniform(0, 0.1), *SETTINGS, *ZERO2, after_save=True
+    )
     resumed_from = [path.name for path in complete_checkpoints(folder / "checkpoints")]
     assert resumed_from, f"killed at {killed_at}, seed {seed}"
     assert exact(train(2, folder, *SETTINGS, *ZERO2)) == exact(run_folder[1]), f"{killed_at} {resumed_from} {seed}"

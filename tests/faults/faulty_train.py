@@ -19,7 +19,7 @@ from launch.common import run as run_command
 from trainer.jumps import FILE
 from trainer.state import Encoded, Run
 
-DELAY_S = 0.5
+DELAY_S = 2.0
 FAULTS = json.loads(os.environ["FAULTS"])
 build_run = launch.train.build_run
 

@@ -83,7 +83,7 @@ def hosts() -> Iterator[Hosts]:
 
 def test_a_cut_cable_ends_the_job_and_it_resumes(hosts: Hosts, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    watchful = ("train.watchdog_min_s=8", *SETTINGS)
+    watchful = ("train.watchdog_min_s=8", "train.watchdog_factor=3", *SETTINGS)
     with hosts.torchruns(run, *watchful) as (first, _):
         wait_until(lambda: last_step(run) >= 12, START_S, "step 12")
         hosts.cut()

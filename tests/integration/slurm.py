@@ -41,6 +41,8 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=0
 MpiDefault=none
 JobRequeue=1
 KillWait=10
+MessageTimeout=100
+BatchStartTimeout=120
 MinJobAge=600
 ReturnToService=2
 GresTypes=gpu
@@ -69,7 +71,7 @@ class Slurm:
 
     def run(self, *command: str) -> str:
         """Output of a command; an exit code other than 0 fails with what it said."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -78,7 +80,7 @@ class Slurm:
         text = self.run("scontrol", "--oneliner", "show", "job", str(number))
         return {word.partition("=")[0]: word.partition("=")[2] for word in text.split() if "=" in word}
 
-    def wait(self, number: int, *states: str, timeout_s: float = 180.0) -> dict[str, str]:
+    def wait(self, number: int, *states: str, timeout_s: float = 300.0) -> dict[str, str]:
         """Until the job is in one of `states`. One that was requeued may start at once rather than in two minutes."""
         deadline = time.monotonic() + timeout_s
         while (job := self.job(number))["JobState"] not in states:
@@ -89,7 +91,7 @@ class Slurm:
             time.sleep(0.3)
         return job
 
-    def gone(self, number: int, timeout_s: float = 180.0) -> bool:
+    def gone(self, number: int, timeout_s: float = 300.0) -> bool:
         """Whether a job, or every task of an array, has ended within so many seconds."""
         deadline = time.monotonic() + timeout_s
         while self.run("squeue", "--noheader", f"--jobs={number}").strip():
@@ -158,13 +160,13 @@ def _has_steps(job: int) -> bool:
 
 def _idle(slurm: Slurm) -> bool:
     done = subprocess.run(
-        ["sinfo", "--noheader", "--format=%T"], env=slurm.environment, capture_output=True, text=True, timeout=60
+        ["sinfo", "--noheader", "--format=%T"], env=slurm.environment, capture_output=True, text=True, timeout=120
     )
     return done.stdout.strip() == "idle"
 
 
 def _until(true: Callable[[], bool], what: str, logs: Callable[[], str] = lambda: "") -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not true():
         assert time.monotonic() < deadline, f"waited in vain for {what}: {logs()}"
         time.sleep(0.2)

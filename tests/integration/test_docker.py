@@ -86,5 +86,6 @@ def test_the_image_runs_its_code(tmp_path: Path) -> None:
 
 def test_a_broken_line_is_seen(tmp_path: Path) -> None:
     broken = DOCKERFILE.replace("COPY setup.py constraints.txt ./", "COPY constraints.txt ./")
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(subprocess.CalledProcessError) as failed:
         build(tmp_path, broken)
+    assert "setup.py" in str(failed.value.stderr), failed.value.stderr

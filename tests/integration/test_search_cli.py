@@ -44,7 +44,7 @@ def run(*arguments: str | Path, code: int = 0) -> str:
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while last_step(folder) < step:
         assert process.poll() is None, "the search ended before it could be stopped"
         assert time.monotonic() < deadline, "the trial logs nothing"
@@ -101,7 +101,7 @@ def test_a_signal_saves_the_trial_and_a_worker_under_torchrun_takes_it(tmp_path:
     asked = start(*command)
     wait_for_step(study / "0000", 4, asked)
     os.kill(asked.pid, signal.SIGTERM)
-    output, _ = asked.communicate(timeout=60)
+    output, _ = asked.communicate(timeout=300)
     assert asked.returncode == 0, output
     assert "trial 0 is saved: start the search again" in output
     assert json.loads((study / "0000" / "status.json").read_text())["state"] == "preempted"

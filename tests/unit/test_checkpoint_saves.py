@@ -29,7 +29,7 @@ from trainer.parallel.dcp import AsyncSaver, bytes_of, load_tensors
 from trainer.parallel.engine import Engine
 from trainer.parallel.mesh import World, init_world
 
-SLOW_S = 0.4
+SLOW_S = 2.0
 
 
 @pytest.fixture(scope="module")

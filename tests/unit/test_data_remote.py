@@ -100,9 +100,9 @@ def test_a_bad_server_costs_time_only(folder: Path, local: Any) -> None:
     with serve(folder) as server:
         index = remote_index(server)
         server.faulty = 0.3
-        assert take(index, 0, 12, settings(timeout_s=0.3, retries=9)) == local[:12]
-        assert take(index, 0, 12, settings(timeout_s=0.3, retries=9, num_workers=2)) == local[:12]
-        assert take(index, 0, 12, settings(timeout_s=0.3, retries=0)) != local[:12], "it is not as bad as it should be"
+        assert take(index, 0, 12, settings(timeout_s=1.0, retries=9)) == local[:12]
+        assert take(index, 0, 12, settings(timeout_s=1.0, retries=9, num_workers=2)) == local[:12]
+        assert take(index, 0, 12, settings(timeout_s=1.0, retries=0)) != local[:12], "it is not as bad as it should be"
 
 
 @pytest.mark.parametrize(
