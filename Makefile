@@ -95,18 +95,19 @@ GPU_RESULTS := $(if $(DRY),.cache/gpu_check,benchmarks/results)
 GPU_STUDY := $(if $(DRY),tiny,mmdit_gpu)
 GPU_STUDIES := $(if $(DRY),.cache/gpu_check,docs)
 gpu-check:
-	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v $(PYTHON)); set -ex; \
+	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v $(PYTHON)); set -x; failed=0; \
 	export PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-4}; \
-	$$python -m pytest -m gpu -o addopts="" tests/gpu; \
+	$$python -m pytest -m gpu -o addopts="" tests/gpu || failed=1; \
 	for case in $(STEPS); do \
 	    $$python -m benchmarks.train_step $(if $(DRY),--dry-run) --case $$case --profile .cache/gpu_check/traces \
-	        --output $(GPU_RESULTS)/train_step_$$case.json; \
+	        --output $(GPU_RESULTS)/train_step_$$case.json || failed=1; \
 	done; \
-	$$python -m benchmarks.choices $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/choices_gpu.json; \
-	$$python -m benchmarks.proxies $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/proxies_gpu.json; \
+	$$python -m benchmarks.choices $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/choices_gpu.json || failed=1; \
+	$$python -m benchmarks.proxies $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/proxies_gpu.json || failed=1; \
 	if [ -n "$(LONG)" ]; then \
 	    $$python -m benchmarks.transfer --study $(GPU_STUDY) --folder runs/transfer_$(GPU_STUDY) \
-	        --output $(GPU_STUDIES)/transfer_$(GPU_STUDY).json || test -n "$(DRY)"; \
+	        --output $(GPU_STUDIES)/transfer_$(GPU_STUDY).json || test -n "$(DRY)" || failed=1; \
 	    $$python -m benchmarks.convergence --study $(GPU_STUDY) --folder runs/convergence_$(GPU_STUDY) \
-	        --output $(GPU_STUDIES)/convergence_$(GPU_STUDY).json; \
-	fi
+	        --output $(GPU_STUDIES)/convergence_$(GPU_STUDY).json || failed=1; \
+	fi; \
+	exit $$failed

@@ -125,19 +125,20 @@ def stacked(config: TrainConfig, repeats: int) -> dict[str, float]:
     t, states = torch.rand(rows, device=device), torch.randn(rows, length, width, device=device, dtype=dtype)
     mask = torch.ones(rows, length, dtype=torch.bool, device=device)
 
-    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], model: nn.Module) -> Tensor:
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], model: nn.Module, mask: Tensor) -> Tensor:
         prediction, _ = functional_call(model, (parameters, buffers), (x, t, TextCondition(states, mask)))
         return F.mse_loss(prediction, target)
 
     def in_turn() -> None:
         for model in models:
-            torch.autograd.grad(loss(dict(model.named_parameters()), {}, model), [*model.parameters()])
+            torch.autograd.grad(loss(dict(model.named_parameters()), {}, model, mask), [*model.parameters()])
 
-    whole = stack_module_state(models)
+    # Each has a mask of its own: the rule that stacks attention on a GPU takes none that they share.
+    whole = *stack_module_state(models), mask.expand(STACKED, -1, -1)
     one = models[0]
 
     def together() -> None:
-        vmap(grad(lambda parameters, buffers: loss(parameters, buffers, one)))(*whole)
+        vmap(grad(lambda parameters, buffers, mask: loss(parameters, buffers, one, mask)))(*whole)
 
     rates = {}
     # The CPU's flash attention cannot be stacked.
@@ -163,15 +164,9 @@ def main() -> None:
     name = "dry_run" if arguments.dry_run else "gpu" if torch.cuda.is_available() else "cpu"
     case = CASES[name]
     config = load_config(case.config, list(case.overrides))
-    write(
-        arguments.output,
-        {
-            "case": name,
-            **case._asdict(),
-            "side_by_side": side_by_side(case),
-            "passes_per_s": stacked(config, repeats=1 if arguments.dry_run else 5),
-        },
-    )
+    found = {"case": name, **case._asdict(), "side_by_side": side_by_side(case)}
+    write(arguments.output, found)  # what took minutes is kept whatever comes
+    write(arguments.output, {**found, "passes_per_s": stacked(config, repeats=1 if arguments.dry_run else 5)})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from transformers import (
     T5EncoderModel,
     UMT5EncoderModel,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.utils import logging as transformers_logging
 
 from .config import NONE, AutoencoderConfig, DataError, TextEncoderConfig
@@ -43,6 +44,7 @@ _VAE_FIELDS = (
     "use_post_quant_conv", "mid_block_add_attention",
 )
 _SD1_SCALE = 0.18215
+_PIXELS = 2**21  # that an autoencoder takes at once
 _DINO_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "use_swiglu_ffn",
     "hidden_act", "layer_norm_eps", "image_size", "patch_size", "num_register_tokens",
@@ -179,6 +181,11 @@ def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
     return _ENCODERS.get(config.model_type, AutoModel).__name__, getattr(config, "dtype", None) or torch.float32
 
 
+def _mask_unseen(*sizes: Any, **options: Any) -> torch.Tensor:
+    """transformers' mask, but never left out where no token is masked: to find that out is a host sync in each call."""
+    return eager_mask(*sizes, **options | {"allow_is_bidirectional_skip": False})
+
+
 def load_text_encoder(
     cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype, shapes_only: bool = False
 ) -> TextEncoder:
@@ -195,7 +202,7 @@ def load_text_encoder(
     try:
         config = AutoConfig.from_pretrained(cfg.path, **where)
         model_class = _ENCODERS.get(config.model_type, AutoModel)
-        # The masks of "sdpa" look at their values: a host sync in every call.
+        ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _mask_unseen)
         kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
         if shapes_only:
             device = "meta"
@@ -228,6 +235,12 @@ def _unit_range(images: torch.Tensor, device: torch.device | str, dtype: torch.d
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
+
+
+def _few(tensor: torch.Tensor, downsample: int = 1) -> tuple[torch.Tensor, ...]:
+    """Parts [b, C, h, w] of so many images that an autoencoder's widest layer stays near 1 GiB (fp32, 128 channels)."""
+    pixels = tensor.shape[-2] * tensor.shape[-1] * downsample**2
+    return tensor.split(max(1, _PIXELS // pixels))
 
 
 class PixelAutoencoder:
@@ -263,18 +276,22 @@ class Autoencoder:
     def encode(self, images: torch.Tensor) -> Moments:
         """uint8 [b, 3, R, R] -> Moments [b, C, R / downsample, R / downsample], fp32 (fp64 where the dtype is)."""
         wide = _at_least_float32(self.model.dtype)
-        pixels = _unit_range(images, self.model.device, wide).to(self.model.dtype)
-        posterior = self.model.encode(pixels).latent_dist  # type: ignore[union-attr]
-        mean = (posterior.mean.to(wide) - self.shift) * self.scale
-        return Moments(mean, posterior.logvar.to(wide) + 2.0 * math.log(self.scale))
+        parts = []
+        for part in _few(images):
+            pixels = _unit_range(part, self.model.device, wide).to(self.model.dtype)
+            posterior = self.model.encode(pixels).latent_dist  # type: ignore[union-attr]
+            parts.append((posterior.mean.to(wide), posterior.logvar.to(wide)))
+        mean, logvar = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return Moments((mean - self.shift) * self.scale, logvar + 2.0 * math.log(self.scale))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [b, C, h, w] -> images [b, 3, R, R], clamped to [-1, 1]; fp32 (fp64 where the dtype is)."""
         wide = _at_least_float32(self.model.dtype)
         z = latents.to(self.model.device, wide) / self.scale + self.shift
-        images = self.model.decode(z.to(self.model.dtype)).sample  # type: ignore[union-attr]
-        return images.to(wide).clamp(-1.0, 1.0)
+        parts = _few(z.to(self.model.dtype), self.downsample)
+        images = [self.model.decode(part).sample.to(wide) for part in parts]  # type: ignore[union-attr]
+        return torch.cat(images).clamp(-1.0, 1.0)
 
 
 def load_autoencoder(

@@ -18,7 +18,10 @@ import matplotlib.figure
 from .checkpoint import write_atomically
 
 # Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
+_PEAK_FLOPS = {
+    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800 PCIe": 756e12,
+    "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
+}  # fmt: skip
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _VALIDATION = "val_"
 _LEVEL = "val_loss_ema_t"

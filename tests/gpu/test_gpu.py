@@ -28,6 +28,7 @@ from trainer.state import Run
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("default"),  # CUDA and the compiler warn of what they are, once each
 ]
 CONFIG = "mmdit_0.18b_mup.yaml"
 SMALL = (
@@ -68,8 +69,9 @@ def test_draws_are_those_of_the_cpu() -> None:
 
 
 def test_sinusoids_stay_float32_under_bf16() -> None:
+    """Of angles up to 900, whose last bit is 6e-5; in bf16 they would differ by 1."""
     t = torch.tensor([0.9001, 0.9012])
-    torch.testing.assert_close(time_sinusoids(t.cuda()).cpu(), time_sinusoids(t), rtol=0, atol=1e-4)
+    torch.testing.assert_close(time_sinusoids(t.cuda()).cpu(), time_sinusoids(t), rtol=0, atol=3e-4)
 
 
 @pytest.mark.parametrize("way", ["compile=false", "compile=true", "cpu_offload=true"])
@@ -104,8 +106,8 @@ def test_no_step_waits_for_the_device(kind: str, compiled: str, tmp_path: Path) 
     with built(f"{kind}_debug_mup.yaml", tmp_path, *settings) as run:
         stream = steps(run)
         take(stream, 4)
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             take(stream, 4)
             with pytest.raises(RuntimeError, match="synchroniz"):
                 run.state.totals.sum().item()  # the mode does see a wait

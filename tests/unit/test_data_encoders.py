@@ -212,6 +212,23 @@ def test_the_scale_of_files_older_than_its_field(tmp_path: Path) -> None:
             vae(written_by(name, version, blocks), downsample=2 ** (blocks - 1))
 
 
+def test_autoencoders_take_few_images_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the micro-batch is: the same latents and images in parts that bound its memory."""
+    loaded = vae(vae_folder(tmp_path / "vae"))
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    whole = loaded.encode(images)
+    decoded = loaded.decode(whole.mean)
+    sizes: list[int] = []
+    real = loaded.model.encode
+    monkeypatch.setattr(loaded.model, "encode", lambda x: sizes.append(len(x)) or real(x))
+    monkeypatch.setattr("data.encoders._PIXELS", 2 * 16 * 16)
+    parts = loaded.encode(images)
+    assert sizes == [2, 2, 1]
+    torch.testing.assert_close(parts.mean, whole.mean)
+    torch.testing.assert_close(parts.logvar, whole.logvar)
+    torch.testing.assert_close(loaded.decode(whole.mean), decoded)
+
+
 def test_pixels_are_their_own_latents() -> None:
     pixels = load_autoencoder(AutoencoderConfig(channels=3, downsample=1), "cpu", torch.bfloat16)
     assert isinstance(pixels, PixelAutoencoder)

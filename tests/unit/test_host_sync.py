@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.config import TextEncoderConfig
+from data.debug import ensure_debug_assets
+from data.encoders import load_text_encoder
 from tests.steps import built
 from trainer.ema import EMA
 from trainer.loop import train_step
@@ -48,6 +51,19 @@ def take_steps(folder: Path, kind: str, *overrides: str) -> None:
 def test_steps_read_nothing_back(kind: str, tmp_path: Path) -> None:
     repa = () if kind == "uvit" else ("objective.repa_weight=0.5", "objective.repa_layer=1")
     take_steps(tmp_path, kind, *repa)
+
+
+@pytest.mark.parametrize(("folder", "width"), [("debug/t5", 64), ("minilm", 384)])
+def test_encoding_captions_reads_nothing_back(folder: str, width: int) -> None:
+    """With and without padding: a mask that masks nothing is where transformers would look."""
+    ensure_debug_assets()
+    encoder = load_text_encoder(
+        TextEncoderConfig(path=f".cache/{folder}", width=width, max_length=32), "cpu", torch.bfloat16
+    )
+    encoder.encode(["what is made once"])
+    with _NoWait():
+        encoder.encode(["a red circle", "a much longer caption of a blue square", "a red circle"])
+        encoder.encode(["one alone is not padded"])
 
 
 def _reads_norm(self: EMA, step: int, skipped: Tensor) -> None:

@@ -119,6 +119,9 @@ class FSDP2Engine:
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip_norm, norm, foreach=True)
             clipped = (norm > self._clip_norm).float()
+        if max_norm is not None:
+            # Under CPU offload the norm is the host's, and the flag below must be there when the optimizer reads it.
+            max_norm = max_norm.to(norm.device)
         bad = ~norm.isfinite() if max_norm is None else ~norm.isfinite() | (norm > max_norm)
         skipped = bad.float()
         # Fused AdamW reads this flag on the device and then leaves weights, moments and step count alone.

@@ -39,6 +39,9 @@ def init_world(shard: int) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        # cuDNN's attention, the default on H100 and later, gives NaN gradients with a mask at lengths of 64 more than
+        # a multiple of 128 (pytorch issue 196678, 2.11 to 2.13), and plans anew for each shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         # In bf16 the CPU's flash attention has a slow backward pass: a step of the demo takes twice as long with it.
         torch.backends.cuda.enable_flash_sdp(False)
