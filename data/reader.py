@@ -242,6 +242,8 @@ class ImageTextReader:
             collate_fn=_same,
             prefetch_factor=2 if workers else None,
             worker_init_fn=_start_worker if workers else None,
+            # They share the index's open files. From Python 3.14 on the default is another.
+            multiprocessing_context="fork" if workers else None,
             generator=torch.Generator(),  # else the loader draws its seed from the trainer's generator
         )
         iterator = iter(loader)  # hands out the workers' rows in turn

@@ -37,8 +37,11 @@ def train(run: Run) -> str:
             if cause is not error:
                 raise cause from None
             raise
-    metrics.plot()
-    metrics.status(outcome, state.step, reason)
+        with watchdog.phase("ending"):
+            metrics.status(outcome, state.step, reason)
+            metrics.plot(last=True)
+            # For rank 0 to have written: after a signal torchrun ends with an error, and Slurm then ends all nodes.
+            dist.barrier(group=run.world.control)
     return outcome
 
 

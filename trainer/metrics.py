@@ -22,6 +22,7 @@ _PEAK_FLOPS = {
     "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800 PCIe": 756e12,
     "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
 }  # fmt: skip
+PLOT_S = 60.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _VALIDATION = "val_"
 _LEVEL = "val_loss_ema_t"
@@ -65,7 +66,7 @@ class Metrics:
         self._active = active
         self._total = total_steps
         self._first = first_step
-        self._began = time.monotonic()
+        self._began = self._plotted = time.monotonic()
         self._wandb: Wandb | None = None
         if not active:
             return
@@ -142,9 +143,11 @@ class Metrics:
             with self.without_room(self._folder / "status.json"):
                 write_status(self._folder, state, step, reason)
 
-    def plot(self) -> None:
-        """loss.png, and what was measured of the EMA weights as evaluation.png, from metrics.jsonl."""
-        if self._active:
+    def plot(self, last: bool = False) -> None:
+        """loss.png, and what was measured of the EMA weights as evaluation.png, from metrics.jsonl; at most once in
+        PLOT_S but for the last time, because all ranks wait for it."""
+        if self._active and (last or time.monotonic() - self._plotted > PLOT_S):
+            self._plotted = time.monotonic()
             with self.without_room(self._folder / "loss.png"):
                 records = read_metrics(self._folder)
                 plot_loss(records, self._folder / "loss.png")

@@ -1,7 +1,6 @@
 """Real runs of launch/train.py for the tests: start, kill, read what they logged and saved."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,11 +14,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.common import kill_tree
+from tests.forked import ROOT, environment, finished
 from trainer.checkpoint import complete_checkpoints, find_checkpoint
 from trainer.metrics import read_metrics
 from trainer.parallel.dcp import SafeReader
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMING = (
     "images_per_s", "model_tflops_per_s", "mfu", "step_time_s", "checkpoint_blocked_s", "checkpoint_write_s",
 )  # fmt: skip
@@ -33,16 +32,9 @@ def command(processes: int, *arguments: str, config: str = "mmdit_debug_mup.yaml
     return [*launcher, "launch/train.py", "--config", config, *arguments]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
 def train(processes: int, folder: Path, *arguments: str, config: str = "mmdit_debug_mup.yaml") -> list[dict[str, Any]]:
     """Run to the end in `folder`; returns the logged lines. An exit code other than 0 fails with the output."""
-    done = subprocess.run(
-        command(processes, *_in(folder), *arguments, config=config),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = finished("launch/train.py", "--config", config, *_in(folder), *arguments, processes=processes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return read_metrics(folder)
 

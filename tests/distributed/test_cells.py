@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from data.shard_index import load_index
 from data.store import open_shards
 from data.write import write_shards
 from launch import data_order
-from launch.common import kill_tree
+from tests.forked import finished
 from tests.servers import serve
 from trainer.metrics import read_metrics
 
 from .cells_checks import BACKBONES, COMMON, STEPS, TEXT, sources
-from .runs import ROOT, assert_close, environment, exact
+from .runs import assert_close, exact
 
 SIZES = ((44, 24), (36, 28), (40, 40), (28, 36), (26, 50))  # width, height of images, a bucket each
 BUCKETS = {(24, 44), (28, 36), (32, 32), (36, 28), (44, 24)}  # height, width of cells at resolution 32
@@ -45,24 +44,10 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def start(processes: int, *arguments: str) -> str:
-    """A module of the tests, under torchrun for more than one process; returns its output."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    process = subprocess.Popen(
-        [*launcher, *arguments],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=600)
-    finally:
-        kill_tree(process.pid)
-    assert process.returncode == 0, output[-4000:]
-    return output
+    """A module of the tests; returns its output."""
+    done = finished(*arguments, processes=processes, timeout_s=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")

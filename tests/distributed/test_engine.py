@@ -1,16 +1,14 @@
 """The sharded engine on two gloo processes: one start for all of engine_checks.py, one test for each promise."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
+from tests.forked import finished
 from trainer.estimate import profile
 
 from .engine_checks import configured
-from .runs import ROOT, environment
 
 Results = list[dict[str, Any]]
 
@@ -18,11 +16,7 @@ Results = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def ranks() -> Results:
     """What each rank found."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.distributed.engine_checks", "2"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = finished("-m", "tests.distributed.engine_checks", "2", processes=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
     return json.loads(line.removeprefix("RESULTS "))

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from launch.common import kill_tree
-from tests.distributed.runs import ROOT, environment, exact, train
+from tests.distributed.runs import exact, train
+from tests.forked import ROOT, environment, finished
 from tests.tiny_networks import save_clip, save_detector, save_inception
 from trainer.metrics import read_metrics
 
@@ -32,7 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rectified_flow": {"steps": 2},
         "guidance": 2.0,
         "precision": "fp32",
-        "image_format": "jpeg",
         "reference": ".cache/debug/train-000000.tar",
         "reference_count": 30,
         "network": str(save_inception(folder / "inception.pt")),
@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inception_splits": 2,
     }
     (folder / "tiny.yaml").write_text(json.dumps(suite))  # JSON is YAML
+    (folder / "jpeg.yaml").write_text(json.dumps({**suite, "image_format": "jpeg"}))
     facts = [
         {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
         {"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "a photo of two clocks"},
@@ -59,29 +60,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(folder: Path, processes: int, output: Path, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def command(folder: Path, output: Path, *arguments: str) -> list[str]:
     return [
-        *(launcher if processes > 1 else launcher[:1]), "launch/evaluate.py", "--checkpoint", str(folder / "run"),
-        "--suite", str(folder / "tiny.yaml"), "--output", str(output), *arguments,
+        "launch/evaluate.py", "--checkpoint", str(folder / "run"), "--suite", str(folder / "tiny.yaml"),
+        "--output", str(output), *arguments,
     ]  # fmt: skip
 
 
 def refused(folder: Path, output: Path, *arguments: str) -> str:
     """What the command says where it ends without a traceback; later options win."""
-    done = subprocess.run(
-        command(folder, 1, output, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    done = finished(*command(folder, output, *arguments))
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     return done.stderr
 
 
 def evaluate(folder: Path, processes: int, output: Path, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        command(folder, processes, output, *arguments),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = finished(*command(folder, output, *arguments), processes=processes)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads((output / "results.json").read_text())
 
@@ -134,9 +129,9 @@ def test_whose_images_these_are(folder: Path) -> None:
     assert "holds an evaluation of another checkpoint" in refused(folder, folder / "one", *twin)
     moved = (folder / "run/checkpoints/step_00000004").rename(folder / "moved")
     try:
-        lone = [word for word in command(folder, 1, folder, "--checkpoint", str(moved))
+        lone = [word for word in command(folder, folder, "--checkpoint", str(moved))
                 if word not in ("--output", str(folder))]  # fmt: skip
-        done = subprocess.run(lone, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+        done = finished(*lone)
     finally:
         moved.rename(folder / "run/checkpoints/step_00000004")
     assert "lies in no run's folder: give --output" in done.stderr
@@ -146,9 +141,11 @@ def test_whose_images_these_are(folder: Path) -> None:
 def test_killed_and_resumed(folder: Path) -> None:
     """Nothing lost, nothing twice."""
     output = folder / "killed"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
-        command(folder, 2, output), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        [*torchrun, *command(folder, output)],
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 240
         while not (before := shards(output)):
@@ -170,7 +167,7 @@ def test_killed_and_resumed(folder: Path) -> None:
 
 def test_evaluation_does_not_disturb_training(folder: Path) -> None:
     """Two processes: losses, norms and validation bit for bit as without it; its figures are in metrics and plots."""
-    settings = ("train.evaluate_every=2", f"train.evaluate_suite={folder / 'tiny.yaml'}")
+    settings = ("train.evaluate_every=2", f"train.evaluate_suite={folder / 'jpeg.yaml'}")
     plain = read_metrics(folder / "run")
     with_figures = train(2, folder / "watched", *STEPS, *settings)
     figures = ("val_fid", "val_kid", "val_clip_score")
@@ -178,7 +175,9 @@ def test_evaluation_does_not_disturb_training(folder: Path) -> None:
     assert [record["step"] for record in measured] == [2, 4]
     assert all(set(figures) <= record.keys() for record in measured)
     assert measured[0]["val_fid"] != measured[1]["val_fid"]
-    afterwards = json.loads((folder / "one/results.json").read_text())["metrics"]  # of the same EMA weights
+    afterwards = evaluate(folder, 1, folder / "jpeg", "--suite", str(folder / "jpeg.yaml"))[
+        "metrics"
+    ]  # the same weights
     for key in figures:
         assert measured[1][key] == pytest.approx(afterwards[key.removeprefix("val_")]["value"], rel=1e-9), key
     bare = [{k: v for k, v in r.items() if k.startswith("val_loss") or not k.startswith("val_")} for r in with_figures]

@@ -1,24 +1,19 @@
 """Ways of saving memory on two gloo processes: one start for all of memory_checks.py, one test for each promise."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from tests.forked import finished
+
 from .memory_checks import WAYS
-from .runs import ROOT, environment
 from .test_engine import Results
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Results:
     """What each rank found."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.distributed.memory_checks"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = finished("-m", "tests.distributed.memory_checks", processes=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
     return json.loads(line.removeprefix("RESULTS "))

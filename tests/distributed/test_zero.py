@@ -5,15 +5,15 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forked import finished
 from trainer.checkpoint import complete_checkpoints
 
-from .runs import ROOT, assert_close, environment, exact, train, train_and_kill, weights
+from .runs import assert_close, exact, train, train_and_kill, weights
 
 KINDS = [f"{stage} {precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 # Difference of the initial values, parameters in no shard, numbers in two, parameters with other settings.
@@ -24,10 +24,7 @@ Results = list[dict[str, Any]]
 
 
 def started(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*launcher, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400
-    )
+    return finished(*arguments, processes=processes)
 
 
 def checked(processes: int, *checks: str) -> Results:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.common import kill_tree
-from tests.distributed.runs import ROOT, environment
+from tests.forked import ROOT, environment
 
 STANDALONE = ("--standalone", "--nproc-per-node", "2")
 

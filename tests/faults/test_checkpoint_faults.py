@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from launch.common import kill_tree
-from tests.distributed.runs import ROOT, command, environment, exact, last_step, train
+from tests.distributed.runs import command, exact, last_step, train
+from tests.forked import ROOT, environment
 from trainer.checkpoint import complete_checkpoints
 
 SETTINGS = (

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.runs import ROOT, environment, exact, last_step, train
+from tests.distributed.runs import exact, last_step, train
+from tests.forked import ROOT, environment
 from trainer.checkpoint import complete_checkpoints
 from trainer.metrics import read_metrics
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from data.debug import ensure_debug_assets
 from data.index import ImageTextIndex, open_shards
 from data.write import write_shards
-from tests.distributed.runs import ROOT, command, environment
+from tests.forked import ROOT, finished
 from trainer.checkpoint import complete_checkpoints
 from trainer.metrics import read_metrics
 
@@ -27,9 +27,7 @@ def test_stops_and_goes_on(tmp_path: Path) -> None:
     more = [f"data.shards={half_broken(tmp_path)}", f"run.dir={tmp_path}", "run.name=run", "train.sample_every=0"]
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(1, *more, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
-        )
+        return finished("launch/train.py", "--config", "mmdit_debug_mup.yaml", *more, *arguments)
 
     stopped = run()
     folder = tmp_path / "run"
@@ -47,8 +45,8 @@ def test_stops_and_goes_on(tmp_path: Path) -> None:
     assert re.search(r"data\.val_shards: \d+ of \d+ validation samples are unreadable \(image: unread", refused.stderr)
     assert "Traceback" not in refused.stderr
 
-    finished = run("data.max_bad_share=1", *held_out)
-    assert finished.returncode == 0, finished.stderr
-    assert re.search(r"warning: \d+ of \d+ validation samples are unreadable", finished.stdout)
+    done = run("data.max_bad_share=1", *held_out)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"warning: \d+ of \d+ validation samples are unreadable", done.stdout)
     records = read_metrics(folder)
     assert [r["step"] for r in records] == list(range(21)), "no step twice, none left out"

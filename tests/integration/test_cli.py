@@ -1,18 +1,14 @@
 """The commands as a person runs them: what they leave behind, and what they say of a mistake."""
 
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +21,13 @@ from data.debug import ensure_debug_assets
 from data.fetch import SampleFiles
 from data.index import ImageTextIndex, open_shards
 from data.samples import member
-from tests.distributed.runs import ROOT, environment
+from tests.forked import ROOT, environment, finished
 from trainer.checkpoint import complete_checkpoints, find_checkpoint, read_meta
 from trainer.config import load_config
 from trainer.metrics import read_metrics
 
 DEBUG = ("--config", "mmdit_debug_mup.yaml")
 STEPS = 3
-FORK = multiprocessing.get_context("forkserver")
 Start = Callable[..., subprocess.CompletedProcess[str]]
 SHORT = (f"train.steps={STEPS}", "train.validate_every=3", "train.checkpoint_every=2", "train.sample_every=3")
 
@@ -43,40 +38,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
-def _execute(command: list[str], log: str) -> None:
-    """In a forked process: the script as __main__, with its output in files."""
-    os.chdir(ROOT)
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> Iterator[None]:
-    """A server that has the imports behind it, which are nearly all that a command of these tests waits for."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
-            patch.setenv(name, value)
-        FORK.set_forkserver_preload(["launch.common", "launch.train"])
-        multiprocessing.forkserver.ensure_running()
-        yield
-
-
-def forked(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """As `run`, in a process forked from one with the imports done."""
-    arguments = [str(part) for part in command]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        process = FORK.Process(target=_execute, args=(arguments, str(log)))
-        process.start()
-        process.join(120)
-        assert process.exitcode is not None, "it does not end"
-        out, err = (log.with_suffix(f".{name}").read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
-
-
-def train(folder: Path, *overrides: str, start: Start = forked) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, *overrides: str, start: Start = finished) -> subprocess.CompletedProcess[str]:
     """launch/train.py in `folder`, which must end well."""
     done = start("launch/train.py", *DEBUG, f"run.dir={folder.parent}", f"run.name={folder.name}", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -92,7 +54,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def refused(folder: Path, *command: str | Path, start: Start = forked) -> str:
+def refused(folder: Path, *command: str | Path, start: Start = finished) -> str:
     """A command that is bad input: one message alone, exit code 2, nothing below `folder` touched."""
     before = contents(folder)
     done = start(*command)
@@ -174,7 +136,7 @@ def test_snapshot(tmp_path: Path) -> None:
     assert [path.name for path in complete_checkpoints(folder / "ema")] == ["step_00000002", "step_00000003"]
     assert find_checkpoint(folder).parent.name == "checkpoints"
     prompt = ("--prompt", "a red circle", "--output", tmp_path / "a.png")
-    done = forked("launch/sample.py", "--checkpoint", snapshot, *prompt)
+    done = finished("launch/sample.py", "--checkpoint", snapshot, *prompt)
     assert done.returncode == 0, done.stderr
     assert f"1 images from the EMA weights of {snapshot}" in done.stdout
     changes = ("train.steps=1", "optim.warmup_steps=0", "train.checkpoint_every=0", "train.sample_every=0")
@@ -211,7 +173,7 @@ def test_synthetic_data(tmp_path: Path) -> None:
 def test_sample(source: Path, tmp_path: Path) -> None:
     """An image of the data's size that follows from seed and prompt."""
 
-    def sample(name: str, seed: int, start: Start = forked) -> bytes:
+    def sample(name: str, seed: int, start: Start = finished) -> bytes:
         file = tmp_path / "new" / name
         prompt = ("--prompt", "a red circle on a blue background", "--seed", str(seed))
         done = start("launch/sample.py", "--checkpoint", source, *prompt, "--output", file)
@@ -227,7 +189,7 @@ def test_sample(source: Path, tmp_path: Path) -> None:
 def test_data_order(tmp_path: Path) -> None:
     """The same keys at every world size, and after a resume."""
 
-    def order(world: int, first: int, start: Start = forked) -> list[dict[str, Any]]:
+    def order(world: int, first: int, start: Start = finished) -> list[dict[str, Any]]:
         steps = ("--world-size", str(world), "--from-step", str(first), "--to-step", "5")
         done = start("launch/data_order.py", *DEBUG, *steps, f"run.dir={tmp_path}")
         assert done.returncode == 0, done.stderr
@@ -296,7 +258,7 @@ def test_commands_of_the_data_page(tmp_path: Path) -> None:
             trained += 1
         if "latents/" in line:
             command.append(vae)
-        done = forked(*command)
+        done = finished(*command)
         assert done.returncode == 0, line + done.stdout + done.stderr
     assert [(tmp_path / f"run_{i}" / "status.json").read_text().count("finished") for i in range(trained)] == [1, 1, 1]
 

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import trainer.build
 from launch import coord_check
-from tests.distributed.runs import ROOT, environment
+from tests.forked import finished
 from trainer.config import ConfigError
 from trainer.parallel.memory import compile_units
 
@@ -21,8 +21,7 @@ SMALL = ("text_encoder.max_length=8", "text_encoder.width=32")
 
 
 def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/coord_check.py", "--config", "mmdit_debug_mup.yaml", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return finished("launch/coord_check.py", "--config", "mmdit_debug_mup.yaml", *arguments)
 
 
 def report(folder: Path, exit_code: int, *arguments: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import ROOT
+from tests.forked import ROOT
 
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 IMPORT = "import sys, models.configs, data.config, trainer.config as c; print(c.__file__)"

@@ -10,7 +10,7 @@ from data.config import DataError
 from launch import fetch, ladder, preflight
 from launch.common import ConfigError
 from launch.preflight import Found
-from tests.distributed.runs import ROOT, environment
+from tests.forked import ROOT, environment
 from trainer.config import load_config
 
 

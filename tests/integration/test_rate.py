@@ -23,8 +23,8 @@ from launch.rate_server import Rating
 from launch.rate_votes import Votes, order
 from tests.browser import why_not
 from tests.devtools import Page, new_page
-from tests.distributed.runs import ROOT, environment
 from tests.exports import config_of, random_checkpoint
+from tests.forked import ROOT, environment
 
 PROMPTS = ["a cat", "a <b>dog</b>", "a cat"]  # equal ones are two pairs
 RED, BLUE = (255, 0, 0), (0, 0, 255)

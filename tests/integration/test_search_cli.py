@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch.common import kill_tree
-from tests.distributed.runs import ROOT, environment, exact, last_step, train
+from tests.distributed.runs import exact, last_step, train
+from tests.forked import ROOT, environment
 from trainer.checkpoint import complete_checkpoints
 from trainer.metrics import read_metrics
 from trainer.search.study import Study, Trial

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import ROOT, environment, exact, last_step, train
+from tests.distributed.runs import exact, last_step, train
+from tests.forked import ROOT, environment
 from trainer.config import load_config
 from trainer.metrics import read_metrics
 from trainer.search.study import Study

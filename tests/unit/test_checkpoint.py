@@ -357,7 +357,10 @@ def test_status_and_plots_without_room(
 
     monkeypatch.setattr("trainer.metrics.write_atomically", fail)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
-    for write, name in ((lambda: metrics.status("running", 1), "status.json"), (metrics.plot, "loss.png")):
+    for write, name in (
+        (lambda: metrics.status("running", 1), "status.json"),
+        (lambda: metrics.plot(last=True), "loss.png"),
+    ):
         with contextlib.nullcontext() if number != errno.EACCES else pytest.raises(OSError, match="no room"):
             write()
         assert (f"{tmp_path / name} is not written: no room" in capsys.readouterr().out) is (number != errno.EACCES)
@@ -413,7 +416,7 @@ def test_inactive_metrics_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     metrics.write({"step": 1, "loss": 0.5})
     metrics.say("hello")
     metrics.status("running", 1)
-    metrics.plot()
+    metrics.plot(last=True)
     metrics.close()
     assert list(tmp_path.iterdir()) == []
     captured = capsys.readouterr()
@@ -436,7 +439,10 @@ def test_plot_loss(records: list[dict[str, Any]], tmp_path: Path) -> None:
 
 
 def test_plot_shows_what_was_logged(tmp_path: Path) -> None:
-    logged(tmp_path, range(1, 9)).plot()
+    metrics = logged(tmp_path, range(1, 9))
+    metrics.plot()
+    assert not (tmp_path / "loss.png").exists(), "at most once a minute, for which all ranks wait"
+    metrics.plot(last=True)
     plot_loss([], tmp_path / "empty.png")
     assert (tmp_path / "loss.png").read_bytes() != (tmp_path / "empty.png").read_bytes()
 

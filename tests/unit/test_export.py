@@ -19,8 +19,9 @@ from data.debug import ensure_debug_assets
 from launch import export
 from launch.export_folder import against_stock, refusals
 from launch.export_names import LAYOUTS, fold, layout
-from tests.distributed.runs import ROOT, environment, weights
+from tests.distributed.runs import weights
 from tests.exports import FOLDED, config_of, load_exactly, random_checkpoint, run_export
+from tests.forked import ROOT, environment
 from trainer.build import build_mup_table
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError, TrainConfig
