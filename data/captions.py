@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from .config import DataError
 
-KEY_FIELDS = ("key", "image_id", "image")
+KEY_FIELDS = ("key", "image_id", "image", "__key__")
+_TEXT_FIELDS = ("caption", "txt")  # the latter of what WebDataset's columns are called as parquet
 _ROW = np.dtype([("hash", "<u8"), ("offset", "<i8"), ("size", "<i4"), ("length", "<i4")])
 _ABSENT = (0, -1, 0, -1)
 _BLOCK = 1 << 16  # captions read at once
@@ -35,17 +36,21 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
+def _first(fields: Sequence[str], names: Container[str]) -> Any:
+    return next((field for field in fields if field in names), None)
+
+
 def _lines(path: Path) -> Iterator[tuple[object, object]]:
     """(image, caption) of a .jsonl or .parquet file."""
     expected = f'expected {{"key": image name or number, "caption": text}}; {", ".join(KEY_FIELDS[1:])} also name it'
     try:
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
-            key = next((field for field in KEY_FIELDS if field in file.schema_arrow.names), None)
-            if key is None or "caption" not in file.schema_arrow.names:
+            key, text = (_first(fields, file.schema_arrow.names) for fields in (KEY_FIELDS, _TEXT_FIELDS))
+            if key is None or text is None:
                 raise DataError(f"captions {path} has the columns {', '.join(file.schema_arrow.names)}: {expected}")
-            for batch in file.iter_batches(_BLOCK, columns=[key, "caption"]):
-                yield from zip(batch.column(key).to_pylist(), batch.column("caption").to_pylist(), strict=True)
+            for batch in file.iter_batches(_BLOCK, columns=[key, text]):
+                yield from zip(batch.column(key).to_pylist(), batch.column(text).to_pylist(), strict=True)
             return
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
@@ -53,8 +58,9 @@ def _lines(path: Path) -> Iterator[tuple[object, object]]:
                     continue
                 try:
                     entry = json.loads(line)
-                    yield next(entry[field] for field in KEY_FIELDS if field in entry), entry["caption"]
-                except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
+                    key, text = (_first(fields, entry) for fields in (KEY_FIELDS, _TEXT_FIELDS))
+                    yield entry[key], entry[text]
+                except (ValueError, KeyError, TypeError, RecursionError):
                     raise DataError(f"captions {path}, line {number}: {expected}, got {line[:100]!r}") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"captions {path} cannot be read: {error}; {expected}") from None

@@ -201,6 +201,12 @@ def load_text_encoder(
     tokenizer_where = {"subfolder": folder} if (folder := tokenizer_subfolder(cfg)) else {}
     try:
         config = AutoConfig.from_pretrained(cfg.path, **where)
+        width = getattr(config, "hidden_size", None)
+        if width is None:
+            raise DataError(
+                f"text_encoder.path: {cfg.path!r} is a {config.model_type}, not a text encoder alone: name the folder "
+                "of one (its config.json has a hidden_size)"
+            )
         model_class = _ENCODERS.get(config.model_type, AutoModel)
         ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _mask_unseen)
         kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
@@ -211,10 +217,11 @@ def load_text_encoder(
         else:
             model = model_class.from_pretrained(cfg.path, use_safetensors=True, **kind, **where)
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, **tokenizer_where)
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
 
-    width = int(config.hidden_size)
     if width != cfg.width:
         raise DataError(f"text_encoder.width is {cfg.width}, but {cfg.path!r} has width {width}: set it to {width}")
     longest = getattr(config, "max_position_embeddings", None)
@@ -339,13 +346,13 @@ def load_autoencoder(
 
 
 def _is_of_sd1(stored: Mapping[str, Any]) -> bool:
-    """Whether a config is older than the field scaling_factor (diffusers 0.12) and of SD's shape, as sd-vae-ft-ema's.
+    """Whether a config is older than the field scaling_factor (diffusers 0.13) and of SD's shape, as sd-vae-ft-ema's.
 
     That field came with two values: SD's, and that of the 4x upscaler (0.08333), which has three blocks.
     """
     version = tuple(int(part) for part in re.findall(r"\d+", str(stored.get("_diffusers_version", "")))[:2])
     shape = stored.get("latent_channels"), len(stored.get("block_out_channels", ()))
-    return () < version < (0, 12) and shape == (4, 4)
+    return () < version < (0, 13) and shape == (4, 4)
 
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels that DINOv2 was trained on
@@ -386,7 +393,9 @@ def load_feature_encoder(path: str, width: int, device: torch.device | str, dtyp
         if config.model_type not in ("dinov2", "dinov2_with_registers"):
             raise DataError(f"objective.repa_encoder: {path!r} is a {config.model_type}; expected a DINOv2")
         model = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ImportError, KeyError) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
         raise _load_error("objective.repa_encoder", path, None, error) from error
     if config.hidden_size != width:
         raise DataError(

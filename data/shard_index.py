@@ -32,6 +32,7 @@ ABSENT = -1  # offset of a member that the sample lacks, its label, and length o
 UNREADABLE = -2  # label of a .cls member that holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
 _VERSION = b"4"
+_GZIP = b"\x1f\x8b"
 _HEADER_BYTES = 1 << 16  # of an image: nearly always enough to tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
 _MAX_LABEL = 2**31 - 1
@@ -173,6 +174,11 @@ def build_index(shard: Shard, patience: Patience = Patience()) -> pa.Table:  # n
                     _add_member(rows, member, file)
             except TarError as error:
                 if not rows:
+                    if file.read_at(0, len(_GZIP)) == _GZIP:
+                        raise DataError(
+                            f"{shard} is compressed by gzip, whatever its name says, and samples are read at their "
+                            "offsets: decompress it once, gunzip < FILE > plain/FILE"
+                        ) from None
                     raise
                 logger.warning("%s ends early (%s): its last samples are missing", shard, error)
     except (TarError, SampleError, OSError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -33,6 +34,12 @@ _STOCK = {"pixart": "PixArtAlphaPipeline", "dit": "DiTPipeline"}
 _STOCK_CLASSES = 1000  # the null label that DiTPipeline has in its code
 _STOCK_TOKENS = 120  # to which PixArtAlphaPipeline cuts captions
 _STOCK_SIZES = (32, 64, 128)  # latents that PixArtAlphaPipeline has sizes for; with micro-conditions the last alone
+
+
+def _tokenizer_name(tokenizer: Any) -> str:
+    """The class that reads tokenizer.json, the only file that transformers 5 writes, under transformers 4 as well."""
+    name = type(tokenizer).__name__
+    return f"{name}Fast" if hasattr(transformers, f"{name}Fast") else name
 
 
 def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
@@ -188,11 +195,11 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
             sources["vae_source"] = [config.autoencoder.path, config.autoencoder.subfolder]
     if config.label_classes is None:
         name, _ = stored_text_encoder(config.text_encoder)
-        index |= {"text_encoder": ["transformers", name], "tokenizer": ["transformers", "T5Tokenizer"]}
+        index |= {"text_encoder": ["transformers", name], "tokenizer": ["transformers", "T5TokenizerFast"]}
         if encoders == "copy":
             text = _text_encoder(config)
             text.save(folder / "text_encoder", folder / "tokenizer")
-            index["text_encoder"][1], index["tokenizer"][1] = type(text.model).__name__, type(text.tokenizer).__name__
+            index["text_encoder"][1], index["tokenizer"][1] = type(text.model).__name__, _tokenizer_name(text.tokenizer)
         else:
             where = config.text_encoder
             sources["text_encoder_source"] = [name, where.path, where.subfolder, tokenizer_subfolder(where)]

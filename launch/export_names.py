@@ -221,6 +221,7 @@ def _pixart_diffusers(to: Layout, config: Any, tokens: int) -> None:
         to.mlp(ours, f"adaln_single.emb.{theirs}.linear_1", f"adaln_single.emb.{theirs}.linear_2")
     to.layer("time_modulation", "adaln_single.linear")
     to.mlp("text_embed", "caption_projection.linear_1", "caption_projection.linear_2")
+    to.unread.append("caption_projection.y_embedding")  # of conversions before 2024: the null caption, as below
     to.tensor("scale_shift_table", "scale_shift_table")
     to.layer("final", "proj_out")
     for i in range(config.depth):

@@ -28,7 +28,7 @@ def fetch(key: str, path: str, subfolder: str | None, to: Path | None) -> Path:
         else [f"{part}/" for part in (subfolder, subfolder.replace("text_encoder", "tokenizer"))]
     )
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 path,
                 local_dir=None if to is None else to / path,
@@ -42,6 +42,13 @@ def fetch(key: str, path: str, subfolder: str | None, to: Path | None) -> Path:
             f"{key}: {path!r} is no local folder and cannot be had from the hub ({reason}); check the name, the "
             "network, HF_HUB_OFFLINE, and HF_TOKEN for a licence that must be accepted"
         ) from None
+    if not any((folder / folders[0]).glob("*.safetensors")):
+        raise DataError(
+            f"{key}: {path!r} has no *.safetensors{f' in {subfolder}' if subfolder else ''}, and other weights are not "
+            "read; of T5-v1.1-XXL stabilityai/stable-diffusion-3-medium-diffusers (subfolder text_encoder_3) and "
+            "PixArt-alpha/PixArt-XL-2-512x512 (subfolder text_encoder) have them"
+        )
+    return folder
 
 
 def main() -> int:

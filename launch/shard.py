@@ -178,9 +178,10 @@ def _index_shard(shard: Shard, cache: Path) -> str:
         table = load_index(shard, cache, rebuild=True).table
     except DataError as error:
         return f"error: {error}"
-    width, caption = (table.column(name).to_numpy() for name in ("width", "caption_length"))
-    bad = int(((width == 0) | (caption == ABSENT)).sum())
-    return f"{shard}: {table.num_rows} samples, {bad} of them without a readable image and caption"
+    width, caption, label = (table.column(name).to_numpy() for name in ("width", "caption_length", "label"))
+    has = {"a readable image": width > 0, "a caption": caption != ABSENT, "a class label": label >= 0}
+    counts = [f"{int(rows.sum())} with {what}" for what, rows in has.items()]
+    return f"{shard}: {table.num_rows} samples, {', '.join(counts)}"
 
 
 def index_shards(specs: list[str], workers: int, cache: Path) -> None:

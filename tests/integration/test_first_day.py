@@ -61,7 +61,11 @@ def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     def download(path: str, **options: object) -> str:
         asked[path] = options
-        return str(options["local_dir"])
+        folder = Path(str(options["local_dir"]))
+        for part in ("", "text_encoder_3", "vae"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            (folder / part / "model.safetensors").touch()
+        return str(folder)
 
     monkeypatch.setattr(fetch, "snapshot_download", download)
     monkeypatch.setattr(sys, "argv", ["fetch.py", "--config", "mmdit_18b_mup.yaml", "--to", str(tmp_path)])
@@ -77,10 +81,14 @@ def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert load_config("mmdit_18b_mup.yaml", said).text_encoder.path == str(folder)
 
 
-def test_fetch_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(path: str, **options: object) -> str:
         raise OSError("403: gated")
 
+    monkeypatch.setattr(fetch, "snapshot_download", lambda path, **options: str(tmp_path))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(DataError, match=r"text_encoder\.path: 'google/t5' has no \*\.safetensors, .* text_encoder_3"):
+        fetch.fetch("text_encoder.path", "google/t5", None, None)
     monkeypatch.setattr(fetch, "snapshot_download", refuse)
     with pytest.raises(DataError, match=r"text_encoder\.path: 'a/b' .*403: gated.*HF_TOKEN"):
         fetch.fetch("text_encoder.path", "a/b", None, None)

@@ -207,7 +207,7 @@ def test_the_scale_of_files_older_than_its_field(tmp_path: Path) -> None:
     assert old.scale == 0.18215
     stated = vae(written_by("stated", None, 4), downsample=8)
     assert (stated.scale, stated.fingerprint) == (old.scale, old.fingerprint), "the same weights and the same scale"
-    for name, version, blocks in (("upscaler", "0.4.2", 3), ("new", "0.12.0", 4), ("unknown", "", 4)):
+    for name, version, blocks in (("upscaler", "0.4.2", 3), ("new", "0.13.0", 4), ("unknown", "", 4)):
         with pytest.raises(DataError, match="has no scaling_factor"):
             vae(written_by(name, version, blocks), downsample=2 ** (blocks - 1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import io
 import os
 import tarfile
@@ -124,6 +125,14 @@ def test_an_index_that_cannot_be_stored_is_kept_in_memory(tmp_path: Path, monkey
     monkeypatch.setattr(os, "replace", refuse)
     assert load_index(path).table.num_rows == 1
     assert [p.name for p in tmp_path.iterdir()] == ["s.tar"]
+
+
+def test_a_compressed_tar_is_named(tmp_path: Path) -> None:
+    """As SA-1B is served, under the name of a plain one."""
+    plain = write_tar(tmp_path / "plain.tar", {"a.png": png(), "a.txt": b"x"})
+    (tmp_path / "sa_000000.tar").write_bytes(gzip.compress(plain.read_bytes()))
+    with pytest.raises(DataError, match=r"sa_000000\.tar is compressed by gzip.*gunzip < FILE"):
+        load_index(tmp_path / "sa_000000.tar")
 
 
 def test_a_truncated_tar_keeps_its_first_samples(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_index_builds_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     path = write_tar(tmp_path / "s.tar", {"a.png": png(), "a.txt": b"x", "b.png": png()})
     main(monkeypatch, "index", path)
     assert index_path(path).is_file()
-    assert "2 samples, 1 of them without" in capsys.readouterr().out
+    assert "2 samples, 2 with a readable image, 1 with a caption, 0 with a class label" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

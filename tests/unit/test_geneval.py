@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data.config import DataError
 from tests.tiny_networks import save_clip, save_detector
@@ -184,3 +185,7 @@ def test_clip_reads_whole_captions_alone(tmp_path: Path) -> None:
     together = clip.texts([long + " u", long + " v", "x"])
     assert torch.equal(together[:1], clip.texts([long + " u", "y", "z"])[:1])
     assert not torch.equal(together[0], together[1])
+    old = tmp_path / "clip/pytorch_model.bin"  # all that ViT-B/32's main branch has
+    torch.save(load_file(tmp_path / "clip/model.safetensors"), old)
+    (tmp_path / "clip/model.safetensors").unlink()
+    torch.testing.assert_close(Clip(str(tmp_path / "clip")).texts(["x"]), together[2:])

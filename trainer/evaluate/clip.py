@@ -23,13 +23,14 @@ class Clip:
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
         quieten()
         try:
-            self._model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+            # ViT-B/32 is published as pytorch_model.bin alone, which transformers reads without running what is in it.
+            self._model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32)
             self._tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise DataError(
                 f"clip: {path!r} cannot be loaded ({reason}); give a folder with config.json, tokenizer and "
-                "*.safetensors of a CLIP model, or a hub id that this machine can reach"
+                "weights of a CLIP model, or a hub id that this machine can reach"
             ) from None
         self._model.eval().requires_grad_(False).to(device)
         self._device = torch.device(device)
