@@ -88,7 +88,9 @@ class DataConfig:
     characters_per_token: by which a caption's number of tokens is estimated when its bucket is chosen. At 1 (at least
         one character a token) no caption is cut that text_encoder.max_length would not cut.
     num_workers: reader processes a rank; 0 reads in the training process.
-    flip: probability of a horizontal flip.
+    crop: where the largest part of the wanted shape is cut from an image: at random, or its centre (always that of
+        latents, and of what is validated on).
+    flip: probability of a horizontal flip. A caption that says "left" is wrong of a flipped image.
     label_dropout: probability that a class label is replaced by "no class" (models of classes).
     epochs: how often the set is read; None repeats it for ever.
     max_bad_share: the run stops when more than this share of samples is unreadable.
@@ -113,6 +115,7 @@ class DataConfig:
     text_lengths: tuple[int, ...] = ()
     characters_per_token: float = 1.0
     num_workers: int = 2
+    crop: Literal["random", "center"] = "random"
     flip: float = 0.5
     label_dropout: float = 0.1
     epochs: int | None = None

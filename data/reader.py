@@ -217,7 +217,7 @@ class ImageTextReader:
         known = [cell or Cell(cfg.resolution, cfg.resolution, 0) for cell in self._cells]
         self._order = CellOrder(seed, index, known, global_batch_size, cfg.epochs, cfg.characters_per_token)
         dropout = caption_dropout if classes is None else cfg.label_dropout
-        self._decoder = _decoder(index, cfg, seed, cfg.flip, dropout, crop=True, classes=classes, features=features)
+        self._decoder = _decoder(index, cfg, seed, cfg.flip, dropout, cfg.crop == "random", classes, features)
         self._workers = cfg.num_workers
         self.fingerprint = index.fingerprint
 

@@ -22,12 +22,25 @@ from launch.coord_plot import plot
 from trainer.build import build_alignment, build_engine, build_mup_table, build_objective
 from trainer.config import ConfigError, TrainConfig, load_config, resolve
 from trainer.frozen import FrozenParts
-from trainer.mup.coord import CONTROL, LIMITS, Report, Row, Subject, judge, measure, observe, strongest_control
+from trainer.mup.coord import (
+    CONTROL,
+    LIMITS,
+    Measured,
+    Report,
+    Row,
+    Subject,
+    judge,
+    measure,
+    observe,
+    shows_faults,
+    strongest_control,
+)  # fmt: skip
 from trainer.mup.table import MuTable
 from trainer.parallel.mesh import World, init_world
 from trainer.source import Source
 
 LEAST_WIDTHS = 3
+_MOST_LR = 2.0**-5
 
 
 def check_config(
@@ -86,7 +99,7 @@ def main() -> int:
     parser.add_argument("--widths", type=_widths, default="64,128,256,512", help="at least three, with commas between")
     parser.add_argument("--steps", type=int, default=5, help="the first 5 are judged, more are reported")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=2.0**-7, help="larger than in training, so that faults show")
+    parser.add_argument("--lr", type=float, help="optim.lr, doubled until a fault would show in SP, unless given")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", required=True, type=Path, help="folder of coord_check.json and coord_check.png")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -97,27 +110,35 @@ def main() -> int:
     if len(widths) < LEAST_WIDTHS:
         raise ConfigError(f"--widths needs at least {LEAST_WIDTHS} different widths to fit a slope, got {widths}")
 
-    def config_at(width: int, seed: int, parametrization: str | None = None) -> TrainConfig:
+    def config_at(width: int, seed: int, lr: float, parametrization: str | None = None) -> TrainConfig:
         return check_config(
-            arguments.config, arguments.overrides, width, seed, arguments.lr, arguments.batch_size, parametrization
+            arguments.config, arguments.overrides, width, seed, lr, arguments.batch_size, parametrization
         )
 
-    (checked,) = {config_at(width, 0).mup.parametrization for width in widths}  # refuses a bad width at once
+    lr = load_config(arguments.config, arguments.overrides).optim.lr if arguments.lr is None else arguments.lr
+    (checked,) = {config_at(width, 0, lr).mup.parametrization for width in widths}  # refuses a bad width at once
     began = time.perf_counter()
     world = init_world(1)
     try:
 
-        def sweep(parametrization: str | None) -> Any:
-            return measure(lambda w, s: build_subject(config_at(w, s, parametrization), world), widths, seeds, steps)
+        def sweep(lr: float, parametrization: str | None) -> Measured:
+            return measure(
+                lambda w, s: build_subject(config_at(w, s, lr, parametrization), world), widths, seeds, steps
+            )
 
-        measured = sweep(None)
-        control = measured if checked == "sp" else sweep("sp")
+        # A rate so small that SP looks well would hide a fault, one much larger than it takes is beyond what the rules
+        # are of: the first order in what a step changes. How large that is depends on base width and backbone.
+        control = sweep(lr, "sp")
+        while arguments.lr is None and not shows_faults(control) and lr < _MOST_LR:
+            lr *= 2
+            control = sweep(lr, "sp")
+        measured = control if checked == "sp" else sweep(lr, None)
     finally:
         dist.destroy_process_group()
     report = judge(measured, control)
     settings = {
         "config": arguments.config, "overrides": arguments.overrides, "parametrization": checked, "widths": widths,
-        "steps": steps, "seeds": seeds, "lr": arguments.lr, "batch_size": arguments.batch_size,
+        "steps": steps, "seeds": seeds, "lr": lr, "batch_size": arguments.batch_size,
         "limits": LIMITS, "control_limit": CONTROL, "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)

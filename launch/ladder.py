@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--widths", required=True, help="at least three, with commas between")
     parser.add_argument("--steps", type=int, required=True, help="of each run")
     parser.add_argument("--processes", type=int, default=1, help="of a run on this node: its GPUs")
+    parser.add_argument("--lr", type=float, help="of the coordinate check, which finds its own unless given")
     parser.add_argument("--tolerance", type=float, default=0.002, help="share by which a wider model may be worse")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     a = parser.parse_intermixed_args()
@@ -44,7 +45,17 @@ def main() -> int:
 
     check = folder / "coord_check"
     checked = call(
-        [sys.executable, "launch/coord_check.py", "--config", a.config, "--widths", a.widths, "--output", str(check)],
+        [
+            sys.executable,
+            "launch/coord_check.py",
+            "--config",
+            a.config,
+            "--widths",
+            a.widths,
+            "--output",
+            str(check),
+            *([] if a.lr is None else ["--lr", str(a.lr)]),
+        ],
         a.overrides,
     )
     losses: dict[int, float] = {}

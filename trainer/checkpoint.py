@@ -140,8 +140,8 @@ def lasting(names: Iterable[str]) -> list[str]:
 
 
 def check_same_model(meta: Mapping[str, Any], table: Mapping[str, Any], checkpoint: Path, rules: bool) -> None:
-    """Raise CheckpointError unless the checkpoint's muP table has the (lasting) parameters and shapes of `table`, and,
-    where `rules` is set, is the same table."""
+    """Raise CheckpointError unless the checkpoint's muP table has the (lasting) parameters, shapes and multipliers of
+    `table`, and, where `rules` is set, is the same table."""
     old, new = meta["mup"]["rows"], table["rows"]
     names = old.keys() | new.keys()
     wrong = sorted(
@@ -154,12 +154,30 @@ def check_same_model(meta: Mapping[str, Any], table: Mapping[str, Any], checkpoi
             f"{old.get(name, {}).get('shape', 'absent')} in the checkpoint, "
             f"{new.get(name, {}).get('shape', 'absent')} in the config. Use the config it was trained with."
         )
+    if not rules and (other := _other_function(meta["mup"], table)):
+        raise CheckpointError(
+            f"{checkpoint} would compute another function under this config: {other}. Keep its model.* and mup.*; to "
+            "go on under others, export it (launch/export.py folds the multipliers into the weights) and import that"
+        )
     if rules and meta["mup"]["sha256"] != table["sha256"]:
         changed = [n for n in new if old[n] != new[n]]
         raise CheckpointError(
             f"{checkpoint} was trained with another muP table (first difference: {(changed or ['settings'])[0]}). "
             "Its learning rates or multipliers would change in mid-run; start another run with run.init_from."
         )
+
+
+def _other_function(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first difference of two tables in what multiplies weights or branches."""
+    factors = [
+        {f"the multiplier of {name}": table["rows"][name].get("multiplier", 1.0) for name in lasting(table["rows"])}
+        | {"the scale of branches": table.get("settings", {}).get("branch_scale", 1.0)}
+        for table in (old, new)
+    ]
+    for what, value in factors[1].items():
+        if factors[0][what] != value:
+            return f"{what} is {factors[0][what]:g} in the checkpoint, {value:g} in the config"
+    return None
 
 
 def check_same_engine(meta: Mapping[str, Any], engine: Mapping[str, Any], checkpoint: Path) -> None:

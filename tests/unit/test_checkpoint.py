@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.common import kill_tree
 from tests.faults.harness import lives
+from trainer.build import build_mup_table
 from trainer.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -215,13 +216,32 @@ def test_check_same_model() -> None:
             check_same_model({"mup": other}, ours, checkpoint, rules=False)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("mup.parametrization=sp", r"the multiplier of final\.weight is 0\.5 in the checkpoint, 1 in the config"),
+        ("mup.base_width=64", r"the multiplier of final\.weight"),
+        ("mup.output_multiplier=3", r"the multiplier of final\.weight is 0\.5 in the checkpoint, 1\.5"),
+        ("mup.base_depth=1", r"the scale of branches is 1 in the checkpoint, 0\.5 in the config"),
+    ],
+)
+def test_weights_under_other_multipliers_are_refused(override: str, said: str) -> None:
+    """init_from, sampling and evaluation load raw weights: another table would make another model of them."""
+    ours, other = (
+        build_mup_table(load_config("mmdit_debug_mup", overrides)).to_json() for overrides in ([], [override])
+    )
+    check_same_model({"mup": ours}, ours, Path("runs/a"), rules=False)
+    with pytest.raises(CheckpointError, match=f"runs/a would compute another function under this config: {said}"):
+        check_same_model({"mup": ours}, other, Path("runs/a"), rules=False)
+
+
 def test_check_same_rules() -> None:
     ours = table(a=([4, 2], 1.0), b=([4], 1.0))
     for other, first in (
         (table("y", a=([4, 2], 1.0), b=([4], 0.5)), "b"),
         (table("y", a=([4, 2], 1.0), b=([4], 1.0)), "settings"),
     ):
-        check_same_model({"mup": other}, ours, Path("runs/a"), rules=False)  # init_from: only the shapes count
+        check_same_model({"mup": other}, ours, Path("runs/a"), rules=False)  # init_from: what it computes is the same
         with pytest.raises(CheckpointError, match=rf"another muP table \(first difference: {first}\)"):
             check_same_model({"mup": other}, ours, Path("runs/a"), rules=True)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -212,6 +212,20 @@ def test_failures_are_holes_with_a_reason(tmp_path: Path) -> None:
     # The tar was cut inside "last": its caption lies behind the cut and is what fails first.
     assert found == {key: reason for key, (_, reason) in cases.items()}
     assert len(set(keys)) == len(cases)
+
+
+@pytest.mark.parametrize("crop", ["random", "center"])
+def test_where_images_are_cut(tmp_path: Path, crop: Literal["random", "center"]) -> None:
+    """A wide image, eight times: elsewhere each time, or in its middle."""
+    wide = np.zeros((8, 64, 3), np.uint8)
+    wide[...] = 4 * np.arange(64)[:, None]
+    buffer = io.BytesIO()
+    Image.fromarray(wide).save(buffer, "PNG")
+    index = ImageTextIndex([write_tar(tmp_path / "s.tar", {"a.png": buffer.getvalue(), "a.txt": b"x"})])
+    cfg = DataConfig(shards="unused", resolution=8, num_workers=0, crop=crop, flip=0.0)
+    batches = islice(ImageTextReader(index, cfg, 0, 1, 0.0, 0, 1, 1).batches(0), 8)
+    left = {int(batch.images[0, 0, 0, 0]) // 4 for _, [batch] in batches if batch.images is not None}
+    assert left == {28} if crop == "center" else len(left) > 4
 
 
 def test_a_shard_that_vanished_is_a_hole(tmp_path: Path) -> None:

@@ -311,6 +311,12 @@ def strongest_control(control: Measured) -> Row | None:
     return max((r for r in rows if r.judged), key=lambda r: math.inf if r.slope is None else r.slope, default=None)
 
 
+def shows_faults(control: Measured) -> bool:
+    """Whether the settings are such that a fault shows, as it does in SP."""
+    strongest = strongest_control(control)
+    return strongest is not None and (strongest.slope is None or strongest.slope > CONTROL)
+
+
 def judge(measured: Measured, control: Measured) -> Report:
     """control: the same settings under SP."""
     rows = rows_of(measured)
@@ -318,8 +324,7 @@ def judge(measured: Measured, control: Measured) -> Report:
         kind: tuple(row for row in ranked(rows, kind) if row.exceeds) for kind in LIMITS
     }
     strongest = strongest_control(control)
-    seen = strongest is not None and (strongest.slope is None or strongest.slope > CONTROL)
-    if not seen:
+    if not shows_faults(control):
         # Before anything else: where SP looks well, so could a faulty model, and rounding can make a right one fail.
         verdict = "inconclusive"
         reason = (
