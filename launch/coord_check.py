@@ -65,6 +65,16 @@ def check_config(
     return load_config(name, ["parallel.precision=fp32", *overrides, *forced])
 
 
+def without_repa(name: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides that leave the alignment out unless they set its weight: the cosine in its loss makes the steps' size
+    depend on what is aligned with, here noise, and the check's slopes are no longer those of the rules."""
+    asked = any(text.startswith("objective.repa_weight=") for text in overrides)
+    if asked or not load_config(name, overrides).objective.repa_weight:
+        return list(overrides)
+    print("without REPA (give objective.repa_weight=... to check it as well)", flush=True)
+    return [*overrides, "objective.repa_weight=0"]
+
+
 def build_subject(config: TrainConfig, world: World, table: MuTable | None = None) -> Subject:
     """Model, optimizer and the fixed batch, as training would build them. table: another one than the config's."""
     resolved = resolve(config, world.size)
@@ -104,6 +114,7 @@ def main() -> int:
     parser.add_argument("--output", required=True, type=Path, help="folder of coord_check.json and coord_check.png")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()  # overrides may stand between options
+    arguments.overrides = without_repa(arguments.config, arguments.overrides)
     widths, steps, seeds = arguments.widths, arguments.steps, arguments.seeds
     if steps < 1 or seeds < 1:
         raise ConfigError(f"--steps and --seeds must be at least 1, got {steps} and {seeds}")

@@ -83,10 +83,15 @@ class Slurm:
     def wait(self, number: int, *states: str, timeout_s: float = 300.0) -> dict[str, str]:
         """Until the job is in one of `states`. One that was requeued may start at once rather than in two minutes."""
         deadline = time.monotonic() + timeout_s
+        requeued_at: float | None = None
         while (job := self.job(number))["JobState"] not in states:
             assert time.monotonic() < deadline, f"job {number} is {job['JobState']}, not {states}: {self.logs()}"
             requeued = job["JobState"] == "PENDING" and job["Reason"] == "BeginTime"
-            if requeued and not _has_steps(number) and _idle(self):  # idle: nothing is left to be told to end
+            requeued_at = (requeued_at or time.monotonic()) if requeued else None
+            # Nothing is left to be told to end, and slurmd, which counts in seconds, would take a start in the second
+            # of the requeue for the one that was revoked.
+            settled = requeued_at is not None and time.monotonic() - requeued_at > 3
+            if settled and not _has_steps(number) and _idle(self):
                 self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
             time.sleep(0.3)
         return job
