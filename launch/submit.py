@@ -73,10 +73,12 @@ def main() -> int:
         "MUDIT_PYTHON": "python" if a.container or a.apptainer else sys.executable,
         "MUDIT_HOST_PYTHON": sys.executable,
         "MUDIT_REQUEUE": str(int(a.chain == 1)),
+        "MUDIT_SHUTDOWN": str(max(10, a.signal_seconds - 30)),
     }
     if a.container:
         settings["MUDIT_SRUN"] = (
             f"--container-image={a.container} --container-mounts={mounts} --container-workdir={Path.cwd()}"
+            " --container-env=HF_HOME,HF_HUB_OFFLINE,OMP_NUM_THREADS,PYTHONPATH"  # else the image's own win
         )
     if a.apptainer:
         settings["MUDIT_INSIDE"] = f"apptainer exec --nv --bind {mounts} --pwd {Path.cwd()} {a.apptainer}"

@@ -10,7 +10,7 @@ from .health import BINS, time_figures, time_sums
 from .jumps import data_step, follow
 from .rollback import go_back
 from .state import Run, Totals, TrainState
-from .stopping import Agreement, BadDataError, RunError
+from .stopping import OUTAGE, Agreement, BadDataError, RunError, bad_data, outage
 from .watchdog import Watchdog
 
 
@@ -52,7 +52,7 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         _look(run, watchdog, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0)
     stream = follow(run.batches, lambda: data_step(state.step, state.jumps))
     run.pace.restart()
-    reads_before = _reads(state)
+    reads_before, counted = _reads(state), (0, 0)
     while state.step < run.last_step:
         micro_batches = run.pace.take(stream)
         train_step(run, state.step, micro_batches)
@@ -67,6 +67,10 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         too_bad = due["log"] and share > plan.max_bad_share
         record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
         if due["log"]:
+            lost, seen = holes - counted[0], read - counted[1]
+            if lost > OUTAGE * max(100, seen) and plan.max_bad_share < 1:
+                raise BadDataError(outage(state.step, lost, seen, state.holes))
+            counted = holes, read
             record |= _figures(run) | {"bad_share": share}
             watchdog.beat(state.step, record["step_time_s"])
             row = state.skips.take_longest_row()
@@ -86,7 +90,7 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
                 if due["checkpoint"] or last:
                     save(run, wait=last)
         if too_bad:
-            raise BadDataError(_bad_data(run, share))
+            raise BadDataError(bad_data(state.step, share, plan.max_bad_share, state.holes))
         if stopping:
             return "preempted", "asked to stop by a signal"
         if any(due.values()):
@@ -216,15 +220,6 @@ def _figures(run: Run) -> dict[str, Any]:
 def _reads(state: TrainState) -> tuple[int, int]:
     """(unreadable samples, samples) that this rank has read in the life of the run."""
     return sum(state.holes.values()), state.samples_read
-
-
-def _bad_data(run: Run, share: float) -> str:
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(run.state.holes.items()))
-    return (
-        f"{share:.2%} of the samples were unreadable, more than data.max_bad_share {run.plan.max_bad_share:.2%} "
-        f"(rank 0 saw {reasons or 'none of them'}). The run is saved at step {run.state.step}: make the samples "
-        "readable again, or raise data.max_bad_share, and start it again."
-    )
 
 
 def _look(

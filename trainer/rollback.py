@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from .checkpoint import newest_good
+from .checkpoint import newest_good, set_aside
 from .jumps import jump_back, write_jumps
 from .state import Run
 from .stopping import RunError
@@ -17,7 +17,7 @@ def go_back(run: Run, row: int) -> None:
     """
     state, present = run.state, run.state.step
     run.checkpointer.wait()
-    checkpoint, _ = newest_good(run.folder, run.world.control)
+    checkpoint, damaged = newest_good(run.folder, run.world.control)
     why = f"{row} steps in a row were skipped before step {present} (train.rollback_after {run.plan.rollback_after})"
     advice = "lower optim.lr or lengthen optim.warmup_steps"
     if checkpoint is None:
@@ -30,6 +30,8 @@ def go_back(run: Run, row: int) -> None:
         )
     jumps = jump_back(state.jumps, present, target, why)
     if run.world.rank == 0:
+        for path in damaged:  # else they would count among those to keep, and the good one would go
+            set_aside(path)
         write_jumps(run.folder, jumps)
     dist.barrier(group=run.world.control)
     run.checkpointer.load(checkpoint, {**run.ema.tensors(), **state.tensors()})

@@ -1,10 +1,13 @@
 """How a run ends before its last step: asked by a signal, or by what all ranks have found together."""
 
 import signal
+from collections.abc import Mapping
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+OUTAGE = 0.9  # share of unreadable samples between two log steps
 
 
 class RunError(RuntimeError):
@@ -12,7 +15,27 @@ class RunError(RuntimeError):
 
 
 class BadDataError(RunError):
-    """More samples were unreadable than data.max_bad_share allows; the run has been saved."""
+    """More samples were unreadable than data.max_bad_share allows, or nearly all of the last ones."""
+
+
+def bad_data(step: int, share: float, most: float, holes: Mapping[str, int]) -> str:
+    return (
+        f"{share:.2%} of the samples were unreadable, more than data.max_bad_share {most:.2%} (rank 0 saw "
+        f"{_reasons(holes)}). The run is saved at step {step}: make the samples readable again, or raise "
+        "data.max_bad_share, and start it again."
+    )
+
+
+def outage(step: int, lost: int, seen: int, holes: Mapping[str, int]) -> str:
+    return (
+        f"{lost} of the last {seen} samples could not be read (rank 0 saw {_reasons(holes)}): the storage is gone, not "
+        f"a sample here and there. Nothing is saved of the steps before step {step} that learned from what was left: "
+        "start the run again once its data can be read, and it goes on from its newest checkpoint."
+    )
+
+
+def _reasons(holes: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in sorted(holes.items())) or "none of them"
 
 
 class Agreement:

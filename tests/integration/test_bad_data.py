@@ -13,13 +13,13 @@ from trainer.checkpoint import complete_checkpoints
 from trainer.metrics import read_metrics
 
 
-def half_broken(folder: Path) -> str:
-    """The debug shards' size, every second image no image; returns data.shards."""
+def half_broken(folder: Path, every: int = 2) -> str:
+    """The debug shards' size, but every second image (or all but every n-th) no image; returns data.shards."""
     index = ImageTextIndex(open_shards(str(ensure_debug_assets(ROOT / ".cache" / "debug") / "train-000000.tar")))
     with open(str(index.paths[0]), "rb") as tar:
         tar.seek(int(index.image_offset[0]))
         image = tar.read(int(index.image_size[0]))
-    samples = [(f"{i:04d}", image if i % 2 else b"not a picture", "png", f"number {i}") for i in range(256)]
+    samples = [(f"{i:04d}", image if i % every else b"not a picture", "png", f"number {i}") for i in range(256)]
     return str(write_shards(samples, folder / "half", 256)[0])
 
 
@@ -50,3 +50,20 @@ def test_stops_and_goes_on(tmp_path: Path) -> None:
     assert re.search(r"warning: \d+ of \d+ validation samples are unreadable", done.stdout)
     records = read_metrics(folder)
     assert [r["step"] for r in records] == list(range(21)), "no step twice, none left out"
+
+
+def test_a_storage_that_is_gone_ends_the_run_unsaved(tmp_path: Path) -> None:
+    """Long before it is a share of all that was read, and before a step that learned from nothing is kept."""
+    more = [
+        f"data.shards={half_broken(tmp_path, every=1)}",
+        f"run.dir={tmp_path}",
+        "run.name=run",
+        "data.max_bad_share=0.5",
+    ]
+    steps = ("train.steps=40", "train.global_batch_size=32", "train.log_every=4", "train.sample_every=0")
+    ended = finished("launch/train.py", "--config", "mmdit_debug_mup.yaml", *more, *steps)
+    assert ended.returncode == 1
+    assert re.search(r"error: \d+ of the last \d+ samples could not be read .*the storage is gone", ended.stderr)
+    assert "Traceback" not in ended.stderr
+    assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"

@@ -1,9 +1,12 @@
 """The job that launch/submit.py writes, without a Slurm: options, settings, refusals, and when a job is requeued."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -29,7 +32,7 @@ def test_dry_run_prints_a_script_that_bash_reads(
         assert f"#SBATCH --{option}\n" in script
     assert "export MUDIT_SRUN='--container-image=registry/image:1 --container-mounts=" in script
     here = Path.cwd()
-    assert f",{tmp_path}:{tmp_path},/data:/data --container-workdir={here}'" in script
+    assert f",{tmp_path}:{tmp_path},/data:/data --container-workdir={here} --container-env=HF_HOME," in script
     assert f"export MUDIT_HOST_PYTHON={sys.executable}\n" in script
     assert 'exec "${MUDIT_HOST_PYTHON:-$MUDIT_PYTHON}"' in script
     assert script.count("--job-name") == 1  # the template's own options are gone
@@ -89,8 +92,47 @@ def test_a_target_without_a_ladder_is_warned_of(
 def test_only_a_state_of_this_start_counts(tmp_path: Path) -> None:
     """A start that dies at once must not be requeued because the one before it was preempted."""
     status = tmp_path / "status.json"
-    assert requeue.state_since(status, 0.0) is None
+    assert requeue.state_since(status, 0.0) == (None, "")
     status.write_text('{"state": "preempted"}')
     written = status.stat().st_mtime
-    assert requeue.state_since(status, int(written)) == "preempted"
-    assert requeue.state_since(status, written + 2) is None
+    assert requeue.state_since(status, int(written)) == ("preempted", "")
+    assert requeue.state_since(status, written + 2) == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "saved", "again"),
+    [
+        ("failed", "rank 3 is lost: killed, or its host is gone", True, True),
+        ("failed", "rank 3 is lost: killed, or its host is gone", False, False),
+        ("failed", "watchdog: step 9 took more than 40 s on rank 1", True, True),
+        ("failed", "AcceleratorError: CUDA error: an illegal memory access was encountered", True, True),
+        ("failed", "CUDA out of memory. Tried to allocate 2 GiB", True, False),
+        ("failed", "12% of the samples were unreadable, more than data.max_bad_share", True, False),
+        ("running", "", True, True),
+        ("running", "", False, False),
+        ("preempted", "asked to stop by a signal", False, True),
+        ("finished", "", True, False),
+    ],
+)
+def test_what_is_requeued(
+    state: str, reason: str, saved: bool, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a machine has broken is tried again, as long as each start gets as far as a checkpoint."""
+    run = tmp_path / "run"
+    for step, exists in ((1, True), (2, saved)):
+        meta = run / "checkpoints" / f"step_{step:08d}" / "meta.json"
+        meta.parent.mkdir(parents=True)
+        if exists:
+            meta.write_text("{}")
+    os.utime(run / "checkpoints/step_00000001/meta.json", (1, 1))  # of the start before
+    (run / "status.json").write_text(json.dumps({"state": state, "step": 3, "reason": reason}))
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        requeue.subprocess, "run", lambda command, **_: calls.append(command) or SimpleNamespace(returncode=0)
+    )
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("MUDIT_REQUEUE", raising=False)
+    arguments = ["--config", "mmdit_debug_mup", "--since", "1000", "--exit-code", "1"]
+    monkeypatch.setattr("sys.argv", ["requeue.py", *arguments, f"run.dir={tmp_path}", "run.name=run"])
+    assert requeue.main() == (0 if again or state == "finished" else 1)
+    assert calls == ([["scontrol", "requeue", "7"]] if again else [])
