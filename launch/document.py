@@ -28,8 +28,10 @@ gives at init keeps its size |
 | vector | d | 1 | 1 | 1 | 0 | one number a feature, nothing to sum over |
 | fixed | none | 1 | 1 | 1 | 0, of matrices 1 | the same tensor at every width |
 
-Gradients shrink as the width grows, so a clip norm that was found on the proxy is looser on the target: `mup/clip_share`
-tells how often it acts. Adam's epsilon is the config's at every width (`mup.eps_rule: constant`; default 1e-12): gradients shrink with 1/m, and behind a zero gate they are
+Gradients shrink as the width grows, so a clip norm that was found on the proxy is looser on the target: \
+`mup/clip_share`
+tells how often it acts. Adam's epsilon is the config's at every width (`mup.eps_rule: constant`; default 1e-12): \
+gradients shrink with 1/m, and behind a zero gate they are
 as small as 1e-9. `eps_rule: width` divides epsilon by m instead. The final weight starts at zero, which takes away the
 only transient that depends on the width. Weights decay by role (`optim.decay: matrices`) unless a config says `all`.
 
