@@ -33,7 +33,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if error.errno not in _OF_THE_DISK:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        code = _report(f"{where}{error.strerror}: make room or give rights, then run the same command again", 2)
+        code = _report(
+            f"{where}{error.strerror}: make room or give rights, then run the same command again", 2, alike=False
+        )
     sys.stdout.flush()
     sys.exit(code)
 
@@ -51,12 +53,12 @@ def kill_tree(pid: int) -> None:
     doomed, found = set[int](), {pid}
     while found:  # stopped first: what runs might start another one meanwhile
         for process in found:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGSTOP)
         doomed |= found
         found = {child for child, parent in _parents().items() if parent in doomed} - doomed
     for process in doomed:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGKILL)
 
 
@@ -70,8 +72,9 @@ def _parents() -> dict[int, int]:
     return parents
 
 
-def _report(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") != "0":
+def _report(message: str, code: int, alike: bool = True) -> int:
+    """alike: all ranks have much the same to say."""
+    if alike and os.environ.get("RANK", "0") != "0":
         # Rank 0 nearly always has the same message; torchrun ends this process before it would repeat it.
         time.sleep(15)
     print(f"error: {message}", file=sys.stderr, flush=True)

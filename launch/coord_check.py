@@ -157,6 +157,10 @@ def main() -> int:
     (arguments.output / "coord_check.json").write_text(json.dumps(written, indent=1) + "\n")
     plot(report, checked, f"{Path(arguments.config).stem}, {steps} steps", arguments.output / "coord_check.png")
     print(summary(report, strongest_control(control), checked))
+    print(
+        f"  at learning rate {lr:.3g}"
+        + ("" if arguments.lr is not None else f", found from optim.lr (at most {_MOST_LR:g})")
+    )
     print(f"{arguments.output}/coord_check.json, coord_check.png ({settings['seconds']} s)")
     return 0 if report.verdict == "passed" else 1
 

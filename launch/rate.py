@@ -92,8 +92,8 @@ def read_prompts(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path} cannot be read: {error}") from None
     blank = [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]
-    if blank or not prompts:
-        raise DataError(f"--prompts {path}: expected a prompt on each line, line {blank[0] if blank else 1} is blank")
+    if blank:
+        raise DataError(f"--prompts {path}: expected a prompt on each line, line {blank[0]} is blank")
     return prompts
 
 

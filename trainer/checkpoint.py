@@ -9,8 +9,8 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -31,12 +31,16 @@ T = TypeVar("T")
 
 def write_atomically(path: Path, text: str) -> None:
     """The whole text or nothing, also after a crash of the machine, and whoever else writes it at the same time."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(beside, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

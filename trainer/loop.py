@@ -10,7 +10,7 @@ from .health import BINS, time_figures, time_sums
 from .jumps import data_step, follow
 from .rollback import go_back
 from .state import Run, Totals, TrainState
-from .stopping import OUTAGE, Agreement, BadDataError, RunError, bad_data, outage
+from .stopping import OUTAGE, Agreement, BadDataError, Losses, RunError, bad_data, outage
 from .watchdog import Watchdog
 
 
@@ -52,7 +52,7 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         _look(run, watchdog, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0)
     stream = follow(run.batches, lambda: data_step(state.step, state.jumps))
     run.pace.restart()
-    reads_before, counted = _reads(state), (0, 0)
+    reads_before, losses = _reads(state), Losses(plan.max_bad_share)
     while state.step < run.last_step:
         micro_batches = run.pace.take(stream)
         train_step(run, state.step, micro_batches)
@@ -61,16 +61,14 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         due = {key: _due(state.step, every, run.last_step) for key, every in _intervals(run).items()}
         holes, read = (now - then for now, then in zip(_reads(state), reads_before, strict=True))
         asked, holes, read = agreement.exchange(holes, read)
+        if (lost := losses.in_a_row(holes, read)) >= OUTAGE:
+            raise BadDataError(outage(lost, state.holes))
         # Of what was read since this start, so that a run whose data were mended goes on; and of at least 1000: a few
         # bad samples in the first steps are no share yet.
         share = holes / max(1000, read)
         too_bad = due["log"] and share > plan.max_bad_share
         record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
         if due["log"]:
-            lost, seen = holes - counted[0], read - counted[1]
-            if lost > OUTAGE * max(100, seen) and plan.max_bad_share < 1:
-                raise BadDataError(outage(state.step, lost, seen, state.holes))
-            counted = holes, read
             record |= _figures(run) | {"bad_share": share}
             watchdog.beat(state.step, record["step_time_s"])
             row = state.skips.take_longest_row()

@@ -36,7 +36,6 @@ def find_resumed(
     if not config.run.resume:
         raise ConfigError(f"run.resume is false, but {folder} has checkpoints: use another run.name or remove them")
     meta = read_meta(checkpoint)
-    check_same_model(meta, table.to_json(), checkpoint, rules=False)
     check_same_engine(meta, engine_identity(config, world), checkpoint)
     changes = check_resume(meta["config"], config)
     check_same_model(meta, table.to_json(), checkpoint, rules=True)

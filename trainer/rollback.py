@@ -30,7 +30,8 @@ def go_back(run: Run, row: int) -> None:
         )
     jumps = jump_back(state.jumps, present, target, why)
     if run.world.rank == 0:
-        for path in damaged:  # else they would count among those to keep, and the good one would go
+        for path, damage in damaged.items():  # else they would count among those to keep, and the good one would go
+            run.metrics.say(f"warning: {damage}; renamed to .corrupt and passed over")
             set_aside(path)
         write_jumps(run.folder, jumps)
     dist.barrier(group=run.world.control)

@@ -7,7 +7,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-OUTAGE = 0.9  # share of unreadable samples between two log steps
+OUTAGE = 100  # samples in a row of steps that lose nearly all
 
 
 class RunError(RuntimeError):
@@ -26,12 +26,27 @@ def bad_data(step: int, share: float, most: float, holes: Mapping[str, int]) -> 
     )
 
 
-def outage(step: int, lost: int, seen: int, holes: Mapping[str, int]) -> str:
+def outage(lost: int, holes: Mapping[str, int]) -> str:
     return (
-        f"{lost} of the last {seen} samples could not be read (rank 0 saw {_reasons(holes)}): the storage is gone, not "
-        f"a sample here and there. Nothing is saved of the steps before step {step} that learned from what was left: "
-        "start the run again once its data can be read, and it goes on from its newest checkpoint."
+        f"the last {lost} samples could not be read (rank 0 saw {_reasons(holes)}): the storage is gone, not a sample "
+        "here and there. The run ends without a checkpoint of the steps that learned from what was left: start it "
+        "again once its data can be read."
     )
+
+
+class Losses:
+    """Steps in a row in which nearly nothing could be read: their gradients are of a few samples, or of none."""
+
+    def __init__(self, max_bad_share: float) -> None:
+        self._least = max(0.9, max_bad_share)
+        self._before, self._row = (0, 0), 0
+
+    def in_a_row(self, holes: int, read: int) -> int:
+        """Samples that were lost in the last steps alike. holes of read: of all ranks, since the run has started."""
+        lost, seen = holes - self._before[0], read - self._before[1]
+        self._before = holes, read
+        self._row = self._row + lost if lost > self._least * seen else 0
+        return self._row
 
 
 def _reasons(holes: Mapping[str, int]) -> str:

@@ -60,10 +60,10 @@ def test_a_storage_that_is_gone_ends_the_run_unsaved(tmp_path: Path) -> None:
         "run.name=run",
         "data.max_bad_share=0.5",
     ]
-    steps = ("train.steps=40", "train.global_batch_size=32", "train.log_every=4", "train.sample_every=0")
+    steps = ("train.steps=40", "train.global_batch_size=32", "train.log_every=10", "train.sample_every=0")
     ended = finished("launch/train.py", "--config", "mmdit_debug_mup.yaml", *more, *steps)
     assert ended.returncode == 1
-    assert re.search(r"error: \d+ of the last \d+ samples could not be read .*the storage is gone", ended.stderr)
+    assert re.search(r"error: the last \d+ samples could not be read .*the storage is gone", ended.stderr)
     assert "Traceback" not in ended.stderr
     assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
