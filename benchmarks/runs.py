@@ -42,9 +42,8 @@ def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
         with contextlib.redirect_stdout(None):  # a muP table of each of many runs is no news
             run = build_run(config, _world)
         run.metrics.say = lambda text: None
-        run.metrics.plot = lambda last=False: (
-            None
-        )  # nobody sees the folder, and a picture costs more than a small run's steps
+        # Nobody sees the folder, and a picture costs more than a small run's steps.
+        run.metrics.plot = lambda last=False: None
         try:
             outcome = train(run)
         finally:

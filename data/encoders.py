@@ -286,7 +286,7 @@ class Autoencoder:
         parts = []
         for part in _few(images):
             pixels = _unit_range(part, self.model.device, wide).to(self.model.dtype)
-            posterior = self.model.encode(pixels).latent_dist  # type: ignore[union-attr]
+            posterior = self.model.encode(pixels).latent_dist  # type: ignore[union-attr] (a tuple if asked for)
             parts.append((posterior.mean.to(wide), posterior.logvar.to(wide)))
         mean, logvar = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return Moments((mean - self.shift) * self.scale, logvar + 2.0 * math.log(self.scale))
@@ -297,7 +297,7 @@ class Autoencoder:
         wide = _at_least_float32(self.model.dtype)
         z = latents.to(self.model.device, wide) / self.scale + self.shift
         parts = _few(z.to(self.model.dtype), self.downsample)
-        images = [self.model.decode(part).sample.to(wide) for part in parts]  # type: ignore[union-attr]
+        images = [self.model.decode(part).sample.to(wide) for part in parts]  # type: ignore[union-attr] (as above)
         return torch.cat(images).clamp(-1.0, 1.0)
 
 

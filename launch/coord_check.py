@@ -34,7 +34,7 @@ from trainer.mup.coord import (
     observe,
     shows_faults,
     strongest_control,
-)  # fmt: skip
+)
 from trainer.mup.table import MuTable
 from trainer.parallel.mesh import World, init_world
 from trainer.source import Source
@@ -157,10 +157,8 @@ def main() -> int:
     (arguments.output / "coord_check.json").write_text(json.dumps(written, indent=1) + "\n")
     plot(report, checked, f"{Path(arguments.config).stem}, {steps} steps", arguments.output / "coord_check.png")
     print(summary(report, strongest_control(control), checked))
-    print(
-        f"  at learning rate {lr:.3g}"
-        + ("" if arguments.lr is not None else f", found from optim.lr (at most {_MOST_LR:g})")
-    )
+    found = "" if arguments.lr is not None else f", found from optim.lr (at most {_MOST_LR:g})"
+    print(f"  at learning rate {lr:.3g}{found}")
     print(f"{arguments.output}/coord_check.json, coord_check.png ({settings['seconds']} s)")
     return 0 if report.verdict == "passed" else 1
 

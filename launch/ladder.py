@@ -44,20 +44,9 @@ def main() -> int:
         load_config(a.config, overrides)  # refuses a bad width before anything runs
 
     check = folder / "coord_check"
-    checked = call(
-        [
-            sys.executable,
-            "launch/coord_check.py",
-            "--config",
-            a.config,
-            "--widths",
-            a.widths,
-            "--output",
-            str(check),
-            *([] if a.lr is None else ["--lr", str(a.lr)]),
-        ],
-        a.overrides,
-    )
+    command = [sys.executable, "launch/coord_check.py", "--config", a.config, "--widths", a.widths]
+    command += ["--output", str(check), *([] if a.lr is None else ["--lr", str(a.lr)])]
+    checked = call(command, a.overrides)
     losses: dict[int, float] = {}
     if checked == 0:
         launcher = [sys.executable]
