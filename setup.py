@@ -5,7 +5,7 @@ An application, not a library: install it editable into an environment of its ow
 
 from setuptools import find_packages, setup
 
-ROOMS = ["models", "data", "trainer", "launch"]
+ROOMS = ["models", "data", "trainer", "export", "launch"]
 
 setup(
     name="mudit",

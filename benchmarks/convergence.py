@@ -33,13 +33,14 @@ from benchmarks.machine import write
 from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained, worker_pool
 from data.files import temporary_beside
 from data.image_sets import open_image_set
-from trainer.build import build_inference
-from trainer.checkpoint import complete_checkpoints
-from trainer.config import TrainConfig, load_config
+from trainer.build.inference import build_inference
+from trainer.checkpoint.find import complete_checkpoints
+from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
 from trainer.evaluate.curves import Curve, Reached, compare
 from trainer.evaluate.inception import Inception
 from trainer.evaluate.metrics import MetricError, fid, kid, statistics_of
-from trainer.metrics import read_metrics
+from trainer.monitor.metrics import read_metrics
 from trainer.parallel.mesh import World
 from trainer.search.statistics import REPLICATES, Estimate, interval
 

@@ -32,15 +32,15 @@ from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
 from benchmarks.machine import write
-from data.buckets import CellOrder
-from data.config import Cell, DataConfig
-from data.dataset import DATASET, EMPTY_CAPTION, LAYOUT, npy
+from data.buckets import BucketOrder
+from data.config import Bucket, DataConfig
 from data.index import ImageTextIndex, open_index
 from data.order import MAX_CHUNK
+from data.precomputed_format import DATASET, EMPTY_CAPTION, LAYOUT, npy
 from data.reader import ImageTextReader
 from data.shard_index import _cached_path, index_path, load_index
-from data.store import Remote
-from data.write import write_shards
+from data.storage import Remote
+from data.write_shards import write_shards
 from tests.servers import serve
 
 RESOLUTION = 256
@@ -55,8 +55,8 @@ PROCESSES = 32  # that read on a node: 8 ranks with 3 reader processes each
 def photo(rng: np.random.Generator, width: int, height: int) -> bytes:
     """A JPEG with detail at all scales, about 0.3 byte a pixel."""
     picture = Image.new("RGB", (width, height), "gray")
-    for cells in (4, 16, 64, 256):
-        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+    for buckets in (4, 16, 64, 256):
+        noise = Image.fromarray(rng.integers(0, 256, (buckets, buckets, 3), np.uint8))
         picture = Image.blend(picture, noise.resize((width, height), Image.Resampling.BICUBIC), 0.4)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90)
@@ -189,22 +189,23 @@ def first_batch(shards: str, cache: str) -> None:
 
 
 def index_memory(shards: str, cache: str) -> None:
-    """In a cold process: what the index and the order of 64 slots hold, with one cell and with those of nine shapes and
+    """In a cold process: what the index and the order of 64 slots hold, with one bucket and with those of nine
+    shapes and
     two lengths of text. What processes of a machine share lies in files: page cache, which is not counted."""
     cfg = DataConfig(shards=shards, buckets="aspect", index_cache=cache)
-    shapes = [Cell(*size, length) for size in cfg.bucket_sizes(16) for length in (256, 64)]
+    shapes = [Bucket(*size, length) for size in cfg.bucket_sizes(16) for length in (256, 64)]
     found: dict[str, float] = {}
-    for cells in (shapes[:1], shapes):
+    for buckets in (shapes[:1], shapes):
         tracemalloc.start()
         index = open_index(cfg)
-        order = CellOrder(0, index, cells, 2048, None, 1.0)
+        order = BucketOrder(0, index, buckets, 2048, None, 1.0)
         queues = order.queues(order.at(0), range(64))
         into_third_epoch = 2 * len(index) // (MAX_CHUNK * 2048) + 2  # chunks of a slot: then three epochs are held
         for run in itertools.chain(map(next, queues), itertools.islice(queues[0], into_third_epoch)):
             index.rows(*run)
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-        found[f"cells_{len(cells)}"] = held / len(index)
+        found[f"buckets_{len(buckets)}"] = held / len(index)
     print(json.dumps(found))
 
 
@@ -268,11 +269,11 @@ def main() -> int:
         starts = cold_starts(Path(scratch), arguments.repeats)
     slowest = {name: max(run["first_batch_s"] for run in starts[name]) for name in ("local", "http_50ms")}
     held = starts.pop("index_bytes_a_sample")
-    of_node = {cells: PROCESSES * each for cells, each in held.items()}
+    of_node = {buckets: PROCESSES * each for buckets, each in held.items()}
     memory = {
-        "bytes_a_sample_a_process": {cells: round(each, 3) for cells, each in held.items()},
+        "bytes_a_sample_a_process": {buckets: round(each, 3) for buckets, each in held.items()},
         f"gib_of_100m_samples_in_{PROCESSES}_processes": {
-            cells: round(each * 100e6 / 2**30, 2) for cells, each in of_node.items()
+            buckets: round(each * 100e6 / 2**30, 2) for buckets, each in of_node.items()
         },
     }
     passed = rates["ours_over_webdataset"] >= 2.5 and slowest["local"] <= 2 and slowest["http_50ms"] <= 10

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write
-from trainer.metrics import read_metrics
+from trainer.monitor.metrics import read_metrics
 
 STEPS, WINDOW, LIMIT = 200, 20, 0.01
 PROCESSES = 2

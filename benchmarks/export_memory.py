@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from benchmarks.machine import write
+from export.weight_files import SafetensorsWriter
 from launch import export
-from launch.export_files import SafetensorsWriter
-from trainer.build import build_mup_table
-from trainer.config import load_config
+from trainer.build.engine import build_mup_table
+from trainer.config.load import load_config
 from trainer.parallel.dcp import TensorReader
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.machine import write
-from tests.distributed.runs import ROOT, environment
+from tests.forked import ROOT, environment
 
 EPOCH = "tests/unit/test_data_order.py::test_an_epoch_at_the_batch_of_a_cluster_reads_each_sample_once"
 CHECKS = {"cases by chance": ("-m", "hypothesis", "tests/unit"), "epoch of SA-1B": (EPOCH,)}

@@ -20,8 +20,8 @@ from benchmarks.machine import write
 from launch.common import kill_tree
 from tests.distributed.runs import exact, last_step, train, weights
 from tests.faults.harness import Job, job, kill, saving, status, wait_until, workers
-from trainer.checkpoint import complete_checkpoints
-from trainer.metrics import read_metrics
+from trainer.checkpoint.find import complete_checkpoints
+from trainer.monitor.metrics import read_metrics
 
 CONFIG = "mmdit_demo_mup.yaml"
 STEPS, CHECKPOINT_EVERY = 120, 10

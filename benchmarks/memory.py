@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.machine import write
 from models.layers import TextCondition
 from models.registry import build_model
-from trainer.config import load_config
-from trainer.parallel.memory import checkpoint_activations
+from trainer.config.load import load_config
+from trainer.parallel.activation_checkpointing import checkpoint_activations
 
 MODES = ("none", "selective", "full")
 

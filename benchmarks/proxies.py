@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.machine import write
 from models.layers import TextCondition
 from models.registry import build_model
-from trainer.config import TrainConfig, load_config
+from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
 from trainer.search.study import Study
 
 STACKED = 4

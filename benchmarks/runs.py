@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from trainer.build import build_run
-from trainer.checkpoint import write_atomically
-from trainer.config import TrainConfig, resolve
+from trainer.build.run import build_run
+from trainer.config.resolve import resolve
+from trainer.config.schema import TrainConfig
+from trainer.files import write_atomically
 from trainer.loop import train
 from trainer.parallel.mesh import World, init_world
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from benchmarks.machine import write
 from launch.common import kill_tree
-from tests.distributed.runs import ROOT, command, environment, last_step
-from trainer.metrics import read_metrics
+from tests.distributed.runs import command, last_step
+from tests.forked import ROOT, environment
+from trainer.monitor.metrics import read_metrics
 from trainer.search.study import Study
 
 SEARCH, TARGET = "search/demo.yaml", "mmdit_demo_mup.yaml"

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from benchmarks.machine import write
 from launch.common import kill_tree
-from tests.distributed.runs import ROOT, environment
+from tests.forked import ROOT, environment
 from tests.integration import slurm
 from tests.integration.slurm import Slurm
-from trainer.metrics import read_metrics
+from trainer.monitor.metrics import read_metrics
 from trainer.search.space import point
 from trainer.search.study import Study
 

@@ -34,13 +34,15 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import matmul_rate, write
 from benchmarks.twins import build_twin
 from data.batch import Batch
-from data.reader import SyntheticReader
-from trainer.build import build_run
-from trainer.config import TrainConfig, load_config, resolve
-from trainer.frozen import precision_of
+from data.synthetic import SyntheticReader
+from trainer.build.run import build_run
+from trainer.config.load import load_config
+from trainer.config.resolve import resolve
+from trainer.config.schema import TrainConfig
+from trainer.input.encoding import precision_of
 from trainer.loop import train_step
 from trainer.parallel.mesh import World, init_world
-from trainer.state import Run
+from trainer.run import Run
 
 OURS, OURS_COMPILED, TWIN, TWIN_COMPILED = "ours", "ours_compiled", "diffusers", "diffusers_compiled"
 EAGER, ALL = (OURS, TWIN), (OURS_COMPILED, OURS, TWIN, TWIN_COMPILED)
@@ -183,7 +185,7 @@ def build(name: str, case: Case, settings: list[str], world: World) -> Variant:
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(io.StringIO()))  # the muP table
         if name in (TWIN, TWIN_COMPILED):
-            stack.enter_context(mock.patch("trainer.build.build_engine", build_twin))
+            stack.enter_context(mock.patch("trainer.build.run.build_engine", build_twin))
         run = build_run(config, world)
     return Variant(config, run, allocated(world.device) - before)
 

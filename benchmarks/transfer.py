@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import write
 from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained, worker_pool
-from trainer.config import load_config
-from trainer.metrics import read_metrics
+from trainer.config.load import load_config
+from trainer.monitor.metrics import read_metrics
 from trainer.search.statistics import Estimate, Transfer, transfer
 
 LARGEST_SHIFT, WIDEST_INTERVAL = 0.35, 0.5  # octaves a doubling

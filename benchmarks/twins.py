@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from launch.export_folder import TWINS, twin_config
+from export.diffusers_folder import TWINS, twin_config
 from models.layers import ClassCondition
-from trainer.config import TrainConfig
-from trainer.frozen import precision_of
+from trainer.config.schema import TrainConfig
+from trainer.input.encoding import precision_of
 from trainer.mup.table import MuTable
 from trainer.parallel.fsdp import FSDP2Engine, Sharding
 from trainer.parallel.mesh import World

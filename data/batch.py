@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .config import Cell
+from .config import Bucket
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Batch:
     read: samples attempted, readable or not.
     logvar: float [b, C, h, w], log variances of precomputed latents, or None.
     sizes: int32 [b, 2], height and width of the images in pixels before they were cropped, 0 where there is none.
-    cell: of the step, in a run of several.
+    bucket: of the step, in a run of several.
     features: float [b, N, F], precomputed features of the images at each of N tokens, or None.
     """
 
@@ -47,7 +47,7 @@ class Batch:
     read: int
     logvar: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
-    cell: Cell | None = None
+    bucket: Bucket | None = None
     features: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:

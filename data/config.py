@@ -10,16 +10,10 @@ from typing import ClassVar, Literal, NamedTuple
 
 SYNTHETIC = "synthetic"
 NONE = "none"
-
-
 BUCKET_STEPS = 16  # sides of buckets are multiples of this part of data.resolution
 
 
-class DataError(ValueError):
-    """Bad input of the data room: names the file or key, what was expected and what to do."""
-
-
-class Cell(NamedTuple):
+class Bucket(NamedTuple):
     """What the samples of one step have in common: height and width in pixels, and the most tokens of a caption."""
 
     height: int

@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import ByT5Tokenizer, Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
 
-from .encoders import quieten
+from .encoders.loading import quieten
 from .files import folder_once
-from .write import write_shards
+from .write_shards import write_shards
 
 SIDE = 32  # pixels
 TRAIN_SAMPLES, VAL_SAMPLES, PER_SHARD = 512, 64, 256

@@ -16,11 +16,11 @@ import numpy as np
 
 from .cache import BlockCache
 from .config import DataConfig
-from .images import SampleError, StoreError
+from .errors import SampleError, StoreError
 from .index import ImageTextIndex
 from .order import END_OF_DATA, Run
 from .shard_index import ABSENT, MAX_MEMBER_BYTES
-from .store import Patience, Remote, read_remote
+from .storage import Remote, RetryPolicy, read_remote
 
 MAX_GAP = 512 << 10  # bytes that are read for nothing rather than in another request
 MAX_SPAN = 64 << 20  # bytes of one request
@@ -129,7 +129,7 @@ class SampleFiles:
     def __init__(self, index: ImageTextIndex, cfg: DataConfig, images_only: bool, features: bool = False) -> None:
         self._index, self._images_only = index, images_only
         self._members = ("image", "caption", "text", *(("features",) if features else ()))
-        self._patience = Patience(cfg.timeout_s, cfg.retries)
+        self._patience = RetryPolicy(cfg.timeout_s, cfg.retries)
         self._budget = cfg.prefetch_mib << 20
         self._local = _LocalFiles(index.paths)
         self._cache = BlockCache(Path(cfg.cache_dir), int(cfg.cache_gib * 2**30)) if cfg.cache_dir else None

@@ -16,14 +16,15 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from .config import DataConfig, DataError
+from .config import DataConfig
+from .errors import DataError, SampleError
 from .fetch import SampleFiles
 from .files import temporary_beside
-from .images import IMAGE_EXTENSIONS, SampleError, load_rgb
+from .images import IMAGE_EXTENSIONS, load_rgb
 from .index import ImageTextIndex
 from .order import mix
 from .samples import captions_of, member
-from .store import LocalBytes, open_shards
+from .storage import LocalBytes, open_shards
 from .tar import members
 
 ImageFormat = Literal["png", "jpeg"]

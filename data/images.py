@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .errors import SampleError
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _ORIENTATION_TAG = 0x0112
@@ -17,14 +19,6 @@ _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # gap of 2 (mean difference 3.1 of 255 on noise), in two thirds of the time.
 _DRAFT_GAP = 1.4
 _REDUCING_GAP = 2.0  # of the resize, as PIL's thumbnail
-
-
-class SampleError(Exception):
-    """A sample that cannot be used; the message is the reason under which holes are counted."""
-
-
-class StoreError(SampleError):
-    """The store did not give a sample's bytes; it may give them later. Messages begin with `store: `."""
 
 
 @contextmanager

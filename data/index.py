@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from .captions import Captions
-from .config import DataConfig, DataError
-from .dataset import Dataset, open_dataset
+from .caption_files import Captions
+from .config import DataConfig
+from .errors import DataError
 from .files import folder_once, temporary_beside
 from .order import Part
+from .precomputed_format import Dataset, open_dataset
 from .shard_index import ABSENT, ShardIndex, load_index
-from .store import Patience, Remote, Shard, Stamp, open_shards, stamp
+from .storage import FileVersion, Remote, RetryPolicy, Shard, open_shards, stamp
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class ImageTextIndex:
         self,
         shards: Sequence[Shard] | Sequence[IndexSource],
         cache: Path | None = None,
-        patience: Patience = Patience(),  # noqa: B008 (frozen)
-        stamps: Sequence[Stamp] | None = None,
+        patience: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
+        stamps: Sequence[FileVersion] | None = None,
     ) -> None:
         sources = [source for source in shards if isinstance(source, IndexSource)]
         sources = sources or [IndexSource([shard for shard in shards if not isinstance(shard, IndexSource)])]
@@ -132,7 +133,7 @@ class ImageTextIndex:
         weakref.finalize(self, _close, list(self._files.values()))
 
     @contextlib.contextmanager
-    def _folder(self, sources: Sequence[IndexSource], cache: Path | None, patience: Patience) -> Iterator[Path]:
+    def _folder(self, sources: Sequence[IndexSource], cache: Path | None, patience: RetryPolicy) -> Iterator[Path]:
         """The folder of the packed index of these shards, made where it is missing."""
         identity = hashlib.sha256(f"{_PACKED_VERSION}\0".encode())
         for name, known in zip(self.names, self.stamps, strict=True):
@@ -158,7 +159,7 @@ class ImageTextIndex:
                 self._pack(sources, Path(unnamed), cache, patience)
                 yield Path(unnamed)
 
-    def _pack(self, sources: Sequence[IndexSource], folder: Path, cache: Path | None, patience: Patience) -> None:
+    def _pack(self, sources: Sequence[IndexSource], folder: Path, cache: Path | None, patience: RetryPolicy) -> None:
         """Write rows.bin, keys.bin, captions.bin and set.json; one shard's index in memory at a time."""
         sizes: list[int] = []
         digests = []
@@ -293,18 +294,18 @@ def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.
         digest.update(labels.tobytes())
 
 
-def open_index(cfg: DataConfig, stamps: Sequence[Stamp] | None = None) -> ImageTextIndex:
+def open_index(cfg: DataConfig, stamps: Sequence[FileVersion] | None = None) -> ImageTextIndex:
     """The index of a config's training data; stamps as of ImageTextIndex. Raises DataError where a shard is missing."""
     key = "data.sources" if cfg.sources else "data.shards"
     sources = [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
-    return ImageTextIndex(sources, Path(cfg.index_cache), Patience(cfg.timeout_s, cfg.retries), stamps)
+    return ImageTextIndex(sources, Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), stamps)
 
 
-def open_validation_index(cfg: DataConfig, stamps: Sequence[Stamp] | None = None) -> ImageTextIndex:
+def open_validation_index(cfg: DataConfig, stamps: Sequence[FileVersion] | None = None) -> ImageTextIndex:
     """The index of data.val_shards; stamps as of ImageTextIndex."""
     assert cfg.val_shards is not None
     source = IndexSource(open_shards(cfg.val_shards, "data.val_shards"), _captions(cfg.captions))
-    return ImageTextIndex([source], Path(cfg.index_cache), Patience(cfg.timeout_s, cfg.retries), stamps)
+    return ImageTextIndex([source], Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), stamps)
 
 
 def _captions(path: str | None) -> Path | None:

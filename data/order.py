@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .config import DataError
+from .errors import DataError
 
 MAX_CHUNK = 64  # samples; a larger chunk reads longer ranges, a smaller one mixes better
 CHUNKS_PER_SLOT = 4  # at least, in an epoch, so that small sets are mixed too

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .errors import SampleError
 from .fetch import Raw
-from .images import SampleError
 from .index import ImageTextIndex
 from .shard_index import ABSENT, MAX_MEMBER_BYTES, UNREADABLE, CaptionChoice, captions_from_bytes
 

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .config import DataError
+from .errors import DataError, SampleError
 from .files import temporary_beside
-from .images import IMAGE_EXTENSIONS, SampleError, image_size
-from .store import LocalBytes, Patience, Remote, RemoteBytes, Shard, Stamp, stamp
+from .images import IMAGE_EXTENSIONS, image_size
+from .storage import FileVersion, LocalBytes, Remote, RemoteBytes, RetryPolicy, Shard, stamp
 from .tar import Bytes, Member, TarError, members
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _read_whole(file: Bytes, member: Member, at_most: int = MAX_MEMBER_BYTES) ->
 
 
 @contextlib.contextmanager
-def _open(shard: Shard, patience: Patience) -> Iterator[Bytes]:
+def _open(shard: Shard, patience: RetryPolicy) -> Iterator[Bytes]:
     if isinstance(shard, Remote):
         yield RemoteBytes(shard, stamp(shard, patience).size, patience)
     else:
@@ -160,7 +160,7 @@ def _open(shard: Shard, patience: Patience) -> Iterator[Bytes]:
             yield LocalBytes(file.fileno())
 
 
-def build_index(shard: Shard, patience: Patience = Patience()) -> pa.Table:  # noqa: B008 (frozen)
+def build_index(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> pa.Table:  # noqa: B008 (frozen)
     """Index a shard by reading its headers, image headers, captions and labels: SCHEMA, a row a sample.
 
     A tar that ends early keeps its members up to there (the last one becomes a hole when it is read).
@@ -265,9 +265,9 @@ def _cached_path(shard: Shard, cache: Path) -> Path:
 def load_index(
     shard: Shard,
     cache: Path | None = None,
-    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    patience: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
     rebuild: bool = False,
-    known_stamp: Stamp | None = None,
+    known_stamp: FileVersion | None = None,
 ) -> ShardIndex:
     """The stored index of a shard; built (and stored where a folder is writable) when missing, stale or to be rebuilt.
 

@@ -11,11 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from data.config import DataError
-from trainer.checkpoint import CheckpointError
-from trainer.config import ConfigError
-from trainer.parallel.memory import CompileError
-from trainer.stopping import RunError
+from data.errors import DataError
+from trainer.errors import CheckpointError, CompileError, ConfigError, RunError
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -16,26 +16,22 @@ import torch
 import torch.distributed as dist
 
 from launch.common import run
-from trainer.build import build_engine, build_mup_table
-from trainer.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    check_same_engine,
-    check_same_model,
-    complete_checkpoints,
-    convert_command,
-    engine_of,
-    find_checkpoint,
-    read_meta,
-)
-from trainer.config import TrainConfig, parse, plain, resolve
+from trainer.build.engine import build_engine, build_mup_table
+from trainer.checkpoint.compatible import check_same_engine, check_same_model, convert_command, engine_of
+from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
+from trainer.checkpoint.resume import engine_identity
+from trainer.checkpoint.write import Checkpointer
+from trainer.collectives import on_rank_0
+from trainer.config.keys import plain
+from trainer.config.load import parse
+from trainer.config.resolve import resolve
+from trainer.config.schema import TrainConfig
 from trainer.ema import EMA
-from trainer.jumps import FILE as JUMPS
+from trainer.errors import CheckpointError
 from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world, world_size
 from trainer.parallel.zero import ZeroEngine
-from trainer.resume import engine_identity
-from trainer.source import on_rank_0
+from trainer.recovery.skipped_ranges import FILE as JUMPS
 from trainer.state import TrainState
 
 AnEngine = FSDP2Engine | ZeroEngine

@@ -1,8 +1,8 @@
 """What each step will see, read through the same per-rank readers as training: one JSON line a step.
 
-Its keys, and in a run of several cells the step's: height and width in pixels, and the most tokens of a caption.
+Its keys, and in a run of several buckets the step's: height and width in pixels, and the most tokens of a caption.
 
-The jumps that a run has made past samples (rollback) are those of its folder, where there is one.
+The skipped_ranges that a run has made past samples (rollback) are those of its folder, where there is one.
 
 python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-step 0 --to-step 10
 """
@@ -15,10 +15,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.common import run
-from trainer.config import load_config, resolve
-from trainer.jumps import data_step, follow, jumps_of
+from trainer.config.load import load_config
+from trainer.config.resolve import resolve
+from trainer.input.training_data import TrainingData
 from trainer.parallel.mesh import init_world
-from trainer.source import Source
+from trainer.recovery.skipped_ranges import data_step, follow, read_skipped_ranges
 
 
 def main() -> int:
@@ -37,17 +38,19 @@ def main() -> int:
     data = dataclasses.replace(config.data, num_workers=0, prefetch_mib=max(1, config.data.prefetch_mib // size))
     config = config.model_copy(update={"data": data})
     resolved = resolve(config, size)
-    jumps, step = jumps_of(Path(config.run.dir) / str(config.run.name)), first
+    skipped_ranges, step = read_skipped_ranges(Path(config.run.dir) / str(config.run.name)), first
     world = init_world(1)
     try:
-        source = Source(config, resolved, world)
-        readers = [follow(source.reader(rank, size).batches, lambda: data_step(step, jumps)) for rank in range(size)]
+        source = TrainingData(config, resolved, world)
+        readers = [
+            follow(source.reader(rank, size).batches, lambda: data_step(step, skipped_ranges)) for rank in range(size)
+        ]
         for step in range(first, last):
             # Ranks own contiguous slots, so this is the order of the global batch.
             batches = [batch for reader in readers for batch in next(reader)]
             keys = [name for batch in batches for name in batch.names if name]
-            cell = batches[0].cell
-            print(json.dumps({"step": step, "keys": keys} | ({"cell": cell._asdict()} if cell else {})))
+            bucket = batches[0].bucket
+            print(json.dumps({"step": step, "keys": keys} | ({"bucket": bucket._asdict()} if bucket else {})))
     finally:
         dist.destroy_process_group()
     return 0

@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 8 launch/evaluate.py --checkpoint runs/xl --suite imagenet_fid50k reference=FILE network=FILE
 python launch/evaluate.py --checkpoint runs/demo --suite demo
-python launch/evaluate.py table runs/BASELINE runs/OTHER ...     # side by side: launch/evaluate_table.py
+python launch/evaluate.py table runs/BASELINE runs/OTHER ...     # side by side: trainer/evaluate/compare_runs.py
 
 The same command again goes on where it was stopped. Overrides are keys of the suite, and those of the checkpoint's
 config that say where its encoders lie and how the model runs on the machine.
@@ -19,17 +19,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.config import DataError
+from data.errors import DataError
 from data.image_sets import read_images, write_images
-from launch import evaluate_table
 from launch.common import end_with_torchrun, run
-from trainer.build import Inference, build_inference, commit
-from trainer.checkpoint import find_checkpoint, lock_folder, read_meta, write_atomically
-from trainer.config import ConfigError, parse, resolve
+from trainer.build.inference import Inference, build_inference
+from trainer.checkpoint.find import find_checkpoint, read_meta
+from trainer.collectives import on_rank_0
+from trainer.config.load import parse
+from trainer.config.resolve import resolve
+from trainer.errors import ConfigError
+from trainer.evaluate import compare_runs as evaluate_table
 from trainer.evaluate.evaluation import Evaluation, prepare
 from trainer.evaluate.suite import digest, load_suite, split_overrides
+from trainer.files import lock_folder, write_atomically
 from trainer.parallel.mesh import World, init_world, world_size
-from trainer.source import on_rank_0
+from trainer.provenance import commit
 
 
 def main() -> int:

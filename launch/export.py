@@ -6,51 +6,28 @@ torchrun ... launch/train.py --config dit_xl_2_mup.yaml run.init_from=imported
 """
 
 import argparse
-import json
-import warnings
-from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-
 from data.files import folder_once
-from launch.common import run
-from launch.export_files import PublishedWeights, SafetensorsWriter
-from launch.export_folder import (
+from export.diffusers_folder import (
     card,
     check_output,
-    position_table,
     refusals,
-    twin_config,
     without_parts,
     write_folder,
 )
-from launch.export_names import LAYOUTS, Format, Layout, fold, layout
-from trainer.build import build_mup_table
-from trainer.checkpoint import (
-    META,
-    CheckpointError,
-    check_same_model,
-    find_checkpoint,
-    lasting,
-    read_meta,
-    write_atomically,
-)
-from trainer.config import ConfigError, TrainConfig, load_config, parse, plain
-from trainer.mup.table import MuTable
+from export.names import Format
+from export.read import check_import, read_published, write_checkpoint
+from export.weight_files import PublishedWeights
+from export.write import GIB, layout_of, write_weights
+from launch.common import run
+from trainer.build.engine import build_mup_table
+from trainer.checkpoint.compatible import check_same_model, lasting
+from trainer.checkpoint.find import find_checkpoint, read_meta
+from trainer.config.load import load_config, parse
+from trainer.errors import CheckpointError, ConfigError
+from trainer.files import write_atomically
 from trainer.parallel.dcp import TensorReader
-
-GIB = 2**30
-SHOWN = 20  # names that an error lists
-KEYS = {
-    "attention_head_dim": "model.head_dim",
-    "sample_size": "model.pos_embed_base_size x model.patch_size",
-    "interpolation_scale": "model.pos_embed_interpolation",
-}
-TABLE_TOLERANCE = 2e-3  # of positions in [-1, 1], which may be stored in 16 bits
 
 
 def main() -> int:
@@ -79,16 +56,7 @@ def main() -> int:
     return 0
 
 
-def layout_of(config: TrainConfig, table: MuTable, form: Format) -> Layout:
-    shapes = {name: table.rows[name].shape for name in lasting(table.rows)}
-    return layout(
-        config.model, config.autoencoder.channels, shapes, form, config.latent_size // config.model.patch_size
-    )
-
-
 # -------------------------------------------------------------------------------------------------------------- export
-
-
 def _export(arguments: argparse.Namespace) -> str:
     checkpoint = find_checkpoint(arguments.checkpoint)
     meta = read_meta(checkpoint)
@@ -123,33 +91,7 @@ def _export(arguments: argparse.Namespace) -> str:
     return f"the {arguments.weights} weights of {checkpoint}: {arguments.output}{pipeline}"
 
 
-def write_weights(
-    reader: TensorReader,
-    group: str,
-    table: MuTable,
-    config: TrainConfig,
-    to: Layout,
-    folder: Path,
-    stem: str,
-    limit: int,
-) -> None:
-    """One parameter of ours at a time; no more than one is in memory."""
-    dtype = next(iter(reader.entries(group).values()))[1]
-    with SafetensorsWriter(folder, stem, to.shapes, dtype, limit) as writer:
-        for name in to.ours:
-            values = reader.read(f"{group}/{name}").reshape(-1)
-            if (factor := fold(table, name)) != 1.0:
-                values *= factor
-            for part in to.runs:
-                if part.ours == name:
-                    writer.write(part.theirs, part.at, values[part.ours_at :][: part.size])
-        for name in to.tables:
-            writer.write(name, 0, position_table(config).to(dtype).reshape(-1))
-
-
 # -------------------------------------------------------------------------------------------------------------- import
-
-
 def _import(arguments: argparse.Namespace) -> str:
     config = load_config(arguments.config, arguments.overrides)
     table = build_mup_table(config)
@@ -160,92 +102,6 @@ def _import(arguments: argparse.Namespace) -> str:
     with folder_once(arguments.output) as folder:
         write_checkpoint(folder, config, table, {f"model/{name}": tensor for name, tensor in tensors.items()})
     return f"{len(tensors)} parameters from {arguments.source} ({form} names): run.init_from={arguments.output}{note}"
-
-
-def check_import(config: TrainConfig, form: Format, source: PublishedWeights) -> str:
-    """Raise ConfigError where the config would compute something else with these weights than their own code does,
-    as far as that can be seen; returns a note on what cannot."""
-    model = config.model
-    if (model.kind, form) not in LAYOUTS:
-        raise ConfigError(f"{source.path} has the names of diffusers, which has no model like model.kind {model.kind}")
-    problems = []
-    if model.time_freq_shift and (model.kind, form) != ("dit", "diffusers"):
-        problems.append(f"model.time_freq_shift is {model.time_freq_shift:g}: these weights go with 0")
-    if form == "diffusers":
-        sample_size = source.config.get("sample_size")
-        stored = {"attention_head_dim": source.config.get("attention_head_dim")}
-        if model.kind != "dit":  # whose positions follow the image
-            stored["sample_size"] = sample_size
-        if model.kind == "pixart" and sample_size is not None:
-            scale = source.config.get("interpolation_scale")
-            stored["interpolation_scale"] = max(sample_size // 64, 1) if scale is None else scale
-        ours = twin_config(config)
-        problems += [
-            f"{key} is {value} in its config.json, and {ours[key]} by this config ({KEYS[key]})"
-            for key, value in stored.items()
-            if value is not None and value != ours[key]
-        ]
-    if problems:
-        raise ConfigError(f"{source.path} does not fit the config:\n  " + "\n  ".join(problems))
-    if (model.kind, form) == ("dit", "diffusers"):
-        return (
-            f"\nmodel.time_freq_shift is {model.time_freq_shift:g}: right for weights that were trained with it "
-            "(0: the official code's, also where others converted them), while diffusers always computes with 1"
-        )
-    return ""
-
-
-def read_published(source: PublishedWeights, to: Layout, config: TrainConfig, table: MuTable) -> dict[str, Tensor]:
-    """Our parameters by name, unfolded; one CheckpointError names all that is missing, unknown or of another shape."""
-    problems = [
-        f"missing: {name}" for name in dict.fromkeys(run.theirs for run in to.runs) if name not in source.shapes
-    ]
-    for name, shape in source.shapes.items():
-        if name not in to.shapes:
-            if not any(fnmatchcase(name, pattern) for pattern in to.unread):
-                problems.append(f"unknown: {name} {list(shape)}")
-        elif shape != to.shapes[name]:
-            problems.append(f"shape: {name} is {list(shape)}, by the config {list(to.shapes[name])}")
-    if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise CheckpointError(f"{source.path} does not fit the config:\n  " + "\n  ".join(problems[:SHOWN]) + more)
-    tensors = {name: torch.empty(shape).reshape(-1) for name, shape in to.ours.items()}
-    filled: set[tuple[str, int]] = set()
-    for name in to.shapes.keys() & source.shapes.keys():
-        values = source.read(name).float()
-        if name in to.tables and not torch.allclose(values, position_table(config), atol=TABLE_TOLERANCE):
-            raise CheckpointError(
-                f"{source.path}: the positions {name} are not those of the config; compare data.resolution, "
-                "model.pos_embed_base_size and what else model.pos_embed_* there is"
-            )
-        values = values.reshape(-1)
-        for part in to.runs:
-            if part.theirs != name:
-                continue
-            ours, own = tensors[part.ours][part.ours_at :][: part.size], values[part.at :][: part.size]
-            if (part.ours, part.ours_at) in filled and not torch.equal(ours, own):
-                raise CheckpointError(f"{source.path}: {name} differs between blocks, where this model has one of it")
-            ours.copy_(own)
-            filled.add((part.ours, part.ours_at))
-    return {name: (tensor / fold(table, name)).reshape(to.ours[name]) for name, tensor in tensors.items()}
-
-
-def write_checkpoint(folder: Path, config: TrainConfig, table: MuTable, tensors: dict[str, Tensor]) -> None:
-    """Weights alone, under their full names ("model/final.weight"), as run.init_from reads them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it writes in one process, which is what is meant
-        writer = dcp.FileSystemWriter(folder, sync_files=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
-    meta = {
-        "config": plain(config),
-        "mup": table.to_json(),
-        "fingerprints": {},
-        "versions": {"torch": version("torch")},
-        "commit": "",
-        "step": 0,
-        "reads": [],
-    }
-    write_atomically(folder / META, json.dumps(meta))
 
 
 if __name__ == "__main__":

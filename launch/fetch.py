@@ -12,9 +12,10 @@ from pathlib import Path
 
 from transformers.utils.hub import snapshot_download
 
-from data.config import NONE, AutoencoderConfig, DataError, TextEncoderConfig
+from data.config import NONE, AutoencoderConfig, TextEncoderConfig
+from data.errors import DataError
 from launch.common import run
-from trainer.config import load_config
+from trainer.config.load import load_config
 
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt")
 

@@ -19,9 +19,11 @@ from typing import Any
 import matplotlib.figure
 
 from launch.common import kill_tree, run
-from trainer.checkpoint import write_atomically
-from trainer.config import ConfigError, TrainConfig, load_config
-from trainer.metrics import read_metrics
+from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
+from trainer.errors import ConfigError
+from trainer.files import write_atomically
+from trainer.monitor.metrics import read_metrics
 
 
 def main() -> int:

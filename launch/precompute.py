@@ -14,12 +14,17 @@ from pathlib import Path
 
 import torch
 
-from data.config import NONE, DataError
-from data.encoders import Autoencoder, load_autoencoder, load_feature_encoder, load_text_encoder
+from data.config import NONE
+from data.encoders.autoencoder import Autoencoder, load_autoencoder
+from data.encoders.dinov2 import load_feature_encoder
+from data.encoders.text import load_text_encoder
+from data.errors import DataError
 from data.index import open_index
-from data.precompute import Precompute, bytes_in_tar
+from data.precomputed_write import Precompute, bytes_in_tar
 from launch.common import end_with_torchrun, run
-from trainer.config import ConfigError, TrainConfig, load_config
+from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
+from trainer.errors import ConfigError
 
 PROBE = 64  # samples that --dry-run encodes, at most
 PROBE_S = 60.0  # and the time it takes for them

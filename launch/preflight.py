@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from data.config import DataConfig
-from data.store import Patience, Remote, Shard, open_shards, read_remote, stamp
+from data.storage import Remote, RetryPolicy, Shard, open_shards, read_remote, stamp
 from launch.common import run
-from trainer.config import load_config
+from trainer.config.load import load_config
 from trainer.parallel.mesh import World, init_world
 
 READ_BYTES, CHUNK_BYTES = 64 * 2**20, 2**22
@@ -118,7 +118,7 @@ def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
 
 def read_rate(shards: Sequence[Shard], rank: int) -> float:
     """MB/s from a shard that no other process reads, if there are enough."""
-    shard, patience = shards[rank % len(shards)], Patience()
+    shard, patience = shards[rank % len(shards)], RetryPolicy()
     size = min(stamp(shard, patience)[0], READ_BYTES)
     if isinstance(shard, Path) and hasattr(os, "posix_fadvise"):
         with open(shard, "rb") as file:

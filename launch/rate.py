@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.config import DataError
+from data.errors import DataError, SampleError
 from data.files import temporary_beside
-from data.images import IMAGE_EXTENSIONS, SampleError, image_size, load_rgb
+from data.images import IMAGE_EXTENSIONS, image_size, load_rgb
 from launch.common import run
-from launch.rate_server import Rating
-from launch.rate_votes import BOTH_BAD, Result, Votes, results
+from launch.rating.server import Rating
+from launch.rating.votes import BOTH_BAD, Result, Votes, results
 from launch.sample import inference
-from trainer.checkpoint import find_checkpoint
-from trainer.config import ConfigError
+from trainer.checkpoint.find import find_checkpoint
+from trainer.errors import ConfigError
 
 CHUNK = 32  # images that are made together, and between which the making can stop and go on
 _MOST_PIXELS = 2**26

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.common import run
-from trainer.build import Inference, build_inference
-from trainer.checkpoint import find_checkpoint, read_meta
-from trainer.config import parse, resolve
+from trainer.build.inference import Inference, build_inference
+from trainer.checkpoint.find import find_checkpoint, read_meta
+from trainer.config.load import parse
+from trainer.config.resolve import resolve
 from trainer.evaluate.generate import save_grid
 from trainer.parallel.mesh import init_world, rank, world_size
 

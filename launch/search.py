@@ -21,13 +21,15 @@ import torch
 import torch.distributed as dist
 
 from launch.common import kill_tree, run
-from launch.search_array import submit_array
-from launch.search_page import write_page
-from launch.search_table import Table
-from trainer.config import ConfigError, load_config, resolve
+from launch.slurm.search_array import submit_array
+from trainer.config.load import load_config
+from trainer.config.resolve import resolve
+from trainer.errors import ConfigError
 from trainer.parallel.mesh import init_world, rank, world_size
 from trainer.search.cost import cost_of
 from trainer.search.definition import Search, load_search
+from trainer.search.live_table import Table
+from trainer.search.page import write_page
 from trainer.search.report import make_report
 from trainer.search.study import Study
 from trainer.search.transfer import write_target

@@ -23,11 +23,12 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data.config import DataConfig, DataError
-from data.images import IMAGE_EXTENSIONS, SampleError, image_size, load_rgb
+from data.config import DataConfig
+from data.errors import DataError, SampleError
+from data.images import IMAGE_EXTENSIONS, image_size, load_rgb
 from data.shard_index import ABSENT, captions_from_bytes, load_index
-from data.store import Shard, open_shards
-from data.write import write_shards
+from data.storage import Shard, open_shards
+from data.write_shards import write_shards
 from launch.common import run
 
 MAX_KEY = 80  # characters, within the 100 that every tar reader takes

@@ -19,11 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.common import run
-from trainer.build import commit
-from trainer.config import ConfigError, TrainConfig, load_config, resolve, to_yaml
+from trainer.config.load import load_config, to_yaml
+from trainer.config.resolve import resolve
+from trainer.config.schema import TrainConfig
+from trainer.errors import ConfigError
+from trainer.provenance import commit
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("models", "data", "trainer", "launch", "configs")
+ROOMS = ("models", "data", "trainer", "export", "launch", "configs")
 TEMPLATE = ROOT / "launch" / "slurm" / "train.sbatch"
 
 

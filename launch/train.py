@@ -15,11 +15,12 @@ import sys
 import torch.distributed as dist
 
 from launch.common import end_with_torchrun, run
-from trainer.build import build_run
-from trainer.config import load_config, resolve
+from trainer.build.run import build_run
+from trainer.config.load import load_config
+from trainer.config.resolve import resolve
+from trainer.errors import PeerError
 from trainer.loop import train
 from trainer.parallel.mesh import init_world, world_size
-from trainer.watchdog import PeerError
 
 
 def main() -> int:

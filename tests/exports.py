@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from launch import export
 from models.registry import build_model
 from tests.backbones import random_weights
-from trainer.build import build_mup_table
-from trainer.config import TrainConfig, load_config
+from trainer.build.engine import build_mup_table
+from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
 from trainer.mup.apply import apply_multipliers
 
 # A ratio of widths that is no power of two, scaled branches, and a base hyperparameter on the output.

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trainer.build import build_run
-from trainer.config import load_config, resolve
+from trainer.build.run import build_run
+from trainer.config.load import load_config
+from trainer.config.resolve import resolve
 from trainer.parallel.mesh import init_world
-from trainer.state import Run
+from trainer.run import Run
 
 QUIET = (
     "data.shards=synthetic", "train.validate_every=0", "train.sample_every=0", "train.checkpoint_every=0",

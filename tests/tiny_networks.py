@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, SwinConfig
 
-from data.encoders import quieten
+from data.encoders.loading import quieten
 from trainer.evaluate.detector import Segmenter
 
 

@@ -5,13 +5,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .checkpoint import CheckpointError
-from .health import BINS, time_figures, time_sums
-from .jumps import data_step, follow
+from .errors import BadDataError, CheckpointError, RunError
+from .monitor.mup_health import BINS, time_figures, time_sums
+from .recovery.bad_data import OUTAGE, OutageDetector, bad_data, outage
+from .recovery.skipped_ranges import data_step, follow
+from .recovery.stop_signal import StopSignal
+from .recovery.watchdog import Watchdog
 from .rollback import go_back
-from .state import Run, Totals, TrainState
-from .stopping import OUTAGE, Agreement, BadDataError, Losses, RunError, bad_data, outage
-from .watchdog import Watchdog
+from .run import Run
+from .state import Totals, TrainState
 
 
 def train(run: Run) -> str:
@@ -24,7 +26,7 @@ def train(run: Run) -> str:
     metrics.status("running", state.step)
     lag = plan.log_every if run.world.device.type == "cuda" else 0
     watchdog = Watchdog(run.folder, run.world, plan.watchdog_factor, plan.watchdog_min_s, lag)
-    with watchdog, Agreement(run.world.control) as agreement:
+    with watchdog, StopSignal(run.world.control) as agreement:
         try:
             outcome, reason = _steps(run, agreement, watchdog)
         except (RunError, CheckpointError) as error:  # on all ranks
@@ -45,16 +47,16 @@ def train(run: Run) -> str:
     return outcome
 
 
-def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str]:
+def _steps(run: Run, agreement: StopSignal, watchdog: Watchdog) -> tuple[str, str]:
     """Steps until the last one, or until the ranks agree to stop; returns the outcome and its reason."""
     plan, state = run.plan, run.state
     if state.step == 0:
         _look(run, watchdog, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0)
-    stream = follow(run.batches, lambda: data_step(state.step, state.jumps))
-    run.pace.restart()
-    reads_before, losses = _reads(state), Losses(plan.max_bad_share)
+    stream = follow(run.batches, lambda: data_step(state.step, state.skipped_ranges))
+    run.timer.restart()
+    reads_before, losses = _reads(state), OutageDetector(plan.max_bad_share)
     while state.step < run.last_step:
-        micro_batches = run.pace.take(stream)
+        micro_batches = run.timer.take(stream)
         train_step(run, state.step, micro_batches)
         state.step += 1
         watchdog.beat(state.step)
@@ -71,11 +73,11 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         if due["log"]:
             record |= _figures(run) | {"bad_share": share}
             watchdog.beat(state.step, record["step_time_s"])
-            row = state.skips.take_longest_row()
+            row = state.spikes.take_longest_row()
             if plan.rollback_after and row >= plan.rollback_after:
                 with watchdog.phase("going back"):
                     go_back(run, row)
-                run.pace.restart()
+                run.timer.restart()
                 continue
         if due["log"] or due["validate"] or due["sample"] or due["evaluate"]:
             _look(run, watchdog, record, due["validate"], due["sample"], due["evaluate"])
@@ -92,7 +94,7 @@ def _steps(run: Run, agreement: Agreement, watchdog: Watchdog) -> tuple[str, str
         if stopping:
             return "preempted", "asked to stop by a signal"
         if any(due.values()):
-            run.pace.restart()  # time spent looking is not training time
+            run.timer.restart()  # time spent looking is not training time
     return "finished", "" if run.last_step == plan.steps else "the data ended: rollbacks jumped over the rest of them"
 
 
@@ -102,7 +104,7 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
     # FSDP averages gradients over ranks, while the loss is a mean over the global batch: hence W / B.
     scale = world.size / run.plan.global_batch_size
     align = run.alignment
-    run.pace.watching = logged = _due(step + 1, run.plan.log_every, run.last_step)
+    run.timer.watching = logged = _due(step + 1, run.plan.log_every, run.last_step)
     # Sums: loss, REPA loss, text tokens, weight; loss and weight by time.
     sums = torch.zeros(4 + 2 * BINS, dtype=torch.float64, device=world.device)
     for number, batch in enumerate(micro_batches):
@@ -123,9 +125,9 @@ def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
         state.samples_read += batch.read
         for reason in batch.holes:
             state.holes[reason] = state.holes.get(reason, 0) + 1
-    result = run.engine.step(run.lr(step), run.health if logged else None, state.skips.limit())
+    result = run.engine.step(run.lr(step), run.health if logged else None, state.spikes.limit())
     run.ema.update(step, result.skipped)
-    state.skips.update(result.grad_norm, result.skipped)
+    state.spikes.update(result.grad_norm, result.skipped)
     # Summed over ranks in every step, a few numbers on the device, so that a checkpoint between two log lines holds
     # the same totals on all ranks and a resumed run logs the same figures.
     dist.all_reduce(sums)
@@ -144,16 +146,18 @@ def save(run: Run, wait: bool = False) -> None:
     tensors = {**run.ema.tensors(), **state.tensors()}
     reads: list[Any] = [None] * run.world.size
     dist.all_gather_object(reads, (state.holes, state.samples_read), group=run.world.control)
-    meta = {**run.meta, "step": state.step, "reads": reads, "jumps": state.jumps}
+    meta = {**run.meta, "step": state.step, "reads": reads, "jumps": state.skipped_ranges}
     run.checkpointer.save(state.step, tensors, meta, wait)
 
 
 def restore(state: TrainState, meta: dict[str, Any], rank: int) -> None:
     """Host-side state from a checkpoint, after its tensors; the counts of bad samples go on at rank 0 if the world
-    has changed. The jumps are those of the run folder: it may have gone back to this checkpoint since."""
+    has changed. The skipped_ranges are those of the run folder: it may have gone back to this checkpoint since."""
     state.step = meta["step"]
-    if [list(jump) for jump in state.jumps if jump.at_step <= state.step] != meta["jumps"]:
-        state.skips.forget_rows()
+    if [list(skipped_range) for skipped_range in state.skipped_ranges if skipped_range.at_step <= state.step] != meta[
+        "jumps"
+    ]:
+        state.spikes.forget_rows()
     reads = meta["reads"]
     if len(reads) == dist.get_world_size():
         state.holes, state.samples_read = dict(reads[rank][0]), reads[rank][1]
@@ -185,14 +189,14 @@ def _figures(run: Run) -> dict[str, Any]:
     """Read the totals back (the host sync of a log step) and start them anew."""
     plan, state = run.plan, run.state
     totals = Totals.unpacked(state.totals.to("cpu", copy=True))
-    step_s = run.pace.step_s()  # now that the device has done them
+    step_s = run.timer.step_s()  # now that the device has done them
     state.totals.zero_()
     figures: dict[str, Any] = {
         "lr": run.lr(state.step - 1),
         "skipped_steps": int(totals.skipped),
         "spike_steps": int(totals.spikes),
     }
-    if jumped := data_step(state.step, state.jumps) - state.step:
+    if jumped := data_step(state.step, state.skipped_ranges) - state.step:
         figures["jumped_steps"] = jumped
     counted = float(totals.counted)
     if counted:
@@ -200,16 +204,18 @@ def _figures(run: Run) -> dict[str, Any]:
             figures[name] = float(getattr(totals, name)) / counted
         figures["mup/clip_share"] = float(totals.clipped) / counted
     figures |= time_figures(totals.by_time.tolist()) | run.health.figures() | run.checkpointer.figures()
-    text_tokens, cells = float(totals.text_tokens) / max(1.0, counted), run.pace.cells
+    text_tokens, buckets = float(totals.text_tokens) / max(1.0, counted), run.timer.buckets
     images_per_s = plan.global_batch_size / step_s
-    image_flops = sum(plan.image_flops(text_tokens, cell) * count for cell, count in cells.items()) / cells.total()
+    image_flops = (
+        sum(plan.image_flops(text_tokens, bucket) * count for bucket, count in buckets.items()) / buckets.total()
+    )
     flops_per_s = image_flops * images_per_s
     figures |= {
         "images_per_s": images_per_s,
         "step_time_s": step_s,
         "model_tflops_per_s": flops_per_s / 1e12,
     }
-    figures |= run.pace.figures(step_s)
+    figures |= run.timer.figures(step_s)
     if plan.peak_flops is not None:
         figures["mfu"] = flops_per_s / plan.peak_flops
     return figures

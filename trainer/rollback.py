@@ -1,11 +1,12 @@
-"""Going back: after a row of skipped steps a run returns to its newest checkpoint and jumps past the samples since."""
+"""Going back: after a row of skipped steps a run returns to its newest checkpoint and skipped_ranges past the
+samples since."""
 
 import torch.distributed as dist
 
-from .checkpoint import newest_good, set_aside
-from .jumps import jump_back, write_jumps
-from .state import Run
-from .stopping import RunError
+from .checkpoint.find import newest_good, set_aside
+from .errors import RunError
+from .recovery.skipped_ranges import skip_back, write_skipped_ranges
+from .run import Run
 
 MOST_IN_A_ROW = 3  # rollbacks to one checkpoint
 
@@ -23,22 +24,22 @@ def go_back(run: Run, row: int) -> None:
     if checkpoint is None:
         raise RunError(f"{why}, and there is no checkpoint to go back to: {advice}, or set train.checkpoint_every")
     target = int(checkpoint.name.removeprefix("step_"))
-    if sum(jump.at_step == target for jump in state.jumps) >= MOST_IN_A_ROW:
+    if sum(skipped_range.at_step == target for skipped_range in state.skipped_ranges) >= MOST_IN_A_ROW:
         raise RunError(
             f"{why}, and the run has gone back to {checkpoint} {MOST_IN_A_ROW} times already: remove that "
             f"checkpoint to start from an older one, or {advice}"
         )
-    jumps = jump_back(state.jumps, present, target, why)
+    skipped_ranges = skip_back(state.skipped_ranges, present, target, why)
     if run.world.rank == 0:
         for path, damage in damaged.items():  # else they would count among those to keep, and the good one would go
             run.metrics.say(f"warning: {damage}; renamed to .corrupt and passed over")
             set_aside(path)
-        write_jumps(run.folder, jumps)
+        write_skipped_ranges(run.folder, skipped_ranges)
     dist.barrier(group=run.world.control)
     run.checkpointer.load(checkpoint, {**run.ema.tensors(), **state.tensors()})
-    state.step, state.jumps = target, jumps
-    state.skips.forget_rows()
+    state.step, state.skipped_ranges = target, skipped_ranges
+    state.spikes.forget_rows()
     run.metrics.cut(target)
-    text = f"{why}: back to step {target}, past the samples of {jumps[-1].steps} steps"
+    text = f"{why}: back to step {target}, past the samples of {skipped_ranges[-1].steps} steps"
     run.metrics.say(text)
     run.metrics.status("running", target, text)

@@ -21,13 +21,16 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
-from data.reader import SyntheticReader
+from data.synthetic import SyntheticReader
 from models.layers import TextCondition, time_sinusoids
 from models.registry import build_model
-from trainer.build import FrozenParts, build_alignment, build_engine, build_mup_table, build_objective
-from trainer.checkpoint import Checkpointer
-from trainer.config import TrainConfig, load_config, resolve
+from trainer.build.engine import build_alignment, build_engine, build_mup_table, build_objective
+from trainer.checkpoint.write import Checkpointer
+from trainer.config.load import load_config
+from trainer.config.resolve import resolve
+from trainer.config.schema import TrainConfig
 from trainer.ema import EMA
+from trainer.input.encoding import Encoders
 from trainer.mup.apply import apply_multipliers, init_parameters
 from trainer.parallel.engine import Watch
 from trainer.parallel.fsdp import FSDP2Engine
@@ -69,7 +72,7 @@ def run_steps(
 ) -> Any:
     """Train; at step `spoil` the last rank's batch holds a NaN. Returns the last step's result; losses: is given this
     rank's loss of each micro-batch."""
-    frozen, resolved = FrozenParts(config, world), resolve(config, world.size)
+    frozen, resolved = Encoders(config, world), resolve(config, world.size)
     objective, align = build_objective(config, resolved), build_alignment(config, frozen)
     assert align is not None
     reader = SyntheticReader(

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import trainer.build
-from trainer.parallel.memory import compile_units
+import trainer.build.engine
+from trainer.parallel.compile import compile_units
 from trainer.parallel.mesh import World, init_world
 
 from .engine_checks import (
@@ -65,7 +65,7 @@ def trains_alike(world: World) -> dict[str, float]:
     """Largest difference that each way makes to the weights and the gradient norm, and what three steps do ("moved").
 
     Compiled without code generation: that is tests/unit/test_memory.py's."""
-    trainer.build.compile_units = partial(compile_units, backend="eager")
+    trainer.build.engine.compile_units = partial(compile_units, backend="eager")
     plain = trained(world, *PLAIN)
     start = whole(made(configured(*SETTINGS), world))
     differences = {name: worst(plain, trained(world, *ways)) for name, ways in WAYS.items()}

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.common import kill_tree
 from tests.forked import ROOT, environment, finished
-from trainer.checkpoint import complete_checkpoints, find_checkpoint
-from trainer.metrics import read_metrics
+from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
+from trainer.monitor.metrics import read_metrics
 from trainer.parallel.dcp import SafeReader
 
 TIMING = (

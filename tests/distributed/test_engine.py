@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.forked import finished
-from trainer.estimate import profile
+from trainer.estimate.simulation import profile
 
 from .engine_checks import configured
 

@@ -15,7 +15,7 @@ from launch.common import kill_tree
 from tests.distributed.runs import exact, train
 from tests.forked import ROOT, environment, finished
 from tests.tiny_networks import save_clip, save_detector, save_inception
-from trainer.metrics import read_metrics
+from trainer.monitor.metrics import read_metrics
 
 COUNT, BATCH = 22, 4
 STEPS = ("train.steps=4", "train.checkpoint_every=2", "train.validate_every=2", "train.sample_every=0")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint import complete_checkpoints
+from trainer.checkpoint.find import complete_checkpoints
 
 from .runs import assert_close, exact, train, train_and_kill, weights
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.forked import finished
-from trainer.checkpoint import complete_checkpoints
+from trainer.checkpoint.find import complete_checkpoints
 
 from .runs import assert_close, exact, train, train_and_kill, weights
 

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from data.reader import SyntheticReader
-from trainer.build import FrozenParts, build_engine, build_mup_table, build_objective
-from trainer.config import TrainConfig, resolve
+from data.synthetic import SyntheticReader
+from trainer.build.engine import build_engine, build_mup_table, build_objective
+from trainer.config.resolve import resolve
+from trainer.config.schema import TrainConfig
 from trainer.ema import EMA
+from trainer.input.encoding import Encoders
 from trainer.parallel import zero
 from trainer.parallel.mesh import World, init_world
 from trainer.parallel.zero import ZeroEngine
@@ -186,7 +188,7 @@ def swapped_weights(world: World) -> dict[str, Any]:
 
 
 def iter_inputs(config: TrainConfig, world: World) -> Any:
-    frozen, resolved = FrozenParts(config, world), resolve(config, world.size)
+    frozen, resolved = Encoders(config, world), resolve(config, world.size)
     objective = build_objective(config, resolved)
     reader = SyntheticReader(config.data, config.text_encoder, config.autoencoder, 0, 8, world.rank, world.size, 4)
     for _, batches in reader.batches(0):

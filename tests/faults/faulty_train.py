@@ -16,8 +16,8 @@ from typing import Any
 
 import launch.train
 from launch.common import run as run_command
-from trainer.jumps import FILE
-from trainer.state import Encoded, Run
+from trainer.recovery.skipped_ranges import FILE
+from trainer.run import Encoded, Run
 
 DELAY_S = 2.0
 FAULTS = json.loads(os.environ["FAULTS"])

@@ -17,7 +17,7 @@ import pytest
 from launch.common import kill_tree
 from tests.distributed.runs import command, exact, last_step, train
 from tests.forked import ROOT, environment
-from trainer.checkpoint import complete_checkpoints
+from trainer.checkpoint.find import complete_checkpoints
 
 SETTINGS = (
     "train.steps=12", "train.log_every=1", "train.checkpoint_every=4", "train.validate_every=0", "train.sample_every=0",

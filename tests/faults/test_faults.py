@@ -12,8 +12,8 @@ import pytest
 
 from tests.distributed.runs import exact, last_step, train
 from tests.forked import ROOT, environment
-from trainer.checkpoint import complete_checkpoints
-from trainer.metrics import read_metrics
+from trainer.checkpoint.find import complete_checkpoints
+from trainer.monitor.metrics import read_metrics
 
 from .harness import job, kill, lives, status, wait_until, workers
 
@@ -81,15 +81,15 @@ def test_a_nan_on_one_rank_is_skipped_on_all(rolled_back: Path) -> None:
 
 def test_a_row_of_nans_rolls_back(rolled_back: Path) -> None:
     """Training steps 10 to 12 are bad: the log line of step 12 goes back to step 8, and past the data of four steps."""
-    [jump] = json.loads((rolled_back / "jumps.json").read_text())
-    assert (jump["at_step"], jump["steps"]) == (8, 4)
-    assert "3 steps in a row" in jump["reason"]
+    [skipped_range] = json.loads((rolled_back / "jumps.json").read_text())
+    assert (skipped_range["at_step"], skipped_range["steps"]) == (8, 4)
+    assert "3 steps in a row" in skipped_range["reason"]
     records = read_metrics(rolled_back)
     assert [r["step"] for r in records] == list(range(0, 17, 2)), "no step twice, none left out"
     assert [r.get("jumped_steps", 0) for r in records] == [0] * 4 + [0, 4, 4, 4, 4]
     assert status(rolled_back) == {"state": "finished", "step": 16, "reason": ""}
     meta = json.loads((rolled_back / "checkpoints" / "step_00000016" / "meta.json").read_text())
-    assert meta["jumps"] == [[8, 4, jump["reason"]]]
+    assert meta["jumps"] == [[8, 4, skipped_range["reason"]]]
 
 
 def test_data_order_shows_the_jump(rolled_back: Path) -> None:
@@ -118,7 +118,7 @@ def test_killed_after_the_rollback_it_goes_on_the_same_way(rolled_back: Path, tm
 
 
 def test_a_run_of_one_epoch_ends_where_its_data_end(tmp_path: Path) -> None:
-    """16 steps of data, 4 of which a rollback jumps over: 12 are left."""
+    """16 steps of data, 4 of which a rollback skipped_ranges over: 12 are left."""
     run, alone = tmp_path / "run", ("--standalone", "--nproc-per-node", "1")
     settings = (*ROLLBACK, "train.global_batch_size=32", "data.epochs=1")
     for said in ("finished at step 12", "has finished its 12 steps"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.runs import exact, last_step, train
-from trainer.metrics import read_metrics
+from trainer.monitor.metrics import read_metrics
 
 from .harness import Job, job, status, wait_until
 

@@ -16,14 +16,14 @@ from torch.profiler import ProfilerActivity, profile
 from models.layers import time_sinusoids
 from tests.distributed.runs import exact, train
 from tests.steps import built
-from trainer import estimate
-from trainer.build import build_mup_table
-from trainer.config import load_config
+from trainer.build.engine import build_mup_table
+from trainer.config.load import load_config
 from trainer.diffusion.random import normal
-from trainer.estimate import Memory
+from trainer.estimate import simulation as estimate
+from trainer.estimate.memory import Memory
 from trainer.loop import train_step
 from trainer.parallel.dcp import AsyncSaver
-from trainer.state import Run
+from trainer.run import Run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,7 +86,7 @@ def test_trains_in_bf16_and_resumes_exactly(tmp_path: Path, way: str) -> None:
 
 
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
-    """Losses of the same steps; compiled ones as well."""
+    """OutageDetector of the same steps; compiled ones as well."""
     ways = ("precision=fp32", "precision=bf16", "compile=true")
     expected, *others = (train(1, tmp_path / way, *TINY, f"parallel.{way}", config=CONFIG) for way in ways)
     for lines in others:

@@ -6,11 +6,12 @@ import subprocess
 from pathlib import Path
 
 from data.debug import ensure_debug_assets
-from data.index import ImageTextIndex, open_shards
-from data.write import write_shards
+from data.index import ImageTextIndex
+from data.storage import open_shards
+from data.write_shards import write_shards
 from tests.forked import ROOT, finished
-from trainer.checkpoint import complete_checkpoints
-from trainer.metrics import read_metrics
+from trainer.checkpoint.find import complete_checkpoints
+from trainer.monitor.metrics import read_metrics
 
 
 def half_broken(folder: Path, every: int = 2) -> str:

@@ -19,12 +19,13 @@ from benchmarks.kills_precompute import small_autoencoder
 from data.config import DataConfig
 from data.debug import ensure_debug_assets
 from data.fetch import SampleFiles
-from data.index import ImageTextIndex, open_shards
+from data.index import ImageTextIndex
 from data.samples import member
+from data.storage import open_shards
 from tests.forked import ROOT, environment, finished
-from trainer.checkpoint import complete_checkpoints, find_checkpoint, read_meta
-from trainer.config import load_config
-from trainer.metrics import read_metrics
+from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
+from trainer.config.load import load_config
+from trainer.monitor.metrics import read_metrics
 
 DEBUG = ("--config", "mmdit_debug_mup.yaml")
 STEPS = 3

@@ -11,11 +11,11 @@ import matplotlib.image
 import pytest
 from torch._dynamo.utils import counters
 
-import trainer.build
+import trainer.build.engine
 from launch import coord_check
 from tests.forked import finished
-from trainer.config import ConfigError
-from trainer.parallel.memory import compile_units
+from trainer.errors import ConfigError
+from trainer.parallel.compile import compile_units
 
 SMALL = ("text_encoder.max_length=8", "text_encoder.width=32")
 
@@ -100,7 +100,7 @@ def test_bad_input(
 def test_compiled_blocks_are_seen_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """parallel.compile compiles the blocks, whose outputs are followed but no longer the layers inside them. Traced,
     without code generation, which takes minutes."""
-    monkeypatch.setattr(trainer.build, "compile_units", partial(compile_units, backend="eager"))
+    monkeypatch.setattr(trainer.build.engine, "compile_units", partial(compile_units, backend="eager"))
     monkeypatch.setattr(coord_check, "LEAST_WIDTHS", 2)
     counters.clear()
     found = {}

@@ -15,9 +15,12 @@ from diffusers.pipelines.dit import pipeline_dit
 from data.debug import ensure_debug_assets
 from tests.distributed.runs import weights
 from tests.exports import config_of, random_checkpoint, run_export
-from trainer.build import Inference, build_inference, build_run, build_sampler
-from trainer.checkpoint import find_checkpoint, read_meta
-from trainer.config import parse, resolve
+from trainer.build.engine import build_sampler
+from trainer.build.inference import Inference, build_inference
+from trainer.build.run import build_run
+from trainer.checkpoint.find import find_checkpoint, read_meta
+from trainer.config.load import parse
+from trainer.config.resolve import resolve
 from trainer.evaluate.generate import images_from_prompts, initial_noise
 from trainer.parallel.mesh import World, init_world
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataError
+from data.errors import DataError
 from launch import fetch, ladder, preflight
-from launch.common import ConfigError
 from launch.preflight import Found
 from tests.forked import ROOT, environment
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.errors import ConfigError
 
 
 def test_preflight_names_the_slow_process() -> None:

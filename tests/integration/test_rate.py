@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from launch import rate
-from launch.rate_server import Rating
-from launch.rate_votes import Votes, order
+from launch.rating.server import Rating
+from launch.rating.votes import Votes, order
 from tests.browser import why_not
 from tests.devtools import Page, new_page
 from tests.exports import config_of, random_checkpoint

@@ -16,8 +16,8 @@ import pytest
 
 from tests.distributed.runs import exact, last_step, train
 from tests.forked import ROOT, environment
-from trainer.config import load_config
-from trainer.metrics import read_metrics
+from trainer.config.load import load_config
+from trainer.monitor.metrics import read_metrics
 from trainer.search.study import Study
 
 from . import slurm

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from launch.coord_check import build_subject, check_config
-from trainer.build import build_mup_table
-from trainer.config import CONFIG_DIR, TrainConfig
-from trainer.mup import coord
-from trainer.mup.coord import CONTROL, Figure, Kind, Measured, Report, judge, measure
+from trainer.build.engine import build_mup_table
+from trainer.config.schema import TrainConfig
+from trainer.config.yaml_files import CONFIG_DIR
+from trainer.coord_check import slopes as coord
+from trainer.coord_check.slopes import CONTROL, Figure, Kind, Measured, Report, judge, measure
+from trainer.coord_check.subject import build_subject, check_config
 from trainer.mup.table import Row
 from trainer.parallel.mesh import World, init_world
 

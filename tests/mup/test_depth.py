@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from models.configs import MODEL_KINDS
 from models.layers import ClassCondition, TextCondition
 from models.registry import build_model, declarations
-from trainer.build import build_mup_table
-from trainer.config import ConfigError, TrainConfig, load_config
+from trainer.build.engine import build_mup_table
+from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
+from trainer.errors import ConfigError
 from trainer.mup.apply import apply_branch_scale, apply_multipliers, build_table, init_parameters
 from trainer.mup.rules import Settings
 from trainer.mup.table import MuTable

@@ -14,15 +14,15 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from launch import export
-from launch.export_folder import twin_config
+from export import write as export_write
+from export.diffusers_folder import twin_config
 from models.layers import ClassCondition, SizedTextCondition, TextCondition
 from models.registry import build_model
 from tests.backbones import relative
 from tests.distributed.runs import weights
 from tests.exports import FOLDED, OWN, config_of, load_exactly, random_checkpoint, run_export
-from trainer.build import build_mup_table
-from trainer.config import TrainConfig
+from trainer.build.engine import build_mup_table
+from trainer.config.schema import TrainConfig
 from trainer.mup.apply import apply_multipliers
 
 MICRO = (
@@ -144,7 +144,7 @@ def with_biases(table: Any, name: str) -> float:
     return table.rows["final.weight"].multiplier if name == "final.bias" else FOLD(table, name)
 
 
-FOLD = export.fold
+FOLD = export_write.fold
 
 
 @pytest.mark.parametrize("fault", [without_multiplier, without_branches, with_biases])
@@ -152,7 +152,7 @@ FOLD = export.fold
 def test_a_factor_that_is_lost_is_seen(
     name: str, fault: Callable[[Any, str], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "fold", fault)
+    monkeypatch.setattr(export_write, "fold", fault)
     assert difference(name, tmp_path, monkeypatch, torch.float32) > 1e-3
 
 

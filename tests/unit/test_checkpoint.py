@@ -25,19 +25,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.common import kill_tree
 from tests.faults.harness import lives
-from trainer.build import build_mup_table
-from trainer.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    check_same_model,
-    complete_checkpoints,
-    find_checkpoint,
-    lock_folder,
-    read_meta,
-    write_atomically,
-)
-from trainer.config import load_config, plain
-from trainer.metrics import Metrics, peak_flops, plot_loss, read_metrics
+from trainer.build.engine import build_mup_table
+from trainer.checkpoint.compatible import check_same_model
+from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
+from trainer.checkpoint.write import Checkpointer
+from trainer.config.keys import plain
+from trainer.config.load import load_config
+from trainer.errors import CheckpointError
+from trainer.files import lock_folder, write_atomically
+from trainer.monitor.metrics import Metrics, peak_flops, read_metrics
+from trainer.monitor.plots import plot_loss
 from trainer.parallel.dcp import AsyncSaver, SafeReader, load_tensors, save_tensors
 from trainer.parallel.engine import Engine
 from trainer.parallel.mesh import World, init_world
@@ -375,7 +372,7 @@ def test_status_and_plots_without_room(
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(number, "no room")
 
-    monkeypatch.setattr("trainer.metrics.write_atomically", fail)
+    monkeypatch.setattr("trainer.monitor.metrics.write_atomically", fail)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     for write, name in (
         (lambda: metrics.status("running", 1), "status.json"),

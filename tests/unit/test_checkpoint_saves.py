@@ -13,9 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from trainer.checkpoint import (
-    Checkpointer,
-    CheckpointError,
+from trainer.checkpoint.checksums import digest_files, superseded, verify_files
+from trainer.checkpoint.find import (
     complete_checkpoints,
     find_checkpoint,
     newest_good,
@@ -24,7 +23,8 @@ from trainer.checkpoint import (
     verify,
     weights_of,
 )
-from trainer.checkpoint_files import digest_files, superseded, verify_files
+from trainer.checkpoint.write import Checkpointer
+from trainer.errors import CheckpointError
 from trainer.parallel.dcp import AsyncSaver, bytes_of, load_tensors
 from trainer.parallel.engine import Engine
 from trainer.parallel.mesh import World, init_world

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataError
+from data.errors import DataError
 from launch.common import run
 
 

@@ -15,19 +15,14 @@ from torch import nn
 
 from models.configs import MODEL_KINDS
 from models.registry import build_model
-from trainer.build import build_mup_table
-from trainer.config import (
-    CONFIG_DIR,
-    ConfigError,
-    TrainConfig,
-    check_resume,
-    key_class,
-    load_config,
-    parse,
-    plain,
-    resolve,
-    to_yaml,
-)
+from trainer.build.engine import build_mup_table
+from trainer.config.keys import key_class, plain
+from trainer.config.load import load_config, parse, to_yaml
+from trainer.config.resolve import resolve
+from trainer.config.resume import check_resume
+from trainer.config.schema import TrainConfig
+from trainer.config.yaml_files import CONFIG_DIR
+from trainer.errors import ConfigError
 from trainer.mup.rules import ROLES
 
 # Searches (configs/search) describe studies and suites (configs/evaluate) measurements: they are no configs of runs.

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from benchmarks import convergence, runs
 from benchmarks.convergence import ARMS, STUDIES, Job, Study, arms, best_rate, judge, plot, settings, speed_up, sweeps
-from trainer.config import load_config
+from trainer.config.load import load_config
 
 CPU = STUDIES["mmdit_cpu"]
 BEST = {"mup": -7.0, "sp": -9.0}

@@ -14,16 +14,13 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from data.config import AutoencoderConfig, DataError, TextEncoderConfig
+from data.config import AutoencoderConfig, TextEncoderConfig
 from data.debug import ensure_debug_assets
-from data.encoders import (
-    Autoencoder,
-    PixelAutoencoder,
-    TextEncoder,
-    load_autoencoder,
-    load_text_encoder,
-)
-from data.index import ImageTextIndex, open_shards
+from data.encoders.autoencoder import Autoencoder, PixelAutoencoder, load_autoencoder
+from data.encoders.text import TextEncoder, load_text_encoder
+from data.errors import DataError
+from data.index import ImageTextIndex
+from data.storage import open_shards
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +218,7 @@ def test_autoencoders_take_few_images_at_a_time(tmp_path: Path, monkeypatch: pyt
     sizes: list[int] = []
     real = loaded.model.encode
     monkeypatch.setattr(loaded.model, "encode", lambda x: sizes.append(len(x)) or real(x))
-    monkeypatch.setattr("data.encoders._PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr("data.encoders.autoencoder._PIXELS", 2 * 16 * 16)
     parts = loaded.encode(images)
     assert sizes == [2, 2, 1]
     torch.testing.assert_close(parts.mean, whole.mean)

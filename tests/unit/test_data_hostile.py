@@ -22,14 +22,15 @@ from PIL import Image
 from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
-from data.buckets import CellOrder, StepCell
-from data.config import Cell, DataConfig, DataError, SourceConfig
-from data.images import SampleError, decode_image, image_size
-from data.index import ABSENT, ROW, ImageTextIndex, open_index
+from data.buckets import BucketOrder, StepBucket
+from data.config import Bucket, DataConfig, SourceConfig
+from data.errors import DataError, SampleError
+from data.images import decode_image, image_size
+from data.index import ROW, ImageTextIndex, open_index
 from data.order import Part
 from data.reader import ImageTextReader
-from data.shard_index import load_index
-from data.write import write_shards
+from data.shard_index import ABSENT, load_index
+from data.write_shards import write_shards
 from tests.fuzz import fuzz
 from tests.unit.test_data_index import png, write_tar
 
@@ -237,8 +238,8 @@ def test_sources_have_captions_of_their_own(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- memory of an index
 
 
-@pytest.mark.parametrize("cells", [1, 2])
-def test_memory_of_a_large_index(tmp_path: Path, cells: int) -> None:
+@pytest.mark.parametrize("buckets", [1, 2])
+def test_memory_of_a_large_index(tmp_path: Path, buckets: int) -> None:
     """Ten bytes a sample are allowed for all processes of a machine; a process holds the order of the chunks alone."""
     shards, each, processes = 200, 11_000, 32  # a fifth of SA-1B; 8 ranks with 3 workers
     folder = tmp_path / "index"
@@ -253,11 +254,11 @@ def test_memory_of_a_large_index(tmp_path: Path, cells: int) -> None:
     index = object.__new__(ImageTextIndex)
     index._open(folder)
     index.parts = [Part(shards, 1.0)]
-    lengths = [Cell(256, 256, 64 << i) for i in range(cells)]
-    CellOrder(0, index, lengths, 2048, None, 1.0)  # of the process that comes first, and makes the files
+    lengths = [Bucket(256, 256, 64 << i) for i in range(buckets)]
+    BucketOrder(0, index, lengths, 2048, None, 1.0)  # of the process that comes first, and makes the files
     tracemalloc.start()
-    order = CellOrder(0, index, lengths, 2048, None, 1.0)
-    queues = order.queues(StepCell(0, 40), range(8))
+    order = BucketOrder(0, index, lengths, 2048, None, 1.0)
+    queues = order.queues(StepBucket(0, 40), range(8))
     for _ in range(30):
         for queue in queues:
             run = next(queue)

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from data.config import DataError
-from data.index import ABSENT, ImageTextIndex, open_shards
-from data.shard_index import index_path, load_index
-from data.write import write_shards
+from data.errors import DataError
+from data.index import ImageTextIndex
+from data.shard_index import ABSENT, index_path, load_index
+from data.storage import open_shards
+from data.write_shards import write_shards
 
 
 def png(colour: str = "red", size: tuple[int, int] = (6, 4)) -> bytes:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data.order
-from data.config import DataError
+from data.errors import DataError
 from data.order import END_OF_DATA, Order, Part, mix, position_keys, slots_of, uniforms
 from tests.fuzz import FACTOR, fuzz
 

@@ -18,11 +18,13 @@ from PIL import Image
 
 import data.reader
 from data.batch import Batch
-from data.config import AutoencoderConfig, DataConfig, DataError, TextEncoderConfig
-from data.images import SampleError, decode_image, image_size
+from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
+from data.errors import DataError, SampleError
+from data.images import decode_image, image_size
 from data.index import ImageTextIndex
-from data.reader import ImageTextReader, SyntheticReader, validation_batches
-from data.write import write_shards
+from data.reader import ImageTextReader, validation_batches
+from data.synthetic import SyntheticReader
+from data.write_shards import write_shards
 from tests.unit.test_data_index import png, write_tar
 
 BATCH = 8

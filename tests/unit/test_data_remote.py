@@ -19,18 +19,19 @@ from PIL import Image
 
 from data import cache
 from data.cache import BlockCache
-from data.config import DataConfig, DataError, SourceConfig
+from data.config import DataConfig, SourceConfig
+from data.errors import DataError
 from data.fetch import _spans
-from data.index import ImageTextIndex, open_index, open_shards
+from data.index import ImageTextIndex, open_index
 from data.reader import ImageTextReader
 from data.shard_index import index_path, load_index
-from data.store import Patience, Remote
-from data.write import write_shards
+from data.storage import Remote, RetryPolicy, open_shards
+from data.write_shards import write_shards
 from tests.servers import Server, serve
 from tests.unit.test_data_reader import rows
 
 BATCH = 6
-QUICK = Patience(timeout_s=1.0, retries=8)
+QUICK = RetryPolicy(timeout_s=1.0, retries=8)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def local(folder: Path) -> list[list[tuple[object, ...]]]:
     return take(ImageTextIndex(open_shards(str(folder))), 0, 40, settings())
 
 
-def remote_index(server: Server, patience: Patience = QUICK, cache: Path | None = None) -> ImageTextIndex:
+def remote_index(server: Server, patience: RetryPolicy = QUICK, cache: Path | None = None) -> ImageTextIndex:
     return ImageTextIndex(open_shards(f"{server.url}/train-{{000000..000002}}.tar"), cache, patience)
 
 
@@ -175,7 +176,7 @@ def test_messages_show_no_secret(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         url = server.url.replace("//", "//me:hunter2@") + "/a.tar?X-Amz-Signature=s3cret&b=1"
         with pytest.raises(DataError) as caught:
-            ImageTextIndex(open_shards(url), None, Patience(1.0, 0))
+            ImageTextIndex(open_shards(url), None, RetryPolicy(1.0, 0))
     assert "not found" in str(caught.value)
     assert "hunter2" not in str(caught.value)
     assert "s3cret" not in str(caught.value)
@@ -208,7 +209,7 @@ def test_secrets_come_from_the_environment(folder: Path, tmp_path: Path, monkeyp
 )
 def test_what_cannot_be_opened_is_named(url: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        ImageTextIndex(open_shards(url), None, Patience(1.0, 0))
+        ImageTextIndex(open_shards(url), None, RetryPolicy(1.0, 0))
 
 
 @pytest.fixture(scope="module")

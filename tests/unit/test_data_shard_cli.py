@@ -1,4 +1,4 @@
-"""launch/shard.py and launch/demo_data.py as a user runs them: exit codes, messages, nothing half-written."""
+"""launch/shard.py and examples/demo_data.py as a user runs them: exit codes, messages, nothing half-written."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.index import ImageTextIndex, open_shards
-from data.palette import PALETTE
+from data.index import ImageTextIndex
 from data.shard_index import index_path, load_index
-from launch import demo_data, shard
+from data.storage import open_shards
+from examples import demo_data
+from examples.palette import PALETTE
+from launch import shard
 from tests.unit.test_data_index import png, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]

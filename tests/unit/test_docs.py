@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from launch.document import document
-from trainer.config import CONFIG_DIR
+from docs.mup_page import document
+from trainer.config.yaml_files import CONFIG_DIR
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_mup_page_is_current() -> None:
     page = (ROOT / "docs" / "mup.md").read_text()
-    assert page == document(), "run: python launch/document.py > docs/mup.md"
+    assert page == document(), "run: python -m docs.mup_page > docs/mup.md"
 
 
 def test_every_config_is_on_the_page() -> None:

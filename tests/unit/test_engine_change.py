@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint import CheckpointError, check_same_engine, check_weights_readable
+from trainer.checkpoint.compatible import check_same_engine, check_weights_readable
+from trainer.errors import CheckpointError
 
 FSDP2: dict[str, Any] = {"name": "fsdp2"}
 FOLDER = Path("runs/a/checkpoints/step_00000004")

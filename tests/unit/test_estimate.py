@@ -15,14 +15,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from launch import estimate
-from launch.estimate import Cluster
 from models.flops import forward_flops
-from trainer.build import build_engine, build_mup_table, build_objective
-from trainer.config import ParallelConfig, TrainConfig, load_config, resolve
+from trainer.build.engine import build_engine, build_mup_table, build_objective
+from trainer.config.load import load_config
+from trainer.config.resolve import resolve
+from trainer.config.schema import ParallelConfig, TrainConfig
 from trainer.ema import EMA
-from trainer.estimate import ACTIVATIONS, Memory, Profile, _batch, profile, simulated_config, simulated_world
-from trainer.frozen import FrozenParts
-from trainer.health import Health, Watched
+from trainer.errors import ConfigError
+from trainer.estimate import report
+from trainer.estimate.memory import Memory
+from trainer.estimate.report import Cluster
+from trainer.estimate.simulation import ACTIVATIONS, Profile, _batch, profile, simulated_config, simulated_world
+from trainer.input.encoding import Encoders
+from trainer.monitor.mup_health import Health, Watched
 from trainer.parallel.mesh import World, init_world
 
 SMALL = ("data.shards=synthetic", "text_encoder.path=none", "text_encoder.width=32", "text_encoder.max_length=16")
@@ -47,7 +52,7 @@ def real_world() -> Iterator[World]:
 def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, int]:
     """(bytes of weights, optimizer and EMA; the most that a step held beside them), by the CPU's allocator."""
     objective = build_objective(config, resolve(config, world.size))
-    frozen = FrozenParts(config, world)
+    frozen = Encoders(config, world)
     engine = build_engine(config, build_mup_table(config), world)
     ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
     rows_of = build_mup_table(config).rows
@@ -94,7 +99,7 @@ class CPUsRMSNorm:
 
 
 def test_memory_of_a_step_is_what_the_allocator_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.estimate._FusedRMSNorm", CPUsRMSNorm)
+    monkeypatch.setattr("trainer.estimate.simulation._FusedRMSNorm", CPUsRMSNorm)
     names = [f"{kind}_debug_mup.yaml" for kind in ("mmdit", "pixart", "dit", "uvit")]
     configs = [configured(name, "train.global_batch_size=16", "parallel.precision=bf16") for name in names]
     torch.backends.cuda.enable_flash_sdp(False)  # as a run on a CPU leaves it: the simulation is of a GPU all the same
@@ -209,12 +214,12 @@ def test_zero_is_not_estimated_as_fsdp2(
     assert four["gradients"] == pytest.approx(gradients * numbers / (1 if stage == 1 else 4))
     cluster = Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0)
     config = configured("mmdit_debug_mup.yaml", "parallel.engine=zero", f"parallel.zero_stage={stage}")
-    assert f"rules of ZeRO-{stage}" in "\n".join(estimate.estimate(config, cluster, simulated)["advice"])
+    assert f"rules of ZeRO-{stage}" in "\n".join(report.estimate(config, cluster, simulated)["advice"])
 
 
 def test_report(simulated: Profile) -> None:
     config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "train.steps=3600")
-    found = estimate.estimate(config, Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0), simulated)
+    found = report.estimate(config, Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0), simulated)
     memory = found["memory_gib"]
     parts = ("parameters", "gradients", "optimizer", "ema", "activations", "gather_buffers", "encoders")
     assert memory["total"] == pytest.approx(sum(memory[part] for part in parts))
@@ -225,15 +230,15 @@ def test_report(simulated: Profile) -> None:
     assert found["time"]["dollars"] == pytest.approx(seconds * 4 * 2.0)  # 3600 steps: an hour per second of a step
     numbers = found["parameters"]
     assert found["checkpoint_gib"]["training"] == pytest.approx(16 * numbers / 2**30)  # weights, moments, one average
-    text = estimate.describe(found, Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0))
+    text = report.describe(found, Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0))
     assert "It fits" in text
     json.dumps(found)
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(simulated: Profile) -> None:
     config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "train.micro_batch_size=64")
-    tiny = (estimate.RESERVED_GIB * 2**30 + 1.3e6) / 1e9
-    found = estimate.estimate(config, Cluster(4, tiny, 100.0, 0.5, 2.0, 50.0), simulated)
+    tiny = (report.RESERVED_GIB * 2**30 + 1.3e6) / 1e9
+    found = report.estimate(config, Cluster(4, tiny, 100.0, 0.5, 2.0, 50.0), simulated)
     assert found["memory_cached_gib"]["fits"] is False
     assert any("does not fit" in line for line in found["advice"])
     assert any("activation_checkpointing=full" in line for line in found["advice"])
@@ -241,15 +246,15 @@ def test_a_run_that_does_not_fit_is_told_what_would(simulated: Profile) -> None:
 
 def test_encoders_are_counted(tmp_path: Path) -> None:
     sd3 = load_config("mmdit_18b_mup.yaml")
-    found = estimate.encoder_bytes(sd3)
+    found = report.encoder_bytes(sd3)
     assert found["text_encoder"] == pytest.approx(9.5e9, rel=0.01)  # T5-XXL's encoder in bf16
     assert found["repa_encoder"] == pytest.approx(2 * 86.6e6, rel=0.05)  # DINOv2-B in bf16
     header = json.dumps({"w": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}, "__metadata__": {}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(60))
     local = load_config("mmdit_18b_mup.yaml", [f"text_encoder.path={tmp_path}", "text_encoder.subfolder=null"])
-    assert estimate.encoder_bytes(local)["text_encoder"] == 30
-    with pytest.raises(estimate.ConfigError, match=r"text_encoder\.width 100"):
-        estimate.encoder_bytes(load_config("mmdit_18b_mup.yaml", ["text_encoder.width=100"]))
+    assert report.encoder_bytes(local)["text_encoder"] == 30
+    with pytest.raises(ConfigError, match=r"text_encoder\.width 100"):
+        report.encoder_bytes(load_config("mmdit_18b_mup.yaml", ["text_encoder.width=100"]))
 
 
 def test_several_sources_need_no_file() -> None:
@@ -264,5 +269,5 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert {"parameters", "flops_per_image", "memory_gib"} <= found.keys()
     monkeypatch.setattr(sys, "argv", [*command, "--mfu", "2"])
-    with pytest.raises(estimate.ConfigError, match="--mfu"):
+    with pytest.raises(ConfigError, match="--mfu"):
         estimate.main()

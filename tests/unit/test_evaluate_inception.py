@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from data.config import DataError
+from data.errors import DataError
 from data.image_sets import open_image_set
 from trainer.evaluate import metrics
 from trainer.evaluate.inception import Inception, Resize, resized

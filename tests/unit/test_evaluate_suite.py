@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.config import DataError
 from data.debug import ensure_debug_assets
+from data.errors import DataError
 from data.image_sets import (
     Prompt,
     as_kept,
@@ -21,10 +21,12 @@ from data.image_sets import (
     read_prompts,
     write_images,
 )
-from launch import coco_prompts
+from examples import coco_prompts
 from launch.evaluate import claim
 from models.flops import forward_flops
-from trainer.config import CONFIG_DIR, ConfigError, load_config
+from trainer.config.load import load_config
+from trainer.config.yaml_files import CONFIG_DIR
+from trainer.errors import ConfigError
 from trainer.evaluate.features import published_statistics
 from trainer.evaluate.suite import SuiteConfig, digest, load_suite, split_overrides
 

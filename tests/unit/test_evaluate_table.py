@@ -7,8 +7,8 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from data.config import DataError
-from launch import evaluate_table
+from data.errors import DataError
+from trainer.evaluate import compare_runs as evaluate_table
 from trainer.evaluate.curves import first_reached
 
 ORIGINAL = {400_000: 20.4, 800_000: 14.7, 1_200_000: 12.8, 1_600_000: 11.8, 2_000_000: 10.9, 2_400_000: 10.7,

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.config import DataError
 from data.debug import ensure_debug_assets
+from data.errors import DataError
 from tests.tiny_networks import save_clip, save_detector, save_inception
 from trainer.diffusion.sampling import Euler
 from trainer.evaluate import detector, evaluation

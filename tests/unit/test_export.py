@@ -16,15 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.debug import ensure_debug_assets
-from launch import export
-from launch.export_folder import against_stock, refusals
-from launch.export_names import LAYOUTS, fold, layout
+from export.diffusers_folder import against_stock, position_table, refusals
+from export.names import LAYOUTS, fold, layout
 from tests.distributed.runs import weights
 from tests.exports import FOLDED, config_of, load_exactly, random_checkpoint, run_export
 from tests.forked import ROOT, environment
-from trainer.build import build_mup_table
-from trainer.checkpoint import CheckpointError
-from trainer.config import ConfigError, TrainConfig
+from trainer.build.engine import build_mup_table
+from trainer.config.schema import TrainConfig
+from trainer.errors import CheckpointError, ConfigError
 
 SLACK = 8 * 2**20  # bytes: what an allocator keeps, and code that is first used here
 VAE = ("autoencoder.path=vae", "autoencoder.channels=4", "autoencoder.downsample=8", "data.resolution=256")
@@ -166,7 +165,7 @@ def published(config: TrainConfig, form: Any, ours: dict[str, Tensor]) -> dict[s
         values = ours[run.ours].reshape(-1) * fold(table, run.ours)
         theirs[run.theirs][run.at :][: run.size] = values[run.ours_at :][: run.size]
     for name in to.tables:
-        theirs[name] = export.position_table(config)
+        theirs[name] = position_table(config)
     return {name: values.reshape(to.shapes[name]) for name, values in theirs.items()}
 
 

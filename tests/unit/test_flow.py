@@ -13,7 +13,7 @@ from trainer.diffusion.flow import RectifiedFlow, shift_time
 from trainer.diffusion.random import PURPOSES, bits, normal
 from trainer.diffusion.sampling import euler, euler_times, guided
 from trainer.ema import EMA
-from trainer.optim import Schedule, lr_factor
+from trainer.lr_schedule import Schedule, lr_factor
 
 FLOW = RectifiedFlow(mean=0.0, std=1.0, shift=1.0)
 SHAPE = (3, 4, 4)

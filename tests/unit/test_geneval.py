@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.config import DataError
+from data.errors import DataError
 from tests.tiny_networks import save_clip, save_detector
 from trainer.evaluate import detector as detector_module
 from trainer.evaluate.clip import Clip

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.runs import train
-from trainer.health import BINS, Health, Watched, time_figures, time_sums
 from trainer.loop import train_step
-from trainer.metrics import _wandb_name
+from trainer.monitor.metrics import _wandb_name
+from trainer.monitor.mup_health import BINS, Health, Watched, time_figures, time_sums
 from trainer.parallel.engine import StepResult
 from trainer.parallel.mesh import init_world
 from trainer.state import Totals, TrainState
@@ -117,7 +117,7 @@ def test_only_a_logged_step_is_watched() -> None:
         engine=engine,
         alignment=None,
         health=Health({}, replicas=1),
-        pace=SimpleNamespace(),
+        timer=SimpleNamespace(),
         lr=lambda _: 1.0,
         ema=SimpleNamespace(update=lambda *_: None),
     )

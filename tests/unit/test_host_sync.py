@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.config import TextEncoderConfig
 from data.debug import ensure_debug_assets
-from data.encoders import load_text_encoder
+from data.encoders.text import load_text_encoder
 from tests.steps import built
 from trainer.ema import EMA
 from trainer.loop import train_step
@@ -99,10 +99,10 @@ STEP: dict[str, tuple[str, ...] | None] = {
     "trainer/ema.py": None,
     "trainer/loop.py": ("train_step",),
     "trainer/parallel/fsdp.py": ("backward", "step", "master_shards", "_gradient_shards"),
-    "trainer/skipping.py": ("limit", "update"),
-    "trainer/health.py": ("before", "after", "time_sums"),
-    "trainer/frozen.py": ("encode", "_encode", "features", "_condition"),
-    "trainer/ahead.py": None,
+    "trainer/recovery/spikes.py": ("limit", "update"),
+    "trainer/monitor/mup_health.py": ("before", "after", "time_sums"),
+    "trainer/input/encoding.py": ("encode", "_encode", "features", "_condition"),
+    "trainer/input/prefetch.py": None,
 }
 _TO_HOST = ("cpu", "numpy", "item", "tolist", "synchronize", "nonzero")
 

@@ -12,22 +12,30 @@ import pytest
 import torch
 from PIL import Image
 
-from data.config import AutoencoderConfig, DataConfig, DataError, TextEncoderConfig
+from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
 from data.debug import CLASSES as DEBUG_CLASSES
 from data.debug import ensure_debug_assets
-from data.index import ABSENT, ImageTextIndex, open_shards
-from data.reader import ImageTextReader, SyntheticReader, validation_batches
-from data.shard_index import UNREADABLE, label_from_bytes
-from data.write import write_shards
-from launch import archives, cifar_data
+from data.errors import DataError
+from data.index import ImageTextIndex
+from data.reader import ImageTextReader, validation_batches
+from data.shard_index import ABSENT, UNREADABLE, label_from_bytes
+from data.storage import open_shards
+from data.synthetic import SyntheticReader
+from data.write_shards import write_shards
+from examples import archives, cifar_data
 from models.layers import ClassCondition
 from tests.unit.test_data_index import png, write_tar
-from trainer.build import build_objective, build_sampler
-from trainer.config import ConfigError, TrainConfig, check_resume, parse, plain, resolve
+from trainer.build.engine import build_objective, build_sampler
+from trainer.config.keys import plain
+from trainer.config.load import parse
+from trainer.config.resolve import resolve
+from trainer.config.resume import check_resume
+from trainer.config.schema import TrainConfig
 from trainer.diffusion.ddpm import DDPM
 from trainer.diffusion.ddpm_sampling import DDPMSampler
 from trainer.diffusion.sampling import Euler
-from trainer.frozen import FrozenParts
+from trainer.errors import ConfigError
+from trainer.input.encoding import Encoders
 from trainer.parallel.mesh import World
 
 CLASSES = 5
@@ -214,7 +222,7 @@ def test_keys_that_are_newer_than_a_checkpoint() -> None:
 
 def test_conditions(index: ImageTextIndex) -> None:
     nobody: Any = None  # no process group is needed to encode
-    frozen = FrozenParts(config(), World(0, 1, torch.device("cpu"), nobody, nobody, nobody))
+    frozen = Encoders(config(), World(0, 1, torch.device("cpu"), nobody, nobody, nobody))
     [batch] = validation_batches(index, CFG, 3, 0, 1, 5, CLASSES)
     encoded = frozen.encode(batch)
     assert isinstance(encoded.condition, ClassCondition)

@@ -13,11 +13,13 @@ from torch.fx.experimental import _config as shapes
 from benchmarks.memory import activation_bytes
 from models.layers import ClassCondition, TextCondition
 from models.registry import build_model
-from trainer.build import build_mup_table
-from trainer.config import load_config
+from trainer.build.engine import build_mup_table
+from trainer.config.load import load_config
+from trainer.errors import CompileError
 from trainer.mup.apply import apply_multipliers, init_parameters
-from trainer.parallel import memory
-from trainer.parallel.memory import CompileError, checkpoint_activations, compile_units
+from trainer.parallel import activation_checkpointing, compile
+from trainer.parallel.activation_checkpointing import checkpoint_activations
+from trainer.parallel.compile import compile_units
 
 # The compiler looks at .grad of what it traces, and silences this warning in a way that "error" overrules.
 pytestmark = [
@@ -99,7 +101,7 @@ def test_saved_bytes_fall(kind: str, dtype: torch.dtype, monkeypatch: pytest.Mon
     none, selective, full = (saved(mode) for mode in ("none", "selective", "full"))
     assert full < 0.6 * selective
     assert selective < 0.75 * none
-    monkeypatch.setattr(memory, "_KEPT", [])  # keeps nothing: no more than full
+    monkeypatch.setattr(activation_checkpointing, "_KEPT", [])  # keeps nothing: no more than full
     assert saved("selective") == full
 
 
@@ -134,7 +136,7 @@ def test_a_static_shape_ends_the_run_instead_of_running_eager(monkeypatch: pytes
     """What dynamic=True is there for: without it each token count is a graph of its own, up to the limit."""
     compile_static = partial(torch.compile, dynamic=False)
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic, **rest: compile_static(forward, **rest))
-    monkeypatch.setattr(memory, "_MOST_GRAPHS", 3)
+    monkeypatch.setattr(compile, "_MOST_GRAPHS", 3)
     model, units = build("dit")
     compile_units(units, backend="eager")
     with pytest.raises(CompileError, match=r"parallel\.compile: Block was compiled 3 times"):

@@ -19,22 +19,26 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from data.batch import Batch
-from data.config import DataError
-from data.dataset import Dataset, check_images, check_same_kind
 from data.debug import ensure_debug_assets
-from data.encoders import Autoencoder, load_autoencoder, load_feature_encoder, load_text_encoder
-from data.images import SampleError
-from data.index import ImageTextIndex, open_shards
-from data.precompute import Precompute, bytes_in_tar
+from data.encoders.autoencoder import Autoencoder, load_autoencoder
+from data.encoders.dinov2 import load_feature_encoder
+from data.encoders.text import load_text_encoder
+from data.errors import DataError, SampleError
+from data.index import ImageTextIndex
+from data.precomputed_format import Dataset, check_images, check_same_kind
+from data.precomputed_write import Precompute, bytes_in_tar
 from data.reader import ImageTextReader, validation_batches
 from data.shard_index import CaptionChoice, captions_from_bytes, load_index
+from data.storage import open_shards
 from models.layers import TextCondition
 from tests.servers import serve
 from tests.unit.test_data_encoders import vae_folder
 from tests.unit.test_data_index import write_tar
-from trainer.build import build_alignment, build_objective
-from trainer.config import TrainConfig, load_config, resolve
-from trainer.frozen import FrozenParts
+from trainer.build.engine import build_alignment, build_objective
+from trainer.config.load import load_config
+from trainer.config.resolve import resolve
+from trainer.config.schema import TrainConfig
+from trainer.input.encoding import Encoders
 from trainer.parallel.mesh import World
 
 BATCH, SEED = 6, 3
@@ -200,7 +204,7 @@ def test_batches_are_those_of_the_images(made: Made) -> None:
     """Everything but rounding: fp16 has 11 bits, bf16 8."""
     nobody: Any = None
     world = World(0, 1, torch.device("cpu"), nobody, nobody, nobody)
-    online = FrozenParts(made.config, world, align=True)
+    online = Encoders(made.config, world, align=True)
     bare = made.config.model_copy(
         update={
             "objective": made.config.objective.model_copy(update={"repa_encoder": "none"}),
@@ -208,9 +212,9 @@ def test_batches_are_those_of_the_images(made: Made) -> None:
             "text_encoder": dataclasses.replace(made.config.text_encoder, path="none"),
         }
     )
-    stored = FrozenParts(bare, world, dataset=made.index.dataset, align=True)
+    stored = Encoders(bare, world, dataset=made.index.dataset, align=True)
     assert stored.without_images == "autoencoder.path and text_encoder.path are needed for them"
-    assert FrozenParts(made.config, world, dataset=made.index.dataset, align=True).without_images is None
+    assert Encoders(made.config, world, dataset=made.index.dataset, align=True).without_images is None
     for part, fingerprint in online.fingerprints().items():
         assert stored.fingerprints()[part] == fingerprint
     objective = build_objective(made.config, resolve(made.config, 1))
@@ -378,7 +382,7 @@ def test_another_encoder_is_refused_and_sets_that_differ(made: Made, tmp_path: P
     nobody: Any = None
     world = World(0, 1, torch.device("cpu"), nobody, nobody, nobody)
     with pytest.raises(DataError, match=r"autoencoder\.path holds an encoder with fingerprint"):
-        FrozenParts(made.config.model_copy(update={"autoencoder": vae}), world, dataset=made.index.dataset)
+        Encoders(made.config.model_copy(update={"autoencoder": vae}), world, dataset=made.index.dataset)
     task = precompute(made.config.model_copy(update={"autoencoder": vae}), made.source, tmp_path / "other" / "train")
     task.run(0, 1, lambda _: None)
     with pytest.raises(DataError, match=r"different values of autoencoder: .*1\.5.*1\.6"):

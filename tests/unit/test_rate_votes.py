@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from launch.rate_votes import QUESTIONS, Vote, fleiss_kappa, order, results, wilson
+from launch.rating.votes import QUESTIONS, Vote, fleiss_kappa, order, results, wilson
 
 
 def test_order() -> None:

@@ -13,23 +13,25 @@ import torch
 import torch.distributed as dist
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from data.config import DataError
 from data.debug import ensure_debug_assets
-from data.encoders import load_feature_encoder
+from data.encoders.dinov2 import load_feature_encoder
+from data.errors import DataError
 from launch import sample
 from models.configs import ProjectorConfig
 from models.flops import forward_flops
 from tests.backbones import CHANNELS, TEXT_WIDTH, condition_of, image
 from tests.distributed.runs import exact
 from tests.mup.cases import REPA_CASES
-from trainer.build import build_run
-from trainer.checkpoint import find_checkpoint
-from trainer.config import ConfigError, TrainConfig, load_config
+from trainer.build.run import build_run
+from trainer.checkpoint.find import find_checkpoint
+from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
 from trainer.diffusion.repa import Alignment
+from trainer.errors import ConfigError
 from trainer.loop import train
-from trainer.metrics import read_metrics
+from trainer.monitor.metrics import read_metrics
 from trainer.parallel.mesh import init_world
-from trainer.state import Run
+from trainer.run import Run
 
 ENCODER = ".cache/debug/dinov2"
 REPA = (

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.jumps import Jump
+from trainer.errors import RunError
 from trainer.loop import restore
-from trainer.metrics import Metrics, read_metrics
+from trainer.monitor.metrics import Metrics, read_metrics
 from trainer.parallel.mesh import World, init_world
+from trainer.recovery.skipped_ranges import SkippedRange
 from trainer.rollback import MOST_IN_A_ROW, go_back
 from trainer.state import TrainState
-from trainer.stopping import RunError
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def test_goes_back_to_the_newest(world: World, metrics: Metrics, tmp_path: Path)
         run.metrics.write({"step": step})
     go_back(run, 3)
     assert run.checkpointer.loaded == tmp_path / "checkpoints" / "step_00000008"
-    assert (run.state.step, run.state.jumps) == (8, (Jump(8, 4, run.state.jumps[0].reason),))
-    assert json.loads((tmp_path / "jumps.json").read_text()) == [run.state.jumps[0]._asdict()]
+    assert (run.state.step, run.state.skipped_ranges) == (8, (SkippedRange(8, 4, run.state.skipped_ranges[0].reason),))
+    assert json.loads((tmp_path / "jumps.json").read_text()) == [run.state.skipped_ranges[0]._asdict()]
     assert float(run.state.totals[0]) == 1, "as loaded"
-    assert run.state.skips.numbers.tolist() == [0, 0, 1, 1, 1], "the row in which the checkpoint was saved is over"
+    assert run.state.spikes.numbers.tolist() == [0, 0, 1, 1, 1], "the row in which the checkpoint was saved is over"
     assert [record["step"] for record in read_metrics(tmp_path)] == [2, 8]
     run.metrics.write({"step": 10})
     assert [record["step"] for record in read_metrics(tmp_path)] == [2, 8, 10]
@@ -103,15 +103,18 @@ def test_in_vain(world: World, metrics: Metrics, tmp_path: Path) -> None:
     run.state.step = 16
     go_back(run, 3)
     assert run.state.step == 12, "a new checkpoint starts the count anew"
-    assert [jump.steps for jump in run.state.jumps] == [4] * (MOST_IN_A_ROW + 1)
+    assert [skipped_range.steps for skipped_range in run.state.skipped_ranges] == [4] * (MOST_IN_A_ROW + 1)
 
 
 def test_killed_after_going_back_the_row_is_over_as_well(world: World) -> None:
-    """The checkpoint was saved in a row of bad steps, and does not know the jump that leaves from it."""
+    """The checkpoint was saved in a row of bad steps, and does not know the skipped_range that leaves from it."""
     meta = {"step": 8, "reads": [[{}, 0]], "jumps": [[4, 2, "NaN"]]}
-    for jumps, row in (((Jump(4, 2, "NaN"),), 2), ((Jump(4, 2, "NaN"), Jump(8, 4, "NaN")), 0)):
+    for skipped_ranges, row in (
+        ((SkippedRange(4, 2, "NaN"),), 2),
+        ((SkippedRange(4, 2, "NaN"), SkippedRange(8, 4, "NaN")), 0),
+    ):
         state = TrainState.start(torch.device("cpu"))
-        state.jumps = (*jumps, Jump(20, 1, "of a later step"))
-        state.skips.numbers[:2] = 2  # as loaded
+        state.skipped_ranges = (*skipped_ranges, SkippedRange(20, 1, "of a later step"))
+        state.spikes.numbers[:2] = 2  # as loaded
         restore(state, meta, rank=0)
-        assert state.skips.take_longest_row() == row
+        assert state.spikes.take_longest_row() == row

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.search_array import submit_array
+from launch.slurm.search_array import submit_array
 from tests.studies import search
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.search.study import Study
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from launch.search_page import write_page
 from tests import browser
 from tests.studies import fill, search
-from trainer.config import ConfigError, load_config
+from trainer.config.load import load_config
+from trainer.errors import ConfigError
 from trainer.search.cost import Cost, Size, cost_of
 from trainer.search.definition import Published, load_search
+from trainer.search.page import write_page
 from trainer.search.report import make_report
 from trainer.search.space import Point
 from trainer.search.study import Study

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.studies import SPACE, search
-from trainer.config import CONFIG_DIR, ConfigError, load_config
-from trainer.config_files import read
+from trainer.config.load import load_config
+from trainer.config.yaml_files import CONFIG_DIR, read
+from trainer.errors import ConfigError
 from trainer.search.definition import load_search, parse_search
 from trainer.search.space import Dimension, Sampler, as_overrides, parse_space, point
 

@@ -9,7 +9,7 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 
 from tests.studies import fill, search
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.search.report import completed
 from trainer.search.space import point
 from trainer.search.study import JOURNAL, LEAST_PEERS, Claim, Study

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import choices, proxies, train_step
-from trainer.config import load_config
+from trainer.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # The compiler looks at .grad of what it traces, and silences this warning in a way that "error" overrules.

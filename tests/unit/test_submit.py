@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from launch import requeue, submit
-from launch.common import ConfigError
+from launch import submit
+from launch.slurm import requeue
+from trainer.errors import ConfigError
 
 CLUSTER = ("--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--time", "01:00:00")
 

@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 
 from benchmarks.transfer import SWEEPS, Job, Sweep, jobs, judge, plot, run_all, settings, to_json, verdict
-from trainer.config import load_config
+from trainer.config.load import load_config
 
 CPU = SWEEPS["mmdit_cpu"]
 DOCS = Path(__file__).parents[2] / "docs"

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from data.config import DataError
-from trainer.config import load_config
+from data.errors import DataError
+from trainer.config.load import load_config
+from trainer.input.training_data import validation_bank
 from trainer.parallel.mesh import World, init_world
-from trainer.source import validation_bank
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from trainer.errors import PeerError
 from trainer.parallel.mesh import World, init_world
-from trainer.watchdog import PHASE_FACTOR, Fault, PeerError, Watchdog
+from trainer.recovery.watchdog import PHASE_FACTOR, Fault, Watchdog
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,10 @@ def test_the_first_fault_on_the_board_counts(world: World, tmp_path: Path) -> No
 
 
 def test_a_silent_neighbour_is_found(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.watchdog.POLL_S", 0.05)
-    monkeypatch.setattr("trainer.watchdog.SUSPECT_S", 0.3)
+    monkeypatch.setattr("trainer.recovery.watchdog.POLL_S", 0.05)
+    monkeypatch.setattr("trainer.recovery.watchdog.SUSPECT_S", 0.3)
     watchdog = Watchdog(tmp_path, world, None, 30, 0)
-    monkeypatch.setattr("trainer.watchdog.ENDING_S", 60.0)
+    monkeypatch.setattr("trainer.recovery.watchdog.ENDING_S", 60.0)
     watchdog._size = 2
     with watchdog:
         found = watchdog.blame(RuntimeError("Connection closed by peer"))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from data.config import DataError
-from data.encoders import model_fingerprint, quieten
+from data.encoders.loading import model_fingerprint, quieten
+from data.errors import DataError
 
 from .inception import full_float32
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerModel
 
-from data.config import DataError
-from data.encoders import model_fingerprint, quieten
+from data.encoders.loading import model_fingerprint, quieten
+from data.errors import DataError
 
 from .clip import Clip
 from .geneval import COLOURS, Box, Detection

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.config import DataError
+from data.errors import DataError
 from data.image_sets import ImageSet, Prompt, as_kept, open_image_set, open_npz_images, read_prompts
 from data.order import position_keys, uniforms
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.config import DataError
+from data.errors import DataError
 from data.files import temporary_beside
 from data.image_sets import ImageSet, read_npz
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.config import DataError
+from data.errors import DataError
 
 from .metrics import Score
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.config import DataError
+from data.errors import DataError
 
 Resize = Literal["tf1_bilinear", "bilinear", "bicubic"]
 _SIDE = 299

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.config import DataError
+from data.errors import DataError
 
 _CHUNK = 2048  # rows of a distance matrix that are held at once
 _RELATIVE_SPREAD = 1e-6  # features that differ by less, relative to their size, are of images that are all equal

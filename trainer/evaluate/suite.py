@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from trainer.config import Section, TrainConfig, parse, plain
-from trainer.config_files import ConfigError, find_config, nearest, override, read
+from ..config.keys import plain
+from ..config.load import parse
+from ..config.schema import Section, TrainConfig
+from ..config.yaml_files import find_config, nearest, override, read
+from ..errors import ConfigError
 
 Metric = Literal["fid", "sfid", "kid", "inception_score", "precision_recall", "clip_score", "geneval"]
 CLASSES, RANDOM_CLASSES = "classes", "random_classes"

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from .engine import CheckpointError
+from ..errors import CheckpointError
 
 # The types that torch.distributed.checkpoint itself puts into `.metadata`, each by its full name: a module that is
 # trusted as a whole hands out what it imports ("filesystem", "os.system" is a valid reference of a pickle).

@@ -10,10 +10,6 @@ import torch
 from torch import Tensor, nn
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that does not exist, is not complete, or is not of this run; the message says what to do."""
-
-
 class StepResult(NamedTuple):
     """Scalars on the device; reading them is the caller's host sync. skipped: 1 if the step was not finite
     or its norm over the limit. clipped: 1 if the gradients were scaled down."""

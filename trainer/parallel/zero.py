@@ -25,8 +25,9 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupK
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from ..errors import CheckpointError
 from .dcp import load_tensors
-from .engine import CheckpointError, StepResult, Watch, exchange
+from .engine import StepResult, Watch, exchange
 from .mesh import World
 
 Stage = Literal[1, 2, 3]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from models.flops import forward_flops
 
-from ..build import build_mup_table
-from ..config import TrainConfig
+from ..build.engine import build_mup_table
+from ..config.schema import TrainConfig
 from .definition import Published, Search
 
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError, TrainConfig, load_config, plain
-from ..config_files import find_config, nearest, override, read
+from ..config.keys import plain
+from ..config.load import load_config
+from ..config.schema import TrainConfig
+from ..config.yaml_files import find_config, nearest, override, read
+from ..errors import ConfigError
 from .space import SAMPLERS, Dimension, Point, Sampler, as_overrides, check_grid, grid_size, parse_space, refusal
 
 

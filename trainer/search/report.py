@@ -8,8 +8,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..config import ConfigError, load_config
-from ..metrics import read_metrics
+from ..config.load import load_config
+from ..errors import ConfigError
+from ..monitor.metrics import read_metrics
 from .cost import Cost, cost_of, image_flops
 from .space import Dimension, Point, Value
 from .statistics import Estimate, best_region

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from ..config_files import ConfigError, nearest
+from ..config.yaml_files import nearest
+from ..errors import ConfigError
 
 Scale = Literal["uniform", "log_uniform", "choices", "powers_of_two"]
 SCALES: tuple[Scale, ...] = get_args(Scale)

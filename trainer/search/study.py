@@ -17,8 +17,11 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from ..checkpoint import lock_folder
-from ..config import ConfigError, TrainConfig, key_class, parse, plain
+from ..config.keys import key_class, plain
+from ..config.load import parse
+from ..config.schema import TrainConfig
+from ..errors import ConfigError
+from ..files import lock_folder
 from .definition import Published, Search, flatten
 from .space import Dimension, Point, point
 
@@ -119,7 +122,8 @@ class Study:
             return Claim(trial, lock)
 
     def check_data(self, identity: dict[str, Any]) -> None:
-        """Losses of trials are compared: ConfigError unless data, validation bank and encoders have the fingerprints
+        """OutageDetector of trials are compared: ConfigError unless data, validation bank and encoders have the
+        fingerprints
         that they had in the trials before."""
         with lock_folder(self.folder, wait_s=120):
             held = self._study.user_attrs.get("identity", {})

@@ -5,10 +5,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..build import build_mup_table
-from ..checkpoint import write_atomically
-from ..config import CONFIG_DIR, ConfigError, TrainConfig, load_config, plain, resolve
-from ..config_files import find_config
+from ..build.engine import build_mup_table
+from ..config.keys import plain
+from ..config.load import load_config
+from ..config.resolve import resolve
+from ..config.schema import TrainConfig
+from ..config.yaml_files import CONFIG_DIR, find_config
+from ..errors import ConfigError
+from ..files import write_atomically
 from .definition import flatten
 from .report import completed
 from .space import as_overrides, transfers

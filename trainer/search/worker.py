@@ -10,9 +10,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from ..build import build_run, on_rank_0
+from ..build.run import build_run
+from ..collectives import on_rank_0
 from ..loop import train
-from ..metrics import Metrics, read_metrics
+from ..monitor.metrics import Metrics, read_metrics
 from ..parallel.mesh import World
 from .definition import Search
 from .space import Point, as_overrides

@@ -1,0 +1,150 @@
+"""Frozen image autoencoders of diffusers: images become the moments of latents, and latents images."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from ..config import NONE, AutoencoderConfig
+from ..errors import DataError
+from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, unit_range
+
+_VAE_FIELDS = (
+    "in_channels",
+    "out_channels",
+    "latent_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "act_fn",
+    "scaling_factor",
+    "shift_factor",
+    "use_quant_conv",
+    "use_post_quant_conv",
+    "mid_block_add_attention",
+)
+_SD1_SCALE = 0.18215
+_PIXELS = 2**21  # that an autoencoder takes at once
+
+
+class Moments(NamedTuple):
+    """Posterior of scaled latents: mean [b, C, h, w]; logvar of the same shape, or None (a point)."""
+
+    mean: torch.Tensor
+    logvar: torch.Tensor | None
+
+
+def _few(tensor: torch.Tensor, downsample: int = 1) -> tuple[torch.Tensor, ...]:
+    """Parts [b, C, h, w] of so many images that an autoencoder's widest layer stays near 1 GiB (fp32, 128 channels)."""
+    pixels = tensor.shape[-2] * tensor.shape[-1] * downsample**2
+    return tensor.split(max(1, _PIXELS // pixels))
+
+
+class PixelAutoencoder:
+    """No autoencoder: the latents are the pixels in [-1, 1]."""
+
+    channels, downsample = 3, 1
+    fingerprint = "pixels"
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, at_least_float32(dtype)
+
+    def encode(self, images: torch.Tensor) -> Moments:
+        """uint8 [b, 3, R, R] -> pixels [b, 3, R, R], fp32 (fp64 where the dtype is), no variance."""
+        return Moments(unit_range(images, self._device, self._dtype), None)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [b, 3, R, R] -> images [b, 3, R, R], clamped to [-1, 1]."""
+        return latents.to(self._dtype).clamp(-1.0, 1.0)
+
+
+class Autoencoder:
+    """A frozen diffusers AutoencoderKL whose latents are (z - shift) * scale.
+
+    channels: C; downsample: pixels a latent side; fingerprint: identity of the weights, whatever the path.
+    """
+
+    def __init__(self, model: AutoencoderKL, scale: float, shift: float, fingerprint: str) -> None:
+        self.model, self.scale, self.shift, self.fingerprint = model, scale, shift, fingerprint
+        self.channels = int(model.config["latent_channels"])
+        self.downsample = 2 ** (len(model.config["block_out_channels"]) - 1)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> Moments:
+        """uint8 [b, 3, R, R] -> Moments [b, C, R / downsample, R / downsample], fp32 (fp64 where the dtype is)."""
+        wide = at_least_float32(self.model.dtype)
+        parts = []
+        for part in _few(images):
+            pixels = unit_range(part, self.model.device, wide).to(self.model.dtype)
+            posterior = self.model.encode(pixels).latent_dist  # type: ignore[union-attr] (a tuple if asked for)
+            parts.append((posterior.mean.to(wide), posterior.logvar.to(wide)))
+        mean, logvar = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return Moments((mean - self.shift) * self.scale, logvar + 2.0 * math.log(self.scale))
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [b, C, h, w] -> images [b, 3, R, R], clamped to [-1, 1]; fp32 (fp64 where the dtype is)."""
+        wide = at_least_float32(self.model.dtype)
+        z = latents.to(self.model.device, wide) / self.scale + self.shift
+        parts = _few(z.to(self.model.dtype), self.downsample)
+        images = [self.model.decode(part).sample.to(wide) for part in parts]  # type: ignore[union-attr] (as above)
+        return torch.cat(images).clamp(-1.0, 1.0)
+
+
+def load_autoencoder(
+    cfg: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype
+) -> Autoencoder | PixelAutoencoder:
+    """Load an AutoencoderKL from safetensors with the scale and shift of its own config.json, or none.
+
+    SD 1's autoencoders come with a config.json that is older than the field: their scale is known. Raises DataError
+    where it cannot be loaded, otherwise names no scaling_factor, or has other channels or downsampling than the config
+    says.
+    """
+    if cfg.path == NONE:
+        loaded: Autoencoder | PixelAutoencoder = PixelAutoencoder(device, dtype)
+    else:
+        quieten()
+        where: dict[str, Any] = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
+        try:
+            # The file itself: the model's config fills a missing scaling_factor with that of SD 1.
+            stored = AutoencoderKL.load_config(cfg.path, **where)
+            model = AutoencoderKL.from_pretrained(cfg.path, torch_dtype=dtype, use_safetensors=True, **where)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise load_error("autoencoder.path", cfg.path, cfg.subfolder, error) from error
+        assert isinstance(stored, dict)
+        if "scaling_factor" not in stored and _is_of_sd1(stored):
+            stored = {**stored, "scaling_factor": _SD1_SCALE}
+        scale, shift = stored.get("scaling_factor"), stored.get("shift_factor")
+        if scale is None:
+            raise DataError(
+                f"autoencoder.path: config.json of {cfg.path!r} has no scaling_factor; add the value that belongs "
+                "to these weights (SD 0.18215, SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609)"
+            )
+        freeze(model, device)
+        fingerprint = fingerprint_of(stored, _VAE_FIELDS, model, "AutoencoderKL")
+        loaded = Autoencoder(model, float(scale), float(shift or 0.0), fingerprint)
+    for name, wanted, found in (
+        ("channels", cfg.channels, loaded.channels),
+        ("downsample", cfg.downsample, loaded.downsample),
+    ):
+        if wanted != found:
+            raise DataError(
+                f"autoencoder.{name} is {wanted}, but the autoencoder at path {cfg.path!r} has {found}: "
+                f"set it to {found}"
+            )
+    return loaded
+
+
+def _is_of_sd1(stored: Mapping[str, Any]) -> bool:
+    """Whether a config is older than the field scaling_factor (diffusers 0.13) and of SD's shape, as sd-vae-ft-ema's.
+
+    That field came with two values: SD's, and that of the 4x upscaler (0.08333), which has three blocks.
+    """
+    version = tuple(int(part) for part in re.findall(r"\d+", str(stored.get("_diffusers_version", "")))[:2])
+    shape = stored.get("latent_channels"), len(stored.get("block_out_channels", ()))
+    return () < version < (0, 13) and shape == (4, 4)

@@ -1,0 +1,158 @@
+"""Frozen text encoders of transformers: captions become states and a mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+
+from ..config import NONE, TextEncoderConfig
+from ..errors import DataError
+from .loading import fingerprint_of, freeze, load_error, quieten
+
+# Of an encoder-decoder only the encoder is wanted; every other kind is loaded whole by AutoModel.
+_ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
+# fmt: off
+_TEXT_FIELDS = (
+    "model_type", "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "hidden_size",
+    "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance",
+    "max_position_embeddings", "layer_norm_epsilon", "layer_norm_eps",
+)
+# fmt: on
+_PROBE_TEXT = "The 2 quick brown foxes; \u00b5 'caf\u00e9' \u732b"  # tells tokenizers apart
+
+
+class TextEncoder:
+    """A frozen Hugging Face text encoder.
+
+    model: called with input_ids and attention_mask. tokenizer: of Hugging Face. width: its hidden size D.
+    max_length: L, tokens a caption. fingerprint: identity of weights and tokenizer, whatever the path. lockstep: the
+    model is sharded over ranks, so every call runs it equally often, whatever the captions are.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str) -> None:
+        self.model = model
+        self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
+        self.lockstep = False
+        self.tokenizer = tokenizer
+        self._empty: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def encode(self, captions: list[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Captions -> (states [b, L, D] in the encoder's dtype, zeros past a caption's end; mask bool [b, L]).
+
+        length: L, where it is less than max_length. Equal captions are encoded once, the empty caption once for ever.
+        Nothing waits for the device.
+        """
+        length = length or self.max_length
+        if self._empty is None:
+            self._empty = self._encode([""], self.max_length)
+        distinct = [c for c in dict.fromkeys(captions) if c]
+        parts = [(self._empty[0][:, :length], self._empty[1][:, :length])]
+        if next(self.model.parameters()).dtype == torch.float64:
+            # T5 takes its norms and softmax in fp32, which turns the last bits of a padded batch into 1e-8.
+            # One by one, a caption's states do not depend on what else is in the batch.
+            unused = [""] * (len(captions) - len(distinct)) if self.lockstep else []
+            parts += [self._encode([c], length) for c in [*distinct, *unused]]
+        elif distinct or self.lockstep:
+            parts.append(self._encode(distinct or [""], length))
+        states, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # [1 + distinct, L, ...]
+        row_of = {"": 0} | {caption: row for row, caption in enumerate(distinct, 1)}
+        rows = torch.tensor([row_of[c] for c in captions]).to(states.device, non_blocking=True)
+        return states[rows], mask[rows]
+
+    def _encode(self, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(states [n, L, D], mask [n, L]) from one forward at the longest true length, L = `length` tokens at most."""
+        device = next(self.model.parameters()).device
+        tokens = self.tokenizer(
+            captions,
+            padding="longest",
+            padding_side="right",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        ids, mask = (tokens[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask"))
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, longest, D]
+        states = states.masked_fill(mask[..., None] == 0, 0.0)
+        missing = length - mask.shape[1]
+        return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
+
+    def save(self, model_folder: Path, tokenizer_folder: Path) -> None:
+        """Write model and tokenizer as from_pretrained reads them."""
+        self.model.save_pretrained(model_folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(tokenizer_folder)
+
+
+def tokenizer_subfolder(cfg: TextEncoderConfig) -> str | None:
+    """A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3."""
+    return cfg.subfolder.replace("text_encoder", "tokenizer") if cfg.subfolder else None
+
+
+def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
+    """(class of transformers that loads it, type of its stored weights), from its config alone; DataError as below."""
+    try:
+        config = AutoConfig.from_pretrained(cfg.path, **({"subfolder": cfg.subfolder} if cfg.subfolder else {}))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
+    return _ENCODERS.get(config.model_type, AutoModel).__name__, getattr(config, "dtype", None) or torch.float32
+
+
+def _mask_unseen(*sizes: Any, **options: Any) -> torch.Tensor:
+    """transformers' mask, but never left out where no token is masked: to find that out is a host sync in each call."""
+    return eager_mask(*sizes, **options | {"allow_is_bidirectional_skip": False})
+
+
+def load_text_encoder(
+    cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype, shapes_only: bool = False
+) -> TextEncoder:
+    """Load the encoder of a T5 model, or any other Hugging Face encoder, from safetensors only.
+
+    shapes_only: read no weights; the model is on the meta device and has no fingerprint.
+    Raises DataError where it cannot be loaded or its width or length is not what the config says.
+    """
+    if cfg.path == NONE:
+        raise DataError("text_encoder.path is 'none': give the folder or hub id of a text encoder")
+    quieten()
+    where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
+    tokenizer_where = {"subfolder": folder} if (folder := tokenizer_subfolder(cfg)) else {}
+    try:
+        config = AutoConfig.from_pretrained(cfg.path, **where)
+        width = getattr(config, "hidden_size", None)
+        if width is None:
+            raise DataError(
+                f"text_encoder.path: {cfg.path!r} is a {config.model_type}, not a text encoder alone: name the folder "
+                "of one (its config.json has a hidden_size)"
+            )
+        model_class = _ENCODERS.get(config.model_type, AutoModel)
+        ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _mask_unseen)
+        kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
+        if shapes_only:
+            device = "meta"
+            with torch.device(device):
+                model = getattr(model_class, "_from_config", AutoModel.from_config)(config, **kind)
+        else:
+            model = model_class.from_pretrained(cfg.path, use_safetensors=True, **kind, **where)
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path, **tokenizer_where)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
+
+    if width != cfg.width:
+        raise DataError(f"text_encoder.width is {cfg.width}, but {cfg.path!r} has width {width}: set it to {width}")
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and cfg.max_length > longest:
+        raise DataError(
+            f"text_encoder.max_length is {cfg.max_length}, but {cfg.path!r} has {longest} positions: set at most that"
+        )
+    freeze(model, device)
+    probe = tokenizer(_PROBE_TEXT)["input_ids"]
+    fingerprint = "" if shapes_only else fingerprint_of(config.to_dict(), _TEXT_FIELDS, model, probe)
+    return TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)

@@ -1,0 +1,225 @@
+"""dataset.json beside precomputed shards: what they were made with, and whether a config may train on them.
+
+A sample of such a shard is, side by side in the tar and readable by any WebDataset reader:
+
+    KEY.cls          its class, where there is one
+    KEY.json         {"captions": [...], "weights": [...], "tokens": [...], "width": W, "height": H}
+    KEY.latents.npy  fp16 [V, 2, C, h, w]: mean and log variance; V = 2 with the flipped image's behind
+    KEY.text.npy     uint16 [sum of tokens, D]: the bits of bf16 states of all captions, one behind the other
+    KEY.features.npy fp16 [V, N, F]: what an image encoder sees at each of N image tokens, where REPA was asked for
+
+or KEY.hole, the reason why the original could not be used: it keeps its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+
+from .config import NONE, AutoencoderConfig, DataConfig, TextEncoderConfig
+from .errors import DataError, SampleError
+from .storage import Remote, RetryPolicy, Shard, read_remote, stamp
+
+DATASET, EMPTY_CAPTION = "dataset.json", "empty_caption.npy"
+LAYOUT = 1
+HEADER = 128  # bytes of a .npy file before its numbers
+_SHARED = ("layout", "autoencoder", "text_encoder", "resolution", "flips")  # what several sets must agree on
+_REPA = "repa_encoder"  # and on this, which sets without features need not have
+
+
+def npy(array: np.ndarray) -> bytes:
+    """A .npy file, whose header has HEADER bytes for any shape of ours."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    assert buffer.tell() == HEADER + array.nbytes
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A precomputed set.
+
+    where: path of its dataset.json, for messages. declared: the content (of the first set, where there are several),
+    see Precompute.declared. digest: hash of all of them. empty_caption: uint16 [T, D], bits of bf16 states, None where
+    the set is of classes.
+    """
+
+    where: str
+    declared: dict[str, Any]
+    digest: str
+    empty_caption: np.ndarray | None
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int, int, int]:
+        """(V, 2, C, h, w) of KEY.latents.npy."""
+        autoencoder = self.declared["autoencoder"]
+        side = self.declared["resolution"] // autoencoder["downsample"]
+        return 1 + self.declared["flips"], 2, autoencoder["channels"], side, side
+
+    @property
+    def features_shape(self) -> tuple[int, int, int]:
+        """(V, N, F) of KEY.features.npy, in a set that has it."""
+        encoder = self.declared[_REPA]
+        return 1 + self.declared["flips"], encoder["tokens_a_side"] ** 2, encoder["width"]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Identity of the encoders and of the set, as checkpoints store it."""
+        encoders = {part: said for part in ("autoencoder", "text_encoder", _REPA) if (said := self.declared.get(part))}
+        return {**{part: said["fingerprint"] for part, said in encoders.items()}, "precomputed_dataset": self.digest}
+
+    def check(
+        self, data: DataConfig, autoencoder: AutoencoderConfig, text: TextEncoderConfig, classes: int | None
+    ) -> None:
+        """Raise DataError where a config would not train on what is there."""
+        said = self.declared["autoencoder"]
+        pairs = [("data.resolution", data.resolution, self.declared["resolution"])]
+        pairs += [(f"autoencoder.{key}", getattr(autoencoder, key), said[key]) for key in ("channels", "downsample")]
+        if classes is None:
+            if self.empty_caption is None:
+                raise DataError(f"{self.where} was precomputed for a model of classes and holds no text states")
+            said = self.declared["text_encoder"]
+            pairs += [(f"text_encoder.{key}", getattr(text, key), said[key]) for key in ("max_length", "width")]
+        for key, wanted, found in pairs:
+            if wanted != found:
+                raise DataError(
+                    f"{key} is {wanted}, but {self.where} was precomputed with {found}: set it to {found}, or "
+                    "precompute the shards anew"
+                )
+        if data.buckets != NONE:
+            raise DataError(
+                f"data.buckets is {data.buckets}, but {self.where} holds latents of squares: set it to none"
+            )
+        if data.flip and not self.declared["flips"]:
+            raise DataError(
+                f"data.flip is {data.flip}, but {self.where} holds no latents of flipped images, and flipped latents "
+                "are not those: set data.flip=0, or precompute with --flips"
+            )
+
+    def check_features(self, tokens_a_side: int, width: int) -> None:
+        """Raise DataError where the set does not hold features [tokens_a_side², width] of its images."""
+        said = self.declared.get(_REPA)
+        if said is None:
+            raise DataError(
+                f"objective.repa_weight needs features of the images, and {self.where} was precomputed without: set it "
+                "to 0, or precompute with --repa-features"
+            )
+        for key, wanted, found in (
+            ("objective.repa_width", width, said["width"]),
+            ("tokens along a side (by data.resolution and model.patch_size)", tokens_a_side, said["tokens_a_side"]),
+        ):
+            if wanted != found:
+                raise DataError(
+                    f"{key}: {wanted}, but {self.where} was precomputed with features for {found}: set it to that, or "
+                    "precompute the shards anew"
+                )
+
+    def check_encoder(self, part: str, fingerprint: str) -> None:
+        """Raise DataError where the "autoencoder", "text_encoder" or "repa_encoder" at hand is not the one that the set
+        was made with."""
+        found = self.declared[part]["fingerprint"]
+        if fingerprint != found:
+            key = "objective.repa_encoder" if part == _REPA else f"{part}.path"
+            raise DataError(
+                f"{key} holds an encoder with fingerprint {fingerprint[:16]}, but {self.where} was precomputed "
+                f"with {found[:16]}: give the same encoder, or {NONE}, or precompute the shards anew"
+            )
+
+
+def check_images(autoencoder: AutoencoderConfig, text: TextEncoderConfig, classes: int | None) -> None:
+    """Raise DataError where a config has no encoders, which only precomputed shards train without."""
+    if text.path == NONE and classes is None:
+        raise DataError("text_encoder.path is none: it is needed to encode captions, give a folder or hub id")
+    if autoencoder.path == NONE and autoencoder.downsample != 1:
+        raise DataError(
+            "autoencoder.path is none: it is needed to turn images into latents and back, give a folder or hub id; for "
+            "pixels set autoencoder.channels=3 and autoencoder.downsample=1"
+        )
+
+
+def check_same_kind(training: Dataset | None, validation: Dataset | None) -> None:
+    """Raise DataError where data.val_shards do not give what data.shards give."""
+    if training is None or validation is None:
+        if training is not validation:
+            kinds = ("images", "precomputed samples") if validation is None else ("precomputed samples", "images")
+            raise DataError(f"data.val_shards holds {kinds[0]} and data.shards {kinds[1]}: both must be of one kind")
+        return
+    for part in ("autoencoder", "text_encoder"):
+        if training.declared[part] != validation.declared[part]:
+            raise DataError(
+                f"{part}: {validation.where} was precomputed with {validation.declared[part]}, {training.where} with "
+                f"{training.declared[part]}: both must be made with the same one"
+            )
+
+
+def open_dataset(shards: Sequence[Shard], patience: RetryPolicy) -> Dataset:
+    """What precomputed shards were made with. Raises DataError where that is missing, or sets do not fit together."""
+    found: dict[str, Dataset] = {}
+    for shard in shards:
+        beside = _beside(shard, DATASET)
+        if str(beside) not in found:
+            found[str(beside)] = _read(shard, beside, patience)
+    first, *others = found.values()
+    for other in others:
+        for key in (*_SHARED, _REPA):
+            ours, theirs = first.declared.get(key), other.declared.get(key)
+            if ours != theirs:
+                raise DataError(
+                    f"{first.where} and {other.where} were precomputed with different values of {key}: "
+                    f"{ours} and {theirs}; train on sets made alike"
+                )
+    digest = hashlib.sha256("\n".join([one.digest for one in found.values()]).encode()).hexdigest()
+    return Dataset(first.where, first.declared, digest if others else first.digest, first.empty_caption)
+
+
+def dataset_digest(declared: dict[str, Any]) -> str:
+    """Identity of the content of dataset.json."""
+    return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
+
+
+def _beside(shard: Shard, name: str) -> Shard:
+    if isinstance(shard, Path):
+        return shard.with_name(name)
+    url = urlsplit(shard.url)
+    return Remote(urlunsplit(url._replace(path=f"{url.path.rpartition('/')[0]}/{name}")))
+
+
+def _bytes(shard: Shard, patience: RetryPolicy) -> bytes:
+    if isinstance(shard, Path):
+        return shard.read_bytes()
+    return read_remote(shard.url, 0, stamp(shard, patience).size, patience, 0)
+
+
+def _read(shard: Shard, path: Shard, patience: RetryPolicy) -> Dataset:
+    try:
+        declared = json.loads(_bytes(path, patience))
+    except (OSError, SampleError, DataError):
+        raise DataError(
+            f"{shard} holds precomputed samples, but {path} cannot be read: finish launch/precompute.py by running it "
+            "again, and keep that file beside the shards"
+        ) from None
+    except ValueError:
+        declared = None
+    if (
+        not isinstance(declared, dict)
+        or declared.get("layout") != LAYOUT
+        or any(key not in declared for key in _SHARED)
+    ):
+        raise DataError(f"{path} is no dataset.json of layout {LAYOUT}: precompute the shards anew")
+    empty = None
+    if declared["text_encoder"] is not None:
+        beside = _beside(shard, EMPTY_CAPTION)
+        try:
+            data = _bytes(beside, patience)
+            empty = np.frombuffer(data[HEADER:], np.uint16).reshape(-1, declared["text_encoder"]["width"])
+        except (OSError, SampleError, DataError, ValueError):
+            raise DataError(f"{beside} cannot be read: precompute writes it beside the shards, keep it there") from None
+    return Dataset(str(path), declared, dataset_digest(declared), empty)

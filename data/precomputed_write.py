@@ -1,0 +1,364 @@
+"""Shards of images and captions -> shards of latents, text states and features (see data.precomputed_format for what
+is in them).
+
+A shard is a function of its samples, the encoders and the batch size alone: not of the number of processes, nor of how
+often they were stopped. It is complete or absent. `dataset.json` is written when all shards are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from .config import DataConfig
+from .encoders.autoencoder import Autoencoder
+from .encoders.dinov2 import FeatureEncoder
+from .encoders.text import TextEncoder
+from .errors import DataError, SampleError, StoreError
+from .fetch import Raw, SampleFiles
+from .files import temporary_beside
+from .images import decode_image
+from .index import ImageTextIndex
+from .order import END_OF_DATA, Run
+from .precomputed_format import DATASET, EMPTY_CAPTION, LAYOUT, npy
+from .samples import captions_of, label_of, member
+from .shard_index import ABSENT, FEATURES, HOLE, LATENTS, TEXT, CaptionChoice, index_path, load_index
+
+_RUN = 64  # samples that are read together
+_BATCHES_AHEAD = 2  # decoded while one is encoded
+_UNFINISHED = ".precompute.json"  # dataset.json until all shards are there
+Samples = Sequence[tuple[int, range]]  # (input shard, its samples)
+
+
+class _Decoded(NamedTuple):
+    """A sample before it is encoded: uint8 [3, R, R] pixels, None for a hole (its reason)."""
+
+    key: str
+    row: np.void
+    hole: str
+    label: int
+    pixels: np.ndarray | None
+    captions: CaptionChoice
+
+
+@dataclass(frozen=True)
+class Precompute:
+    """What is made of which shards, and where to.
+
+    prefix: of PREFIX-000000.tar ...; one set a folder. text_encoder: None for a model of `classes` classes. per_shard:
+    samples of an output shard; None makes one of each input shard, so that training reads the same order as from
+    those. flips: latents of the flipped images as well. batch_size: images, and captions, that are encoded together.
+    precision: of the encoders, as it was asked for. feature_encoder: what REPA aligns tokens with, of which there are
+    tokens_a_side²; None stores no features.
+    """
+
+    index: ImageTextIndex
+    data: DataConfig
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder | None
+    classes: int | None
+    prefix: Path
+    per_shard: int | None
+    flips: bool
+    batch_size: int
+    precision: str
+    feature_encoder: FeatureEncoder | None = None
+    tokens_a_side: int = 0
+
+    def declared(self) -> dict[str, Any]:
+        """The content of dataset.json."""
+        vae, text, features = self.autoencoder, self.text_encoder, self.feature_encoder
+        return {
+            "layout": LAYOUT,
+            "autoencoder": {
+                "fingerprint": vae.fingerprint,
+                "channels": vae.channels,
+                "downsample": vae.downsample,
+                "scale": vae.scale,
+                "shift": vae.shift,
+            },
+            "text_encoder": text and {
+                "fingerprint": text.fingerprint,
+                "width": text.width,
+                "max_length": text.max_length,
+            },
+            "repa_encoder": features and {
+                "fingerprint": features.fingerprint,
+                "width": features.width,
+                "layer": "last",
+                "tokens_a_side": self.tokens_a_side,
+            },
+            "resolution": self.data.resolution,
+            "crop": "center",
+            "flips": self.flips,
+            "captions": text and "all of an image, cut at max_length tokens",
+            "classes": self.classes,
+            "filters": {"max_image_pixels": self.data.max_image_pixels},
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "source": {"fingerprint": self.index.fingerprint, "samples": len(self.index)},
+            "samples_per_shard": self.per_shard,
+            "name": self.prefix.name,
+            "shards": len(self.shards()),
+        }  # fmt: skip
+
+    def shards(self) -> list[Samples]:
+        """The samples of each output shard."""
+        sizes = self.index.shard_sizes
+        if self.per_shard is None:
+            return [[(shard, range(size))] for shard, size in enumerate(sizes)]
+        ends = np.cumsum(sizes)
+        found: list[Samples] = []
+        for first in range(0, len(self.index), self.per_shard):
+            last, parts = min(first + self.per_shard, len(self.index)), []
+            while first < last:
+                shard = int(np.searchsorted(ends, first, side="right"))
+                start = int(ends[shard]) - sizes[shard]
+                end = min(last, int(ends[shard]))
+                parts.append((shard, range(first - start, end - start)))
+                first = end
+            found.append(parts)
+        return found
+
+    def path(self, number: int) -> Path:
+        """Where an output shard lies."""
+        return self.prefix.with_name(f"{self.prefix.name}-{number:06d}.tar")
+
+    def run(self, rank: int, world: int, tell: Callable[[str], None]) -> Counter[str]:
+        """Write those of this process's shards that are not there yet; returns the holes by reason.
+
+        The process that comes to find all shards complete writes dataset.json. Raises DataError where the folder holds
+        another set, or one made in another way.
+        """
+        shards, holes = self.shards(), Counter[str]()
+        own = range(rank, len(shards), world)
+        self._make_folder()
+        with self._locked():
+            self._open_set()
+        names = {self.path(number).name for number in own}
+        for left in self.prefix.parent.glob(".*.tar.*.tmp"):  # by a process that was killed as it wrote an index
+            if left.name[1:].partition(".tar.")[0] + ".tar" in names:
+                left.unlink()
+        for number in own:
+            path = self.path(number)
+            if path.exists():
+                tell(f"{path} is there")
+            else:
+                found = self._write_shard(path, shards[number])
+                holes += found
+                tell(f"{path}: {sum(len(part) for _, part in shards[number])} samples, {found.total()} of them holes")
+            load_index(path)  # makes it where a kill came between
+        if all(self.path(number).exists() for number in range(len(shards))):
+            with self._locked():
+                self._write_declared(DATASET)
+                (self.prefix.parent / _UNFINISHED).unlink(missing_ok=True)
+        return holes
+
+    def _make_folder(self) -> None:
+        try:
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.prefix.parent} cannot be made ({error}): choose another --output") from None
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the files of the set as a whole, and clear away what killed processes have left of them."""
+        folder = self.prefix.parent
+        with open(folder / ".lock", "w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for name in (DATASET, _UNFINISHED, EMPTY_CAPTION):
+                for left in folder.glob(f".{name}.*.tmp"):
+                    left.unlink()
+            yield
+
+    def _open_set(self) -> None:
+        """Begin the set, or refuse a folder that holds something else."""
+        folder, wanted = self.prefix.parent, self.declared()
+        for name in (DATASET, _UNFINISHED):
+            try:
+                there = json.loads((folder / name).read_text())
+            except FileNotFoundError:
+                continue
+            except ValueError:
+                there = {}
+            for key in wanted:
+                if there.get(key) != wanted[key]:
+                    raise DataError(
+                        f"{folder / name}: the set there has {key} {there.get(key)}, this one {wanted[key]}: choose "
+                        "another folder for --output, or remove that set"
+                    )
+            return
+        if shards := sorted(folder.glob("*.tar")):
+            raise DataError(
+                f"{shards[0]} is there: a precomputed set needs a folder of its own, choose another --output"
+            )
+        if self.text_encoder is not None:
+            states, mask = self.text_encoder.encode([""])
+            with temporary_beside(folder / EMPTY_CAPTION) as temporary:
+                temporary.write_bytes(npy(_bits(states[0][mask[0]])))
+        self._write_declared(_UNFINISHED)
+
+    def _write_declared(self, name: str) -> None:
+        with temporary_beside(self.prefix.parent / name) as temporary:
+            temporary.write_text(json.dumps(self.declared(), indent=1) + "\n")
+
+    def _write_shard(self, path: Path, samples: Samples) -> Counter[str]:
+        holes: Counter[str] = Counter()
+        beside = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill left is overwritten
+        with open(beside, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{path} is being written by another process: start each set once at a time") from None
+            except OSError:
+                pass  # a file system without locks
+            if path.exists():  # that process has just finished
+                beside.unlink(missing_ok=True)
+                return holes
+            file.truncate(0)
+            with TarWriter(file, user="mudit", group="mudit", mode=0o644, mtime=0) as tar:
+                for sample in self.encoded(samples):
+                    tar.write(sample)
+                    if HOLE in sample:
+                        holes[sample[HOLE]] += 1
+            file.flush()
+            os.fsync(file.fileno())
+            index_path(path).unlink(missing_ok=True)
+            os.replace(beside, path)
+        return holes
+
+    def encoded(self, samples: Samples) -> Iterator[dict[str, Any]]:
+        """Each sample's members by extension, and "__key__"."""
+        for batch in self._batches(samples):
+            images = [sample.pixels for sample in batch if sample.pixels is not None]
+            latents, features = self._latents(images), self._features(images)
+            texts = self._texts([text for sample in batch for text in sample.captions.texts])
+            for sample in batch:
+                members: dict[str, Any] = {"__key__": sample.key}
+                if sample.label != ABSENT:
+                    members["cls"] = str(sample.label)
+                if sample.pixels is None:
+                    members[HOLE] = sample.hole
+                else:
+                    members[LATENTS] = npy(next(latents))
+                    if self.feature_encoder is not None:
+                        members[FEATURES] = npy(next(features))
+                    size = {"width": int(sample.row["width"]), "height": int(sample.row["height"])}
+                    if self.text_encoder is not None:
+                        states = [next(texts) for _ in sample.captions.texts]
+                        members[TEXT] = npy(np.concatenate(states))
+                        size |= sample.captions._asdict() | {"tokens": [len(state) for state in states]}
+                        size["captions"] = size.pop("texts")
+                    members["json"] = json.dumps(size)
+                yield members
+
+    def _batches(self, samples: Samples) -> Iterator[list[_Decoded]]:
+        """Decoded samples in batches, some ahead; threads are enough, decoders let go of Python's lock."""
+        # PIL's limit is global and images.py switches it off and on again, which threads must not see.
+        Image.MAX_IMAGE_PIXELS = None
+        raws = self._raws(samples)
+        with ThreadPoolExecutor(max(1, self.data.num_workers)) as threads:
+            ahead: deque[list[Future[_Decoded]]] = deque()
+            while True:
+                while len(ahead) <= _BATCHES_AHEAD and (
+                    batch := [threads.submit(self._decode, raw) for raw in itertools.islice(raws, self.batch_size)]
+                ):
+                    ahead.append(batch)
+                if not ahead:
+                    return
+                yield [future.result() for future in ahead.popleft()]
+
+    def _raws(self, samples: Samples) -> Iterator[Raw]:
+        runs = [
+            Run(shard, np.array(part[first : first + _RUN]))
+            for shard, part in samples
+            for first in range(0, len(part), _RUN)
+        ]
+        files = SampleFiles(self.index, self.data, images_only=self.text_encoder is None)
+        queue = itertools.chain(runs, itertools.repeat(Run(END_OF_DATA, np.array([END_OF_DATA]))))
+        for raw in files.streams([queue])[0]:
+            if raw is None:
+                return
+            yield raw
+
+    def _decode(self, raw: Raw) -> _Decoded:
+        key = self.index.key(raw.row)
+        if self.per_shard is not None:  # samples of several shards may have the same key
+            key = f"{self.index.names[raw.shard]}/{key}"
+        nothing = CaptionChoice([], [])
+        try:
+            captions = captions_of(self.index, raw) if self.text_encoder is not None else nothing
+            label = label_of(raw, self.classes)
+            pixels = decode_image(
+                member(raw, "image"), self.data.resolution, self.data.max_image_pixels, crop=None, flip=False
+            )
+        except StoreError as error:  # what is stored as a hole stays one
+            raise DataError(
+                f"{self.index.paths[raw.shard]}: sample {self.index.key(raw.row)}: {error}: make it readable and "
+                "give the same command again, it goes on"
+            ) from None
+        except SampleError as error:
+            return _Decoded(key, raw.row, str(error), ABSENT, None, nothing)
+        return _Decoded(key, raw.row, "", label, pixels, captions)
+
+    def _latents(self, pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """fp16 [V, 2, C, h, w] of each image, uint8 [3, R, R]."""
+        variants = []
+        for images in self._variants(pixels):
+            mean, logvar = self.autoencoder.encode(images)
+            assert logvar is not None
+            variants.append(torch.stack([mean, logvar], 1))
+        return _by_image(variants)
+
+    def _features(self, pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """fp16 [V, N, F] of each image, uint8 [3, R, R]; nothing without an encoder for them."""
+        encoder, side = self.feature_encoder, self.tokens_a_side
+        return _by_image([encoder.encode(images, side, side) for images in self._variants(pixels)] if encoder else [])
+
+    def _variants(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """uint8 [b, 3, R, R] of the images, and of the flipped ones where these are wanted."""
+        if not pixels:
+            return []
+        images = torch.from_numpy(np.stack(pixels))
+        return [images, images.flip(-1)] if self.flips else [images]
+
+    def _texts(self, captions: list[str]) -> Iterator[np.ndarray]:
+        """uint16 [T, D] of each caption: the bits of its states in bf16."""
+        for first in range(0, len(captions), self.batch_size):
+            assert self.text_encoder is not None
+            states, mask = self.text_encoder.encode(captions[first : first + self.batch_size])
+            for state, tokens in zip(states.to("cpu", torch.bfloat16), mask.sum(1).tolist(), strict=True):
+                yield _bits(state[:tokens])
+
+
+def _by_image(variants: list[torch.Tensor]) -> Iterator[np.ndarray]:
+    """V tensors [b, ...] -> fp16 [V, ...] of each of the b images."""
+    return iter(torch.stack(variants, 1).to("cpu", torch.float16).numpy() if variants else ())
+
+
+def _bits(states: torch.Tensor) -> np.ndarray:
+    """bf16 bits of states [T, D], uint16."""
+    return states.to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
+
+
+def bytes_in_tar(members: dict[str, Any]) -> int:
+    """What a sample takes in a tar: a header for each member, and its bytes in whole blocks."""
+    sizes = [
+        len(value.encode() if isinstance(value, str) else value) for key, value in members.items() if key[0] != "_"
+    ]
+    return sum(512 + -(-size // 512) * 512 for size in sizes)

@@ -1,0 +1,247 @@
+"""Where shards lie: local paths, and URLs that fsspec reads in ranges. Names, sizes, stamps and reads of them."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from fsspec.asyn import sync
+from fsspec.core import url_to_fs
+
+from .config import SYNTHETIC, DataConfig, redact
+from .errors import DataError, SampleError, StoreError
+from .order import mix, uniforms
+
+_PROBE_BYTES = 1 << 14
+_FIRST_DELAY_S = 0.25  # before the first repetition; doubles each time
+_WINDOW = 4 << 20  # bytes of a remote file that are read at once while it is indexed
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file behind a URL. Its text is the URL without secrets."""
+
+    url: str
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return urlsplit(self.url).path.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return redact(self.url)
+
+
+Shard = Path | Remote
+
+
+class FileVersion(NamedTuple):
+    """Size of a file in bytes, and identity of its content."""
+
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long a remote read may take (seconds), and how often it is repeated."""
+
+    timeout_s: float = DataConfig.timeout_s
+    retries: int = DataConfig.retries
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it; DataError where its package is not installed."""
+    try:
+        return url_to_fs(url)
+    except ImportError as error:
+        raise DataError(f"{redact(url)} cannot be opened: {error}; install that package") from None
+    except ValueError as error:
+        raise DataError(f"{redact(url)} cannot be opened: {redact(str(error))}") from None
+
+
+def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
+    """A method of the URL's file system that is given up after a time."""
+    system, path = _filesystem(url)
+    if system.async_impl:
+        return sync(system.loop, getattr(system, f"_{method}"), path, timeout=timeout_s, **options)
+    result: list[Any] = []
+
+    def work() -> None:
+        try:
+            result.append(getattr(system, method)(path, **options))
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)  # such a file system cannot be interrupted: it is left behind
+    thread.start()
+    thread.join(timeout_s)
+    if not result:
+        raise TimeoutError
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def _repeated(url: str, method: str, patience: RetryPolicy, key: int, **options: Any) -> Any:
+    """_call, repeated after a delay that doubles; key: of the jitter. StoreError in the end, or SampleError of too
+    few bytes."""
+    reason = ""
+    for attempt in range(patience.retries + 1):
+        try:
+            result = _call(url, method, patience.timeout_s, **options)
+            if method != "cat_file" or len(result) == options["end"] - options["start"]:
+                return result
+            reason = "short read"
+        except DataError:
+            raise
+        except FileNotFoundError:
+            reason = "not found"
+        except TimeoutError:  # fsspec's is one
+            reason = "timed out"
+        except Exception:  # client libraries raise what they like: OSError, ClientError, BotoCoreError, ...
+            reason = "read error"
+        if attempt < patience.retries:
+            jitter = float(uniforms(mix(key).view("int64"), attempt))
+            time.sleep(_FIRST_DELAY_S * 2**attempt * (0.5 + jitter))
+    # What is too short stays so: the tar ends early, or the answers lie.
+    raise SampleError("shard: short read") if reason == "short read" else StoreError(f"store: {reason}")
+
+
+def read_remote(url: str, start: int, end: int, patience: RetryPolicy, key: int) -> bytes:
+    """Bytes start ... end of a URL; SampleError where it does not give them within patience."""
+    return _repeated(url, "cat_file", patience, key, start=start, end=end) if end > start else b""
+
+
+def stamp(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> FileVersion:
+    """Size and identity of a file without reading it all; DataError where there is no such file.
+
+    Local: a hash of begin, middle and end (the size alone would not do, tars are padded to 10 KiB; nor the time,
+    copies change it). Remote: what the store says, its ETag or time of change.
+    """
+    if isinstance(shard, Remote):
+        try:
+            info = _repeated(shard.url, "info", patience, 0)
+        except StoreError as error:
+            raise DataError(f"shard {shard} cannot be read ({error}): check the URL and the access to it") from None
+        if info.get("size") is None:
+            raise DataError(f"shard {shard}: the server tells no size, so ranges of it cannot be read")
+        keys = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "Last-Modified", "updated")
+        version = next((str(info[key]) for key in keys if info.get(key)), "")
+        return FileVersion(int(info["size"]), f"{info['size']}:{version}")
+    try:
+        size = shard.stat().st_size
+        digest = hashlib.sha256()
+        with open(shard, "rb") as file:
+            for offset in (0, size // 2, max(0, size - _PROBE_BYTES)):
+                digest.update(os.pread(file.fileno(), _PROBE_BYTES, offset))
+    except OSError as error:
+        raise DataError(f"shard {shard} cannot be read: {error.strerror}") from error
+    return FileVersion(size, f"{size}:{digest.hexdigest()}")
+
+
+class LocalBytes:
+    """Reads of an open local file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Bytes at an offset, fewer at the end of the file."""
+        return os.pread(self._descriptor, size, offset)
+
+
+class RemoteBytes:
+    """Forward reads of a remote file through a window; raises SampleError."""
+
+    def __init__(self, shard: Remote, size: int, patience: RetryPolicy) -> None:
+        self._shard, self._size, self._patience = shard, size, patience
+        self._start, self._window = 0, b""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Bytes at an offset, fewer at the end of the file."""
+        end = min(offset + size, self._size)
+        if offset < self._start or end > self._start + len(self._window):
+            last = min(max(end, offset + _WINDOW), self._size)
+            self._window = read_remote(self._shard.url, offset, last, self._patience, offset) if last > offset else b""
+            self._start = offset
+        return self._window[offset - self._start : max(0, end - self._start)]
+
+
+def _expand(pattern: str) -> list[str]:
+    """Expand `{a,b}` and `{000..012}` (zero-padded as written) of one pattern."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if bounds:
+        first, last = int(bounds[1]), int(bounds[2])
+        items = [str(i).zfill(len(bounds[1])) for i in range(first, last + 1)]
+    else:
+        items = match[1].split(",")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [path for item in items for path in _expand(head + item + tail)]
+
+
+def _with_environment(text: str, key: str) -> str:
+    """The text with ${NAME} replaced by the variable's value."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise DataError(f"{key} = {redact(text)!r}: there is no variable {match[1]} in the environment")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def open_shards(spec: str, key: str = "data.shards") -> list[Shard]:
+    """The shards that a config key (or argument) names, in order.
+
+    spec: a folder, a .tar path, or paths with commas, braces or wildcards; or URLs of the same form (a folder ends
+    with /). Raises DataError where nothing matches or a named local shard is missing.
+    """
+    if spec == SYNTHETIC:
+        raise DataError(f"{key} = 'synthetic' has no shards to open")
+    shards: list[Shard] = []
+    for part in re.split(r",(?![^{]*\})", _with_environment(spec, key)):
+        for name in _expand(part.strip()):
+            found = _remote(name, key) if "://" in name else _local(os.path.expanduser(name), key, spec)
+            if not found:
+                raise DataError(f"{key}: no .tar file matches {redact(name)!r}; build shards with launch/shard.py")
+            shards += found
+    if not shards:
+        raise DataError(f"{key} = {redact(spec)!r} names no shard")
+    return shards
+
+
+def _local(name: str, key: str, spec: str) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        return sorted(path.glob("*.tar"))
+    if any(sign in name for sign in "*?["):
+        return [Path(match) for match in sorted(glob.glob(name))]
+    if not path.is_file():
+        raise DataError(
+            f"shard {path} does not exist (from {key} = {redact(spec)!r}); check the path, or build "
+            "shards with launch/shard.py"
+        )
+    return [path]
+
+
+def _remote(name: str, key: str) -> list[Remote]:
+    if "*" not in name and not name.endswith("/"):
+        return [Remote(name)]
+    system, path = _filesystem(name if "*" in name else f"{name}*.tar")
+    try:
+        found = sorted(system.glob(path))
+    except Exception as error:  # as above: any library's
+        raise DataError(f"{key}: {redact(name)} cannot be listed ({type(error).__name__}); name the shards") from None
+    return [Remote(system.unstrip_protocol(match)) for match in found]

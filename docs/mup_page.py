@@ -1,0 +1,124 @@
+"""docs/mup.md from the muP tables of the configs: python -m docs.mup_page > docs/mup.md (no weights are made)."""
+
+import argparse
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from launch.common import run
+from trainer.build.engine import build_mup_table
+from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
+from trainer.config.yaml_files import CONFIG_DIR
+from trainer.mup.table import Row
+
+HEAD = """# What μP does to each weight
+
+Written by `python -m docs.mup_page > docs/mup.md` from the tables that training uses; a test holds it current.
+
+The width d grows by whole heads at a fixed head_dim, so attention keeps 1/sqrt(head_dim). m is the width over the
+base width (of a tensor's own fan_in). Factors multiply the base hyperparameters and are all 1 at the base width.
+
+| role | dimensions | init std x | input x | lr x | wd x | why |
+|---|---|---|---|---|---|---|
+| input | fixed -> d | 1 | 1 | 1 | 1 | its sum over fan_in does not grow with the width |
+| hidden | d -> d | 1/sqrt(m) | 1 | 1/m | m | Adam moves every entry by lr, alike for all samples: d such \
+entries add up to d, not sqrt(d). torch's AdamW decays by lr x wd, which stays the same |
+| output | d -> fixed | 1 | 1/m | 1 | 1 | the factor is on the layer's input (never its bias), so that the \
+gradients of all weights before it shrink by the same 1/m |
+| inner output: `projector.fc1` | d -> fixed | sqrt(m) | 1/m | 1 | 1 | as output, but more layers follow: what it \
+gives at init keeps its size |
+| vector | d | 1 | 1 | 1 | 0 | one number a feature, nothing to sum over |
+| fixed | none | 1 | 1 | 1 | 0, of matrices 1 | the same tensor at every width |
+
+Gradients shrink as the width grows, so a clip norm that was found on the proxy is looser on the target: \
+`mup/clip_share`
+tells how often it acts. Adam's epsilon is the config's at every width (`mup.eps_rule: constant`; default 1e-12): \
+gradients shrink with 1/m, and behind a zero gate they are
+as small as 1e-9. `eps_rule: width` divides epsilon by m instead. The final weight starts at zero, which takes away the
+only transient that depends on the width. Weights decay by role (`optim.decay: matrices`) unless a config says `all`.
+
+Base hyperparameters that the table carries too: `mup.output_multiplier` (times 1/m), `mup.role_lr.ROLE` (on the lr of a
+role). `mup.base_depth` (off by default) multiplies what a block adds to the residual stream by base depth / depth
+(CompleteP, arXiv 2505.01618, alpha = 1); learning rates stay. U-ViT refuses it: its long skips are no residual branch.
+"""
+
+
+class Line(NamedTuple):
+    """A row of the table, for all blocks alike."""
+
+    pattern: str
+    role: str
+    init: str
+    decays: bool
+
+
+class Documented(NamedTuple):
+    name: str
+    config: TrainConfig
+    target: dict[str, Row]
+    base: dict[str, Row]
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """What the configs of one backbone may share."""
+        return tuple(
+            dict.fromkeys(Line(_pattern(n), r.role, r.init, r.weight_decay > 0) for n, r in self.target.items())
+        )
+
+
+def _pattern(name: str) -> str:
+    """blocks.3.mlp.fc1.weight -> blocks.*.mlp.fc1.weight."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def documented() -> Iterator[Documented]:
+    for path in sorted(CONFIG_DIR.glob("*_mup.yaml")):
+        config = load_config(str(path))
+        at_base = load_config(str(path), [f"model.width={config.mup.base_width}"])
+        target, base = build_mup_table(config), build_mup_table(at_base)
+        yield Documented(path.stem, config, dict(target.rows), dict(base.rows))
+
+
+def section(group: list[Documented]) -> str:
+    """The widest config's table, and the others that have the same rows at another width."""
+    shown = max(group, key=lambda d: d.config.model.width)
+    width, base_width = shown.config.model.width, shown.config.mup.base_width
+    parts = [f"\n## {shown.name}\n", f"Width {width} against base {base_width}: m = {width / base_width:g}."]
+    others = [
+        f"`{d.name}` ({d.config.model.width} / {d.config.mup.base_width}: m = "
+        f"{d.config.model.width / d.config.mup.base_width:g})"
+        for d in group
+        if d is not shown
+    ]
+    if others:
+        parts[-1] += f" The same rows, with their own m and fan_in: {', '.join(others)}."
+    parts += [
+        "",
+        "| parameter | role | init std, base -> target | lr x | wd x | input x |",
+        "|---|---|---|---|---|---|",
+    ]
+    seen: dict[str, None] = {}
+    for name, row in shown.target.items():
+        before = shown.base[name].init_std
+        init = row.init if row.init in ("zeros", "ones") else f"{before:.3g}"
+        init += "" if row.init_std == before else f" -> {row.init_std:.3g}"
+        numbers = f"{row.lr:.4g} | {row.weight_decay:.4g} | {row.multiplier:.4g}"
+        seen[f"| `{_pattern(name)}` | {row.role} | {init} | {numbers} |"] = None
+    return "\n".join([*parts, *seen]) + "\n"
+
+
+def document() -> str:
+    groups: dict[tuple[str, tuple[Line, ...]], list[Documented]] = {}
+    for each in documented():
+        groups.setdefault((each.config.model.kind, each.lines), []).append(each)
+    return HEAD + "".join(section(group) for group in groups.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    print(document(), end="")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,318 @@
+"""What stands around exported weights: the twin's config, what it cannot express, scheduler, encoders, pipeline."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from diffusers.models.embeddings import PatchEmbed
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from data.config import NONE
+from data.encoders.autoencoder import Autoencoder, load_autoencoder
+from data.encoders.text import TextEncoder, load_text_encoder, stored_text_encoder, tokenizer_subfolder
+from trainer.build.engine import build_sampler
+from trainer.config.load import to_yaml
+from trainer.config.resolve import resolve
+from trainer.config.schema import RunConfig, TrainConfig
+from trainer.diffusion.ddpm import BETA_RANGES
+from trainer.errors import ConfigError
+
+from . import pipeline as export_pipeline
+from .names import Format
+
+Encoders = Literal["copy", "reference"]
+TWINS = {"mmdit": "SD3Transformer2DModel", "pixart": "PixArtTransformer2DModel", "dit": "DiTTransformer2DModel"}
+_STOCK = {"pixart": "PixArtAlphaPipeline", "dit": "DiTPipeline"}
+_STOCK_CLASSES = 1000  # the null label that DiTPipeline has in its code
+_STOCK_TOKENS = 120  # to which PixArtAlphaPipeline cuts captions
+_STOCK_SIZES = (32, 64, 128)  # latents that PixArtAlphaPipeline has sizes for; with micro-conditions the last alone
+
+
+def _tokenizer_name(tokenizer: Any) -> str:
+    """The class that reads tokenizer.json, the only file that transformers 5 writes, under transformers 4 as well."""
+    name = type(tokenizer).__name__
+    return f"{name}Fast" if hasattr(transformers, f"{name}Fast") else name
+
+
+def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
+    """Why a model of this config would not compute the same in the other code base: what that cannot express."""
+    model = config.model
+    if form == "diffusers":
+        if model.kind not in TWINS:
+            yield f"diffusers has no model like model.kind {model.kind}; --format official writes the official names"
+            return
+        twin = TWINS[model.kind]
+        if model.mlp_ratio != 4:
+            yield f"{twin} has MLPs of 4 times the width, this model of model.mlp_ratio {model.mlp_ratio}"
+        if model.time_freq_shift != (shift := 1.0 if model.kind == "dit" else 0.0):
+            hint = "; --format official writes the official names" if model.kind == "dit" else ""
+            yield (
+                f"{twin} computes time with frequencies i / (128 - {shift:g}), this model was trained with "
+                f"model.time_freq_shift {model.time_freq_shift:g}, and would sample wrongly there{hint}"
+            )
+    else:
+        if model.kind not in ("dit", "uvit"):
+            yield f"model.kind {model.kind} goes to diffusers: leave out --format official"
+        elif model.time_freq_shift != 0:
+            yield (
+                "the official code computes time with frequencies i / 128, this model was trained with "
+                f"model.time_freq_shift {model.time_freq_shift:g}, and would sample wrongly there"
+            )
+
+
+def without_parts(config: TrainConfig) -> Iterator[str]:
+    """Why no pipeline can be made: the config names no encoders."""
+    if config.label_classes is None and config.text_encoder.path == NONE:
+        yield "text_encoder.path is none: add text_encoder.path=FOLDER to the command"
+    if config.autoencoder.path == NONE and config.autoencoder.downsample != 1:
+        yield "autoencoder.path is none, and the model is one of latents: add autoencoder.path=FOLDER to the command"
+
+
+def twin_config(config: TrainConfig) -> dict[str, Any]:
+    """Arguments of the twin of diffusers."""
+    model, channels = config.model, config.autoencoder.channels
+    shared: dict[str, Any] = {
+        "patch_size": model.patch_size,
+        "in_channels": channels,
+        "out_channels": channels * (1 + model.learn_sigma),
+        "num_layers": model.depth,
+        "attention_head_dim": model.head_dim,
+        "num_attention_heads": model.width // model.head_dim,
+    }
+    if model.kind == "mmdit":
+        return shared | {
+            "sample_size": model.pos_embed_base_size * model.patch_size,
+            "joint_attention_dim": config.text_encoder.width,
+            "caption_projection_dim": model.width,
+            "pooled_projection_dim": config.text_encoder.width,
+            "pos_embed_max_size": model.pos_embed_max_size,
+            "qk_norm": "rms_norm",
+        }
+    if model.kind == "pixart":
+        return shared | {
+            "sample_size": model.pos_embed_base_size * model.patch_size,
+            "cross_attention_dim": model.width,
+            "interpolation_scale": model.pos_embed_interpolation,
+            "use_additional_conditions": model.micro_conditions,
+            "caption_channels": config.text_encoder.width,
+            "norm_eps": 1e-6,
+        }
+    assert model.kind == "dit", model.kind
+    return shared | {"sample_size": config.latent_size, "num_embeds_ada_norm": model.num_classes, "norm_eps": 1e-6}
+
+
+def position_table(config: TrainConfig) -> Tensor:
+    """Sin-cos positions [1, n^2, D] float32 as the other code bases store them."""
+    model = config.model
+    assert model.kind != "uvit"
+    largest = model.pos_embed_max_size if model.kind == "mmdit" else None
+    base = config.latent_size // model.patch_size if model.kind == "dit" else model.pos_embed_base_size
+    scale = model.pos_embed_interpolation if model.kind == "pixart" else 1
+    made = PatchEmbed(
+        height=base, width=base, patch_size=1, in_channels=1, embed_dim=model.width,
+        interpolation_scale=scale, pos_embed_max_size=largest,  # pyright: ignore[reportArgumentType] (a float will do)
+    )  # fmt: skip
+    assert isinstance(made.pos_embed, Tensor)
+    return made.pos_embed
+
+
+def scheduler(config: TrainConfig) -> Any:
+    """The scheduler of diffusers that samples as the config does; its file holds ranges, not tables."""
+    resolved = resolve(config, 1)
+    if config.sampler == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=resolved.time_shift)
+    made = build_sampler(config, resolved).scheduler()  # type: ignore[attr-defined]
+    schedule = config.objective.beta_schedule
+    first, last = BETA_RANGES[schedule]
+    ranges = {"trained_betas": None, "beta_schedule": schedule, "beta_start": first, "beta_end": last}
+    return type(made).from_config({**made.config, **ranges})
+
+
+def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]:
+    """Why the stock pipeline would fail or sample otherwise than this model was trained."""
+    model = config.model
+    if model.kind not in _STOCK:
+        yield "StableDiffusion3Pipeline wants two CLIP encoders and pads captions, which its transformer does not mask"
+        return
+    stock = _STOCK[model.kind]
+    if config.objective.kind != "ddpm":
+        yield f"{stock} does not shift the times of a {config.objective.kind} as in training"
+    if config.autoencoder.path == NONE:
+        yield f"{stock} needs an autoencoder, this is a model of pixels"
+    elif vae is not None and vae.shift:
+        yield f"{stock} ignores the autoencoder's shift_factor {vae.shift:g}"
+    if config.sample.guidance_channels is not None:
+        yield f"{stock} guides all channels, not the first {config.sample.guidance_channels}"
+    if config.sampler == "ancestral" and model.learn_sigma:
+        yield f"{stock} drops the learned variance"
+    if model.kind == "dit" and model.num_classes != _STOCK_CLASSES:
+        yield f"{stock} takes label {_STOCK_CLASSES} for no class, this model {model.num_classes}"
+    if model.kind == "pixart":
+        base, sizes = model.pos_embed_base_size * model.patch_size, _STOCK_SIZES[-model.micro_conditions :]
+        if base != config.latent_size or base not in sizes:
+            rows = ", ".join(map(str, sizes))
+            yield f"{stock} knows latents of {rows} rows for such a model, this one has {config.latent_size}"
+        if config.text_encoder.max_length != _STOCK_TOKENS:
+            yield f"{stock} cuts captions at {_STOCK_TOKENS} tokens, not at {config.text_encoder.max_length}"
+        if model.micro_conditions and model.pixels_per_latent != config.autoencoder.downsample:
+            yield f"{stock} gives sizes in pixels, not in model.pixels_per_latent {model.pixels_per_latent}"
+        if stored_text_encoder(config.text_encoder)[0] != "T5EncoderModel":
+            yield f"{stock} has a T5 encoder, not the one at {config.text_encoder.path}"
+
+
+def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: bool) -> list[str]:
+    """Everything of a diffusers folder but the transformer's weights and the card; returns why the pipeline is our own,
+    an empty list where it is diffusers' stock one. own: write ours in any case."""
+    transformer = {"_class_name": TWINS[config.model.kind], "_diffusers_version": version("diffusers")}
+    (folder / "transformer").mkdir()
+    _write_json(folder / "transformer" / "config.json", transformer | twin_config(config))
+    made = scheduler(config)
+    made.save_pretrained(folder / "scheduler")
+    index: dict[str, Any] = {
+        "transformer": ["diffusers", TWINS[config.model.kind]],
+        "scheduler": ["diffusers", type(made).__name__],
+        "vae": [None, None],
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+    }
+    sources: dict[str, Any] = {}
+    vae = load_autoencoder(config.autoencoder, "cpu", torch.float32)
+    vae = vae if isinstance(vae, Autoencoder) else None
+    reasons = list(against_stock(config, vae)) or (["it was asked for"] if own else [])
+    if vae is not None:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+        if encoders == "copy":
+            vae.model.save_pretrained(folder / "vae")
+        else:
+            sources["vae_source"] = [config.autoencoder.path, config.autoencoder.subfolder]
+    if config.label_classes is None:
+        name, _ = stored_text_encoder(config.text_encoder)
+        index |= {"text_encoder": ["transformers", name], "tokenizer": ["transformers", "T5TokenizerFast"]}
+        if encoders == "copy":
+            text = _text_encoder(config)
+            text.save(folder / "text_encoder", folder / "tokenizer")
+            index["text_encoder"][1], index["tokenizer"][1] = type(text.model).__name__, _tokenizer_name(text.tokenizer)
+        else:
+            where = config.text_encoder
+            sources["text_encoder_source"] = [name, where.path, where.subfolder, tokenizer_subfolder(where)]
+    if not reasons:
+        wanted = (
+            "transformer",
+            "scheduler",
+            "vae",
+            *(("text_encoder", "tokenizer") if config.model.kind != "dit" else ()),
+        )
+        index = {part: index[part] for part in wanted}
+        _write_json(folder / "model_index.json", {"_class_name": _STOCK[config.model.kind], **_head(), **index})
+        return []
+    for part in ("vae", "text_encoder") if encoders == "reference" else ():
+        index[part] = [None, None]
+    if encoders == "reference":
+        index["tokenizer"] = [None, None]
+    settings = {
+        "latent_size": config.latent_size,
+        "pixels_per_latent": getattr(config.model, "pixels_per_latent", config.autoencoder.downsample),
+        "max_length": config.text_encoder.max_length,
+        "steps": config.sample.steps,
+        "guidance": config.sample.guidance,
+        "guidance_channels": config.sample.guidance_channels,
+    }
+    index = {"_class_name": ["pipeline", export_pipeline.MuDiTPipeline.__name__], **_head(), **index}
+    _write_json(folder / "model_index.json", index | settings | sources)
+    shutil.copyfile(export_pipeline.__file__, folder / "pipeline.py")
+    return reasons
+
+
+def _text_encoder(config: TrainConfig) -> TextEncoder:
+    """As it is stored, save that T5 in float16 overflows."""
+    _, stored = stored_text_encoder(config.text_encoder)
+    return load_text_encoder(config.text_encoder, "cpu", torch.bfloat16 if stored == torch.float16 else stored)
+
+
+def _head() -> dict[str, str]:
+    return {"_diffusers_version": version("diffusers")}
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- the card
+_OWN = """```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)  # runs this folder's pipeline.py
+pipe(PROMPT).images[0].save("image.png")
+```
+
+The pipeline is this folder's own, because {reasons}.
+"""
+_STOCK_USE = """```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("FOLDER"{parts})
+pipe(PROMPT, num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("image.png")
+```
+"""
+_LOWER = "\nThis pipeline of diffusers turns prompts into lower case; `--pipeline own` of the export does not.\n"
+_OFFICIAL = """The names are those of the official repository: `load_state_dict` of its model, built with these sizes.
+Steps of time count from 0 to 999, as in the official code of DiT; U-ViT counts from 1: give its model n - 1.
+"""
+
+
+def card(
+    config: TrainConfig, meta: Mapping[str, Any], form: Format, weights: str, reasons: list[str], encoders: Encoders
+) -> str:
+    """README.md: how to sample, what was folded, where the weights come from. reasons: of the own pipeline."""
+    text = config.label_classes is None
+    prompt = '"a red apple"' if text else "[7]"
+    if form == "official":
+        use = _OFFICIAL
+    elif reasons:
+        use = _OWN.replace("PROMPT", prompt).format(reasons="; ".join(reasons))
+    else:
+        parts = ", ".join(["", *(["vae=..."] if encoders == "reference" else [])])
+        parts += ", text_encoder=..., tokenizer=..." if text and encoders == "reference" else ""
+        use = _STOCK_USE.replace("PROMPT", prompt).format(
+            parts=parts, steps=config.sample.steps, guidance=config.sample.guidance
+        )
+        use += _LOWER if text else ""
+        if encoders == "reference":
+            use += f"\nLoad the autoencoder from `{config.autoencoder.path}`"
+            use += f", the text encoder from `{config.text_encoder.path}`.\n" if text else ".\n"
+    settings = meta["mup"]["settings"]
+    return f"""---
+library_name: diffusers
+tags: [diffusion, mup, {config.model.kind}]
+---
+# {config.run.name or config.model.kind}
+
+Trained with muDiT under {settings["parametrization"]} and exported from the {weights} weights.
+
+{use}
+The factor on the final layer's input (muP's 1 / m) and that on residual branches (mup.base_depth) are multiplied into
+the weights: nothing of them is left to apply.
+
+| | |
+|---|---|
+| step | {meta["step"]} |
+| commit | `{meta["commit"] or "unknown"}` |
+| muP table, sha256 | `{meta["mup"]["sha256"]}` |
+| data, fingerprint | `{meta["fingerprints"].get("data", "unknown")}` |
+
+The config it was trained with:
+
+```yaml
+{to_yaml(config.model_copy(update={"run": RunConfig()}))}```
+"""
+
+
+def check_output(path: Path) -> None:
+    if path.exists():
+        raise ConfigError(f"--output {path} exists already: name a new folder, or remove it")

@@ -1,0 +1,116 @@
+"""Published weights become a checkpoint that a run starts from."""
+
+import json
+import warnings
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from trainer.checkpoint.checksums import META
+from trainer.config.keys import plain
+from trainer.config.schema import TrainConfig
+from trainer.errors import CheckpointError, ConfigError
+from trainer.files import write_atomically
+from trainer.mup.table import MuTable
+
+from .diffusers_folder import position_table, twin_config
+from .names import LAYOUTS, Format, Layout, fold
+from .weight_files import PublishedWeights
+
+SHOWN = 20  # names that an error lists
+KEYS = {
+    "attention_head_dim": "model.head_dim",
+    "sample_size": "model.pos_embed_base_size x model.patch_size",
+    "interpolation_scale": "model.pos_embed_interpolation",
+}
+TABLE_TOLERANCE = 2e-3  # of positions in [-1, 1], which may be stored in 16 bits
+
+
+def check_import(config: TrainConfig, form: Format, source: PublishedWeights) -> str:
+    """Raise ConfigError where the config would compute something else with these weights than their own code does,
+    as far as that can be seen; returns a note on what cannot."""
+    model = config.model
+    if (model.kind, form) not in LAYOUTS:
+        raise ConfigError(f"{source.path} has the names of diffusers, which has no model like model.kind {model.kind}")
+    problems = []
+    if model.time_freq_shift and (model.kind, form) != ("dit", "diffusers"):
+        problems.append(f"model.time_freq_shift is {model.time_freq_shift:g}: these weights go with 0")
+    if form == "diffusers":
+        sample_size = source.config.get("sample_size")
+        stored = {"attention_head_dim": source.config.get("attention_head_dim")}
+        if model.kind != "dit":  # whose positions follow the image
+            stored["sample_size"] = sample_size
+        if model.kind == "pixart" and sample_size is not None:
+            scale = source.config.get("interpolation_scale")
+            stored["interpolation_scale"] = max(sample_size // 64, 1) if scale is None else scale
+        ours = twin_config(config)
+        problems += [
+            f"{key} is {value} in its config.json, and {ours[key]} by this config ({KEYS[key]})"
+            for key, value in stored.items()
+            if value is not None and value != ours[key]
+        ]
+    if problems:
+        raise ConfigError(f"{source.path} does not fit the config:\n  " + "\n  ".join(problems))
+    if (model.kind, form) == ("dit", "diffusers"):
+        return (
+            f"\nmodel.time_freq_shift is {model.time_freq_shift:g}: right for weights that were trained with it "
+            "(0: the official code's, also where others converted them), while diffusers always computes with 1"
+        )
+    return ""
+
+
+def read_published(source: PublishedWeights, to: Layout, config: TrainConfig, table: MuTable) -> dict[str, Tensor]:
+    """Our parameters by name, unfolded; one CheckpointError names all that is missing, unknown or of another shape."""
+    problems = [
+        f"missing: {name}" for name in dict.fromkeys(run.theirs for run in to.runs) if name not in source.shapes
+    ]
+    for name, shape in source.shapes.items():
+        if name not in to.shapes:
+            if not any(fnmatchcase(name, pattern) for pattern in to.unread):
+                problems.append(f"unknown: {name} {list(shape)}")
+        elif shape != to.shapes[name]:
+            problems.append(f"shape: {name} is {list(shape)}, by the config {list(to.shapes[name])}")
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise CheckpointError(f"{source.path} does not fit the config:\n  " + "\n  ".join(problems[:SHOWN]) + more)
+    tensors = {name: torch.empty(shape).reshape(-1) for name, shape in to.ours.items()}
+    filled: set[tuple[str, int]] = set()
+    for name in to.shapes.keys() & source.shapes.keys():
+        values = source.read(name).float()
+        if name in to.tables and not torch.allclose(values, position_table(config), atol=TABLE_TOLERANCE):
+            raise CheckpointError(
+                f"{source.path}: the positions {name} are not those of the config; compare data.resolution, "
+                "model.pos_embed_base_size and what else model.pos_embed_* there is"
+            )
+        values = values.reshape(-1)
+        for part in to.runs:
+            if part.theirs != name:
+                continue
+            ours, own = tensors[part.ours][part.ours_at :][: part.size], values[part.at :][: part.size]
+            if (part.ours, part.ours_at) in filled and not torch.equal(ours, own):
+                raise CheckpointError(f"{source.path}: {name} differs between blocks, where this model has one of it")
+            ours.copy_(own)
+            filled.add((part.ours, part.ours_at))
+    return {name: (tensor / fold(table, name)).reshape(to.ours[name]) for name, tensor in tensors.items()}
+
+
+def write_checkpoint(folder: Path, config: TrainConfig, table: MuTable, tensors: dict[str, Tensor]) -> None:
+    """Weights alone, under their full names ("model/final.weight"), as run.init_from reads them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it writes in one process, which is what is meant
+        writer = dcp.FileSystemWriter(folder, sync_files=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+    meta = {
+        "config": plain(config),
+        "mup": table.to_json(),
+        "fingerprints": {},
+        "versions": {"torch": version("torch")},
+        "commit": "",
+        "step": 0,
+        "reads": [],
+    }
+    write_atomically(folder / META, json.dumps(meta))

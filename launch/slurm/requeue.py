@@ -1,0 +1,73 @@
+"""The end of a Slurm job: requeue it where the run was preempted, or where a machine failed it, by its status.json.
+
+Called by launch/slurm/train.sbatch. A worker's exit code does not survive torchrun, the status file does. Its time is
+looked at too: a start that died before it wrote anything must not be repeated for ever. Nor must a machine's failure:
+the job is requeued after it only if this start got as far as a checkpoint.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from launch.common import run
+from trainer.checkpoint.checksums import META
+from trainer.checkpoint.find import complete_checkpoints
+from trainer.config.load import load_config
+
+_MACHINE = re.compile(r"rank \d+ is lost|store is gone|^watchdog: |CUDA error|NCCL|ECC")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--since", type=float, required=True, help="when the job started, seconds since 1970")
+    parser.add_argument("--exit-code", type=int, default=0, help="of srun, which this command ends with otherwise")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.config, arguments.overrides)
+    assert config.run.name is not None
+    folder = Path(config.run.dir) / config.run.name
+    state, reason = state_since(folder / "status.json", arguments.since)
+    if again := failed_by_a_machine(state, reason) and has_saved(folder, arguments.since):
+        print(f"the run was cut off ({reason or 'killed'}), and has saved since it started", flush=True)
+    if state != "preempted" and not again:
+        print(f"the run is {state or 'not started'}; exit code {arguments.exit_code}", flush=True)
+        return 0 if state == "finished" else arguments.exit_code
+    if os.environ.get("MUDIT_REQUEUE") == "0":
+        print(f"the run was {state}: the next job of the chain goes on with it", flush=True)
+        return 0
+    job = os.environ["SLURM_JOB_ID"]
+    print(f"the run was {state}: requeueing job {job}", flush=True)
+    return subprocess.run(["scontrol", "requeue", job], check=False).returncode
+
+
+def state_since(status: Path, since: float) -> tuple[str | None, str]:
+    """The run's state and the reason for it, if they were written after `since`; else (None, "")."""
+    if not _written_since(status, since):
+        return None, ""
+    told = json.loads(status.read_text())
+    return told["state"], told.get("reason", "")
+
+
+def failed_by_a_machine(state: str | None, reason: str) -> bool:
+    """Whether another start may do better: a rank or its host that is gone, a hang, a GPU's error; not what a user must
+    mend. A run that was killed still says that it runs."""
+    return state == "running" or (state == "failed" and _MACHINE.search(reason) is not None)
+
+
+def has_saved(folder: Path, since: float) -> bool:
+    return any(_written_since(path / META, since) for path in complete_checkpoints(folder / "checkpoints"))
+
+
+def _written_since(path: Path, since: float) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return int(path.stat().st_mtime) >= int(since)  # whole seconds: `since` is one, and file systems round
+    return False
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,107 @@
+"""From a config: the muP table, model and optimizer in an engine, objective, alignment and sampler."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+
+from models.configs import ModelConfig
+from models.registry import build_model, declarations
+
+from ..config.resolve import Resolved
+from ..config.schema import TrainConfig
+from ..diffusion.ddpm import DDPM
+from ..diffusion.ddpm_sampling import DDPMSampler
+from ..diffusion.flow import RectifiedFlow
+from ..diffusion.repa import Alignment
+from ..diffusion.sampling import Euler, Sampler
+from ..input.encoding import Encoders, precision_of
+from ..mup.apply import apply_multipliers, build_table, init_parameters, initial_value, param_groups
+from ..mup.rules import ROLES, Settings
+from ..mup.table import MuTable
+from ..parallel.activation_checkpointing import checkpoint_activations
+from ..parallel.compile import compile_units
+from ..parallel.fsdp import FSDP2Engine, Sharding
+from ..parallel.mesh import World
+from ..parallel.zero import ZeroEngine
+
+
+def build_mup_table(config: TrainConfig) -> MuTable:
+    """The muP table of a config, from three models on the meta device; no weights are made."""
+    model = config.model
+
+    def factory(width: int) -> torch.nn.Module:
+        shape: ModelConfig = dataclasses.replace(model, width=width)
+        return build_model(shape, config.autoencoder.channels, config.text_encoder.width, config.projector)
+
+    mup = config.mup
+    settings = Settings(
+        mup.parametrization,
+        mup.wd_rule,
+        mup.eps_rule,
+        config.optim.decay,
+        branch_scale=1.0 if mup.base_depth is None else mup.base_depth / model.depth,
+        output_multiplier=mup.output_multiplier,
+        role_lr={role: factor for role in ROLES if (factor := getattr(mup.role_lr, role)) != 1.0},
+    )
+    return build_table(
+        factory, mup.base_width, model.width, mup.base_width, declarations(model, config.projector), settings
+    )
+
+
+def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine | ZeroEngine:
+    """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
+    optim, parallel = config.optim, config.parallel
+    if precision_of(config, world) != "bf16":
+        torch.backends.cuda.enable_flash_sdp(True)  # on a CPU off since init_world, for the sake of bf16
+    with torch.device("meta"):
+        model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
+    apply_multipliers(model, table)
+    units: list[torch.nn.Module] = model.shard_units()  # pyright: ignore[reportCallIssue] (every backbone has it)
+    checkpoint_activations(units, parallel.activation_checkpointing)
+    if parallel.compile:
+        compile_units(units)
+
+    def initialise(materialised: torch.nn.Module) -> None:
+        materialised.fill_buffers()  # pyright: ignore[reportCallIssue] (every backbone has it)
+        init_parameters(materialised, table, config.train.seed)
+
+    common: dict[str, Any] = {
+        "world": world,
+        "precision": precision_of(config, world),
+        "groups": lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
+        "betas": optim.betas,
+        "clip_norm": optim.clip_norm,
+    }
+    if parallel.engine == "zero":
+        fill_buffers: Any = model.fill_buffers
+        initial = partial(initial_value, table, seed=config.train.seed, device=world.device)
+        engine = ZeroEngine(model, stage=parallel.zero_stage, fill_buffers=fill_buffers, initial=initial, **common)
+    else:
+        sharding = Sharding(parallel.reshard_after_forward, parallel.prefetch, parallel.cpu_offload)
+        engine = FSDP2Engine(model, units=units, sharding=sharding, initialise=initialise, **common)
+    for name, settings in engine.optimizer_settings().items():
+        row = table.rows[name]
+        expected = (optim.lr * row.lr, optim.weight_decay * row.weight_decay, optim.eps * row.eps)
+        assert settings == expected, f"{name}: the optimizer has (lr, wd, eps) {settings}, the table {expected}"
+    return engine
+
+
+def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow | DDPM:
+    if config.objective.kind == "ddpm":
+        return DDPM(config.objective.beta_schedule, config.model.learn_sigma)
+    mean, std = config.objective.timestep_mean, config.objective.timestep_std
+    return RectifiedFlow(mean, std, resolved.time_shift, area=config.latent_size**2)
+
+
+def build_alignment(config: TrainConfig, frozen: Encoders) -> Alignment | None:
+    o = config.objective
+    return Alignment(o.repa_weight, o.repa_layer - 1, frozen.features) if o.repa_weight else None
+
+
+def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:
+    if config.sampler == "euler":
+        return Euler(config.sample.steps, resolved.time_shift)
+    ddpm = DDPM(config.objective.beta_schedule, config.model.learn_sigma)
+    return DDPMSampler(ddpm, config.sampler, config.sample.steps)

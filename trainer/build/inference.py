@@ -1,0 +1,121 @@
+"""From a checkpoint: the model ready to compute with, and images from prompts."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data.precomputed_format import check_images
+
+from ..checkpoint.compatible import check_same_model, check_weights_readable, lasting
+from ..checkpoint.find import read_meta, verify
+from ..collectives import on_rank_0
+from ..config.resolve import Resolved, resolve
+from ..config.schema import TrainConfig
+from ..diffusion.ddpm import DDPM
+from ..diffusion.flow import RectifiedFlow
+from ..errors import CheckpointError
+from ..evaluate.generate import Generator, images_from_prompts
+from ..input.encoding import Encoders
+from ..mup.table import MuTable
+from ..parallel.engine import Engine
+from ..parallel.mesh import World
+from .engine import build_engine, build_mup_table, build_objective, build_sampler
+
+
+def sample_images(
+    config: TrainConfig,
+    engine: Engine,
+    frozen: Encoders,
+    resolved: Resolved,
+    world: World,
+    prompts: Sequence[str],
+    seed: int = 0,
+) -> np.ndarray:
+    """uint8 [len(prompts), H, W, 3] from the weights that the engine's model has now, on every rank."""
+    return images_from_prompts(
+        engine.model,
+        frozen.encode_prompts,
+        frozen.decode,
+        prompts,
+        (config.autoencoder.channels, config.latent_size, config.latent_size),
+        build_sampler(config, resolved),
+        seed=seed,
+        guidance=config.sample.guidance,
+        guidance_channels=config.sample.guidance_channels,
+        device=world.device,
+        group=world.control,
+    )
+
+
+def image_generator(config: TrainConfig, engine: Engine, frozen: Encoders, resolved: Resolved) -> Generator:
+    """Images by the weights that the engine's model has when it is called."""
+    return Generator(
+        engine.model,
+        frozen.encode_prompts,
+        frozen.decode,
+        (config.autoencoder.channels, config.latent_size, config.latent_size),
+        build_sampler(config, resolved),
+        config.sample.guidance,
+        config.sample.guidance_channels,
+        frozen.device,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """The EMA (or live) weights of a checkpoint, ready to compute with."""
+
+    config: TrainConfig
+    table: MuTable
+    model: torch.nn.Module
+    objective: RectifiedFlow | DDPM
+    frozen: Encoders
+    images: Callable[[Sequence[str], int], np.ndarray]
+    """(prompts, seed) -> uint8 [n, H, W, 3]."""
+    generate: Generator
+    """One batch of this rank; all ranks call it equally often."""
+
+
+def build_inference(
+    config: TrainConfig, checkpoint: Path, world: World, weights: Literal["ema", "live"] = "ema"
+) -> Inference:
+    """Load the weights of a checkpoint that was trained with `config`."""
+    if config.data.synthetic:
+        raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
+    check_images(config.autoencoder, config.text_encoder, config.label_classes)
+    resolved = resolve(config, world.size)
+    table = build_mup_table(config)
+    verify(checkpoint, world.control)
+    check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
+    check_weights_readable(read_meta(checkpoint), checkpoint)
+    frozen = Encoders(config, world, partial(on_rank_0, world))
+    _check_text_encoder(frozen, checkpoint, config.text_encoder.path)
+    engine = build_engine(config, table, world)
+    if weights == "live" and read_meta(checkpoint).get("averages_only"):
+        raise CheckpointError(f"{checkpoint} is a snapshot, which holds EMA weights alone: there are no live ones")
+    group = f"ema_{config.ema.decays[0]}" if weights == "ema" else "model"
+    engine.load_weights(checkpoint, group, lasting(table.rows))
+    return Inference(
+        config=config,
+        table=table,
+        model=engine.model,
+        objective=build_objective(config, resolved),
+        frozen=frozen,
+        images=lambda prompts, seed: sample_images(config, engine, frozen, resolved, world, prompts, seed),
+        generate=image_generator(config, engine, frozen, resolved),
+    )
+
+
+def _check_text_encoder(frozen: Encoders, checkpoint: Path, path: str) -> None:
+    trained, present = (
+        held.get("text_encoder") for held in (read_meta(checkpoint)["fingerprints"], frozen.fingerprints())
+    )
+    if trained is not None and present not in (None, trained):
+        raise CheckpointError(
+            f"text_encoder.path {path} holds another text encoder than {checkpoint} was trained with: name that one"
+        )

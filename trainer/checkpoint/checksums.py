@@ -1,0 +1,55 @@
+"""The files of a checkpoint: their checksums, and which checkpoints a run folder keeps."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+META = "meta.json"
+_WRITER = re.compile(r"(?:__|rank_)(\d+)_")  # in names such as "__3_0.distcp": the rank that wrote the file
+
+
+def digest_files(folder: Path, rank: int = 0, size: int = 1) -> dict[str, dict[str, Any]]:
+    """{path inside folder: {"bytes", "sha256"}} of the files that fall to `rank` of `size`: those that it wrote."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: _digest(paths[name]) for name in sorted(paths) if _rank_of(name, size) == rank}
+
+
+def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], rank: int = 0, size: int = 1) -> None:
+    """Compare the files that fall to `rank` with what digest_files said of them.
+
+    Raises CheckpointError that names the first damaged one. Sizes first: a cut file is found without reading all.
+    """
+    mine = sorted(name for name in files if _rank_of(name, size) == rank)
+    for name in mine:
+        path, expected = folder / name, files[name]["bytes"]
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if (found := path.stat().st_size) != expected:
+            raise CheckpointError(f"{path} is damaged: {found} bytes, {expected} were written")
+    for name in mine:
+        try:
+            found = _digest(folder / name)["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error}") from None
+        if found != files[name]["sha256"]:
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is {found}, not that in {META}")
+
+
+def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
+    """Which of the ascending `steps` to clear: not the newest keep_last, not multiples of keep_every (0: no such)."""
+    return [step for step in steps[:-keep_last] if keep_every == 0 or step % keep_every]
+
+
+def _rank_of(name: str, size: int) -> int:
+    """Who reads a file: whose page cache is likely to hold it, as its name tells, else rank 0."""
+    writer = _WRITER.search(name)
+    return int(writer[1]) % size if writer else 0
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

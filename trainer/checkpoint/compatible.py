@@ -1,0 +1,92 @@
+"""Whether a checkpoint may be used by a config, a muP table and an engine."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+
+def lasting(names: Iterable[str]) -> list[str]:
+    """The parameters that another run can take over and an export has: all but those of REPA's projector."""
+    return [name for name in names if not name.startswith("projector.")]
+
+
+def check_same_model(meta: Mapping[str, Any], table: Mapping[str, Any], checkpoint: Path, rules: bool) -> None:
+    """Raise CheckpointError unless the checkpoint's muP table has the (lasting) parameters, shapes and multipliers of
+    `table`, and, where `rules` is set, is the same table."""
+    old, new = meta["mup"]["rows"], table["rows"]
+    names = old.keys() | new.keys()
+    wrong = sorted(
+        n for n in (names if rules else lasting(names)) if old.get(n, {}).get("shape") != new.get(n, {}).get("shape")
+    )
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{checkpoint} is of another model: {len(wrong)} parameters differ, first {name}: "
+            f"{old.get(name, {}).get('shape', 'absent')} in the checkpoint, "
+            f"{new.get(name, {}).get('shape', 'absent')} in the config. Use the config it was trained with."
+        )
+    if not rules and (other := _other_function(meta["mup"], table)):
+        raise CheckpointError(
+            f"{checkpoint} would compute another function under this config: {other}. Keep its model.* and mup.*; to "
+            "go on under others, export it (launch/export.py folds the multipliers into the weights) and import that"
+        )
+    if rules and meta["mup"]["sha256"] != table["sha256"]:
+        changed = [n for n in new if old[n] != new[n]]
+        raise CheckpointError(
+            f"{checkpoint} was trained with another muP table (first difference: {(changed or ['settings'])[0]}). "
+            "Its learning rates or multipliers would change in mid-run; start another run with run.init_from."
+        )
+
+
+def _other_function(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first difference of two tables in what multiplies weights or branches."""
+    factors = [
+        {f"the multiplier of {name}": table["rows"][name].get("multiplier", 1.0) for name in lasting(table["rows"])}
+        | {"the scale of branches": table.get("settings", {}).get("branch_scale", 1.0)}
+        for table in (old, new)
+    ]
+    for what, value in factors[1].items():
+        if factors[0][what] != value:
+            return f"{what} is {factors[0][what]:g} in the checkpoint, {value:g} in the config"
+    return None
+
+
+def check_same_engine(meta: Mapping[str, Any], engine: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise CheckpointError unless the checkpoint can be resumed by `engine` (see engine_of)."""
+    written = engine_of(meta)
+    if written != engine:
+        to = f"--engine {engine['name']}" + (f" --zero-stage {engine['stage']}" if engine["name"] == "zero" else "")
+        if written["name"] == engine["name"] == "zero":
+            to = "--engine fsdp2 (and from there to zero again)"
+        raise CheckpointError(
+            f"{checkpoint} was written by {_described(written)}, this run has {_described(engine)}: go on as it was "
+            f"written, or convert it to a new run folder: {convert_command(meta, engine, checkpoint)} {to}"
+        )
+
+
+def check_weights_readable(meta: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise CheckpointError for a checkpoint of DeepSpeed's own files, which only training can read."""
+    if engine_of(meta)["name"] == "zero":
+        raise CheckpointError(
+            f"{checkpoint} was written by {_described(engine_of(meta))}, whose files only a resumed run reads: convert "
+            f"it first: {convert_command(meta, {'name': 'fsdp2'}, checkpoint)} --engine fsdp2"
+        )
+
+
+def engine_of(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What wrote a checkpoint: {"name": "fsdp2"}, or {"name": "zero", "stage": S, "world_size": W}."""
+    return meta.get("engine", {"name": "fsdp2"})
+
+
+def convert_command(meta: Mapping[str, Any], engine: Mapping[str, Any], checkpoint: Path) -> str:
+    """How to start launch/convert.py: on the processes of the zero side."""
+    world_size = engine_of(meta).get("world_size") or engine.get("world_size", 1)
+    return f"torchrun --nproc-per-node {world_size} launch/convert.py --checkpoint {checkpoint} --output FOLDER"
+
+
+def _described(engine: Mapping[str, Any]) -> str:
+    if engine["name"] == "zero":
+        return f"parallel.engine zero with parallel.zero_stage {engine['stage']} on {engine['world_size']} processes"
+    return f"parallel.engine {engine['name']}"

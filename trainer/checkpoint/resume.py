@@ -1,0 +1,51 @@
+"""Which checkpoint a run goes on from, and whether its config may."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config.resume import check_resume
+from ..config.schema import TrainConfig
+from ..errors import CheckpointError, ConfigError
+from ..mup.table import MuTable
+from ..parallel.mesh import World
+from .compatible import check_same_engine, check_same_model
+from .find import newest_good, read_meta
+
+
+def engine_identity(config: TrainConfig, world: World) -> dict[str, Any]:
+    """What a checkpoint of this run can be resumed by: fsdp2 by any world size, zero by the same one and stage."""
+    parallel = config.parallel
+    if parallel.engine == "zero":
+        return {"name": "zero", "stage": parallel.zero_stage, "world_size": world.size}
+    return {"name": parallel.engine}
+
+
+class Resumed(NamedTuple):
+    """changes: of the config, as text. damaged: newer checkpoints that were passed over, and why."""
+
+    checkpoint: Path
+    meta: dict[str, Any]
+    changes: list[str]
+    damaged: dict[Path, str]
+
+
+def find_resumed(
+    config: TrainConfig, folder: Path, table: MuTable, fingerprints: dict[str, str], world: World
+) -> Resumed | None:
+    """The newest undamaged checkpoint of the run folder, if there is one and this config may continue it."""
+    checkpoint, damaged = newest_good(folder, world.control)
+    if checkpoint is None:
+        return None
+    if not config.run.resume:
+        raise ConfigError(f"run.resume is false, but {folder} has checkpoints: use another run.name or remove them")
+    meta = read_meta(checkpoint)
+    check_same_engine(meta, engine_identity(config, world), checkpoint)
+    changes = check_resume(meta["config"], config)
+    check_same_model(meta, table.to_json(), checkpoint, rules=True)
+    for part, fingerprint in fingerprints.items():
+        if meta["fingerprints"].get(part) != fingerprint:
+            raise CheckpointError(
+                f"{checkpoint} was trained with other {part.replace('_', ' ')} contents than {part} has now; "
+                "use another run.name for a new run"
+            )
+    return Resumed(checkpoint, meta, changes, damaged)

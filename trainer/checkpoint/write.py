@@ -1,0 +1,167 @@
+"""Checkpoints that are complete or absent: written beside, flushed, renamed. Found again by the same command.
+
+A checkpoint is a folder `step_00001000` with the tensors (torch's distributed checkpoint) and `meta.json`: step,
+config, muP table and its hash, fingerprints of data and encoders, versions, size and SHA-256 of each file. No classes,
+no pickled objects. A snapshot is the same with the EMA weights alone.
+"""
+
+import json
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..collectives import together
+from ..errors import CheckpointError
+from ..files import sync_folder, write_atomically
+from ..parallel.engine import Engine
+from .checksums import META, digest_files, superseded
+from .find import complete_checkpoints, step_of
+
+_MOST_FAILURES = 3
+T = TypeVar("T")
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run folder; the same calls on all ranks.
+
+    A save copies the tensors and returns; a thread writes the copies while training goes on. At most one save is in
+    flight, and meanwhile `group` belongs to its threads: a collective of the training thread would mix with theirs.
+
+    keep_last, keep_every: see checkpoint_files.superseded. asynchronous: False waits for every save. tell: is given
+    the warning that a save failed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        group: dist.ProcessGroup,
+        keep_last: int,
+        keep_every: int,
+        asynchronous: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._checkpoints, self._snapshots = folder / "checkpoints", folder / "ema"
+        self._engine = engine
+        self._group = group
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._asynchronous = asynchronous
+        self._tell = tell
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[Path, Future[float]] | None = None
+        self._failures: Counter[Path] = Counter()  # in a row, by folder
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], wait: bool = False) -> None:
+        """Start to write checkpoint `step`; once it is complete, older ones are cleared away. wait: until then.
+
+        A failed save is told and leaves the older checkpoints as they are. CheckpointError is raised where `wait` is
+        set, or at the third failure in a row.
+        """
+        self._start(self._checkpoints, step, tensors, meta, wait)
+
+    def save_averages(self, step: int, averages: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Start to write a snapshot of `averages` (see EMA.tensors) alone, which is kept for good; fails as `save`."""
+        self._start(self._snapshots, step, averages, {**meta, "averages_only": True}, wait=False)
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one."""
+        self._end(required=False)
+
+    def load(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Read weights, optimizer and `tensors` in place."""
+        self.wait()
+        self._engine.load(checkpoint, tensors)
+
+    def figures(self) -> dict[str, float]:
+        """Seconds since the last call in which saves kept training waiting, and that finished saves took to write;
+        nothing where there was no save."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        return dict(seconds)
+
+    def _start(
+        self, folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], wait: bool
+    ) -> None:
+        began = time.perf_counter()
+        self.wait()
+        beside = folder / f".step_{step:08d}.tmp"
+        saving: Future[float] = Future()
+        try:
+            together(lambda: _make_empty(beside) if self._rank == 0 else None, self._group)
+            written = self._engine.save(beside, tensors, averages_only=folder == self._snapshots)
+            saving = self._thread.submit(self._finish, written, beside, meta)
+        except CheckpointError as error:
+            saving.set_exception(_not_written(beside, error))
+        self._saving = folder, saving
+        # The third failure in a row raises, which all ranks must do at the same point.
+        last_try = self._failures[folder] == _MOST_FAILURES - 1
+        if wait or last_try or not self._asynchronous:
+            self._end(required=wait)
+        self._seconds["checkpoint_blocked_s"] += time.perf_counter() - began
+
+    def _end(self, required: bool) -> None:
+        if self._saving is None:
+            return
+        (folder, saving), self._saving = self._saving, None
+        try:
+            self._seconds["checkpoint_write_s"] += saving.result()
+            if self._failures.pop(folder, 0):
+                self._tell(f"{folder} can be written again")
+        except (CheckpointError, RuntimeError) as error:  # RuntimeError: a collective broke, another rank has died
+            self._failures[folder] += 1
+            if required or self._failures[folder] == _MOST_FAILURES:
+                raise CheckpointError(f"{error} (failure {self._failures[folder]} in a row)") from None
+            self._tell(f"warning: {error}; training goes on, and the next save tries again")
+
+    def _finish(self, written: Future[None], beside: Path, meta: Mapping[str, Any]) -> float:
+        """In the thread: complete a checkpoint once every rank has written its files; returns the seconds it took."""
+        began = time.perf_counter()
+        try:
+            together(written.result, self._group)
+            shares = together(lambda: digest_files(beside, self._rank, self._size), self._group)
+            files = {name: digest for share in shares for name, digest in share.items()}
+            complete = {**meta, "files": files}
+            together(lambda: self._publish(beside, complete) if self._rank == 0 else None, self._group)
+        except CheckpointError as error:
+            if self._rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise _not_written(beside, error) from None
+        return time.perf_counter() - began
+
+    def _publish(self, beside: Path, meta: dict[str, Any]) -> None:
+        folder, name = beside.parent, beside.name[1 : -len(".tmp")]
+        final = folder / name
+        write_atomically(beside / META, json.dumps(meta))
+        sync_folder(beside)
+        if final.exists():  # a run that was reset to an earlier checkpoint writes this step again
+            old = folder / f".{name}.old"
+            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+            final.rename(old)
+        beside.rename(final)
+        sync_folder(folder)
+        if folder == self._checkpoints:
+            complete = {step_of(path): path for path in complete_checkpoints(folder)}
+            for step in superseded(list(complete), self._keep_last, self._keep_every):
+                complete[step].rename(folder / f".{complete[step].name}.old")  # absent at once, then deleted
+        for path in folder.glob(".step_*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():  # of a process that was killed
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _not_written(beside: Path, error: CheckpointError) -> CheckpointError:
+    return CheckpointError(f"{beside.parent / beside.name[1 : -len('.tmp')]} was not written: {error}")

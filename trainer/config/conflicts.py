@@ -1,0 +1,130 @@
+"""Keys that are fine alone and wrong together."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from .keys import key_class, leaf_keys
+from .resolve import longest_side
+from .schema import TrainConfig
+from .yaml_files import nearest
+
+
+def bucket_conflicts(c: TrainConfig) -> Iterator[str]:
+    """What is wrong with the buckets of data."""
+    lengths = c.data.text_lengths
+    if lengths and c.label_classes is not None:
+        yield "data.text_lengths needs a model that reads captions: leave it empty for a model of classes"
+    elif lengths and lengths[-1] != c.text_encoder.max_length:
+        yield (
+            f"data.text_lengths must end with text_encoder.max_length {c.text_encoder.max_length}, where captions are "
+            f"cut, got {list(lengths)}"
+        )
+
+
+def conflicts(c: TrainConfig) -> Iterator[str]:
+    """Keys that are fine alone and wrong together."""
+    token = c.autoencoder.downsample * c.model.patch_size
+    if c.data.resolution % token:
+        yield (
+            f"data.resolution {c.data.resolution} is not a multiple of {token} "
+            "(autoencoder.downsample x model.patch_size)"
+        )
+    else:
+        yield from c.model.conflicts(c.data.resolution, longest_side(c, token), c.text_encoder.max_length)
+    if c.mup.base_width % c.model.head_dim:
+        yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
+    else:
+        try:
+            dataclasses.replace(c.model, width=c.mup.base_width)
+        except ValueError as error:
+            yield f"mup.base_width {c.mup.base_width} makes no model: {error}"
+    if c.mup.base_depth is not None and not c.model.residual:
+        yield (
+            f"mup.base_depth does not fit model.kind {c.model.kind}, which is not deep by residual branches alone: "
+            "no scale of branches makes it independent of depth; leave it null"
+        )
+    if c.optim.warmup_steps >= c.train.steps:
+        yield f"optim.warmup_steps {c.optim.warmup_steps} must be less than train.steps {c.train.steps}"
+    if (c.optim.schedule == "wsd") != (c.optim.decay_steps > 0):
+        yield "optim.decay_steps goes with optim.schedule wsd, and wsd needs it"
+    if c.optim.decay_steps > c.train.steps:
+        yield f"optim.decay_steps {c.optim.decay_steps} is more than train.steps {c.train.steps}"
+    if not all(0 <= b < 1 for b in c.optim.betas):
+        yield f"optim.betas must lie in [0, 1), got {list(c.optim.betas)}"
+    if not c.ema.decays or not all(0 < d < 1 for d in c.ema.decays) or len(set(c.ema.decays)) < len(c.ema.decays):
+        yield f"ema.decays must be different numbers between 0 and 1, got {list(c.ema.decays)}"
+    yield from _sampling_conflicts(c)
+    yield from bucket_conflicts(c)
+    yield from _zero_conflicts(c)
+    if c.objective.repa_weight:
+        yield from _repa_conflicts(c)
+    yield from _allow_change_conflicts(c)
+
+
+def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:
+    """Keys of objective and sample that do not go together, or not with the model."""
+    kind, sampler = c.objective.kind, c.sampler
+    if (sampler == "euler") != (kind == "rectified_flow"):
+        fitting = "euler" if kind == "rectified_flow" else "ancestral, ddim or dpm_solver"
+        yield f"sample.sampler {sampler} does not fit objective.kind {kind}: use {fitting}"
+    if kind == "rectified_flow" and c.model.learn_sigma:
+        yield "model.learn_sigma needs objective.kind ddpm: a rectified flow has no variance to learn"
+    if kind == "ddpm":
+        # DPM-Solver's times are steps + 1 different ones of the 1000; DDIM strides over them evenly.
+        most = 999 if sampler == "dpm_solver" else 1000
+        if c.sample.steps > most:
+            yield f"sample.steps {c.sample.steps} is more than the {most} of sample.sampler {sampler}"
+        elif sampler == "ddim" and 1000 % c.sample.steps:
+            yield f"sample.steps {c.sample.steps} must divide 1000 under sample.sampler ddim"
+    channels = c.sample.guidance_channels
+    if channels is not None and channels > c.autoencoder.channels:
+        yield f"sample.guidance_channels {channels} is more than autoencoder.channels {c.autoencoder.channels}"
+    classes = c.label_classes
+    wrong = [prompt for prompt in c.sample.prompts if classes and not (prompt.isdecimal() and int(prompt) < classes)]
+    if wrong:
+        yield f"sample.prompts of a model of classes are numbers from 0 to {classes - 1 if classes else 0}, got {wrong}"
+
+
+def _repa_conflicts(c: TrainConfig) -> Iterator[str]:
+    """What does not go with representation alignment."""
+    o = c.objective
+    if not c.model.residual:
+        yield (
+            f"objective.repa_weight does not fit model.kind {c.model.kind}: its long skips carry the early blocks past "
+            "the middle, so that no one block holds what the later ones build on; set it to 0"
+        )
+    if o.repa_layer > c.model.depth:
+        yield f"objective.repa_layer {o.repa_layer} is more than model.depth {c.model.depth}"
+
+
+def _zero_conflicts(c: TrainConfig) -> Iterator[str]:
+    """What parallel.engine zero does not do."""
+    parallel = c.parallel
+    if parallel.engine != "zero":
+        return
+    if parallel.precision == "fp64":
+        yield "parallel.precision fp64 needs parallel.engine fsdp2: zero has fp32 and bf16"
+    if parallel.shard != 0:
+        yield "parallel.shard must be 0 under parallel.engine zero, which shards over all ranks; fsdp2 has replicas"
+    if not parallel.reshard_after_forward:
+        yield "parallel.reshard_after_forward false is of parallel.engine fsdp2: under zero use parallel.zero_stage 2"
+    if parallel.cpu_offload:
+        yield "parallel.cpu_offload needs parallel.engine fsdp2"
+    if parallel.compile and parallel.zero_stage == 3:
+        yield "parallel.compile does not go with parallel.zero_stage 3: use stage 2, or parallel.engine fsdp2"
+    if c.optim.spike_threshold is not None:
+        yield "optim.spike_threshold needs parallel.engine fsdp2: leave it null under zero"
+    if c.train.rollback_after > 0:
+        yield "train.rollback_after needs parallel.engine fsdp2: leave it 0 under zero"
+    if c.train.ema_snapshot_every > 0:
+        yield "train.ema_snapshot_every needs parallel.engine fsdp2: leave it 0 under zero"
+
+
+def _allow_change_conflicts(c: TrainConfig) -> Iterator[str]:
+    """Entries of run.allow_change that name no key, or one that may never change."""
+    known = list(leaf_keys(TrainConfig, type(c.model)))
+    for key in c.run.allow_change:
+        if key not in known:
+            yield f'run.allow_change: "{key}" is no config key{nearest(key, known)}'
+        elif key_class(key) == "identity":
+            yield f'run.allow_change: "{key}" is what the run is; start another run instead'

@@ -1,0 +1,263 @@
+"""Memory, FLOPs, traffic, time and cost of a config on a cluster, as a dictionary and as text."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..build.engine import build_mup_table
+from ..config.resolve import Resolved, resolve
+from ..config.schema import TrainConfig
+from ..errors import ConfigError
+from .memory import Memory, true_flops
+from .simulation import Profile, Step, profile
+
+GIB = 2**30
+RESERVED_GIB = 3.0  # CUDA context, NCCL's buffers, fragmentation
+CARDS_GB = (80, 141)  # H100, H200
+NODE = 8  # GPUs that a node of the smallest cluster has; below a node any number will do
+# Parameters of T5-v1.1's encoders by width, and of Stable Diffusion's autoencoders: the files need not be here.
+T5_PARAMETERS = {512: 35.3e6, 768: 109.6e6, 1024: 341.2e6, 2048: 1.22e9, 4096: 4.76e9}
+AUTOENCODER_PARAMETERS = 83.7e6
+DINOV2_PARAMETERS = {384: 22.1e6, 768: 86.6e6, 1024: 304e6, 1536: 1136e6}  # by features: S, B, L, g
+
+
+@dataclass(frozen=True)
+class Cluster:
+    gpus: int
+    memory_gb: float
+    """As sold: 1e9 bytes each, a little less than what the device has."""
+    peak_tflops: float
+    mfu: float
+    price: float
+    """Of a GPU-hour, in dollars."""
+    network_gb_s: float
+    """Of a GPU to the other nodes."""
+
+    @property
+    def usable(self) -> int:
+        return usable_bytes(self.memory_gb)
+
+
+def usable_bytes(memory_gb: float) -> int:
+    return round(memory_gb * 1e9 - RESERVED_GIB * GIB)
+
+
+def encoder_bytes(config: TrainConfig) -> dict[str, int]:
+    """Weights of the frozen encoders on each GPU: text and REPA's in bf16, images in fp32."""
+    text, images = config.text_encoder, config.autoencoder
+    found = {}
+    if config.label_classes is None and text.path != "none":
+        parameters = _stored_parameters(text.path, text.subfolder)
+        if parameters is None:
+            parameters = T5_PARAMETERS.get(text.width)
+        if parameters is None:
+            raise ConfigError(
+                f"text_encoder.path {text.path!r} is no local folder and text_encoder.width {text.width} is not that "
+                f"of a T5-v1.1 ({', '.join(map(str, T5_PARAMETERS))}): fetch it first (launch/fetch.py)"
+            )
+        found["text_encoder"] = round(2 * parameters)
+    if images.path != "none":
+        found["autoencoder"] = round(4 * (_stored_parameters(images.path, images.subfolder) or AUTOENCODER_PARAMETERS))
+    if config.projector is not None and config.objective.repa_encoder != "none":
+        features = _stored_parameters(config.objective.repa_encoder, None)
+        found["repa_encoder"] = round(2 * (features or DINOV2_PARAMETERS.get(config.projector.features, 86.6e6)))
+    return found
+
+
+def _stored_parameters(path: str, subfolder: str | None) -> int | None:
+    """Numbers in the safetensors files of a local folder, from their headers; None where there are none."""
+    files = sorted((Path(path) / (subfolder or "")).glob("*.safetensors"))
+    total = 0
+    for each in files:
+        with open(each, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total if files else None
+
+
+def micro_batches(config: TrainConfig, gpus: int, rows: int) -> int:
+    return math.ceil(math.ceil(config.train.global_batch_size / gpus) / rows)
+
+
+def smallest_count(config: TrainConfig, memory: Memory, usable: int) -> tuple[int, int] | None:
+    """(fewest GPUs that hold the run, samples of a micro-batch there): whole nodes above one node, the weights sharded
+    over all. None where the global batch does not feed enough of them."""
+    batch = config.train.global_batch_size
+    for gpus in (*range(1, NODE), *range(NODE, batch + 1, NODE)):
+        share = -(-batch // gpus)
+        if memory.total(gpus, share, False) <= usable:
+            return gpus, share
+        rows = min(share - 1, memory.largest_rows(gpus, usable, True))
+        if rows >= 1:
+            return gpus, rows
+    return None
+
+
+def traffic(config: TrainConfig, resolved: Resolved, step: Step, parameters: int, count: int) -> dict[str, Any]:
+    """Collectives of a step and the bytes that a GPU receives by them; weights are gathered in every micro-batch."""
+    found = {}
+    for name, factor in (("_allgather_base_", count), ("_reduce_scatter_base_", 1)):
+        if name in step.traffic:
+            calls, size = step.traffic[name]
+            found[name.strip("_").replace("_base", "")] = {"calls": calls * factor, "gib": size * factor / GIB}
+    replicas = resolved.world_size // resolved.shard
+    if replicas > 1:
+        size = 2 * parameters * (replicas - 1) / replicas
+        found["allreduce"] = {"calls": step.traffic["_reduce_scatter_base_"].calls, "gib": size / GIB}
+    return found
+
+
+def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = None) -> dict[str, Any]:
+    """Everything that is printed, as JSON. simulated: a profile of this config that is there already."""
+    resolved = resolve(config, cluster.gpus)
+    table = build_mup_table(config)
+    simulated = simulated or profile(config, cluster.gpus)
+    encoders = encoder_bytes(config)
+    online = Memory(simulated, table, sum(encoders.values()), config.parallel)
+    cached = Memory(simulated, table, 0, config.parallel)
+    rows = resolved.micro_batch_rows
+    count = micro_batches(config, cluster.gpus, rows)
+    step = simulated.steps[1]
+    parameters = sum(math.prod(row.shape) for row in table.rows.values())
+
+    image_flops = true_flops(config)
+    recompute = round(step.flops["recompute"] / step.rows)
+    text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # 2 FLOPs a weight, 2 bytes a weight
+    batch, rate = config.train.global_batch_size, cluster.gpus * cluster.peak_tflops * 1e12 * cluster.mfu
+    moved = traffic(config, resolved, step, 4 * parameters // resolved.shard, count)
+    network_s = sum(entry["gib"] for entry in moved.values()) * GIB / (cluster.network_gb_s * 1e9)
+    full, weights = 4 * parameters * (3 + len(config.ema.decays)), 4 * parameters
+
+    def timed(flops: int) -> dict[str, float]:
+        seconds = batch * flops / rate
+        hours = seconds * config.train.steps / 3600
+        dollars = hours * cluster.gpus * cluster.price
+        return {"step_s": seconds, "images_per_s": batch / seconds, "days": hours / 24, "dollars": dollars}
+
+    def placed(memory: Memory) -> dict[str, Any]:
+        parts = memory.parts(resolved.shard, rows, count > 1)
+        total = sum(parts.values())
+        fewest = {f"{gb}_gb": smallest_count(config, memory, usable_bytes(gb)) for gb in CARDS_GB}
+        return {
+            **{part: size / GIB for part, size in parts.items()},
+            "total": total / GIB,
+            "usable": cluster.usable / GIB,
+            "fits": total <= cluster.usable,
+            "largest_micro_batch": memory.largest_rows(resolved.shard, cluster.usable, False),
+            "smallest_gpus": {
+                card: None if found is None else {"gpus": found[0], "micro_batch": found[1]}
+                for card, found in fewest.items()
+            },
+        }
+
+    result = {
+        "config": config.run.name,
+        "gpus": cluster.gpus,
+        "parameters": parameters,
+        "flops_per_image": image_flops,
+        "recompute_flops_per_image": recompute,
+        "text_encoder_flops_per_image": text_flops,
+        "micro_batch": rows,
+        "micro_batches": count,
+        "shard": resolved.shard,
+        "memory_gib": placed(online),
+        "memory_cached_gib": placed(cached),
+        "host_gib": cached.host(resolved.shard, rows, count > 1) / GIB,
+        "collectives": {**moved, "seconds_at_network_rate": network_s},
+        "mfu": cluster.mfu,
+        "time": timed(image_flops + text_flops),
+        "time_cached": timed(image_flops),
+        "checkpoint_gib": {
+            "training": full / GIB,
+            "kept": full * config.run.keep_last / GIB,
+            "ema_weights": weights / GIB,
+            "bf16_weights": weights / 2 / GIB,
+        },
+    }
+    result["advice"] = advice(config, cluster, result)
+    return result
+
+
+def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list[str]:
+    """What to do, in words."""
+    online, cached = found["memory_gib"], found["memory_cached_gib"]
+    checkpointing = config.parallel.activation_checkpointing
+    said = []
+    if online["fits"]:
+        said.append(f"It fits: {online['total']:.1f} of {online['usable']:.1f} GiB.")
+    elif cached["fits"]:
+        said.append("It fits only without the encoders on the GPU: precompute latents and text states.")
+    else:
+        said.append(f"It does not fit: {cached['total']:.1f} of {cached['usable']:.1f} GiB even without encoders.")
+        kept = not config.parallel.reshard_after_forward and found["micro_batches"] > 1
+        if kept and cached["gradients"] > max(cached["activations"], cached["parameters"]):
+            said.append(
+                "Accumulation keeps whole gradients under parallel.reshard_after_forward=false: set it to true, or "
+                "give each GPU its share in one micro-batch."
+            )
+        elif cached["largest_micro_batch"] >= 1:
+            said.append(f"A micro-batch of {cached['largest_micro_batch']} would: train.micro_batch_size.")
+        if checkpointing != "full":
+            said.append("parallel.activation_checkpointing=full trades activations for recomputation.")
+        if found["shard"] < found["gpus"]:
+            said.append("parallel.shard=0 shards the weights over all GPUs.")
+    seconds, network = found["time"]["step_s"], found["collectives"]["seconds_at_network_rate"]
+    if network > seconds:
+        said.append(
+            f"The network is the limit: {network:.2f} s a step at {cluster.network_gb_s:g} GB/s a GPU, {seconds:.2f} s "
+            "of arithmetic. A larger global batch or fewer GPUs would use them better; so does parallel.shard = the "
+            "GPUs of a few nodes, where memory allows."
+        )
+    elif network > 0.5 * seconds:
+        said.append(f"Traffic ({network:.2f} s a step) hides behind arithmetic ({seconds:.2f} s) only if it overlaps.")
+    if config.parallel.engine == "zero":
+        said.append(
+            f"Activations and traffic are those of parallel.engine=fsdp2; weights, gradients and buffers follow from "
+            f"the rules of ZeRO-{config.parallel.zero_stage} with DeepSpeed's default buffers, not from a simulation."
+        )
+    if online["fits"] and checkpointing != "none":
+        said.append("Try parallel.activation_checkpointing=none in another estimate: what fits without is faster.")
+    return said
+
+
+def describe(found: dict[str, Any], cluster: Cluster) -> str:
+    parts = [part for part in found["memory_gib"] if part not in ("usable", "fits", "largest_micro_batch")][:-1]
+    columns = ("memory_gib", "memory_cached_gib")
+    lines = [
+        f"{found['config']} on {found['gpus']} GPUs of {cluster.memory_gb:g} GB: "
+        f"{found['parameters'] / 1e9:.2f} B parameters, sharded over {found['shard']}; micro-batch "
+        f"{found['micro_batch']} x {found['micro_batches']} a GPU",
+        f"FLOPs an image: {found['flops_per_image'] / 1e12:.2f} T (forward and backward), "
+        f"+ {found['recompute_flops_per_image'] / 1e12:.2f} T recomputed, "
+        f"+ {found['text_encoder_flops_per_image'] / 1e12:.2f} T text encoder when online",
+        "",
+        f"{'GiB a GPU, at the peak':<28}{'online':>10}{'cached':>10}",
+        *(f"{part.replace('_', ' '):<28}" + "".join(f"{found[c][part]:10.2f}" for c in columns) for part in parts),
+        f"{'usable':<28}" + "".join(f"{found[c]['usable']:10.2f}" for c in columns),
+        f"{'largest micro-batch':<28}" + "".join(f"{found[c]['largest_micro_batch']:10d}" for c in columns),
+    ]
+    for card in found["memory_gib"]["smallest_gpus"]:
+        fewest = [found[c]["smallest_gpus"][card] for c in columns]
+        texts = ["none" if f is None else f"{f['gpus']} (x {f['micro_batch']})" for f in fewest]
+        lines.append(f"{'fewest GPUs of ' + card.replace('_gb', ' GB'):<28}" + "".join(f"{t:>10}" for t in texts))
+    if found["host_gib"]:
+        lines.append(f"{'in the host, for each GPU':<28}{found['host_gib']:10.2f}{found['host_gib']:10.2f}")
+    moved = {name: entry for name, entry in found["collectives"].items() if isinstance(entry, dict)}
+    lines += [
+        "",
+        "received a GPU and step: "
+        + ", ".join(f"{entry['gib']:.1f} GiB by {entry['calls']} {name}" for name, entry in moved.items())
+        + f"; {found['collectives']['seconds_at_network_rate']:.2f} s at {cluster.network_gb_s:g} GB/s",
+        *(
+            f"at {cluster.mfu:.0%} MFU of {cluster.peak_tflops:g} TFLOP/s, encoders {name}: "
+            f"{t['step_s']:.2f} s a step, {t['images_per_s']:.0f} images/s, {t['days']:.1f} days, ${t['dollars']:,.0f}"
+            for name, t in (("online", found["time"]), ("cached", found["time_cached"]))
+        ),
+        "checkpoint: "
+        + ", ".join(f"{name.replace('_', ' ')} {size:.1f} GiB" for name, size in found["checkpoint_gib"].items()),
+        "",
+        *found["advice"],
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,167 @@
+"""Training and validation data of a config, and what rank 0 does first."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from data.batch import Batch
+from data.config import DataConfig
+from data.debug import ensure_debug_assets
+from data.errors import DataError
+from data.index import ImageTextIndex, open_index, open_validation_index
+from data.precomputed_format import check_images, check_same_kind
+from data.reader import ImageTextReader, validation_batches
+from data.storage import FileVersion
+from data.synthetic import SyntheticReader
+
+from ..collectives import on_rank_0
+from ..config.resolve import Resolved, buckets_of, micro_batch_rows
+from ..config.schema import TrainConfig
+from ..errors import ConfigError
+from ..parallel.mesh import World
+
+_VALIDATION_SEED = 0x5EED  # of synthetic data: differs from any that a user is likely to train with
+_DEBUG_ASSETS = ".cache/debug"
+T = TypeVar("T")
+
+
+class TrainingData:
+    """Training and validation data of a config: readers per rank, and what identifies the data."""
+
+    def __init__(self, config: TrainConfig, resolved: Resolved, world: World) -> None:
+        self._config, self._resolved, self._world = config, resolved, world
+        self._index: ImageTextIndex | None = None
+        self.steps: int | None = None  # None: the data have no end
+        if not config.data.synthetic:
+            self._index = self._shared_index()
+            self._check_length(self._index)
+            self._check_kind(self._index)
+        self.dataset = None if self._index is None else self._index.dataset  # of precomputed training shards
+        if self.dataset is not None and config.projector is not None:
+            self.dataset.check_features(config.latent_size // config.model.patch_size, config.objective.repa_width)
+        reader = self.reader(world.rank, world.size)
+        self.batches, self.fingerprint = reader.batches, reader.fingerprint
+
+    def _shared_index(self, validation: bool = False) -> ImageTextIndex:
+        """The index of the training or the validation data. Rank 0 alone asks for each shard's size and version: else a
+        store would have to answer as often as there are shards and ranks."""
+        data, world = self._config.data, self._world
+        first = on_rank_0(world, lambda: _open_index(data, validation))
+        told: list[Any] = [None if first is None else (first.stamps, first.fingerprint)]
+        dist.broadcast_object_list(told, src=0, group=world.control)
+        stamps, fingerprint = told[0]
+        index = _open_index(data, validation, stamps) if first is None else first
+        if index.fingerprint != fingerprint:
+            raise DataError("data.shards hold other samples here than on rank 0: give every process the same files")
+        return index
+
+    def _check_kind(self, index: ImageTextIndex) -> None:
+        c = self._config
+        if index.dataset is None:
+            check_images(c.autoencoder, c.text_encoder, c.label_classes)
+        else:
+            index.dataset.check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
+
+    def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
+        """The reader of one rank in a world of `size`."""
+        c, rows = self._config, self._resolved.micro_batch_rows
+        seed, batch = c.train.seed, c.train.global_batch_size
+        buckets = {bucket: micro_batch_rows(c, bucket, size) for bucket in buckets_of(c)}
+        part = (rank, size, rows, c.label_classes, buckets)
+        if self._index is None:
+            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part)
+        features = c.projector is not None
+        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part, features=features)
+
+    def validation(self) -> list[Batch]:
+        """This rank's part of the fixed bank."""
+        c, world, count = self._config, self._world, self._config.validation.samples
+        rows = max(1, min(self._resolved.micro_batch_rows, 64))
+        if self._index is None:
+            text = dataclasses.replace(c.text_encoder, dropout=0.0)
+            data = dataclasses.replace(c.data, label_dropout=0.0)
+            part = (world.rank, world.size, rows, c.label_classes)
+            return next(SyntheticReader(data, text, c.autoencoder, _VALIDATION_SEED, count, *part).batches(0))[1]
+        index = self._validation_index
+        return list(validation_batches(index, c.data, count, world.rank, world.size, rows, c.label_classes))
+
+    @property
+    def validation_fingerprint(self) -> str:
+        """Identity of the bank."""
+        data = self.fingerprint if self._index is None else self._validation_index.fingerprint
+        return f"{data}/{self._config.validation.samples}"
+
+    def validation_prompts(self, count: int) -> list[str]:
+        """Captions, or class numbers, of the first `count` samples of the bank, the same on all ranks."""
+        classes = self._config.label_classes
+        [batch] = validation_batches(self._validation_index, self._config.data, count, 0, 1, count, classes)
+        if classes is None:
+            return [caption for caption in batch.full_captions if caption]
+        return [str(label) for label in batch.labels.tolist() if label >= 0]
+
+    @cached_property
+    def _validation_index(self) -> ImageTextIndex:
+        if self._config.data.val_shards is None:
+            assert self._index is not None
+            return self._index
+        index = self._shared_index(validation=True)
+        self._check_kind(index)
+        check_same_kind(self.dataset, index.dataset)
+        return index
+
+    def _check_length(self, index: ImageTextIndex) -> None:
+        c = self._config
+        if c.data.epochs is None:
+            return
+        epoch = index.samples_until_first_end()
+        self.steps = most = epoch * c.data.epochs // c.train.global_batch_size
+        if c.train.steps > most:
+            first_end = ", when the first source ends" if len(index.parts) > 1 else ""
+            raise ConfigError(
+                f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {epoch} samples"
+                f"{first_end}: at most {most} steps of {c.train.global_batch_size}"
+            )
+
+
+def is_debug(path: str) -> bool:
+    """Whether a path is one of the debug configs', whose content is made on first use."""
+    return Path(path).is_relative_to(_DEBUG_ASSETS)
+
+
+def _open_index(
+    data: DataConfig, validation: bool = False, stamps: Sequence[FileVersion] | None = None
+) -> ImageTextIndex:
+    if any(is_debug(shards) for shards in (data.val_shards, *(s.shards for s in data.all_sources())) if shards):
+        ensure_debug_assets()
+    return open_validation_index(data, stamps) if validation else open_index(data, stamps)
+
+
+def validation_bank(
+    batches: Iterable[Batch], encode: Callable[[Batch], T], data: DataConfig, world: World, notes: list[str]
+) -> list[T]:
+    """This rank's batches of the fixed bank, encoded. OutageDetector are compared over runs and starts: DataError,
+    on all
+    ranks, where a store does not give samples, or too many are unreadable; a note where some are."""
+    bank, holes, read = [], Counter[str](), 0
+    for batch in batches:
+        holes.update(batch.holes)
+        read += batch.read
+        bank.append(encode(batch))
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, (holes, read), group=world.control)
+    holes, read = sum((part for part, _ in parts), Counter[str]()), sum(number for _, number in parts)
+    if holes:
+        unreadable = f"{holes.total()} of {read} validation samples are unreadable (" + ", ".join(
+            f"{reason}: {count}" for reason, count in sorted(holes.items())
+        )
+        most = data.max_bad_share * max(1000, read)  # as in training
+        if any(reason.startswith("store: ") for reason in holes) or holes.total() > most or holes.total() == read:
+            key = "data.shards" if data.val_shards is None else "data.val_shards"
+            raise DataError(f"{key}: {unreadable}): make them readable and start again")
+        notes.append(f"warning: {unreadable}): validation losses are of the others")
+    return bank

@@ -1,0 +1,194 @@
+"""metrics.jsonl (always), the terminal, wandb (when configured), loss.png and evaluation.png. Names carry
+units."""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..files import write_atomically
+from .plots import VALIDATION, plot_evaluation, plot_loss
+
+# Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
+_PEAK_FLOPS = {
+    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800 PCIe": 756e12,
+    "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
+}  # fmt: skip
+PLOT_S = 60.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_PREFIXED = ("mup/", "perf/")  # names that wandb gets as they are
+_PRINTED = ("loss", "val_loss", "val_loss_ema", "val_fid", "val_kid")
+_SPEED = (
+    "images_per_s", "model_tflops_per_s", "mfu", "step_time_s", "checkpoint_blocked_s", "checkpoint_write_s",
+)  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak bf16 FLOP/s of a device, or None if it is not known."""
+    return next((flops for part, flops in _PEAK_FLOPS.items() if part in device_name), None)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run folder's metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
+    """status.json: running, finished, preempted or failed."""
+    text = json.dumps({"state": state, "step": step, "reason": reason})
+    write_atomically(folder / "status.json", text + "\n")
+
+
+class Wandb(Protocol):
+    def log(self, data: dict[str, Any]) -> None: ...
+    def define_metric(self, name: str, step_metric: str | None = None) -> Any: ...
+    def finish(self) -> None: ...
+
+
+class Metrics:
+    """Rank 0 writes; other ranks hold one that does nothing, so that the loop has no `if rank`."""
+
+    def __init__(self, folder: Path, active: bool, total_steps: int, first_step: int) -> None:
+        """first_step: the step that is resumed from; later lines are cut (0 starts an empty file)."""
+        self._folder = folder
+        self._active = active
+        self._total = total_steps
+        self._first = first_step
+        self._began = self._plotted = time.monotonic()
+        self._wandb: Wandb | None = None
+        if not active:
+            return
+        self._file = self._open()
+        self._unwritten = b""
+        self.cut(first_step)
+
+    def cut(self, step: int) -> None:
+        """Drop the lines past `step`, from which the run goes on."""
+        if not self._active:
+            return
+        self._flush()
+        self._file.close()
+        kept = [r for r in read_metrics(self._folder) if step and r["step"] <= step]
+        write_atomically(self._folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        self._file, self._unwritten = self._open(), b""
+
+    def _open(self) -> FileIO:
+        return open(self._folder / "metrics.jsonl", "ab", buffering=0)
+
+    def start_wandb(self, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
+        """Log to wandb as well; the run's id is kept in the run folder, so that a resumed run continues it."""
+        if not self._active or mode == "disabled":
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        if mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it posts telemetry, offline or not
+        import wandb
+
+        file = self._folder / "wandb_id.txt"
+        if not file.is_file():
+            file.write_text(secrets.token_hex(4))
+        self._wandb = wandb.init(
+            project=project,
+            mode="online" if mode == "online" else "offline",
+            name=name,
+            id=file.read_text().strip(),
+            resume="allow",
+            dir=str(self._folder),
+            config=dict(config),
+        )
+        # wandb's own step only rises: lines after a rollback, or from a checkpoint on, would be dropped.
+        self._wandb.define_metric("step")
+        self._wandb.define_metric("*", step_metric="step")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One JSON object a line, flushed; then the terminal and wandb."""
+        if not self._active:
+            return
+        self._unwritten += json.dumps(dict(record)).encode() + b"\n"
+        self._flush()
+        self._print(record)
+        if self._wandb is not None:
+            self._wandb.log({k if k == "step" else _wandb_name(k): v for k, v in record.items()})
+
+    def _flush(self) -> None:
+        """A full disk does not end the run: a checkpoint that did not fit may be removed again in a moment."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            lines = self._unwritten.count(b"\n")
+            self.say(f"warning: {self._folder}/metrics.jsonl: {error.strerror}; {lines} lines wait for room")
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        if self._active:
+            print(text, flush=True)
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        if self._active:
+            with self.without_room(self._folder / "status.json"):
+                write_status(self._folder, state, step, reason)
+
+    def plot(self, last: bool = False) -> None:
+        """loss.png, and what was measured of the EMA weights as evaluation.png, from metrics.jsonl; at most once in
+        PLOT_S but for the last time, because all ranks wait for it."""
+        if self._active and (last or time.monotonic() - self._plotted > PLOT_S):
+            self._plotted = time.monotonic()
+            with self.without_room(self._folder / "loss.png"):
+                records = read_metrics(self._folder)
+                plot_loss(records, self._folder / "loss.png")
+                plot_evaluation(records, self._folder / "evaluation.png")
+
+    @contextlib.contextmanager
+    def without_room(self, path: Path) -> Iterator[None]:
+        """A full disk does not end the run: what can be written anew is left out, with a warning."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            self.say(f"warning: {path} is not written: {error.strerror}")
+
+    def close(self) -> None:
+        if self._active:
+            self._flush()
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _print(self, record: Mapping[str, Any]) -> None:
+        step = record["step"]
+        done = step / self._total
+        width = 20 if sys.stdout.isatty() else 10
+        bar = "█" * int(done * width) + "░" * (width - int(done * width))
+        parts = [f"{bar} {step}/{self._total}"]
+        parts += [f"{key} {record[key]:.4f}" for key in _PRINTED if key in record]
+        if "grad_norm" in record:
+            parts += [f"|g| {record['grad_norm']:.3g}", f"lr {record['lr']:.3g}"]
+        if "images_per_s" in record:
+            parts.append(f"{record['images_per_s']:.3g} images/s")
+        if skipped := record.get("skipped_steps", 0) + record.get("spike_steps", 0):
+            parts.append(f"{skipped} skipped")
+        if step > self._first:
+            left = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
+            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        self.say("  ".join(parts))
+
+
+def _wandb_name(key: str) -> str:
+    if key.startswith(_PREFIXED):
+        return key
+    if key.startswith(VALIDATION):
+        return f"val/{key.removeprefix(VALIDATION)}"
+    return f"perf/{key}" if key in _SPEED else f"train/{key}"

@@ -1,0 +1,52 @@
+"""Pictures of metrics.jsonl: the losses and the evaluation's metrics by step."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+
+VALIDATION = "val_"
+_LEVEL = "val_loss_ema_t"
+
+
+def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
+    """Training and validation losses against the step, as a PNG."""
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("loss", "training"), ("val_loss", "validation"), ("val_loss_ema", "validation, EMA")):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, lw=1, marker="" if key == "loss" else ".")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(True, which="both", alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    _save(figure, path)
+
+
+def plot_evaluation(records: list[dict[str, Any]], path: Path) -> None:
+    """Against the step, of the EMA weights: the loss at each noise level, and each figure of train.evaluate_suite."""
+    measured = {key: None for record in records for key in record if key.startswith(VALIDATION)}  # in their order
+    losses = [key for key in measured if key.startswith(_LEVEL)]
+    figures = [key for key in measured if not key.startswith("val_loss")]
+    panels = ([losses] if losses else []) + [[key] for key in figures]
+    if not panels:
+        return
+    figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, keys in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in records if key in r]
+            axes.plot(*zip(*points, strict=True), label=f"t = {key.removeprefix(_LEVEL)}", lw=1, marker=".")
+        axes.grid(True, which="both", alpha=0.3)
+        axes.set(xlabel="step", ylabel="loss by time" if keys is losses else keys[0].removeprefix(VALIDATION))
+        if keys is losses:
+            axes.set_yscale("log")
+            axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=120, format="png")
+    os.replace(beside, path)

@@ -1,0 +1,199 @@
+"""The watchdog: a run that hangs, or that has lost a rank, ends within seconds or minutes and says why.
+
+Two threads beside each rank's training, which keep going while it is stuck in a collective. One measures how long the
+present step takes and needs nobody else. The other shows that this rank lives and looks at its neighbour and at the
+board: keys of the rendezvous store, over a connection of its own. Whoever finds a fault puts it on the board and
+writes status.json; the others read it there and end as well.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import PeerError
+from ..monitor.metrics import write_status
+from ..parallel.mesh import World, open_board
+
+POLL_S = 1.0
+LOST_S = 20.0  # a neighbour without a sign of life; torch may hold Python's lock for some seconds
+SUSPECT_S = 3.0  # the same once this rank's own training has failed
+ENDING_S = 6.0  # for the training thread to end by itself after a fault elsewhere
+ANSWER_S = 3.0  # for the store, or the disk, to answer a rank that ends: either may be what hangs
+PHASE_FACTOR = 10  # validation, sampling, saving and going back may take so many times what a step may
+
+
+class Fault(NamedTuple):
+    """What is on the board: who wrote it, why the run ends, and whether all ranks shall leave their stacks."""
+
+    rank: int
+    reason: str
+    stacks: bool
+
+
+class Watchdog:
+    """Used as a context manager around training.
+
+    folder: of the run. factor, min_s: a step may take factor x the median step, at least min_s seconds; None: any
+    time. host_lag_steps: steps that the host may run ahead of the device, and then wait for in one.
+    """
+
+    def __init__(self, folder: Path, world: World, factor: float | None, min_s: float, host_lag_steps: int) -> None:
+        self._folder, self._rank, self._size = folder, world.rank, world.size
+        self._factor, self._min_s, self._lag = factor, min_s, host_lag_steps
+        self._board = open_board(world)
+        self._step, self._phase = 0, ""
+        self._since = time.monotonic()
+        self._step_times: deque[float] = deque(maxlen=101)  # s, a mean of each log interval
+        self._failed = threading.Event()  # this rank's training raised
+        self._closed = threading.Event()
+        self._fault: Fault | None = None  # as the board has it
+
+    def __enter__(self) -> "Watchdog":
+        if self._factor is not None:
+            self._start(self._watch_step)
+        if self._size > 1:
+            self._start(self._watch_peers)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+
+    # ----------------------------------------------------------------------------------- what the training thread calls
+
+    def beat(self, step: int, step_time_s: float | None = None) -> None:
+        """A step is done. step_time_s: mean of those since the last log line, where that is known; the first of them
+        arms the watchdog (before, blocks are compiled)."""
+        self._step, self._since = step, time.monotonic()
+        if step_time_s is not None:
+            self._step_times.append(step_time_s)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Within it something takes longer than a step."""
+        self._phase, self._since = name, time.monotonic()
+        yield
+        self._phase, self._since = "", time.monotonic()
+
+    def blame(self, error: BaseException) -> BaseException:
+        """What ended this rank's training: `error`, after the other ranks have been told, or a PeerError where
+        another rank failed first."""
+        self._failed.set()
+        deadline = time.monotonic() + ENDING_S
+        # A collective raises when its peer is gone, mostly before anybody knows which: give the board some seconds.
+        while self._size > 1 and isinstance(error, RuntimeError) and not self._fault and time.monotonic() < deadline:
+            time.sleep(0.05)
+        reason = f"{type(error).__name__}: {error}"
+        fault = self._fault or self._tell(Fault(self._rank, reason, stacks=False))
+        return error if fault is None else PeerError(f"{fault.reason} (here: {reason.splitlines()[0]})")
+
+    # ------------------------------------------------------------------------------------------------------ the threads
+
+    def limit_s(self) -> float | None:
+        """What the present step or phase may take; None before the first log line."""
+        if self._factor is None or not self._step_times:
+            return None
+        median = statistics.median(self._step_times)
+        limit = max(self._min_s, self._factor * median) + self._lag * median
+        return limit * PHASE_FACTOR if self._phase else limit
+
+    def _start(self, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, daemon=True, name=target.__name__.strip("_")).start()
+
+    def _watch_step(self) -> None:
+        while not self._closed.wait(min(POLL_S, self._min_s / 4)):
+            limit, took = self.limit_s(), time.monotonic() - self._since
+            if limit is not None and took > limit and not self._failed.is_set():
+                what = f"{self._phase} after step {self._step}" if self._phase else f"step {self._step + 1}"
+                times = took / statistics.median(self._step_times)
+                self._end(
+                    f"watchdog: {what} took more than {took:.0f} s on rank {self._rank}, {times:.0f} times the median "
+                    f"step; stacks in {self._folder / 'stacks'}"
+                )
+
+    def _watch_peers(self) -> None:
+        neighbour = (self._rank + 1) % self._size
+        seen, seen_at = -1, time.monotonic()
+        while not self._closed.wait(POLL_S / 4 if self._failed.is_set() else POLL_S):
+            beats = seen
+            try:
+                self._board.add(f"alive/{self._rank}", 1)
+                beats = self._board.add(f"alive/{neighbour}", 0)
+                fault = self._read_board()
+            except RuntimeError:
+                fault = Fault(self._rank, "the rendezvous store is gone: its process or its host has ended", False)
+                self._write_status(fault.reason)
+            now = time.monotonic()
+            if beats != seen:
+                seen, seen_at = beats, now
+            if fault is None and now - seen_at > (SUSPECT_S if self._failed.is_set() else LOST_S):
+                fault = Fault(self._rank, f"rank {neighbour} is lost: killed, or its host is gone", stacks=False)
+                fault = self._tell(fault) or fault
+            if fault is not None:
+                self._fault = fault
+                self._follow(fault)
+                return
+
+    def _follow(self, fault: Fault) -> None:
+        """End this rank, because of what is on the board."""
+        if fault.stacks:
+            _within(ANSWER_S, self._dump)
+        elif self._closed.wait(ENDING_S):  # the training thread ended by itself: its collective raised
+            return
+        print(f"rank {self._rank} ends: {fault.reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _end(self, reason: str) -> None:
+        """End this rank, which hangs, and with it the run."""
+        self._closed.set()
+        _within(ANSWER_S, self._dump)
+        if not _within(ANSWER_S, self._tell, Fault(self._rank, reason, stacks=True)):
+            _within(ANSWER_S, self._write_status, reason)
+        if self._size > 1:  # the others' collective would raise once this rank ends: they leave their stacks before
+            time.sleep(ANSWER_S)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    # -------------------------------------------------------------------------------------------------------- the board
+
+    def _tell(self, fault: Fault) -> Fault | None:
+        """Put a fault on the board and write status.json; returns the one that is on the board already, if any."""
+        if self._size > 1:
+            text = json.dumps(fault)
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                if self._board.compare_set("fault", "", text).decode() != text:
+                    return self._read_board()
+        self._write_status(fault.reason)
+        return None
+
+    def _read_board(self) -> Fault | None:
+        return Fault(*json.loads(self._board.get("fault"))) if self._board.check(["fault"]) else None
+
+    def _write_status(self, reason: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk, say: it must not hide the reason
+            write_status(self._folder, "failed", self._step, reason)
+
+    def _dump(self) -> None:
+        """The stacks of all threads of this process, to stderr and into the run folder."""
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        folder = self._folder / "stacks"
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            with open(folder / f"rank_{self._rank}.txt", "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+
+def _within(seconds: float, call: Callable[..., object], *arguments: object) -> bool:
+    """Whether `call` has ended after so many seconds; it is left alone where it has not."""
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()

@@ -1,0 +1,57 @@
+"""The live table of a search: what each trial does, and the best so far."""
+
+import sys
+import time
+from collections import Counter
+
+from .space import as_overrides
+from .study import Study, Trial
+
+REDRAW_S = 2.0
+ROWS = 24  # of the table on a terminal
+
+
+class Table:
+    """On a terminal it is drawn anew; elsewhere each change of a trial is one line."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._states = {trial.number: trial.state for trial in study.trials()}
+        self._drawn_lines, self._drawn_at = 0, 0.0
+
+    def show(self, last: bool = False) -> None:
+        if not sys.stdout.isatty():
+            for trial in self._study.trials():
+                if self._states.get(trial.number) != trial.state:
+                    self._states[trial.number] = trial.state
+                    print(self._line(trial), flush=True)
+            if last:
+                print(self.summary(), flush=True)
+        elif last or time.monotonic() - self._drawn_at > REDRAW_S:
+            trials = [trial for trial in self._study.trials() if trial.state != "waiting"]
+            shown = sorted(trials, key=lambda t: (t.state != "running", t.value is None, t.value))[:ROWS]
+            lines = [*(self._line(trial) for trial in shown), self.summary()]
+            up = f"\x1b[{self._drawn_lines}A" if self._drawn_lines else ""
+            print(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J", end="", flush=True)
+            self._drawn_lines, self._drawn_at = len(lines), time.monotonic()
+
+    def summary(self) -> str:
+        """Counts of trials, and the best one."""
+        trials = self._study.trials()
+        counts = Counter(trial.state for trial in trials)
+        complete = [trial for trial in trials if trial.value is not None]
+        text = f"{self._study.folder}: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+        if complete:
+            best = min(complete, key=lambda trial: trial.value or 0.0)
+            text += (
+                f"; best: trial {best.number}, val_loss_ema {best.value:.4g} at {' '.join(as_overrides(best.point))}"
+            )
+        return text
+
+    def _line(self, trial: Trial) -> str:
+        steps = self._study.proxy.train.steps
+        step, loss = next(reversed(trial.curve.items()), (0, None))
+        done = 10 if trial.state == "complete" else round(10 * step / steps)
+        loss = loss if trial.value is None else trial.value
+        figures = f"{'█' * done}{'░' * (10 - done)} {'' if loss is None else f'{loss:.4g}':>8}"
+        return f"{trial.number:>4} {trial.state:<8} {figures}  {' '.join(as_overrides(trial.point))}  {trial.reason}"
