@@ -41,7 +41,7 @@ from data.reader import ImageTextReader
 from data.shard_index import _cached_path, index_path, load_index
 from data.storage import Remote
 from data.write_shards import write_shards
-from tests.servers import serve
+from tests.helpers.servers import serve
 
 RESOLUTION = 256
 PHOTO = (1500, 2250)

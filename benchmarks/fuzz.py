@@ -13,9 +13,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.machine import write
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 
-EPOCH = "tests/unit/test_data_order.py::test_an_epoch_at_the_batch_of_a_cluster_reads_each_sample_once"
+EPOCH = "tests/unit/data/test_order.py::test_an_epoch_at_the_batch_of_a_cluster_reads_each_sample_once"
 CHECKS = {"cases by chance": ("-m", "hypothesis", "tests/unit"), "epoch of SA-1B": (EPOCH,)}
 
 

@@ -20,7 +20,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from benchmarks.machine import write
 from data.debug import ensure_debug_assets
 from launch.common import kill_tree
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 
 SHARDS, PER_SHARD, PATIENCE_S = 32, 16, 600.0
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from benchmarks.machine import write
 from launch.common import kill_tree
 from tests.distributed.runs import command, last_step
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 from trainer.monitor.metrics import read_metrics
 from trainer.search.study import Study
 

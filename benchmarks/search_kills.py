@@ -17,7 +17,8 @@ from pathlib import Path
 
 from benchmarks.machine import write
 from launch.common import kill_tree
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 from tests.integration import slurm
 from tests.integration.slurm import Slurm
 from trainer.monitor.metrics import read_metrics

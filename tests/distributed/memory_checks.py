@@ -64,7 +64,7 @@ def trained(world: World, *ways: str) -> dict[str, Tensor]:
 def trains_alike(world: World) -> dict[str, float]:
     """Largest difference that each way makes to the weights and the gradient norm, and what three steps do ("moved").
 
-    Compiled without code generation: that is tests/unit/test_memory.py's."""
+    Compiled without code generation: that is tests/unit/trainer/parallel/test_compile.py's."""
     trainer.build.engine.compile_units = partial(compile_units, backend="eager")
     plain = trained(world, *PLAIN)
     start = whole(made(configured(*SETTINGS), world))

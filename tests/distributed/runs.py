@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.common import kill_tree
-from tests.forked import ROOT, environment, finished
+from tests.helpers.forked import environment, finished
+from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
 from trainer.monitor.metrics import read_metrics
 from trainer.parallel.dcp import SafeReader

@@ -14,8 +14,8 @@ from data.shard_index import load_index
 from data.storage import open_shards
 from data.write_shards import write_shards
 from launch import data_order
-from tests.forked import finished
-from tests.servers import serve
+from tests.helpers.forked import finished
+from tests.helpers.servers import serve
 from trainer.monitor.metrics import read_metrics
 
 from .buckets_checks import BACKBONES, COMMON, STEPS, TEXT, sources

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.forked import finished
+from tests.helpers.forked import finished
 from trainer.estimate.simulation import profile
 
 from .engine_checks import configured

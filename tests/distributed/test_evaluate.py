@@ -13,8 +13,9 @@ import pytest
 
 from launch.common import kill_tree
 from tests.distributed.runs import exact, train
-from tests.forked import ROOT, environment, finished
-from tests.tiny_networks import save_clip, save_detector, save_inception
+from tests.helpers.forked import environment, finished
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_networks import save_clip, save_detector, save_inception
 from trainer.monitor.metrics import read_metrics
 
 COUNT, BATCH = 22, 4

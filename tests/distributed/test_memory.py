@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.forked import finished
+from tests.helpers.forked import finished
 
 from .memory_checks import WAYS
 from .test_engine import Results

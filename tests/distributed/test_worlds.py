@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.exports import run_export
+from tests.helpers.exports import run_export
 
 from .runs import assert_close, train, weights
 

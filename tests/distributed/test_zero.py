@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.forked import finished
+from tests.helpers.forked import finished
 from trainer.checkpoint.find import complete_checkpoints
 
 from .runs import assert_close, exact, train, train_and_kill, weights

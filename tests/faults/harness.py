@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.common import kill_tree
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 
 STANDALONE = ("--standalone", "--nproc-per-node", "2")
 

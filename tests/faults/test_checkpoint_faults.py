@@ -16,7 +16,8 @@ import pytest
 
 from launch.common import kill_tree
 from tests.distributed.runs import command, exact, last_step, train
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints
 
 SETTINGS = (

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.distributed.runs import exact, last_step, train
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints
 from trainer.monitor.metrics import read_metrics
 

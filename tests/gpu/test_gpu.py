@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from models.layers import time_sinusoids
 from tests.distributed.runs import exact, train
-from tests.steps import built
+from tests.helpers.steps import built
 from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
 from trainer.diffusion.random import normal

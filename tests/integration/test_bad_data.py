@@ -9,7 +9,8 @@ from data.debug import ensure_debug_assets
 from data.index import ImageTextIndex
 from data.storage import open_shards
 from data.write_shards import write_shards
-from tests.forked import ROOT, finished
+from tests.helpers.forked import finished
+from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints
 from trainer.monitor.metrics import read_metrics
 

@@ -22,7 +22,8 @@ from data.fetch import SampleFiles
 from data.index import ImageTextIndex
 from data.samples import member
 from data.storage import open_shards
-from tests.forked import ROOT, environment, finished
+from tests.helpers.forked import environment, finished
+from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
 from trainer.config.load import load_config
 from trainer.monitor.metrics import read_metrics

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import trainer.build.engine
 from launch import coord_check
-from tests.forked import finished
+from tests.helpers.forked import finished
 from trainer.errors import ConfigError
 from trainer.parallel.compile import compile_units
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import ROOT
+from tests.helpers.paths import ROOT
 
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 IMPORT = "import sys, models.configs, data.config, trainer.config as c; print(c.__file__)"

@@ -14,7 +14,7 @@ from diffusers.pipelines.dit import pipeline_dit
 
 from data.debug import ensure_debug_assets
 from tests.distributed.runs import weights
-from tests.exports import config_of, random_checkpoint, run_export
+from tests.helpers.exports import config_of, random_checkpoint, run_export
 from trainer.build.engine import build_sampler
 from trainer.build.inference import Inference, build_inference
 from trainer.build.run import build_run

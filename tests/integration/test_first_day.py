@@ -9,7 +9,8 @@ import pytest
 from data.errors import DataError
 from launch import fetch, ladder, preflight
 from launch.preflight import Found
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
 

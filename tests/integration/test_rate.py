@@ -21,10 +21,11 @@ from PIL import Image
 from launch import rate
 from launch.rating.server import Rating
 from launch.rating.votes import Votes, order
-from tests.browser import why_not
-from tests.devtools import Page, new_page
-from tests.exports import config_of, random_checkpoint
-from tests.forked import ROOT, environment
+from tests.helpers.browser import why_not
+from tests.helpers.devtools import Page, new_page
+from tests.helpers.exports import config_of, random_checkpoint
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 
 PROMPTS = ["a cat", "a <b>dog</b>", "a cat"]  # equal ones are two pairs
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -12,7 +12,8 @@ import pytest
 
 from launch.common import kill_tree
 from tests.distributed.runs import exact, last_step, train
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints
 from trainer.monitor.metrics import read_metrics
 from trainer.search.study import Study, Trial

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.runs import exact, last_step, train
-from tests.forked import ROOT, environment
+from tests.helpers.forked import environment
+from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 from trainer.monitor.metrics import read_metrics
 from trainer.search.study import Study

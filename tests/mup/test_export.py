@@ -18,9 +18,9 @@ from export import write as export_write
 from export.diffusers_folder import twin_config
 from models.layers import ClassCondition, SizedTextCondition, TextCondition
 from models.registry import build_model
-from tests.backbones import relative
 from tests.distributed.runs import weights
-from tests.exports import FOLDED, OWN, config_of, load_exactly, random_checkpoint, run_export
+from tests.helpers.backbones import relative
+from tests.helpers.exports import FOLDED, OWN, config_of, load_exactly, random_checkpoint, run_export
 from trainer.build.engine import build_mup_table
 from trainer.config.schema import TrainConfig
 from trainer.mup.apply import apply_multipliers

@@ -1,11 +1,8 @@
 """docs/mup.md is what the tables of the configs say today."""
 
-from pathlib import Path
-
 from docs.mup_page import document
+from tests.helpers.paths import ROOT
 from trainer.config.yaml_files import CONFIG_DIR
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_mup_page_is_current() -> None:

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 FOLDERS = ("models", "data", "trainer", "export", "launch")
 
 # Decision 15, by import name.

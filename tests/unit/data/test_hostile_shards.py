@@ -1,0 +1,289 @@
+"""Tars, images and captions that are broken or meant to harm: read rightly, or holes; never a hang or another error."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import tarfile
+import tracemalloc
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from webdataset.compat import WebDataset
+from webdataset.writer import ShardWriter
+
+from data.buckets import BucketOrder, StepBucket
+from data.config import Bucket, DataConfig, SourceConfig
+from data.errors import DataError, SampleError
+from data.images import decode_image, image_size
+from data.index import ROW, ImageTextIndex, open_index
+from data.order import Part
+from data.reader import ImageTextReader
+from data.shard_index import ABSENT, load_index
+from data.write_shards import write_shards
+from tests.helpers.fuzz import fuzz
+
+from .test_index import png, write_tar
+
+FUZZ = fuzz(150, deadline=20_000)  # ms: a hang, not a busy machine
+
+
+def read_all(path: Path) -> dict[str, str | None]:
+    """Name -> reason of its hole, or None, of one epoch over a shard, whatever its index says."""
+    index = ImageTextIndex([path])
+    cfg = DataConfig(shards="unused", resolution=8, num_workers=0, epochs=1)
+    found = {}
+    for _, [batch] in islice(ImageTextReader(index, cfg, 0, 1, 0.0, 0, 1, 1).batches(0), len(index)):
+        found[batch.names[0]] = batch.holes[0] if batch.holes else None
+    return found
+
+
+def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "w-%06d.tar"), maxcount=3, verbose=0) as sink:
+        for i in range(5):
+            sink.write({"__key__": f"folder/{i}", "png": png(size=(8 + i, 8)), "txt": f"number {i}"})
+            sink.write({"__key__": f"j{i}", "jpg": jpeg(), "json": {"caption": "in json", "other": 1}, "cls": i})
+    paths = sorted(tmp_path.glob("*.tar"))
+    index = ImageTextIndex(paths)
+    assert index.shard_sizes == [3, 3, 3, 1]
+    assert index.caption_length.tolist() == [8, 7] * 5
+    assert [reason for path in paths for reason in read_all(path).values()] == [None] * 10
+
+
+def jpeg(size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, 100).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_and_odd_names_of_every_layout(tmp_path: Path, layout: int) -> None:
+    names = ["short", "d" * 60 + "/" + "f" * 80]
+    names += [] if layout == tarfile.USTAR_FORMAT else ["x" * 300, "été/猫", "/" + "y" * 200]
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=layout) as tar:
+        for name in names:
+            for extension, data in (("png", png(size=(9, 9))), ("txt", b"text")):
+                info = tarfile.TarInfo(f"{name}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert read_all(path) == {f"s/{name}": None for name in names}
+    assert [s["__key__"] for s in WebDataset(str(path), shardshuffle=False)] == names
+    gc.collect()
+
+
+def test_members_that_are_no_files_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, kind in enumerate(
+            (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+        ):
+            info = tarfile.TarInfo(f"../../evil{number}.png")
+            info.type, info.linkname, info.size = kind, "/etc/passwd", 0 if kind != tarfile.LNKTYPE else 4096
+            tar.addfile(info)
+        for name in ("../../up", "/absolute", "same", "other", "same"):
+            for extension, data in (("png", png(size=(9, 9))), ("txt", b"text")):
+                info = tarfile.TarInfo(f"{name}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    before = sorted(tmp_path.parent.rglob("*"))
+    index = ImageTextIndex([path])
+    assert [index.name(0, i) for i in range(5)] == ["s/../../up", "s//absolute", "s/same", "s/other", "s/same"]
+    assert set(read_all(path).values()) == {None}
+    assert set(tmp_path.parent.rglob("*")) - set(before) <= {path.with_name("s.tar.index.parquet")}
+
+
+def test_sizes_are_checked_before_pixels_are_made(tmp_path: Path) -> None:
+    large = bytearray(jpeg((16, 16)))
+    at = large.index(b"\xff\xc0")  # start of frame: height and width follow
+    large[at + 5 : at + 9] = (20_000).to_bytes(2, "big") + (30_000).to_bytes(2, "big")
+    path = write_tar(
+        tmp_path / "s.tar",
+        {
+            "a.jpg": bytes(large),
+            "a.txt": b"x",
+            "b.jpg": jpeg((1, 1)),
+            "b.txt": b"x",
+            "c.jpg": jpeg(mode="CMYK"),
+            "c.txt": b"x",
+        },
+    )
+    tracemalloc.start()
+    assert read_all(path) == {"s/a": "image: too large", "s/b": None, "s/c": None}
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+    assert ImageTextIndex([path]).width.tolist() == [30_000, 1, 40]
+
+
+def test_cmyk_has_the_colours_of_rgb() -> None:
+    picture = Image.new("RGB", (16, 16), (200, 30, 60))
+    buffer = io.BytesIO()
+    picture.convert("CMYK").save(buffer, "JPEG", quality=95)
+    pixels = decode_image(buffer.getvalue(), 8, 10_000, None, False)
+    assert np.abs(pixels[:, 4, 4].astype(int) - [200, 30, 60]).max() < 12
+
+
+BASE = {"a.png": png(size=(9, 9)), "a.txt": b"one", "b.jpg": jpeg(), "b.json": b'{"caption": "two"}', "c.jpg": jpeg()}
+
+
+@FUZZ
+@given(
+    st.lists(st.tuples(st.integers(0, 10_239), st.binary(min_size=1, max_size=12)), max_size=6), st.integers(0, 10_240)
+)
+def test_mutated_tars(tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes]], length: int) -> None:
+    path = write_tar(tmp_path_factory.mktemp("fuzz") / "s.tar", BASE)
+    data = bytearray(path.read_bytes())
+    for at, new in changes:
+        data[at : at + len(new)] = new
+    path.write_bytes(data[: max(length, 1000)])
+    try:
+        reasons = read_all(path).values()
+    except DataError:
+        return
+    assert all(reason is None or ": " in reason for reason in reasons)
+
+
+@FUZZ
+@given(st.sampled_from([BASE["a.png"], BASE["b.jpg"]]), st.data())
+def test_mutated_images(image: bytes, data: st.DataObject) -> None:
+    broken = bytearray(image)
+    for _ in range(data.draw(st.integers(1, 8))):
+        broken[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
+    for use in (lambda b: decode_image(b, 8, 10**6, (0.3, 0.7), True), image_size):
+        with contextlib.suppress(SampleError):
+            use(bytes(broken))
+
+
+# ----------------------------------------------------------------------------------------------- captions beside
+def sa_1b(folder: Path) -> list[Path]:
+    """Shards as SA-1B's: sa_N.jpg and the masks sa_N.json."""
+    folder.mkdir(exist_ok=True)
+    return [
+        write_tar(
+            folder / f"sa_{shard:06d}.tar",
+            {
+                f"./sa_{n}.{extension}": data
+                for n in range(shard * 4 + 1, shard * 4 + 5)
+                for extension, data in (("jpg", jpeg((20 + n, 16))), ("json", b'{"image": {}, "annotations": []}'))
+            },
+        )
+        for shard in range(2)
+    ]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "webdataset.parquet"])
+def test_captions_beside_the_shards(tmp_path: Path, form: str) -> None:
+    sa_1b(tmp_path / "sa")
+    entries = [{"image_id": n, "caption": f" picture {n} é "} for n in (3, 1, 2, 5, 6, 8, 99)]
+    entries.append({"image_id": 7, "caption": "  "})
+    captions = tmp_path / f"captions.{form}"
+    if form.startswith("webdataset"):  # as the hub shows an archive of sa_N.txt
+        entries = [{"__key__": f"sa_{entry['image_id']}", "txt": entry["caption"]} for entry in entries]
+    if form == "jsonl":
+        captions.write_text("\n".join(map(json.dumps, entries)))
+    else:
+        pq.write_table(pa.Table.from_pylist(entries), captions)
+    cfg = DataConfig(
+        shards=str(tmp_path / "sa"), captions=str(captions), resolution=8, num_workers=0, epochs=1,
+        index_cache=str(tmp_path / "index"),
+    )  # fmt: skip
+    index = open_index(cfg)
+    assert index.caption_length.tolist() == [11, 11, 11, ABSENT, 11, 11, ABSENT, 11]
+    found = {}
+    for _, [batch] in islice(ImageTextReader(index, cfg, 0, 1, 0.0, 0, 1, 1).batches(0), 8):
+        found[batch.names[0].rpartition("_")[2]] = batch.holes[0] if batch.holes else batch.full_captions[0]
+    expected = {str(n): f"picture {n} é" for n in (1, 2, 3, 5, 6, 8)}
+    assert found == expected | {"4": "caption: missing", "7": "caption: missing"}
+
+    captions.write_text('{"nothing": 1}\n')
+    with pytest.raises(DataError, match=r"captions"):
+        open_index(cfg)
+
+
+def test_sources_have_captions_of_their_own(tmp_path: Path) -> None:
+    sa_1b(tmp_path / "sa")
+    (tmp_path / "c.jsonl").write_text(
+        "\n".join(json.dumps({"key": f"sa_{n}", "caption": f"c{n}"}) for n in range(1, 9))
+    )
+    write_shards([(f"{i}", png(), "png", f"own {i}") for i in range(12)], tmp_path / "own" / "t", 10)
+    sources = (
+        SourceConfig(str(tmp_path / "sa"), 1.0, str(tmp_path / "c.jsonl")),
+        SourceConfig(str(tmp_path / "own"), 3.0),
+    )
+    cfg = DataConfig(sources=sources, resolution=8, num_workers=0, index_cache=str(tmp_path / "index"))
+    index = open_index(cfg)
+    batches = [b for _, [b] in islice(ImageTextReader(index, cfg, 0, 8, 0.0, 0, 1, 8).batches(0), 50)]
+    assert not any(b.holes for b in batches)
+    share = np.mean([caption.startswith("c") for b in batches for caption in b.full_captions])
+    assert abs(share - 0.25) < 0.03
+    other = DataConfig(
+        sources=(sources[0], SourceConfig(str(tmp_path / "own"), 2.0)), index_cache=str(tmp_path / "index")
+    )
+    assert open_index(other).fingerprint != index.fingerprint
+    assert index.samples_until_first_end() == 16
+
+
+# ----------------------------------------------------------------------------------------------- memory of an index
+@pytest.mark.parametrize("buckets", [1, 2])
+def test_memory_of_a_large_index(tmp_path: Path, buckets: int) -> None:
+    """Ten bytes a sample are allowed for all processes of a machine; a process holds the order of the chunks alone."""
+    shards, each, processes = 200, 11_000, 32  # a fifth of SA-1B; 8 ranks with 3 workers
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with open(folder / "rows.bin", "wb") as rows:
+        rows.truncate(shards * each * ROW.itemsize)  # zeros: what is in it does not matter here
+    for name in ("keys.bin", "captions.bin"):
+        (folder / name).touch()
+    (folder / "set.json").write_text(
+        json.dumps({"shard_sizes": [each] * shards, "fingerprint": "x", "precomputed": False})
+    )
+    index = object.__new__(ImageTextIndex)
+    index._open(folder)
+    index.parts = [Part(shards, 1.0)]
+    lengths = [Bucket(256, 256, 64 << i) for i in range(buckets)]
+    BucketOrder(0, index, lengths, 2048, None, 1.0)  # of the process that comes first, and makes the files
+    tracemalloc.start()
+    order = BucketOrder(0, index, lengths, 2048, None, 1.0)
+    queues = order.queues(StepBucket(0, 40), range(8))
+    for _ in range(30):
+        for queue in queues:
+            run = next(queue)
+            index.rows(run.shard, run.samples)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held * processes / len(index) < 10, f"{held} bytes a process"
+
+
+def test_what_is_kept_beside_an_index_is_made_once(tmp_path: Path) -> None:
+    [path] = write_shards([("a", png(), "png", "x")], tmp_path / "t", 1)
+    made = []
+
+    def make() -> np.ndarray:
+        made.append(1)
+        return np.arange(3)
+
+    for _ in range(2):
+        assert ImageTextIndex([path], tmp_path / "cache").kept("three", make).tolist() == [0, 1, 2]
+    assert len(made) == 1
+    unnamed = ImageTextIndex([path])
+    assert [unnamed.kept("three", make).tolist() for _ in range(2)] == [[0, 1, 2]] * 2
+    assert len(made) == 3
+    assert not unnamed._packed.exists()
+
+
+def test_index_of_a_shard_is_small(tmp_path: Path) -> None:
+    assert ROW.itemsize <= 80
+    [path] = write_shards([(f"{i:05d}", png(), "png", "x") for i in range(500)], tmp_path / "t", 500)
+    load_index(path)
+    assert os.path.getsize(f"{path}.index.parquet") < 500 * 60

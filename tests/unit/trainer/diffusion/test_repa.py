@@ -1,0 +1,240 @@
+"""Representation alignment: its loss, the encoder's features, what a run logs, keeps and leaves behind."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from data.debug import ensure_debug_assets
+from data.encoders.dinov2 import load_feature_encoder
+from data.errors import DataError
+from launch import sample
+from models.configs import ProjectorConfig
+from models.flops import forward_flops
+from tests.distributed.runs import exact
+from tests.helpers.backbones import CHANNELS, TEXT_WIDTH, condition_of, image
+from tests.mup.cases import REPA_CASES
+from trainer.build.run import build_run
+from trainer.checkpoint.find import find_checkpoint
+from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
+from trainer.diffusion.repa import Alignment
+from trainer.errors import ConfigError
+from trainer.loop import train
+from trainer.monitor.metrics import read_metrics
+from trainer.parallel.mesh import init_world
+from trainer.run import Run
+
+ENCODER = ".cache/debug/dinov2"
+REPA = (
+    "objective.repa_weight=0.5", "objective.repa_layer=1", f"objective.repa_encoder={ENCODER}",
+    "objective.repa_width=32", "objective.repa_hidden=48",
+)  # fmt: skip
+SHORT = (
+    "train.steps=4", "train.validate_every=4", "train.checkpoint_every=4", "train.sample_every=4",
+    "optim.warmup_steps=0", "validation.samples=4", "sample.count=2", "sample.steps=2",
+)  # fmt: skip
+Weights = dict[str, torch.Tensor]
+BACKBONES = ("mmdit", "dit", "pixart")
+
+
+def configured(kind: str, folder: Path, *overrides: str) -> TrainConfig:
+    return load_config(f"{kind}_debug_mup.yaml", [f"run.dir={folder}", *SHORT, *overrides])
+
+
+@contextmanager
+def built(config: TrainConfig) -> Iterator[Run]:
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    run = build_run(config, init_world(1))
+    try:
+        yield run
+    finally:
+        run.metrics.close()
+        if run.lock is not None:
+            run.lock.close()
+        dist.destroy_process_group()
+        torch.backends.cuda.enable_flash_sdp(flash)  # init_world turns it off; other tests run in this process
+
+
+def trained(config: TrainConfig) -> tuple[list[dict[str, Any]], Weights, Weights]:
+    """Logged lines, weights at the start and at the end."""
+    with built(config) as run:
+        start = {name: run.engine.full(name).clone() for name in run.engine.master_shards()}
+        assert train(run) == "finished"
+        return read_metrics(run.folder), start, {name: run.engine.full(name) for name in start}
+
+
+def test_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    projected, features = (torch.randn(3, 5, 8, generator=generator) for _ in range(2))
+    losses = Alignment(0.5, 0, lambda _: features).losses(projected, None)
+    expected = [
+        -sum((p @ f / (p.norm() * f.norm())).item() for p, f in zip(*pair, strict=True)) / 5
+        for pair in zip(projected, features, strict=True)
+    ]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+    aligned = Alignment(0.5, 0, lambda _: 3 * projected)
+    assert aligned.losses(projected, None).tolist() == pytest.approx([-1.0] * 3)
+    # In fp32 of bf16 features: bf16's own cosine is off by more.
+    half = Alignment(0.5, 0, lambda _: projected.bfloat16()).losses(projected.bfloat16(), None)
+    assert half.dtype == torch.float32
+    assert half.tolist() == pytest.approx([-1.0] * 3, abs=1e-6)
+
+
+def test_features_lie_on_the_token_grid() -> None:
+    """A white quarter of a black image changes its own quarter of the features most, at any size of the image."""
+    ensure_debug_assets()
+    encoder = load_feature_encoder(ENCODER, 32, "cpu", torch.float32)
+    images = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
+    images[1, :, :32, 48:] = 255  # above, right
+    features = encoder.encode(images, 4, 6)
+    assert features.shape == (2, 24, 32)
+    moved = (features[1] - features[0]).norm(dim=-1).reshape(4, 6)
+    assert moved[:2, 3:].min() > moved[2:, :3].max()
+    assert torch.equal(encoder.encode(images[1:], 4, 6)[0], features[1])
+
+
+def test_registers_are_no_patches(tmp_path: Path) -> None:
+    config = Dinov2WithRegistersConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, num_register_tokens=3
+    )
+    model = Dinov2WithRegistersModel(config).eval()
+    model.save_pretrained(tmp_path / "dinov2")
+    encoder = load_feature_encoder(str(tmp_path / "dinov2"), 16, "cpu", torch.float32)
+    seen: list[torch.Tensor] = []
+    encoder.model.register_forward_hook(lambda _, args, output: seen.append(output.last_hidden_state))
+    features = encoder.encode(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), 2, 2)
+    assert seen[0].shape == (1, 1 + 3 + 4, 16)
+    assert torch.equal(features, seen[0][:, 4:])
+
+
+@pytest.mark.parametrize(
+    ("path", "width", "message"),
+    [
+        (ENCODER, 768, "objective.repa_width is 768"),
+        (".cache/debug/t5", 64, "is a t5; expected a DINOv2"),
+        ("nowhere/at-all", 32, "objective.repa_encoder"),
+        ("none", 32, "objective.repa_encoder is none"),
+    ],
+)
+def test_a_wrong_encoder(path: str, width: int, message: str) -> None:
+    ensure_debug_assets()
+    with pytest.raises(DataError, match=message):
+        load_feature_encoder(path, width, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "message"),
+    [
+        ("uvit", REPA, "objective.repa_weight does not fit model.kind uvit: its long skips"),
+        ("mmdit", (*REPA, "objective.repa_layer=3"), "objective.repa_layer 3 is more than model.depth 2"),
+        ("mmdit", ("objective.repa_weight=-1",), "objective.repa_weight"),
+    ],
+)
+def test_a_wrong_config(kind: str, overrides: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configured(kind, tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_flops(kind: str) -> None:
+    """The projector's matrix products: 16 tokens x (48 x 24 + 24 x 24 + 24 x 16), a multiply and an add each."""
+    config, projector = REPA_CASES[kind].config(48, "zero"), REPA_CASES[kind].projector
+    plain = forward_flops(config, CHANNELS, TEXT_WIDTH, 16, 7)
+    more = forward_flops(config, CHANNELS, TEXT_WIDTH, 16, 7, projector)
+    assert more - plain == 2 * 16 * (48 * 24 + 24 * 24 + 24 * 16)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_the_prediction_does_not_see_the_projector(kind: str) -> None:
+    case = REPA_CASES[kind]
+    model = case.model(1.0, case.table(1.0), torch.float32)
+    config = case.config(48, "zero")
+    x, t = image()
+    inputs = (x[:, :3], t, condition_of(config))
+    if kind != "dit":
+        inputs = (x[:, :3], t, type(inputs[2])(inputs[2].states[..., :20], inputs[2].mask))
+    with torch.no_grad():
+        prediction, features = model(*inputs, features_at=0)
+        plain, none = model(*inputs)
+    assert none is None
+    assert features.shape == (2, 16, 16)
+    assert torch.equal(prediction, plain)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_run_aligns_and_another_takes_over_all_but_the_projector(kind: str, tmp_path: Path) -> None:
+    """A short run through samples, EMA and a checkpoint; from it one without a projector, and one with another."""
+    config = configured(kind, tmp_path, *REPA, "run.name=a", "train.steps=12", "optim.lr=8e-3")
+    records, _, weights = trained(config)
+    logged = [record for record in records if "repa_loss" in record]
+    assert len(logged) == 12
+    assert -1 <= logged[-1]["repa_loss"] < logged[0]["repa_loss"] - 0.1
+    assert all("repa_loss" not in record for record in records if record["step"] == 0)
+    source = find_checkpoint(tmp_path / "a")
+    for name, keys in (("b", ()), ("c", (*REPA, "objective.repa_hidden=40"))):
+        with built(configured(kind, tmp_path, *keys, f"run.init_from={source}", f"run.name={name}")) as run:
+            start = {parameter: run.engine.full(parameter).clone() for parameter in run.engine.master_shards()}
+        assert any(n.startswith("projector.") for n in start) == bool(keys)
+        for parameter, value in start.items():
+            if not parameter.startswith("projector."):
+                assert torch.equal(value, weights[parameter]), parameter
+
+
+def test_a_resume_is_exact_also_with_checkpointed_activations_and_can_be_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint in the middle of a run; the encoder is not needed for images."""
+    keys = (*REPA, "train.checkpoint_every=2", "train.sample_every=0")
+    records, _, weights = trained(configured("mmdit", tmp_path, *keys, "run.name=whole"))
+    for mode in ("none", "selective", "full"):
+        shutil.copytree(tmp_path / "whole", tmp_path / mode)
+        shutil.rmtree(tmp_path / mode / "checkpoints" / "step_00000004")
+        more = (f"run.name={mode}", f"parallel.activation_checkpointing={mode}")
+        resumed, start, end = trained(configured("mmdit", tmp_path, *keys, *more))
+        assert exact(resumed) == exact(records), mode
+        assert all(torch.equal(end[name], weights[name]) for name in weights), mode
+        assert not torch.equal(start["projector.fc1.weight"], end["projector.fc1.weight"])
+    command = ["sample.py", "--checkpoint", tmp_path / "full", "--prompt", "a cross", "--output", tmp_path / "a.png"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "sample.steps=2", "objective.repa_encoder=nowhere"])
+    assert sample.main() == 0
+    assert (tmp_path / "a.png").stat().st_size > 100
+
+
+def test_the_term_is_trained_and_not_logged_as_the_loss(tmp_path: Path) -> None:
+    """The first step's loss is that of a run without it; its gradient is not; later the weights differ."""
+    plain, _, _ = trained(configured("dit", tmp_path, "run.name=plain"))
+    aligned, _, _ = trained(configured("dit", tmp_path, "run.name=aligned", *REPA))
+    assert plain[1]["loss"] == aligned[1]["loss"]
+    assert plain[0]["val_loss"] == aligned[0]["val_loss"]
+    assert plain[1]["grad_norm"] != aligned[1]["grad_norm"]
+    assert plain[-1]["loss"] != aligned[-1]["loss"]
+    assert not any("repa_loss" in record for record in plain)
+
+
+def test_zero_weight_is_no_projector(tmp_path: Path) -> None:
+    config = configured("dit", tmp_path, *REPA, "objective.repa_weight=0")
+    assert config.projector is None
+    assert configured("dit", tmp_path, *REPA).projector == ProjectorConfig(48, 32)
+
+
+def test_the_features_see_the_crop_and_flip_that_are_trained_on(tmp_path: Path) -> None:
+    """Flipped images give the features of flipped images: what is encoded is the batch itself."""
+    config = configured("dit", tmp_path, *REPA, "data.flip=1.0", "run.name=flipped")
+    with built(config) as run:
+        assert run.alignment is not None
+        _, (batch, *_) = next(iter(run.batches(0)))
+        encoder = load_feature_encoder(ENCODER, 32, "cpu", torch.float32)
+        features = encoder.encode(batch.images, 8, 8)
+        turned = replace(batch, images=batch.images.flip(-1))
+        aligned = run.alignment.losses(features, batch)
+        assert aligned.tolist() == pytest.approx([-1.0] * len(batch.names), abs=1e-5)
+        assert (run.alignment.losses(features, turned) > aligned).all()

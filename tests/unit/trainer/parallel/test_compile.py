@@ -1,0 +1,151 @@
+"""Activation checkpointing and compiled units: same gradients and names, less memory, few graphs, no silent eager."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.fx.experimental import _config as shapes
+
+from benchmarks.memory import activation_bytes
+from models.layers import ClassCondition, TextCondition
+from models.registry import build_model
+from trainer.build.engine import build_mup_table
+from trainer.config.load import load_config
+from trainer.errors import CompileError
+from trainer.mup.apply import apply_multipliers, init_parameters
+from trainer.parallel import activation_checkpointing, compile
+from trainer.parallel.activation_checkpointing import checkpoint_activations
+from trainer.parallel.compile import compile_units
+
+# The compiler looks at .grad of what it traces, and silences this warning in a way that "error" overrules.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+BACKBONES = ("mmdit", "pixart", "dit", "uvit")
+# (samples, latent height, text tokens): 7 token counts.
+SHAPES = ((2, 32, 6), (2, 16, 6), (4, 32, 8), (2, 24, 5), (3, 20, 6), (2, 32, 4), (2, 28, 9))
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    """compile_units sets what holds for the process: given back here."""
+    limit, duck = torch._dynamo.config.recompile_limit, shapes.use_duck_shape
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.config.recompile_limit, shapes.use_duck_shape = limit, duck
+    torch._dynamo.reset()
+
+
+def build(kind: str, *more: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[nn.Module]]:
+    """A debug model of 4 blocks (U-ViT: 2 and 1 and 2) with no weight at zero, and its units; with REPA's projector
+    where the backbone can have it."""
+    repa = ["objective.repa_weight=1", "objective.repa_layer=1"] if kind != "uvit" else []
+    repa += ["objective.repa_width=16", "objective.repa_hidden=24"]
+    config = load_config(f"{kind}_debug_mup.yaml", ["text_encoder.width=16", "model.depth=4", *repa, *more])
+    model, table = build_model(config.model, 3, 16, config.projector), build_mup_table(config)
+    apply_multipliers(model, table)
+    init_parameters(model, table, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.to(dtype), model.shard_units()  # pyright: ignore[reportCallIssue] (every backbone has it)
+
+
+def inputs(kind: str, shape: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    batch, height, length = shape
+    generator = torch.Generator().manual_seed(batch * height * length)
+    x = torch.randn(batch, 3, height, 32, generator=generator, dtype=dtype)
+    t = torch.rand(batch, generator=generator)
+    if kind in ("dit", "uvit"):
+        return x, t, ClassCondition(torch.arange(batch))
+    mask = torch.arange(length).expand(batch, -1) < length - 1
+    return x, t, TextCondition(torch.randn(batch, length, 16, generator=generator, dtype=dtype), mask)
+
+
+def gradients(model: nn.Module, given: tuple[Any, ...]) -> dict[str, Tensor]:
+    """Of a loss that reads the features of a block in the middle, too."""
+    model.zero_grad()
+    prediction, features = model(*given, features_at=1)
+    (prediction.square().mean() + features.square().mean()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_checkpointing_changes_no_gradient_and_no_name(kind: str, mode: Any) -> None:
+    plain, other = build(kind)[0], build(kind)
+    checkpoint_activations(other[1], mode)
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in other[0].named_parameters()]
+    expected, found = (gradients(model, inputs(kind, SHAPES[0])) for model in (plain, other[0]))
+    assert expected.keys() == dict(plain.named_parameters()).keys()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_saved_bytes_fall(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def saved(mode: Any) -> int:
+        model, units = build(kind, dtype=dtype)
+        checkpoint_activations(units, mode)
+        return activation_bytes(lambda: model(*inputs(kind, SHAPES[0], dtype)))
+
+    none, selective, full = (saved(mode) for mode in ("none", "selective", "full"))
+    assert full < 0.6 * selective
+    assert selective < 0.75 * none
+    monkeypatch.setattr(activation_checkpointing, "_KEPT", [])  # keeps nothing: no more than full
+    assert saved("selective") == full
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("mmdit", "selective"), ("pixart", "none")])
+def test_seven_token_counts_share_graphs(kind: str, mode: Any) -> None:
+    """Also with a branch scale (a float on the blocks), with tokens that equal the width at first (64), and in the
+    first block, whose input is a view in some backbones."""
+    plain, (model, units) = build(kind, "mup.base_depth=2")[0], build(kind, "mup.base_depth=2")
+    checkpoint_activations(units, mode)
+    compile_units(units, backend="eager")
+    for shape in SHAPES:
+        given = inputs(kind, shape)
+        expected, found = gradients(plain, given), gradients(model, given)
+        assert all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected)
+    classes = len({type(unit) for unit in units})
+    assert classes <= counters["stats"]["unique_graphs"] <= 2 * classes
+    assert not counters["graph_break"]
+
+
+def test_branch_scale_reaches_the_graph() -> None:
+    given = inputs("dit", SHAPES[0])
+    outputs = []
+    for more in ((), ("mup.base_depth=1",)):
+        model, units = build("dit", *more)
+        compile_units(units, backend="eager")
+        outputs.append((model(*given)[0], build("dit", *more)[0](*given)[0]))
+    assert all(torch.allclose(compiled, eager, rtol=1e-9) for compiled, eager in outputs)
+    assert not torch.allclose(outputs[0][0], outputs[1][0], rtol=1e-3)
+
+
+def test_a_static_shape_ends_the_run_instead_of_running_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dynamic=True is there for: without it each token count is a graph of its own, up to the limit."""
+    compile_static = partial(torch.compile, dynamic=False)
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic, **rest: compile_static(forward, **rest))
+    monkeypatch.setattr(compile, "_MOST_GRAPHS", 3)
+    model, units = build("dit")
+    compile_units(units, backend="eager")
+    with pytest.raises(CompileError, match=r"parallel\.compile: Block was compiled 3 times"):
+        all(model(*inputs("dit", shape)) for shape in SHAPES)
+
+
+def test_inductor_computes_what_eager_does() -> None:
+    plain, (model, units) = build("dit", "model.depth=2")[0], build("dit", "model.depth=2")
+    checkpoint_activations(units, "selective")
+    compile_units(units)
+    given = inputs("dit", SHAPES[0])
+    expected, found = gradients(plain, given), gradients(model, given)
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-8, atol=1e-10) for name in expected)

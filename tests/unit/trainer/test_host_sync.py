@@ -1,0 +1,145 @@
+"""Nothing in a training step waits for the device: seen in steps on the CPU, and in the sources.
+
+On a GPU torch tells by itself (tests/gpu). Here every operation by which a number comes to the host is refused while
+steps are taken; what no operation shows, a copy to the host's memory, is looked for in the sources.
+"""
+
+import ast
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.config import TextEncoderConfig
+from data.debug import ensure_debug_assets
+from data.encoders.text import load_text_encoder
+from tests.helpers.paths import ROOT
+from tests.helpers.steps import built
+from trainer.ema import EMA
+from trainer.loop import train_step
+
+# Their results' sizes, or values, are known to the host only when the device has come to them.
+_WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+
+class _NoWait(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._overloadpacket.__name__
+        assert not any(name == each or name.startswith(("unique", "_unique")) for each in _WAITING), name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), f"{name} by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def take_steps(folder: Path, kind: str, *overrides: str) -> None:
+    """Three steps, the second one with health figures; the first one makes what is made once."""
+    settings = ["train.global_batch_size=4", "train.micro_batch_size=2", "train.log_every=2", *overrides]
+    with built(f"{kind}_debug_mup.yaml", folder, *settings, "optim.spike_threshold=6") as run:
+        steps = [micro_batches for _, (_, micro_batches) in zip(range(3), run.batches(0), strict=False)]
+        train_step(run, 0, steps[0])
+        with _NoWait():
+            train_step(run, 1, steps[1])
+            train_step(run, 2, steps[2])
+
+
+@pytest.mark.parametrize("kind", ["mmdit", "pixart", "dit", "uvit"])
+def test_steps_read_nothing_back(kind: str, tmp_path: Path) -> None:
+    repa = () if kind == "uvit" else ("objective.repa_weight=0.5", "objective.repa_layer=1")
+    take_steps(tmp_path, kind, *repa)
+
+
+@pytest.mark.parametrize(("folder", "width"), [("debug/t5", 64), ("minilm", 384)])
+def test_encoding_captions_reads_nothing_back(folder: str, width: int) -> None:
+    """With and without padding: a mask that masks nothing is where transformers would look."""
+    ensure_debug_assets()
+    encoder = load_text_encoder(
+        TextEncoderConfig(path=f".cache/{folder}", width=width, max_length=32), "cpu", torch.bfloat16
+    )
+    encoder.encode(["what is made once"])
+    with _NoWait():
+        encoder.encode(["a red circle", "a much longer caption of a blue square", "a red circle"])
+        encoder.encode(["one alone is not padded"])
+
+
+def _reads_norm(self: EMA, step: int, skipped: Tensor) -> None:
+    if skipped > 0:
+        return
+
+
+def _reads_mask(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x[x.isfinite()].reshape(x.shape) * (1 + scale[:, None]) + shift[:, None]
+
+
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [
+        ("trainer.ema.EMA.update", _reads_norm),
+        ("trainer.loop.time_sums", lambda t, losses, weight: torch.full((2, 8), losses.sum().item())),
+        ("torch.nn.GELU.forward", lambda self, x: x if torch.equal(x, x) else -x),
+        ("models.mmdit.modulate", _reads_mask),
+    ],
+)
+def test_a_wait_is_seen(place: str, fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, fault)
+    with pytest.raises(AssertionError, match=r"_local_scalar_dense|equal|index by a mask"):
+        take_steps(tmp_path, "mmdit")
+
+
+# ------------------------------------------------------------------------------------------------------ in the sources
+
+# What runs in a step: whole files, or some functions of a file.
+STEP: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(f"models/{name}.py" for name in ("layers", "mmdit", "pixart", "dit", "uvit", "repa")),
+    **dict.fromkeys(f"trainer/diffusion/{name}.py" for name in ("flow", "ddpm", "random", "repa")),
+    "trainer/ema.py": None,
+    "trainer/loop.py": ("train_step",),
+    "trainer/parallel/fsdp.py": ("backward", "step", "master_shards", "_gradient_shards"),
+    "trainer/recovery/spikes.py": ("limit", "update"),
+    "trainer/monitor/mup_health.py": ("before", "after", "time_sums"),
+    "trainer/input/encoding.py": ("encode", "_encode", "features", "_condition"),
+    "trainer/input/prefetch.py": None,
+}
+_TO_HOST = ("cpu", "numpy", "item", "tolist", "synchronize", "nonzero")
+
+
+def waits(source: str, functions: tuple[str, ...] | None) -> Iterator[str]:
+    """Calls that copy to the host, or from it while the host waits."""
+    tree = ast.parse(source)
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and (not functions or n.name in functions)]
+    missing = set(functions or ()) - {function.name for function in found}
+    assert not missing, f"no such function: {missing}"
+    calls = {call for function in found for call in ast.walk(function) if isinstance(call, ast.Call)}
+    for call in sorted(calls, key=lambda call: call.lineno):
+        if not isinstance(call.func, ast.Attribute):
+            continue
+        text = ast.unparse(call)
+        if call.func.attr in _TO_HOST or "'cpu'" in text:
+            yield f"{call.lineno}: {text}"
+        if call.func.attr == "to" and "self._device" in text and "non_blocking=True" not in text:
+            yield f"{call.lineno}: {text}"
+
+
+@pytest.mark.parametrize("path", STEP)
+def test_sources_copy_nothing_to_the_host(path: str) -> None:
+    assert not list(waits((ROOT / path).read_text(), STEP[path]))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["norm.cpu()", "x.to('cpu', copy=True)", "torch.cuda.synchronize()", "loss.item()", "batch.x.to(self._device)"],
+)
+def test_a_copy_in_the_sources_is_seen(fault: str) -> None:
+    source = textwrap.dedent(f"""
+        def step(self, x):
+            y = x.to(self._device, non_blocking=True)
+            return {fault}
+
+        def save(self, x):
+            return x.cpu()
+    """)
+    assert [line.partition(":")[0] for line in waits(source, ("step",))] == ["4"]
