@@ -48,8 +48,8 @@ def study(tmp_path: Path) -> tuple[Path, list[str]]:
 SERVER = """
 import sys
 from pathlib import Path
-from launch.rate_server import Rating
-from launch.rate_votes import Votes
+from launch.rating.server import Rating
+from launch.rating.votes import Votes
 folder = Path(sys.argv[1])
 votes = Votes(folder / "votes.db")
 with Rating(("127.0.0.1", 0), votes, folder, votes.study["prompts"], votes.study["seed"], None) as server:

@@ -465,7 +465,7 @@ def test_peak_flops() -> None:
 WANDB = """
 import sys
 from pathlib import Path
-from trainer.metrics import Metrics
+from trainer.monitor.metrics import Metrics
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 metrics = Metrics(folder, True, 10, first)
 metrics.start_wandb("project", sys.argv[3], "name", {"optim": {"lr": 0.5}})
