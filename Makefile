@@ -16,7 +16,7 @@ setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 
 # A torch that sees a GPU is kept (the environment then looks through to the system's packages); without one the
 # constraints take the CPU build.
-.venv/ready: setup.py constraints.txt
+.venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"muDiT needs Python 3.11 or newer, got {v}: make PYTHON=python3.12 setup")'
 	@set -e; mkdir -p .cache; \
 	if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then \

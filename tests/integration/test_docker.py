@@ -1,9 +1,11 @@
 """docker/Dockerfile's own lines, run in an empty folder and a fresh environment: what it copies, and every RUN.
 
 The environment stands for the base image: it has a torch with CUDA (a stand-in of two lines, which pip must leave
-alone), and the packages of ours behind it: pip must find there all that setup.py asks for, and has no index to go to.
+alone), and the packages of ours behind it: pip must find there all that pyproject.toml asks for, and has no index
+to go to.
 """
 
+import fnmatch
 import os
 import re
 import shutil
@@ -24,6 +26,14 @@ def instructions(dockerfile: str) -> list[tuple[str, str]]:
     """(COPY or RUN, its arguments without options of docker's) in order, lines with a backslash joined."""
     joined = dockerfile.replace("\\\n", " ")
     return [(word, re.sub(r"^\s*(--\S+\s+)*", "", rest)) for word, rest in re.findall(r"(?m)^(COPY|RUN) (.*)$", joined)]
+
+
+def ignored(folder: str, names: list[str]) -> set[str]:
+    """What .dockerignore leaves out of a folder of the repository, as shutil.copytree asks for it."""
+    patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    anywhere = [pattern.removeprefix("**/") for pattern in patterns if pattern.startswith("**/")]
+    at_root = [pattern for pattern in patterns if Path(folder) == ROOT]
+    return {name for pattern in (*anywhere, *at_root) for name in fnmatch.filter(names, pattern)}
 
 
 def build(image: Path, dockerfile: str, cuda: str | None = "13.0") -> dict[str, str]:
@@ -60,7 +70,7 @@ def build(image: Path, dockerfile: str, cuda: str | None = "13.0") -> dict[str, 
             to = workdir / target / (source if target.endswith("/") else "")
             to.parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(ROOT / source, to, dirs_exist_ok=True, ignore=ignored)
             else:
                 shutil.copy(ROOT / source, to)
     return environment
@@ -85,7 +95,7 @@ def test_the_image_runs_its_code(tmp_path: Path) -> None:
 
 
 def test_a_broken_line_is_seen(tmp_path: Path) -> None:
-    broken = DOCKERFILE.replace("COPY setup.py constraints.txt ./", "COPY constraints.txt ./")
+    broken = DOCKERFILE.replace("COPY pyproject.toml constraints.txt ./", "COPY constraints.txt ./")
     with pytest.raises(subprocess.CalledProcessError) as failed:
         build(tmp_path, broken)
-    assert "setup.py" in str(failed.value.stderr), failed.value.stderr
+    assert "pyproject.toml" in str(failed.value.stderr), failed.value.stderr

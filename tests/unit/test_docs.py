@@ -14,3 +14,10 @@ def test_every_config_is_on_the_page() -> None:
     page = (ROOT / "docs" / "mup.md").read_text()
     missing = [path.stem for path in CONFIG_DIR.glob("*_mup.yaml") if path.stem not in page]
     assert not missing
+
+
+def test_the_readme_is_short_and_the_index_has_every_page() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    index = (ROOT / "docs" / "README.md").read_text()
+    missing = [path.name for path in (ROOT / "docs").glob("*.md") if f"({path.name})" not in index]
+    assert missing == ["README.md"]
