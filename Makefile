@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | soak | bench | gpu-check | schema
+# make setup | demo | test | test-fast | lint | soak | bench | gpu-check | schema
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup cifar demo test lint soak bench gpu-check schema
+.PHONY: setup cifar demo test test-fast lint soak bench gpu-check schema
 
 # ------------------------------------------------------------------------------------------------------- environment
 
@@ -59,8 +59,15 @@ cifar: .cache/cifar10
 demo: setup
 	$(BIN)/python -m examples.demo
 
-test: setup lint .cache/cifar10
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" tests
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# All that CI runs. T="tests/unit/data -k order": these tests alone, without style and types.
+test: $(if $(T),.venv/ready,setup lint .cache/cifar10)
+	$(PYTEST) $(if $(T),,-n 2 --dist loadfile --no-loadscope-reorder) -m "not gpu" $(or $(T),tests)
+
+# While you write: no test that starts a process or takes seconds.
+test-fast: setup .cache/cifar10
+	$(PYTEST) -q -m "not gpu and not slow" tests/unit tests/mup
 
 lint: .venv/ready
 	$(BIN)/ruff check .

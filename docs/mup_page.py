@@ -27,15 +27,14 @@ entries add up to d, not sqrt(d). torch's AdamW decays by lr x wd, which stays t
 gradients of all weights before it shrink by the same 1/m |
 | inner output: `projector.fc1` | d -> fixed | sqrt(m) | 1/m | 1 | 1 | as output, but more layers follow: what it \
 gives at init keeps its size |
-| vector | d | 1 | 1 | 1 | 0 | one number a feature, nothing to sum over |
+| vector | d | 1 | 1 | 1 | 0 | one number per feature, nothing to sum over |
 | fixed | none | 1 | 1 | 1 | 0, of matrices 1 | the same tensor at every width |
 
-Gradients shrink as the width grows, so a clip norm that was found on the proxy is looser on the target: \
-`mup/clip_share`
-tells how often it acts. Adam's epsilon is the config's at every width (`mup.eps_rule: constant`; default 1e-12): \
-gradients shrink with 1/m, and behind a zero gate they are
-as small as 1e-9. `eps_rule: width` divides epsilon by m instead. The final weight starts at zero, which takes away the
-only transient that depends on the width. Weights decay by role (`optim.decay: matrices`) unless a config says `all`.
+Gradients shrink as the width grows, so a clip norm that was found on the proxy is looser on the target:
+`mup/clip_share` tells how often it acts. Adam's epsilon is the config's at every width (`mup.eps_rule: constant`;
+default 1e-12): gradients shrink with 1/m, and behind a zero gate they are as small as 1e-9. `eps_rule: width` divides
+epsilon by m instead. The final weight starts at zero, which takes away the only transient that depends on the width.
+Weights decay by role (`optim.decay: matrices`) unless a config says `all`.
 
 Base hyperparameters that the table carries too: `mup.output_multiplier` (times 1/m), `mup.role_lr.ROLE` (on the lr of a
 role). `mup.base_depth` (off by default) multiplies what a block adds to the residual stream by base depth / depth

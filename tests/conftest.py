@@ -1,6 +1,36 @@
-"""Settings for every test."""
+"""Settings for every test, and what makes a unit test fast."""
 
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 import torch
+
+from tests.helpers.paths import ROOT
 
 # The models are so small that a second thread costs more than it gives, and tests run side by side.
 torch.set_num_threads(1)
+
+_FAST = (ROOT / "tests/unit", ROOT / "tests/mup")
+_STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
+_running: list[pytest.Item] = []  # the fast test that runs now, if one does
+
+
+def _refuse(event: str, _: tuple[Any, ...]) -> None:
+    if event in _STARTS_A_PROCESS and _running:
+        pytest.fail(f"{_running[0].nodeid} starts a process ({event}): mark it with @pytest.mark.slow")
+
+
+sys.addaudithook(_refuse)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Holds `make test-fast` to its word: a unit test that is not marked slow starts no process."""
+    if any(item.path.is_relative_to(folder) for folder in _FAST) and item.get_closest_marker("slow") is None:
+        _running.append(item)
+    try:
+        return (yield)
+    finally:
+        _running.clear()

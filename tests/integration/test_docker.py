@@ -19,7 +19,7 @@ import pytest
 from tests.helpers.paths import ROOT
 
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
-IMPORT = "import sys, models.configs, data.config, trainer.config as c; print(c.__file__)"
+IMPORT = "import sys, models.configs, data.config, trainer.config.load as c; print(c.__file__)"
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
