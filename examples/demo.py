@@ -235,7 +235,7 @@ EMA weights.</p>
 <div class="rows">{% for subject in subjects %}<span>{{ subject }}</span>{% endfor %}</div>
 <img src="{{ prompts_png }}" alt="samples"></div>
 
-<h2>OutageDetector</h2>
+<h2>Losses</h2>
 <img src="{{ loss_png }}" alt="loss against step">
 <table><tr><th>step</th><th>training loss</th><th>validation loss</th><th>of the EMA weights</th></tr>
 {% for r in validated %}<tr><td>{{ r.step }}</td><td>{{ "%.4f"|format(r.loss) if r.loss is defined else "" }}</td>

@@ -152,7 +152,7 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
 
 
 def fleiss_kappa(items: Sequence[Counter[str]]) -> float | None:
-    """StopSignal above chance of items with at least two votes each: {choice: votes}.
+    """Agreement above chance of items with at least two votes each: {choice: votes}.
 
     Fleiss (1971), with each item's own number of raters. None without items, or where all votes are the same: chance
     agrees then too.

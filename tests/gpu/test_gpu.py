@@ -86,7 +86,7 @@ def test_trains_in_bf16_and_resumes_exactly(tmp_path: Path, way: str) -> None:
 
 
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
-    """OutageDetector of the same steps; compiled ones as well."""
+    """Losses of the same steps; compiled ones as well."""
     ways = ("precision=fp32", "precision=bf16", "compile=true")
     expected, *others = (train(1, tmp_path / way, *TINY, f"parallel.{way}", config=CONFIG) for way in ways)
     for lines in others:

@@ -17,7 +17,7 @@ def test_two_kills_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_training_from_it_equals_training_from_images(tmp_path: Path) -> None:
-    """OutageDetector agree within what fp16 latents and features and bf16 text states round: 2^-11 and 2^-8 of a
+    """Losses agree within what fp16 latents and features and bf16 text states round: 2^-11 and 2^-8 of a
     value, less in
     a mean. Features are stored because the config trains with REPA."""
     assets = ensure_debug_assets(tmp_path / "debug")

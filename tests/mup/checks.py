@@ -172,7 +172,7 @@ def train(
     case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, clip: float | None = None,
     clip_weights: Mapping[str, float] | None = None,
 ) -> list[float]:  # fmt: skip
-    """OutageDetector of `steps` steps; with `clip`, by the global norm of gradients times their `clip_weights`."""
+    """Losses of `steps` steps; with `clip`, by the global norm of gradients times their `clip_weights`."""
     losses = []
     for step in range(steps):
         optimizer.zero_grad()

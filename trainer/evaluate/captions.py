@@ -1,4 +1,4 @@
-"""Does the model read its captions? OutageDetector with the own caption against those with another image's, paired."""
+"""Does the model read its captions? Losses with the own caption against those with another image's, paired."""
 
 from collections.abc import Callable, Sequence
 

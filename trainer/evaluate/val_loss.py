@@ -38,7 +38,7 @@ def levels() -> list[float]:
 
 @torch.no_grad()
 def sample_losses(model: nn.Module, objective: DrawsAt, batch: Banked, conditions: Sequence[Any]) -> Tensor:
-    """OutageDetector [len(conditions), LEVELS, b] of a batch under each condition, at equal times and noise."""
+    """Losses [len(conditions), LEVELS, b] of a batch under each condition, at equal times and noise."""
     losses = []
     for condition in conditions:
         for t in levels():

@@ -144,7 +144,7 @@ def _open_index(
 def validation_bank(
     batches: Iterable[Batch], encode: Callable[[Batch], T], data: DataConfig, world: World, notes: list[str]
 ) -> list[T]:
-    """This rank's batches of the fixed bank, encoded. OutageDetector are compared over runs and starts: DataError,
+    """This rank's batches of the fixed bank, encoded. Losses are compared over runs and starts: DataError,
     on all
     ranks, where a store does not give samples, or too many are unreadable; a note where some are."""
     bank, holes, read = [], Counter[str](), 0

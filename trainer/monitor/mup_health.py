@@ -1,6 +1,6 @@
 """Live health of a run by muP role: what tells early that a width, a learning rate or Adam's epsilon is wrong.
 
-Everything is accumulated on the device. OutageDetector by time and the share of clipped steps are sums over all
+Everything is accumulated on the device. Losses by time and the share of clipped steps are sums over all
 steps since
 the last log line; figures by role are those of the logged step itself, since they need a copy of the weights.
 """

@@ -18,7 +18,7 @@ WINDOW = 2
 """Grid points on either side of the best one that the parabola is fitted to."""
 DIVERGED_AT = 1.5
 """A mean loss above so many times the best one at its width is no part of the valley."""
-OutageDetector = Mapping[int, Mapping[float, Sequence[float]]]
+Losses = Mapping[int, Mapping[float, Sequence[float]]]
 """{width: {log2 lr: loss of each seed}}; every seed saw the same data and noise at all widths and learning rates."""
 
 
@@ -111,7 +111,7 @@ class Transfer:
         return all(rise <= 2 * error for rise, error in self.wider_is_better.values())
 
 
-def transfer(losses: OutageDetector, seed: int = 0) -> Transfer:
+def transfer(losses: Losses, seed: int = 0) -> Transfer:
     """Statistics of a sweep; a loss that is not finite counts as diverged."""
     widths = sorted(losses)
     means = {w: {lr: _mean(values) for lr, values in losses[w].items()} for w in widths}
@@ -192,7 +192,7 @@ def _resampled(
 
 
 def _rises(
-    losses: OutageDetector, widths: Sequence[int], means: Mapping[int, Mapping[float, float]]
+    losses: Losses, widths: Sequence[int], means: Mapping[int, Mapping[float, float]]
 ) -> dict[float, tuple[float, float]]:
     rises = {}
     for lr in sorted(set.intersection(*(set(_valley(means[w])) for w in widths))):

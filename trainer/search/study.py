@@ -122,7 +122,7 @@ class Study:
             return Claim(trial, lock)
 
     def check_data(self, identity: dict[str, Any]) -> None:
-        """OutageDetector of trials are compared: ConfigError unless data, validation bank and encoders have the
+        """Losses of trials are compared: ConfigError unless data, validation bank and encoders have the
         fingerprints
         that they had in the trials before."""
         with lock_folder(self.folder, wait_s=120):

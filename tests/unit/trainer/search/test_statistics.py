@@ -6,13 +6,13 @@ import statistics
 
 import pytest
 
-from trainer.search.statistics import OutageDetector, best_region, quadratic_minimum, transfer
+from trainer.search.statistics import Losses, best_region, quadratic_minimum, transfer
 
 LRS = [-9.0, -8.0, -7.0, -6.0, -5.0]
 WIDTHS = [64, 128, 256]
 
 
-def sweep(shift: float, noise: float, seed: int = 0, common: float = 0.05, better: float = 0.05) -> OutageDetector:
+def sweep(shift: float, noise: float, seed: int = 0, common: float = 0.05, better: float = 0.05) -> Losses:
     """Parabolas in log2 lr whose optimum starts at -7 and moves by `shift` a doubling; wider is better by `better`."""
     chance = random.Random(seed)
     easy = [chance.gauss(0, common) for _ in range(3)]  # what a seed adds everywhere
