@@ -77,6 +77,7 @@ lint: .venv/ready
 
 schema: .venv/ready
 	$(BIN)/python -m trainer.config.schema > configs/schema.json
+	$(BIN)/python -m docs.config_page > docs/config.md
 
 # ------------------------------------------------------------------------------------------------ long, and on a GPU
 

@@ -11,11 +11,13 @@ torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-ti
 import argparse
 import os
 import sys
+from typing import Any
 
 import torch.distributed as dist
 
 from launch.common import end_with_torchrun, run
 from trainer.build.run import build_run
+from trainer.config.help import describe_keys
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.errors import PeerError
@@ -23,9 +25,26 @@ from trainer.loop import train
 from trainer.parallel.mesh import init_world, world_size
 
 
+class HelpConfig(argparse.Action):
+    """Print what the keys of a config mean and exit, as --help does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: str | None = None
+    ) -> None:
+        print(describe_keys(values))
+        parser.exit()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name under configs/")
+    parser.add_argument(
+        "--help-config",
+        action=HelpConfig,
+        nargs="?",
+        metavar="SECTION",
+        help="explain the config's keys, or a section's",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     end_with_torchrun()

@@ -1,5 +1,6 @@
-"""docs/mup.md is what the tables of the configs say today."""
+"""Generated pages are what the code says today."""
 
+from docs import config_page
 from docs.mup_page import document
 from tests.helpers.paths import ROOT
 from trainer.config.yaml_files import CONFIG_DIR
@@ -21,3 +22,8 @@ def test_the_readme_is_short_and_the_index_has_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     missing = [path.name for path in (ROOT / "docs").glob("*.md") if f"({path.name})" not in index]
     assert missing == ["README.md"]
+
+
+def test_config_page_is_current() -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    assert page == config_page.document(), "run: make schema"

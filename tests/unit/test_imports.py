@@ -18,7 +18,7 @@ FOLDERS = ("models", "data", "trainer", "export", "launch")
 PACKAGES = (
     "torch", "deepspeed", "accelerate", "webdataset", "transformers", "wandb", "diffusers", "pydantic", "yaml",
     "optuna", "safetensors", "fsspec", "pyarrow", "numpy", "PIL", "sentencepiece", "jinja2", "matplotlib", "rich",
-    "filelock", "ruamel",
+    "filelock",
 )  # fmt: skip
 OPTIONAL = ("wandb", "matplotlib", "optuna", "deepspeed")  # may be imported inside a function
 
@@ -48,12 +48,12 @@ CONFIG = ("models.configs", "data.config", "data.errors", "trainer.config", "tra
 # trainer.build, the one composition root, stands only in the lists of those that may import it.
 ROOMS: dict[str, Room] = {
     "models": Room(("torch",), ("models",), ("torch.distributed",)),
-    "models.configs": Room((), ()),
+    "models.configs": Room(("pydantic",), ()),
     "data": Room(DATA_PACKAGES, ("data",), ("torch.distributed",)),
-    "data.config": Room((), ("data.errors",)),
+    "data.config": Room(("pydantic",), ("data.errors",)),
     "data.errors": Room((), ()),
     "trainer.errors": Room((), ()),
-    "trainer.config": Room(("pydantic", "yaml", "ruamel"), CONFIG),
+    "trainer.config": Room(("pydantic", "yaml"), CONFIG),
     "trainer.mup": Room((), ("trainer.mup.rules", "trainer.mup.table")),
     "trainer.mup.apply": Room(("torch",), ("trainer.mup",)),
     "trainer.diffusion": Room(("torch", "diffusers"), ("trainer.diffusion",)),

@@ -1,28 +1,34 @@
-"""Keys that are fine alone and wrong together."""
+"""What is wrong with a config whose keys are each fine alone: keys that do not go together, and what no range says."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
+from pydantic import ValidationError
+
+from data.config import SYNTHETIC
+
 from .keys import key_class, leaf_keys
+from .messages import explain
 from .resolve import longest_side
 from .schema import TrainConfig
 from .yaml_files import nearest
 
 
-def bucket_conflicts(c: TrainConfig) -> Iterator[str]:
-    """What is wrong with the buckets of data."""
-    lengths = c.data.text_lengths
-    if lengths and c.label_classes is not None:
-        yield "data.text_lengths needs a model that reads captions: leave it empty for a model of classes"
-    elif lengths and lengths[-1] != c.text_encoder.max_length:
-        yield (
-            f"data.text_lengths must end with text_encoder.max_length {c.text_encoder.max_length}, where captions are "
-            f"cut, got {list(lengths)}"
-        )
-
-
 def conflicts(c: TrainConfig) -> Iterator[str]:
-    """Keys that are fine alone and wrong together."""
+    """A sentence for everything that is wrong."""
+    yield from _model_conflicts(c)
+    yield from _step_conflicts(c)
+    yield from _sampling_conflicts(c)
+    yield from _data_conflicts(c)
+    yield from _zero_conflicts(c)
+    if c.objective.repa_weight:
+        yield from _repa_conflicts(c)
+    yield from _allow_change_conflicts(c)
+
+
+def _model_conflicts(c: TrainConfig) -> Iterator[str]:
+    """What the model does not fit: the images, the text, and its own muP base."""
     token = c.autoencoder.downsample * c.model.patch_size
     if c.data.resolution % token:
         yield (
@@ -37,12 +43,19 @@ def conflicts(c: TrainConfig) -> Iterator[str]:
         try:
             dataclasses.replace(c.model, width=c.mup.base_width)
         except ValueError as error:
-            yield f"mup.base_width {c.mup.base_width} makes no model: {error}"
+            problems = [str(error)]
+            if isinstance(error, ValidationError):
+                problems = [sentence for _, sentence in explain(error, type(c.model), type(c.model), "model.")]
+            yield f"mup.base_width {c.mup.base_width} makes no model: {'; '.join(problems)}"
     if c.mup.base_depth is not None and not c.model.residual:
         yield (
             f"mup.base_depth does not fit model.kind {c.model.kind}, which is not deep by residual branches alone: "
             "no scale of branches makes it independent of depth; leave it null"
         )
+
+
+def _step_conflicts(c: TrainConfig) -> Iterator[str]:
+    """What does not go together in the optimizer's schedule and in the averages."""
     if c.optim.warmup_steps >= c.train.steps:
         yield f"optim.warmup_steps {c.optim.warmup_steps} must be less than train.steps {c.train.steps}"
     if (c.optim.schedule == "wsd") != (c.optim.decay_steps > 0):
@@ -53,16 +66,26 @@ def conflicts(c: TrainConfig) -> Iterator[str]:
         yield f"optim.betas must lie in [0, 1), got {list(c.optim.betas)}"
     if not c.ema.decays or not all(0 < d < 1 for d in c.ema.decays) or len(set(c.ema.decays)) < len(c.ema.decays):
         yield f"ema.decays must be different numbers between 0 and 1, got {list(c.ema.decays)}"
-    yield from _sampling_conflicts(c)
-    yield from bucket_conflicts(c)
-    yield from _zero_conflicts(c)
-    if c.objective.repa_weight:
-        yield from _repa_conflicts(c)
-    yield from _allow_change_conflicts(c)
+
+
+def _data_conflicts(c: TrainConfig) -> Iterator[str]:
+    """What is wrong with the sources of data and with their buckets."""
+    if c.data.sources and c.data.shards != SYNTHETIC:
+        yield "data.shards and data.sources exclude each other: name the shards in data.sources"
+    lengths = c.data.text_lengths
+    if not all(a < b for a, b in itertools.pairwise((0, *lengths))):
+        yield f"data.text_lengths must be rising numbers of tokens from 1 on, got {list(lengths)}"
+    elif lengths and c.label_classes is not None:
+        yield "data.text_lengths needs a model that reads captions: leave it empty for a model of classes"
+    elif lengths and lengths[-1] != c.text_encoder.max_length:
+        yield (
+            f"data.text_lengths must end with text_encoder.max_length {c.text_encoder.max_length}, where captions are "
+            f"cut, got {list(lengths)}"
+        )
 
 
 def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:
-    """Keys of objective and sample that do not go together, or not with the model."""
+    """Keys of objective and sample that do not go together, or that do not fit the model."""
     kind, sampler = c.objective.kind, c.sampler
     if (sampler == "euler") != (kind == "rectified_flow"):
         fitting = "euler" if kind == "rectified_flow" else "ancestral, ddim or dpm_solver"
@@ -70,7 +93,7 @@ def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:
     if kind == "rectified_flow" and c.model.learn_sigma:
         yield "model.learn_sigma needs objective.kind ddpm: a rectified flow has no variance to learn"
     if kind == "ddpm":
-        # DPM-Solver's times are steps + 1 different ones of the 1000; DDIM strides over them evenly.
+        # DPM-Solver takes steps + 1 different times out of 1000; DDIM strides evenly over all of them.
         most = 999 if sampler == "dpm_solver" else 1000
         if c.sample.steps > most:
             yield f"sample.steps {c.sample.steps} is more than the {most} of sample.sampler {sampler}"
@@ -86,7 +109,7 @@ def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:
 
 
 def _repa_conflicts(c: TrainConfig) -> Iterator[str]:
-    """What does not go with representation alignment."""
+    """What does not go with representation alignment (REPA)."""
     o = c.objective
     if not c.model.residual:
         yield (
@@ -98,7 +121,7 @@ def _repa_conflicts(c: TrainConfig) -> Iterator[str]:
 
 
 def _zero_conflicts(c: TrainConfig) -> Iterator[str]:
-    """What parallel.engine zero does not do."""
+    """What parallel.engine zero cannot do."""
     parallel = c.parallel
     if parallel.engine != "zero":
         return

@@ -1,84 +1,93 @@
-"""The keys of a config as dotted names, and the class of each: identity, schedule or runtime."""
+"""The keys of a config as dotted names, and what is declared at each."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from models.configs import ModelConfig
+from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
 
 from .schema import TrainConfig
 
 KeyClass = Literal["identity", "schedule", "runtime"]
 
-# Decision 10: a change of an identity key is refused on resume, of a schedule key unless it is listed in
-# run.allow_change, of a runtime key never. Paths are runtime: what lies there is compared by fingerprint.
-_CLASSES: dict[str, KeyClass] = {
-    "run": "runtime",
-    "train": "runtime",
-    "train.steps": "schedule",
-    "train.global_batch_size": "identity",
-    "train.seed": "identity",
-    "model": "identity",
-    "mup": "identity",
-    "optim": "schedule",
-    "ema": "schedule",
-    "objective": "identity",
-    "objective.repa_encoder": "runtime",
-    "parallel": "runtime",
-    "data": "identity",
-    "data.shards": "runtime",
-    "data.val_shards": "runtime",
-    "data.num_workers": "runtime",
-    **{f"data.{key}": "runtime" for key in ("sources", "captions", "index_cache", "prefetch_mib", "timeout_s")},
-    **{f"data.{key}": "runtime" for key in ("retries", "cache_dir", "cache_gib")},
-    "data.max_bad_share": "runtime",
-    "text_encoder": "identity",
-    "text_encoder.path": "runtime",
-    "text_encoder.subfolder": "runtime",
-    "text_encoder.device": "runtime",
-    "text_encoder.shard": "runtime",
-    "autoencoder": "identity",
-    "autoencoder.path": "runtime",
-    "autoencoder.subfolder": "runtime",
-    "validation": "runtime",
-    "sample": "runtime",
-    "wandb": "runtime",
-}
+
+class Key(NamedTuple):
+    """A key of a section."""
+
+    field: FieldInfo
+    """Its declaration."""
+    section: type | None
+    """The section that it holds; None where it holds a value."""
 
 
-def key_class(key: str) -> KeyClass:
-    """identity, schedule or runtime."""
-    return _CLASSES.get(key) or _CLASSES[key.partition(".")[0]]
+def keys_of(section: Any, model: type[ModelConfig]) -> dict[str, Key]:
+    """The keys of a section by name; model: the kind that the section `model` is of."""
+    fields: dict[str, FieldInfo] = getattr(section, "__pydantic_fields__", None) or {
+        field.name: FieldInfo(annotation=field.type, default=field.default) for field in dataclasses.fields(section)
+    }
+    keys = {name: Key(field, section_in(field.annotation)) for name, field in fields.items()}
+    return keys | {"model": Key(fields["model"], model)} if section is TrainConfig else keys
 
 
-def fields_of(section: type, model: type[ModelConfig]) -> dict[str, Any]:
-    """Key -> type of a section (pydantic model or dataclass), with this kind of model."""
-    if issubclass(section, BaseModel):
-        fields = {name: field.annotation for name, field in section.model_fields.items()}
-        return fields | {"model": model} if section is TrainConfig else fields
-    return {field.name: field.type for field in dataclasses.fields(section)}
-
-
-def is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation))
+def section_in(annotation: Any, or_list: bool = False) -> type | None:
+    """The section that a type means, be it optional. or_list: or a list of such sections."""
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
+        return annotation
+    parts = [part for part in get_args(annotation) if part not in (type(None), ...)]
+    if get_origin(annotation) in (Union, types.UnionType, *((tuple,) if or_list else ())) and len(parts) == 1:
+        return section_in(parts[0])
+    return None
 
 
 def leaf_keys(section: type, model: type[ModelConfig], prefix: str = "") -> Iterator[str]:
-    for key, inner in fields_of(section, model).items():
-        if is_section(inner):
-            yield from leaf_keys(inner, model, f"{prefix}{key}.")
+    """The dotted names of all keys that hold a value."""
+    for name, key in keys_of(section, model).items():
+        if key.section is None:
+            yield f"{prefix}{name}"
         else:
-            yield f"{prefix}{key}"
+            yield from leaf_keys(key.section, model, f"{prefix}{name}.")
 
 
-def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def declaration(section: type, path: Sequence[str | int], model: type[ModelConfig]) -> FieldInfo | None:
+    """What is declared at the end of a path of names, and of indexes in lists; None where the path leads nowhere."""
+    field, inside = None, section
+    for part in path:
+        if isinstance(part, int):
+            continue
+        key = keys_of(inside, model).get(part) if inside else None
+        if key is None:
+            return None
+        field, inside = key.field, key.section or section_in(key.field.annotation, or_list=True)
+    return field
+
+
+def key_class(key: str) -> KeyClass:
+    """identity, schedule or runtime, as declared at the key, else at its section (see trainer.config.schema)."""
+    section, _, rest = key.partition(".")
+    found = class_at(TrainConfig.model_fields[section])
+    # No key of a model has a class of its own, so that any kind of model will do here.
+    field = declaration(TrainConfig, [section, *rest.split(".")], MODEL_KINDS[DEFAULT_KIND])
+    found = (field and class_at(field)) or found
+    assert found is not None, f"{section} declares no class"
+    return found
+
+
+def class_at(field: FieldInfo) -> KeyClass | None:
+    """The class that is declared at this very key."""
+    extra: Any = field.json_schema_extra or {}
+    return extra.get("class")
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    flat: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

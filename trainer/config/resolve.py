@@ -11,26 +11,27 @@ from .schema import TrainConfig
 
 
 def buckets_of(c: TrainConfig) -> list[Bucket]:
-    """The square at the longest text first, as in a run of one bucket; then every other pair of image size and
-    length."""
+    """All pairs of an image size and a text length; first the square with the longest text, which is the only bucket of
+    a run without buckets."""
     sizes = c.data.bucket_sizes(c.autoencoder.downsample * c.model.patch_size)
     lengths = sorted({*c.data.text_lengths, c.text_encoder.max_length}, reverse=True)
     return [Bucket(*size, length) for size, length in itertools.product(sizes, lengths)]
 
 
 def micro_batch_rows(c: TrainConfig, bucket: Bucket, world_size: int) -> int:
-    """The most samples in a device's micro-batch of a bucket: fewer of larger images, whatever their text."""
+    """Most samples in a device's micro-batch of this bucket. Larger images make it smaller; the text does not count."""
     share = -(-c.train.global_batch_size // world_size)
     most = c.train.micro_batch_size
     return share if most is None else max(1, min(share, int(most * 256**2 / (bucket.height * bucket.width))))
 
 
 def image_tokens(c: TrainConfig, bucket: Bucket) -> int:
+    """Tokens of an image of this bucket."""
     return bucket.height * bucket.width // (c.autoencoder.downsample * c.model.patch_size) ** 2
 
 
 def longest_side(c: TrainConfig, token: int) -> int:
-    """Tokens along the longest side of any image. token: pixels along one."""
+    """Tokens along the longest side of any bucket's images. token: pixels along one side of a token."""
     return max(map(max, c.data.bucket_sizes(token))) // token
 
 
@@ -41,13 +42,13 @@ class Resolved(NamedTuple):
     shard: int
     """Ranks that share one copy of the weights."""
     micro_batch_rows: int
-    """The most samples in a device's micro-batch of squares."""
+    """Most samples in a device's micro-batch of square images."""
     time_shift: float
-    """s of the squares' shifted time: sqrt(image tokens / shift_base_tokens)."""
+    """Shift s of the times of square images: sqrt(image tokens / objective.shift_base_tokens)."""
 
 
 def resolve(config: TrainConfig, world_size: int) -> Resolved:
-    """Pure arithmetic; raises ConfigError where the world size does not fit."""
+    """What follows from a config on `world_size` processes; raises ConfigError where their number does not fit."""
     batch, shard = config.train.global_batch_size, config.parallel.shard or world_size
     if world_size > batch:
         raise ConfigError(f"{world_size} processes need train.global_batch_size of at least as many, got {batch}")

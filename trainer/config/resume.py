@@ -1,4 +1,4 @@
-"""Which keys may differ from the config that a run was started with."""
+"""Which keys of a config may differ from the config that the run was started with."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,13 @@ from .schema import TrainConfig
 
 
 def check_resume(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
-    """Schedule and runtime keys that changed, as text for the log; raises ConfigError for a change that is refused.
+    """The schedule and runtime keys that changed, as text for the log; raises ConfigError for changes that are refused.
 
     old: the config stored in the checkpoint, as plain data.
     """
-    # A key that is newer than the checkpoint had its default's effect then.
-    defaults = {k: v for k, v in flatten(plain(TrainConfig())) if not k.startswith("model.")}
-    before, after = defaults | dict(flatten(old)), dict(flatten(plain(new)))
+    # A key that the checkpoint's code did not have yet acted then as its default acts now.
+    defaults = {k: v for k, v in flatten(plain(TrainConfig())).items() if not k.startswith("model.")}
+    before, after = defaults | flatten(old), flatten(plain(new))
     changed, refused = [], []
     for key in sorted(before.keys() | after.keys()):
         if (a := before.get(key)) == (b := after.get(key)):

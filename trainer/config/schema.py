@@ -1,13 +1,24 @@
-"""TrainConfig: every key of a run, frozen and strict, without torch."""
+"""TrainConfig: every key of a run, declared once: type, default, range, class and a sentence of help. No torch.
+
+A key's class says what becomes of a change when a run is resumed. It is declared at the key, else at its section:
+identity    the change is refused, because another value makes another run;
+schedule    the change is refused unless the key is listed in run.allow_change;
+runtime     the change is free. Paths are runtime: what lies there is compared by its fingerprint.
+"""
 
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from data.config import NONE, AutoencoderConfig, DataConfig, TextEncoderConfig
 from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig, ProjectorConfig
+
+IDENTITY: JsonDict = {"class": "identity"}
+SCHEDULE: JsonDict = {"class": "schedule"}
+RUNTIME: JsonDict = {"class": "runtime"}
 
 
 class Section(BaseModel):
@@ -15,164 +26,219 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
+    """The run folder: its name, what it starts from, and which checkpoints it keeps."""
+
     name: str | None = None
-    """Name of the run folder; the config file's name unless given."""
+    """Name of the run folder; null takes the name of the config file."""
     dir: str = "runs"
     """Folder that holds the run folders."""
     resume: bool = True
-    """Go on from the newest complete checkpoint of the run folder. False refuses a folder that has any."""
+    """Continue from the newest complete checkpoint of the run folder; false refuses a folder that has a checkpoint."""
     init_from: str | None = None
-    """Checkpoint, or snapshot of the EMA weights, that a new run starts from."""
+    """Checkpoint, or snapshot of the EMA weights, whose weights a new run starts from."""
     allow_change: tuple[str, ...] = ()
-    """Schedule keys (optim.lr, train.steps, ...) that may differ from the run that is resumed."""
+    """Keys of class schedule (optim.lr, train.steps, ...) that may differ from those of the run that is resumed."""
     keep_last: int = Field(default=3, ge=1)
-    """Newest checkpoints that are kept; the disk holds one more while the next is written."""
+    """Number of newest checkpoints that are kept; the disk holds one more while the next is written."""
     keep_every: int = Field(default=0, ge=0)
-    """Checkpoints at multiples of so many steps are kept as well; 0: none."""
+    """Checkpoints at multiples of this many steps are kept as well; 0 keeps none of them."""
 
 
 class TrainSection(Section):
-    steps: int = Field(default=100_000, ge=1)
-    global_batch_size: int = Field(default=256, ge=1)
+    """Length, batch and seed of the run, and what happens at which step."""
+
+    steps: int = Field(default=100_000, ge=1, json_schema_extra=SCHEDULE)
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = Field(default=256, ge=1, json_schema_extra=IDENTITY)
+    """Samples per optimizer step, over all devices."""
     micro_batch_size: float | None = Field(default=None, gt=0)
-    """The most samples a device holds at 256² area (at 512² a fourth of them); accumulation follows from it.
-    None: the whole share at once."""
-    seed: int = Field(default=0, ge=0)
+    """Samples that a device holds at once at 256² pixels (a fourth of them at 512²), from which gradient accumulation
+    follows; null takes the device's whole share of the batch at once."""
+    seed: int = Field(default=0, ge=0, json_schema_extra=IDENTITY)
+    """Seed of the initial weights, the order of the data and all noise."""
     deterministic: bool = False
-    """Deterministic algorithms on a GPU (slower); on CPU a run is always bit-exact."""
+    """Use deterministic algorithms on a GPU, which are slower; on a CPU a run is always bit-exact."""
     log_every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl and of the terminal."""
     validate_every: int = Field(default=1000, ge=0)
-    """0: never, as for the other intervals."""
+    """Steps between measurements of the validation loss; 0 measures none."""
     checkpoint_every: int = Field(default=1000, ge=0)
-    """The last step is always saved."""
+    """Steps between checkpoints; 0 saves the last step alone, which is always saved."""
     checkpoint_async: bool = True
-    """Write checkpoints while training goes on."""
+    """Write checkpoints while training continues."""
     ema_snapshot_every: int = Field(default=0, ge=0)
-    """Write the EMA weights alone, to be sampled from and kept; 0: never."""
+    """Steps between snapshots of the EMA weights alone, which can be sampled from and are kept; 0 writes none."""
     sample_every: int = Field(default=1000, ge=0)
+    """Steps between grids of sampled images; 0 draws none."""
     evaluate_every: int = Field(default=0, ge=0)
-    """Measure images of the EMA weights by a small suite; 0: never."""
+    """Steps between evaluations of the EMA weights by train.evaluate_suite; 0 makes none."""
     evaluate_suite: str = "demo"
-    """Which: a path, or a name under configs/evaluate/. The run's own precision and autoencoder are used."""
+    """Suite of these evaluations: a path, or a name under configs/evaluate/. The run's own precision and autoencoder
+    take the place of the suite's."""
     rollback_after: int = Field(default=0, ge=0)
-    """After so many skipped steps in a row go back to the last checkpoint and past the samples between; 0: never."""
+    """After this many skipped steps in a row, go back to the last checkpoint and leave out the samples since; 0 never
+    goes back."""
     watchdog_factor: float | None = Field(default=20.0, gt=1)
-    """A step that takes this many times the median one ends the run with the stacks of all ranks; null: never."""
+    """A step that takes this many times as long as the median step ends the run with the stacks of all ranks; null
+    never ends it."""
     watchdog_min_s: float = Field(default=300.0, gt=0)
-    """The least time after which a step counts as hung."""
+    """Seconds that a step may always take before the watchdog ends the run."""
 
 
 class RoleFactors(Section):
-    """Factors on the base learning rate of the parameters of a role; the weight decay stays."""
+    """Factors on the base learning rate of the parameters of a role; the weight decay stays as it is."""
 
     input: float = Field(default=1.0, gt=0)
+    """Factor for weights from a fixed dimension to the width."""
     hidden: float = Field(default=1.0, gt=0)
+    """Factor for weights from the width to the width."""
     output: float = Field(default=1.0, gt=0)
+    """Factor for weights from the width to a fixed dimension."""
     vector: float = Field(default=1.0, gt=0)
+    """Factor for parameters that hold one number per feature: biases, gains and embedding tables."""
     fixed: float = Field(default=1.0, gt=0)
+    """Factor for parameters whose shape is the same at every width."""
 
 
 class MupConfig(Section):
+    """The muP rules by which hyperparameters transfer across widths (docs/mup.md)."""
+
     parametrization: Literal["mup", "sp"] = "mup"
+    """`mup` scales init, multipliers, learning rates and weight decay with the width; `sp` (standard) scales none."""
     base_width: int = Field(default=512, ge=1)
     """Width at which the base hyperparameters hold; a proxy and its target share it."""
     wd_rule: Literal["independent", "sqrt", "coupled"] = "independent"
+    """Growth of a hidden weight's decay with m = width / base width: by m (`independent`: learning rate x decay stays
+    the same), by sqrt(m), or not at all (`coupled`)."""
     eps_rule: Literal["constant", "width"] = "constant"
+    """`constant` leaves optim.eps as it is; `width` divides it by m wherever gradients shrink with 1 / m."""
     base_depth: int | None = Field(default=None, ge=1)
     """Depth at which the base hyperparameters hold: each residual branch is multiplied by base_depth / model.depth
-    (CompleteP, alpha = 1). null: depth is not scaled."""
+    (CompleteP, arXiv 2505.01618, alpha = 1); null does not scale with the depth."""
     output_multiplier: float = Field(default=1.0, gt=0)
     """Base hyperparameter: factor on the input of the final layer, beside muP's 1 / m."""
     role_lr: RoleFactors = RoleFactors()
 
 
 class OptimConfig(Section):
+    """AdamW and its learning-rate schedule, as base hyperparameters, which the muP table scales by parameter name."""
+
     lr: float = Field(default=2.0**-10, gt=0)
-    """Base learning rate: the muP table scales it by name."""
+    """Base learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the running means of the gradient and of its square, each in [0, 1)."""
     eps: float = Field(default=1e-12, gt=0)
+    """Adam's epsilon, which is added to the root of the squared gradient's mean."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay: a step multiplies a weight by 1 - learning rate x weight decay."""
     decay: Literal["matrices", "all"] = "matrices"
+    """Which weights decay: `matrices` leaves out biases, gains, tables and position embeddings."""
     clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest global gradient norm; null: no clipping."""
+    """Global norm to which larger gradients are scaled down; null does not clip."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Learning rate after the warm-up: constant, falling to 0 over the whole run (`linear`, `cosine`), or constant and
+    then falling to 0 over the last optim.decay_steps (`wsd`: warm-up, stable, decay)."""
     decay_steps: int = Field(default=0, ge=0)
-    """wsd: the last steps, over which the lr falls to 0."""
+    """Last steps, over which the learning rate falls to 0 (optim.schedule wsd)."""
     spike_threshold: float | None = Field(default=None, gt=0)
-    """A step whose log gradient norm lies this many running standard deviations above the running mean is skipped;
-    null: none is."""
+    """A step is skipped when its log gradient norm lies this many running standard deviations above the running mean;
+    null skips no step for that reason."""
 
 
 class EmaConfig(Section):
+    """Exponential moving averages of the weights."""
+
     decays: tuple[float, ...] = (0.9999,)
-    """The first one is validated, sampled and exported."""
+    """Decay per step of each average, between 0 and 1; the first average is validated, sampled and exported."""
     warmup: bool = True
-    """Decay min(decay, (1 + n) / (10 + n)) at update n."""
+    """Use the decay min(decay, (1 + n) / (10 + n)) at update n."""
 
 
 class ObjectiveConfig(Section):
+    """What the model learns to predict, and at which times."""
+
     kind: Literal["rectified_flow", "ddpm"] = "rectified_flow"
+    """`rectified_flow` predicts the velocity between noise and image, `ddpm` the noise of 1000 diffusion steps."""
     beta_schedule: Literal["linear", "scaled_linear"] = "linear"
-    """ddpm: linear as Ho et al., scaled_linear as Stable Diffusion."""
+    """Noise schedule of ddpm: `linear` as Ho et al., `scaled_linear` as Stable Diffusion."""
     timestep_mean: float = 0.0
+    """Mean of the logit of rectified_flow's training times, before the shift."""
     timestep_std: float = Field(default=1.0, gt=0)
+    """Standard deviation of the logit of rectified_flow's training times."""
     shift_base_tokens: int = Field(default=256, ge=1)
-    """Times are shifted by s = sqrt(image tokens / shift_base_tokens)."""
+    """Number of image tokens at which times are not shifted; others are by s = sqrt(image tokens / this number)."""
     repa_weight: float = Field(default=0.0, ge=0)
-    """Weight of the alignment with a frozen image encoder (REPA, arXiv 2410.06940); 0: none."""
+    """Weight of the alignment with a frozen image encoder (REPA, arXiv 2410.06940); 0 turns it off."""
     repa_layer: int = Field(default=8, ge=1)
-    """The tokens after so many blocks are aligned."""
-    repa_encoder: str = NONE
-    """Folder or hub id of a DINOv2; synthetic data and precomputed features need none."""
+    """Number of blocks after which tokens are aligned."""
+    repa_encoder: str = Field(default=NONE, json_schema_extra=RUNTIME)
+    """Folder or hub id of the DINOv2 to align with; `none` for synthetic data and precomputed features."""
     repa_width: int = Field(default=768, ge=1)
-    """Features of the encoder."""
+    """Features of the image encoder."""
     repa_hidden: int = Field(default=2048, ge=1)
-    """Features of the projector's inner layers."""
+    """Features of the inner layers of the projector between the model and the image encoder."""
 
 
 class ParallelConfig(Section):
+    """How the model is spread over devices, in which precision it computes, and what memory is saved."""
+
     engine: Literal["fsdp2", "zero"] = "fsdp2"
+    """`fsdp2` is PyTorch's own sharding, `zero` DeepSpeed's."""
     zero_stage: Literal[1, 2, 3] = 2
-    """engine zero: what is sharded; 1: optimizer state, 2: and gradients, 3: and weights."""
+    """What engine zero shards: the optimizer state (1), the gradients too (2), the weights too (3)."""
     shard: int = Field(default=0, ge=0)
-    """Ranks that share one copy of the weights; 0: all. Replicas = world size / shard (HSDP)."""
+    """Ranks that share one copy of the weights; 0 means all. There are world size / shard replicas (HSDP)."""
     precision: Literal["bf16", "fp32", "fp64"] | None = None
-    """Compute type over fp32 master weights; None: bf16 on a GPU, fp32 on a CPU. fp64 is for tests."""
+    """Number type of the computation over fp32 master weights; null is bf16 on a GPU and fp32 on a CPU. fp64 is for
+    tests."""
     compile: bool = False
-    """Compile each block; a shape that would make it fall back to eager ends the run."""
+    """Compile each block; a shape that would make it fall back to eager mode ends the run."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: only the blocks' inputs are kept for the backward pass; selective: the outputs of matrix products and of
-    attention as well."""
+    """What is kept for the backward pass: all activations (`none`), the blocks' inputs alone (`full`), or those and the
+    outputs of matrix products and of attention (`selective`)."""
     reshard_after_forward: bool = True
-    """engine fsdp2: free the gathered weights between forward and backward; false (as ZeRO-2) for small models."""
+    """Free the gathered weights between forward and backward (engine fsdp2); false, as ZeRO-2, is for small models."""
     prefetch: int = Field(default=1, ge=0)
-    """engine fsdp2: blocks whose weights are gathered ahead of use; 0 leaves it to the engine."""
+    """Blocks whose weights are gathered ahead of their use (engine fsdp2); 0 leaves it to the engine."""
     cpu_offload: bool = False
-    """engine fsdp2: weights, gradients and optimizer state live in the host's memory."""
+    """Keep weights, gradients and optimizer state in the host's memory (engine fsdp2)."""
 
 
 class ValidationConfig(Section):
+    """The validation loss."""
+
     samples: int = Field(default=256, ge=1)
-    """Images of the fixed bank, each at 8 equidistant times."""
+    """Images of the fixed validation set, each of which is measured at 8 equidistant times."""
 
 
 class SampleConfig(Section):
+    """The grids of sampled images."""
+
     prompts: tuple[str, ...] = ()
-    """Prompts of the grids, of a model of classes their numbers; none: those of the first validation samples."""
+    """Prompts of the grids, or class numbers for a model of classes; empty takes those of the first validation
+    samples."""
     count: int = Field(default=16, ge=1)
+    """Most images of a grid."""
     sampler: Literal["euler", "ancestral", "ddim", "dpm_solver"] | None = None
-    """euler for rectified_flow, the others for ddpm; null: euler, or dpm_solver."""
+    """`euler` is for rectified_flow, the others are for ddpm; null takes euler or dpm_solver."""
     steps: int = Field(default=50, ge=1)
+    """Sampling steps per image."""
     guidance: float = Field(default=4.0, ge=0)
-    """Classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1 is no guidance."""
     guidance_channels: int | None = Field(default=None, ge=1)
-    """Guided channels, counted from the first; null: all. Some published models guide 3 of 4 latent channels."""
+    """Number of guided channels, counted from the first; null guides all. Some published models guide 3 of 4 latent
+    channels."""
 
 
 class WandbConfig(Section):
+    """Weights & Biases, beside metrics.jsonl."""
+
     project: str | None = None
+    """Project to log to; null does not log to Weights & Biases."""
     mode: Literal["offline", "online", "disabled"] = "offline"
+    """`offline` logs to the run folder, to be uploaded later; `online` uploads at once; `disabled` does nothing."""
 
 
 def _with_kind(model: Any) -> Any:
@@ -181,47 +247,49 @@ def _with_kind(model: Any) -> Any:
 
 
 class TrainConfig(Section):
-    """One run. `python -m trainer.config.schema` prints the JSON schema that editors use."""
+    """One run."""
 
-    run: RunConfig = RunConfig()
-    train: TrainSection = TrainSection()
-    model: Annotated[ModelConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)] = MODEL_KINDS[
-        DEFAULT_KIND
-    ]()
-    mup: MupConfig = MupConfig()
-    optim: OptimConfig = OptimConfig()
-    ema: EmaConfig = EmaConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    data: DataConfig = DataConfig()
-    text_encoder: TextEncoderConfig = TextEncoderConfig()
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
-    validation: ValidationConfig = ValidationConfig()
-    sample: SampleConfig = SampleConfig()
-    wandb: WandbConfig = WandbConfig()
+    run: RunConfig = Field(default=RunConfig(), json_schema_extra=RUNTIME)
+    train: TrainSection = Field(default=TrainSection(), json_schema_extra=RUNTIME)
+    model: Annotated[ModelConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)] = Field(
+        default=MODEL_KINDS[DEFAULT_KIND](), json_schema_extra=IDENTITY
+    )
+    mup: MupConfig = Field(default=MupConfig(), json_schema_extra=IDENTITY)
+    optim: OptimConfig = Field(default=OptimConfig(), json_schema_extra=SCHEDULE)
+    ema: EmaConfig = Field(default=EmaConfig(), json_schema_extra=SCHEDULE)
+    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), json_schema_extra=IDENTITY)
+    parallel: ParallelConfig = Field(default=ParallelConfig(), json_schema_extra=RUNTIME)
+    data: DataConfig = Field(default=DataConfig(), json_schema_extra=IDENTITY)
+    text_encoder: TextEncoderConfig = Field(default=TextEncoderConfig(), json_schema_extra=IDENTITY)
+    autoencoder: AutoencoderConfig = Field(default=AutoencoderConfig(), json_schema_extra=IDENTITY)
+    validation: ValidationConfig = Field(default=ValidationConfig(), json_schema_extra=RUNTIME)
+    sample: SampleConfig = Field(default=SampleConfig(), json_schema_extra=RUNTIME)
+    wandb: WandbConfig = Field(default=WandbConfig(), json_schema_extra=RUNTIME)
 
     @property
     def latent_size(self) -> int:
-        """Rows (and columns) of a latent."""
+        """Rows (and columns) of the latent of a square image."""
         return self.data.resolution // self.autoencoder.downsample
 
     @property
     def image_tokens(self) -> int:
+        """Tokens of a square image."""
         return (self.latent_size // self.model.patch_size) ** 2
 
     @property
     def label_classes(self) -> int | None:
-        """Classes of a model that is conditioned on labels; None of one that reads captions."""
+        """Number of classes of a model that is conditioned on labels; None for one that reads captions."""
         return self.model.num_classes if self.model.condition == "label" else None
 
     @property
     def projector(self) -> ProjectorConfig | None:
-        """What the model has for REPA; None where that is off."""
+        """The projector that the model has for REPA; None where REPA is off."""
         o = self.objective
         return ProjectorConfig(o.repa_hidden, o.repa_width) if o.repa_weight else None
 
     @property
     def sampler(self) -> Literal["euler", "ancestral", "ddim", "dpm_solver"]:
+        """sample.sampler, or the objective's own where that is null."""
         return self.sample.sampler or ("euler" if self.objective.kind == "rectified_flow" else "dpm_solver")
 
 

@@ -3,13 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ..config.keys import plain
-from ..config.load import parse
+from ..config.load import parse, validated
 from ..config.schema import Section, TrainConfig
 from ..config.yaml_files import find_config, nearest, override, read
 from ..errors import ConfigError
@@ -31,58 +30,74 @@ _OF_CONFIG = (
 
 
 class FlowSampling(Section):
-    """Of models trained with objective.kind rectified_flow."""
+    """How models are sampled that were trained with objective.kind rectified_flow."""
 
     sampler: Literal["euler"] = "euler"
+    """Sampler, of which there is one."""
     steps: int = Field(ge=1)
+    """Sampling steps per image."""
 
 
 class DiffusionSampling(Section):
-    """Of models trained with objective.kind ddpm."""
+    """How models are sampled that were trained with objective.kind ddpm."""
 
     sampler: Literal["ancestral", "ddim", "dpm_solver"]
+    """Sampler, as sample.sampler."""
     steps: int = Field(ge=1)
+    """Sampling steps per image."""
 
 
 class SuiteConfig(Section):
+    """What is measured, on which images, and against what."""
+
     metrics: tuple[Metric, ...] = Field(min_length=1)
+    """What is measured."""
     prompts: str
-    """A .txt, .jsonl or .json file, shards whose captions they are, `classes`: all of them in turn, or
-    `random_classes`: drawn for each image, as ADM does."""
+    """A .txt, .jsonl or .json file, shards whose captions are the prompts, `classes` (all of them in turn), or
+    `random_classes` (one is drawn for each image, as ADM does)."""
     count: int | None = Field(default=None, ge=1)
-    """Images; null: images_per_prompt of each prompt."""
+    """Number of images; null makes images_per_prompt of each prompt."""
     images_per_prompt: int = Field(default=1, ge=1)
+    """Images per prompt, where count is null."""
     seed: int = Field(default=0, ge=0)
+    """Seed of the noise and of random classes."""
     batch_size: int = Field(default=50, ge=1)
-    """Images that are made at once, on every number of processes: equal shapes give equal bits."""
+    """Images that are made at once, on any number of processes: equal shapes give equal bits."""
     rectified_flow: FlowSampling | None = None
+    """How models of objective.kind rectified_flow are sampled; null refuses them."""
     ddpm: DiffusionSampling | None = None
+    """How models of objective.kind ddpm are sampled; null refuses them."""
     guidance: float = Field(ge=0)
-    """Classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1 is no guidance."""
     guidance_channels: int | None = Field(default=None, ge=1)
-    """Guided channels, counted from the first; null: all."""
+    """Number of guided channels, counted from the first; null guides all."""
     resolution: int | None = Field(default=None, ge=1)
-    """Side of the images that the suite is defined for; null: any."""
+    """Side in pixels of the images that the suite is defined for; null takes any."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Number type of the computation."""
     vae: str | None = None
-    """Autoencoder that decodes; null: that of the checkpoint's config. Its fingerprint is in the results."""
+    """Autoencoder that decodes; null takes that of the checkpoint's config. Its fingerprint is in the results."""
     image_format: Literal["png", "jpeg"] = "png"
-    """How images are kept; they are measured as read back."""
+    """How images are stored; they are measured as they are read back."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
+    """Quality of JPEG files."""
     reference: str | None = None
     """Published statistics (.npz with mu and sigma; mu_s and sigma_s for sfid), a folder of images, or shards."""
     reference_count: int | None = Field(default=None, ge=2)
-    """A fixed subset of the reference images; null: all."""
+    """Size of a fixed subset of the reference images; null takes all."""
     network: str | None = None
     """TorchScript file of the Inception network."""
     resize: Literal["tf1_bilinear", "bilinear", "bicubic"] = "bicubic"
-    """To the network's 299 pixels: tf1_bilinear as ADM, bilinear as pytorch-fid, bicubic as clean-fid."""
+    """How images are resized to the network's 299 pixels: `tf1_bilinear` as ADM, `bilinear` as pytorch-fid, `bicubic`
+    as clean-fid."""
     kid_subset_size: int = Field(default=1000, ge=2)
+    """Images per subset of the KID."""
     inception_splits: int = Field(default=10, ge=2)
+    """Parts over which the Inception score is averaged."""
     neighbours: int = Field(default=3, ge=1)
-    """k of precision and recall."""
+    """Number k of nearest neighbours of precision and recall."""
     clip: str | None = None
-    """Folder or hub id of a CLIP model; of geneval it tells colours."""
+    """Folder or hub id of a CLIP model, which also tells colours for geneval."""
     detector: str | None = None
     """Folder or hub id of a Mask2Former with COCO's classes."""
 
@@ -163,18 +178,4 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> tuple[str, SuiteConf
     data: Mapping[str, Any] = read(path)
     for text in overrides:
         data = override(data, text)
-    try:
-        return Path(path).stem, SuiteConfig.model_validate(data)
-    except ValidationError as error:
-        problems = [_problem(item) for item in error.errors()]
-        raise ConfigError(f"{path.name}{' with overrides' if overrides else ''}:\n  " + "\n  ".join(problems)) from None
-
-
-def _problem(item: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(key, list(SuiteConfig.model_fields))}"
-    if item["type"] == "missing":
-        return f"{key}: must be given"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {item['input']!r}" if key else message
+    return path.stem, validated(SuiteConfig, data, f"{path.name}{' with overrides' if overrides else ''}")

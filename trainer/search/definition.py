@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.keys import plain
+from ..config.keys import flatten, plain
 from ..config.load import load_config
 from ..config.schema import TrainConfig
 from ..config.yaml_files import find_config, nearest, override, read
@@ -178,11 +178,3 @@ def _check_halving(search: Search, source: str) -> None:
         )
     if search.seeds > 1:
         raise ConfigError(f"{source}: halving needs seeds 1, got {search.seeds}")
-
-
-def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -17,12 +17,12 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from ..config.keys import key_class, plain
+from ..config.keys import flatten, key_class, plain
 from ..config.load import parse
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from ..files import lock_folder
-from .definition import Published, Search, flatten
+from .definition import Published, Search
 from .space import Dimension, Point, point
 
 JOURNAL = "study.journal"

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..build.engine import build_mup_table
-from ..config.keys import plain
+from ..config.keys import flatten, plain
 from ..config.load import load_config
 from ..config.resolve import resolve
 from ..config.schema import TrainConfig
 from ..config.yaml_files import CONFIG_DIR, find_config
 from ..errors import ConfigError
 from ..files import write_atomically
-from .definition import flatten
 from .report import completed
 from .space import as_overrides, transfers
 from .study import Study, Trial

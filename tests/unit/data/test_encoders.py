@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +20,8 @@ from data.encoders.text import TextEncoder, load_text_encoder
 from data.errors import DataError
 from data.index import ImageTextIndex
 from data.storage import open_shards
+from trainer.config.load import parse
+from trainer.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -240,12 +241,12 @@ def test_pixels_are_their_own_latents() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("data", "message"),
     [
-        (lambda: TextEncoderConfig(dropout=2.0), r"text_encoder\.dropout must be between 0 and 1, got 2\.0"),
-        (lambda: AutoencoderConfig(downsample=0), r"autoencoder\.downsample must be at least 1, got 0"),
+        ({"text_encoder": {"dropout": 2.0}}, r"text_encoder\.dropout must be between 0 and 1, got 2\.0"),
+        ({"autoencoder": {"downsample": 0}}, r"autoencoder\.downsample must be at least 1, got 0"),
     ],
 )
-def test_ranges_are_checked(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_ranges_are_checked(data: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(data, "test")

@@ -75,7 +75,7 @@ def test_the_protocols_of_the_paper() -> None:
         ("metrics=[fidd]", "metrics.0: Input should be"),
         ("ddpm=null", "at least one of them must say sampler and steps"),
         ("ddpm.sampler=euler", "ddpm.sampler: Input should be"),
-        ("batch_size=0", "batch_size: Input should be greater than or equal to 1, got 0"),
+        ("batch_size=0", "batch_size must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, override: str, said: str) -> None:

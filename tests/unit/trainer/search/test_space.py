@@ -91,7 +91,7 @@ def test_keys_that_do_not_transfer(key: str, reason: str, tmp_path: Path) -> Non
         ({"space": {"optim.lr": {"uniform": [2, 1]}}}, (), "low < high"),
         ({"space": {"optim.lr": {"powers_of_two": [0.5, 1]}}}, (), "whole numbers"),
         ({"space": {"optim.lr": [1, 2]}}, (), "must be one of"),
-        ({"space": {"optim.lr": {"uniform": [-1, 1]}}}, (), "optim.lr: Input should be greater than 0"),
+        ({"space": {"optim.lr": {"uniform": [-1, 1]}}}, (), "optim.lr must be greater than 0, got -1"),
         ({"space": {"optim.warmup_steps": {"uniform": [0, 20]}}}, (), "must be less than train.steps"),
         ({"trails": 3}, (), 'trails: unknown key; did you mean "trials"?'),
         ({"trials": 0}, (), "trials must be a whole number of at least 1"),
