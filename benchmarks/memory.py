@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.machine import write
+from models.backbone import build_model
 from models.layers import TextCondition
-from models.registry import build_model
 from trainer.config.load import load_config
 from trainer.parallel.activation_checkpointing import checkpoint_activations
 
@@ -64,7 +64,7 @@ def measure(name: str, batch: int) -> dict[str, Any]:
     found: dict[str, int] = {}
     for mode in MODES:
         model = build_model(config.model, channels, width)
-        checkpoint_activations(model.shard_units(), mode)  # pyright: ignore[reportCallIssue] (every backbone has it)
+        checkpoint_activations(model.shard_units(), mode)
         found[mode] = activation_bytes(lambda model=model: model(x, t, condition))
     return {
         "config": name,

@@ -24,8 +24,8 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import write
+from models.backbone import build_model
 from models.layers import TextCondition
-from models.registry import build_model
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.search.study import Study

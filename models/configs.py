@@ -1,23 +1,89 @@
-"""Shapes of the backbones as frozen dataclasses. Stdlib only: the config file is read without torch.
+"""The keys of each backbone as frozen dataclasses, with what follows from them: conflicts and FLOPs. No torch.
 
-Every kind has `kind`, `width`, `depth`, `head_dim`, `patch_size`. `condition` says what it is conditioned on ("text",
-or "label" with `num_classes`), `learn_sigma` whether it predicts the variance beside the mean, `micro_conditions`
-whether it reads the images' sizes, `residual` whether it is deep by residual branches alone, and `conflicts` which
-images and texts do not fit it.
+d is the width, n the number of image tokens; a pair of query and key costs 2 d multiply-adds: one dot product and one
+weighted sum.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-ConditionKind = Literal["text", "label"]
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+# Keys that several kinds have: type, range and help are declared here once, the default is each kind's own.
+Width = Annotated[int, Field(ge=1, description="Features per token; it grows by whole heads of model.head_dim.")]
+HeadDim = Annotated[int, Field(ge=1, description="Features per attention head; fixed while the width grows.")]
+PatchSize = Annotated[int, Field(ge=1, description="Latent pixels along a side of an image token.")]
+MLPRatio = Annotated[int, Field(ge=1, description="Hidden features of a block's MLP per feature of the width.")]
+NumClasses = Annotated[int, Field(ge=1, description="Number of class labels; one more label stands for no class.")]
+LearnSigma = Annotated[
+    bool, Field(description="Predict the variance beside the noise (objective.kind ddpm), in as many more channels.")
+]
+LabelInitStd = Annotated[
+    float, Field(ge=0, description="Initial standard deviation of the label embedding, at the base width.")
+]
 
 
-def _check_shape(config: Any, *more: str) -> None:
-    """What all backbones ask of their numbers; `more`: other keys that are counts."""
-    for key in ("width", "depth", "head_dim", "patch_size", "mlp_ratio", *more):
-        if getattr(config, key) < 1:
-            raise ValueError(f"model.{key} must be at least 1, got {getattr(config, key)}")
+class ModelConfig(Protocol):
+    """What is asked of the config of any backbone: a frozen dataclass with these keys, facts and methods.
+
+    A fact may be a key of one kind and fixed in another.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def mlp_ratio(self) -> int: ...
+
+    @property
+    def condition(self) -> str:
+        """Whether forward takes a TextCondition ("text"), or a ClassCondition with num_classes labels ("label")."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """0 where the condition is text."""
+        ...
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Whether the variance is predicted beside the noise."""
+        ...
+
+    @property
+    def micro_conditions(self) -> bool:
+        """Whether forward reads the sizes of the images (SizedTextCondition)."""
+        ...
+
+    @property
+    def residual(self) -> bool:
+        """Whether the model is deep by residual branches alone, so that mup.base_depth can scale them."""
+        ...
+
+    def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
+        """What is wrong with images of `resolution` pixels, `side` tokens on the longest side, and captions of
+        `text_length` tokens."""
+        ...
+
+    def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+        """Of one image's forward pass: matrix products and attention; elementwise work is left out."""
+        ...
+
+
+def _check_shape(config: Any) -> None:
+    """What the backbones ask of their numbers beside the ranges of the keys."""
     if config.width % config.head_dim:
         raise ValueError(
             f"model.width {config.width} is not a multiple of model.head_dim {config.head_dim}: "
@@ -29,121 +95,134 @@ def _check_shape(config: Any, *more: str) -> None:
         raise ValueError(f"model.time_freq_shift must be 0 or 1, got {config.time_freq_shift}")
 
 
-@dataclass(frozen=True)
+def _stream(config: ModelConfig) -> int:
+    """Weights of qkv, output projection and MLP, which every token of a stream meets."""
+    return (3 + 1 + 2 * config.mlp_ratio) * config.width**2
+
+
+@dataclass(frozen=True, config=CONFIG)
 class MMDiTConfig:
-    """Two-stream MMDiT of Stable Diffusion 3 (Esser et al., arXiv 2403.03206, Figure 2), with QK-RMSNorm.
+    """Two-stream MMDiT of Stable Diffusion 3 (Esser et al., arXiv 2403.03206, Figure 2), with QK-RMSNorm."""
 
-    width: features of a token; it grows by the number of heads at a fixed head_dim.
-    depth: number of blocks; the last one has no text output.
-    patch_size: pixels (of the latent) along a side of a token.
-    pos_embed_max_size / pos_embed_base_size: tokens along a side of the sin-cos table, and of the image at
-        which neighbouring tokens lie base_size / max_size apart in it (SD3: 192 and 64).
-    time_freq_shift: frequencies are i / (128 - shift); 0 as in SD3, 1 as in diffusers' DiT.
-    adaln_init: "zero" starts every block as the identity (adaLN-zero), "fan_in" as the paper's DiT.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-    residual: ClassVar[bool] = True
-    condition: ClassVar[ConditionKind] = "text"
-    num_classes: ClassVar[int] = 0
-    learn_sigma: ClassVar[bool] = False
-    micro_conditions: ClassVar[bool] = False
+    residual = True
+    condition = "text"
+    num_classes = 0
+    learn_sigma = False
+    micro_conditions = False
 
     kind: Literal["mmdit"] = "mmdit"
-    width: int = 512
-    depth: int = 19
-    head_dim: int = 64
-    patch_size: int = 2
-    mlp_ratio: int = 4
-    pos_embed_max_size: int = 64
-    pos_embed_base_size: int = 16
-    time_freq_shift: float = 0.0
+    """The backbone."""
+    width: Width = 512
+    depth: int = Field(default=19, ge=1)
+    """Number of blocks; the last one has no text output."""
+    head_dim: HeadDim = 64
+    patch_size: PatchSize = 2
+    mlp_ratio: MLPRatio = 4
+    pos_embed_max_size: int = Field(default=64, ge=1)
+    """Tokens along a side of the table of positions, which bounds the image (SD3: 192)."""
+    pos_embed_base_size: int = Field(default=16, ge=1)
+    """Neighbouring tokens lie pos_embed_base_size / pos_embed_max_size apart in the table of positions (SD3: 64 /
+    192)."""
+    time_freq_shift: float = Field(default=0.0, ge=0, le=1)
+    """The time's frequencies are 10000^(-i / (128 - shift)): 0 as in SD3, 1 as in diffusers' DiT."""
     adaln_init: Literal["zero", "fan_in"] = "zero"
+    """Initial modulation of the blocks: `zero` starts each as the identity (adaLN-zero), `fan_in` as the muP paper's
+    DiT."""
 
     def __post_init__(self) -> None:
-        _check_shape(self, "pos_embed_max_size")
+        _check_shape(self)
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
-        """What is wrong with images of `resolution` pixels, `side` tokens on the longest side, and captions of
-        `text_length` tokens."""
+        """An image that is larger than the table of positions."""
         if side > self.pos_embed_max_size:
             yield (
                 f"data.resolution {resolution} gives {side} tokens a side, more than "
                 f"model.pos_embed_max_size {self.pos_embed_max_size}"
             )
 
+    def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+        """See ModelConfig."""
+        d, n, length = self.width, image_tokens, text_tokens
+        full_block = (n + length) * _stream(self) + (n + length) ** 2 * 2 * d + 2 * 6 * d * d
+        last_block = n * _stream(self) + length * 2 * d * d + n * (n + length) * 2 * d + (6 + 2) * d * d
+        patch = in_channels * self.patch_size**2
+        ends = n * patch * d * 2 + length * text_width * d + (256 + text_width + 2 * d) * d + 2 * d * d
+        return (self.depth - 1) * full_block + last_block + ends
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=CONFIG)
 class DiTConfig:
-    """DiT (Peebles & Xie, arXiv 2212.09748, Figure 3, adaLN-zero block) on class labels.
+    """DiT (Peebles & Xie, arXiv 2212.09748, Figure 3, adaLN-zero block) on class labels."""
 
-    depth: number of blocks. num_classes: labels 0 .. num_classes - 1; num_classes is the null label.
-    learn_sigma: the output has 2 C channels, noise and the variance's interpolation.
-    time_freq_shift: frequencies are i / (128 - shift); 0 as published, 1 as in diffusers.
-    adaln_init: "fan_in" as the muP paper's DiT, "zero" (adaLN-zero) as the original.
-    linear_init: "fan_in" normals as the muP paper's DiT, "xavier_uniform" as the original, with 0.02 in the time MLP.
-    label_init_std: 1 in the muP paper, 0.02 in the original.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-    residual: ClassVar[bool] = True
-    condition: ClassVar[ConditionKind] = "label"
-    micro_conditions: ClassVar[bool] = False
+    residual = True
+    condition = "label"
+    micro_conditions = False
 
     kind: Literal["dit"] = "dit"
-    width: int = 288
-    depth: int = 28
-    head_dim: int = 72
-    patch_size: int = 2
-    mlp_ratio: int = 4
-    num_classes: int = 1000
-    learn_sigma: bool = True
-    time_freq_shift: float = 0.0
+    """The backbone."""
+    width: Width = 288
+    depth: int = Field(default=28, ge=1)
+    """Number of blocks."""
+    head_dim: HeadDim = 72
+    patch_size: PatchSize = 2
+    mlp_ratio: MLPRatio = 4
+    num_classes: NumClasses = 1000
+    learn_sigma: LearnSigma = True
+    time_freq_shift: float = Field(default=0.0, ge=0, le=1)
+    """The time's frequencies are 10000^(-i / (128 - shift)): 0 as published, 1 as in diffusers."""
     adaln_init: Literal["zero", "fan_in"] = "fan_in"
+    """Initial modulation of the blocks: `fan_in` as the muP paper's DiT, `zero` (adaLN-zero) as the original."""
     linear_init: Literal["fan_in", "xavier_uniform"] = "fan_in"
-    label_init_std: float = 1.0
+    """Initial weights of linear layers: `fan_in` normals as the muP paper's DiT, or `xavier_uniform` as the original,
+    with 0.02 in the time MLP."""
+    label_init_std: LabelInitStd = 1.0
 
     def __post_init__(self) -> None:
-        _check_shape(self, "num_classes")
+        _check_shape(self)
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
-        """Positions are computed for any grid."""
+        """None: positions are computed for any grid."""
         yield from ()
 
+    def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+        """See ModelConfig."""
+        d, n, patch = self.width, image_tokens, in_channels * self.patch_size**2
+        block = n * _stream(self) + n * n * 2 * d + 6 * d * d
+        ends = n * patch * d * (2 + self.learn_sigma) + (256 + d) * d + 2 * d * d
+        return self.depth * block + ends
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=CONFIG)
 class PixArtConfig:
-    """PixArt-alpha (Chen et al., arXiv 2310.00426, Figure 4): DiT with cross-attention to T5 and adaLN-single.
+    """PixArt-alpha (Chen et al., arXiv 2310.00426, Figure 4): DiT with cross-attention to T5 and adaLN-single."""
 
-    learn_sigma: the output has 2 C channels, noise and the variance's interpolation.
-    pos_embed_base_size / pos_embed_interpolation: a side of n tokens is at positions 0 .. base_size / interpolation,
-        whatever n (256 px: 16 and 1; 512 px: 32 and 1; 1024 px: 64 and 2).
-    micro_conditions: the image's size and aspect ratio join the time (aspect-ratio buckets; off at 256 px).
-    pixels_per_latent: pixels along a side of a cell of x, for the size of an image that comes without one.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-    residual: ClassVar[bool] = True
-    condition: ClassVar[ConditionKind] = "text"
-    num_classes: ClassVar[int] = 0
+    residual = True
+    condition = "text"
+    num_classes = 0
 
     kind: Literal["pixart"] = "pixart"
-    width: int = 288
-    depth: int = 28
-    head_dim: int = 72
-    patch_size: int = 2
-    mlp_ratio: int = 4
-    learn_sigma: bool = True
-    pos_embed_base_size: int = 16
-    pos_embed_interpolation: float = 1.0
+    """The backbone."""
+    width: Width = 288
+    depth: int = Field(default=28, ge=1)
+    """Number of blocks."""
+    head_dim: HeadDim = 72
+    patch_size: PatchSize = 2
+    mlp_ratio: MLPRatio = 4
+    learn_sigma: LearnSigma = True
+    pos_embed_base_size: int = Field(default=16, ge=1)
+    """A side of n tokens is at positions 0 to pos_embed_base_size / pos_embed_interpolation, whatever n (256 px: 16
+    and 1; 512 px: 32 and 1; 1024 px: 64 and 2)."""
+    pos_embed_interpolation: float = Field(default=1.0, gt=0)
+    """Divides the positions; see model.pos_embed_base_size."""
     micro_conditions: bool = False
-    pixels_per_latent: int = 8
-    time_freq_shift: float = 0.0
+    """Add the image's size and aspect ratio to the time (for aspect-ratio buckets; off at 256 px)."""
+    pixels_per_latent: int = Field(default=8, ge=1)
+    """Image pixels along a side of a latent pixel, for the size of an image that comes without one."""
+    time_freq_shift: float = Field(default=0.0, ge=0, le=1)
+    """The time's frequencies are 10000^(-i / (128 - shift)): 0 as published, 1 as in diffusers."""
 
     def __post_init__(self) -> None:
-        _check_shape(self, "pos_embed_base_size", "pixels_per_latent")
-        if self.pos_embed_interpolation <= 0:
-            raise ValueError(f"model.pos_embed_interpolation must be positive, got {self.pos_embed_interpolation}")
+        _check_shape(self)
         if self.micro_conditions and self.width % 3:
             raise ValueError(
                 f"model.width {self.width} must be a multiple of 3 with model.micro_conditions: height, width and "
@@ -151,52 +230,60 @@ class PixArtConfig:
             )
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
-        """Positions are computed for any grid."""
+        """None: positions are computed for any grid."""
         yield from ()
 
+    def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+        """See ModelConfig."""
+        d, n, length, patch = self.width, image_tokens, text_tokens, in_channels * self.patch_size**2
+        cross = (n + length) * 2 * d * d + n * length * 2 * d  # q and out of the image, k and v of the text
+        block = n * _stream(self) + n * n * 2 * d + cross
+        time = (256 + d) * d + 6 * d * d
+        size = 3 * (256 + d // 3) * (d // 3) if self.micro_conditions else 0  # height, width, aspect ratio
+        text = length * (text_width + d) * d
+        return self.depth * block + n * patch * d * (2 + self.learn_sigma) + time + size + text
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=CONFIG)
 class UViTConfig:
-    """U-ViT (Bao et al., arXiv 2209.12152, Figure 1): everything is a token, long skips join the two halves.
+    """U-ViT (Bao et al., arXiv 2209.12152, Figure 1): everything is a token, long skips join the two halves."""
 
-    depth: blocks without the middle one: half before it, half after it, each of these with a long skip.
-    input_size: tokens along the longest side of the images; the learned positions of other shapes are a centre crop.
-    condition: "label" (one token, num_classes is the null label) or "text" (up to text_length tokens).
-    final_conv, time_mlp, qkv_bias: off in U-ViT-H/2. A 3 x 3 convolution on the output, a trained time embedding,
-        biases of query and value.
-    time_freq_shift: frequencies of the time token are i / (width / 2 - shift).
-    label_init_std: 1 as published.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-    residual: ClassVar[bool] = False  # the long skips' layers stand in the stream itself
-    learn_sigma: ClassVar[bool] = False
-    micro_conditions: ClassVar[bool] = False
+    residual = False  # the long skips' layers stand in the stream itself
+    learn_sigma = False
+    micro_conditions = False
 
     kind: Literal["uvit"] = "uvit"
-    width: int = 288
-    depth: int = 28
-    head_dim: int = 72
-    patch_size: int = 2
-    mlp_ratio: int = 4
-    input_size: int = 16
-    condition: ConditionKind = "label"
-    num_classes: int = 1000
-    text_length: int = 77
+    """The backbone."""
+    width: Width = 288
+    depth: int = Field(default=28, ge=1)
+    """Blocks without the middle one: half before it, and half after it, each of these with a long skip."""
+    head_dim: HeadDim = 72
+    patch_size: PatchSize = 2
+    mlp_ratio: MLPRatio = 4
+    input_size: int = Field(default=16, ge=1)
+    """Tokens along the longest side of the images; the learned positions of other shapes are a centre crop."""
+    condition: Literal["text", "label"] = "label"
+    """What an image is conditioned on: `label` (one token) or `text` (up to model.text_length tokens)."""
+    num_classes: NumClasses = 1000
+    text_length: int = Field(default=77, ge=1)
+    """Learned positions for text tokens (model.condition text)."""
     final_conv: bool = False
+    """End in a 3 x 3 convolution over the output (off in U-ViT-H/2)."""
     time_mlp: bool = False
+    """Send the time through a trained MLP (off in U-ViT-H/2)."""
     qkv_bias: bool = False
-    time_freq_shift: float = 0.0
-    label_init_std: float = 1.0
+    """Give query and value a bias (off in U-ViT-H/2)."""
+    time_freq_shift: float = Field(default=0.0, ge=0, le=1)
+    """The time's frequencies are 10000^(-i / (width / 2 - shift))."""
+    label_init_std: LabelInitStd = 1.0
 
     def __post_init__(self) -> None:
-        _check_shape(self, "input_size", "num_classes", "text_length")
+        _check_shape(self)
         if self.depth % 2:
             raise ValueError(f"model.depth {self.depth} must be even: half before the middle block, half after it")
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
-        """What is wrong with images of `resolution` pixels, `side` tokens on the longest side, and captions of
-        `text_length` tokens."""
+        """Images or captions that the learned positions do not fit."""
         if side != self.input_size:
             yield (
                 f"data.resolution {resolution} gives {side} tokens a side, but the learned positions are of "
@@ -205,21 +292,23 @@ class UViTConfig:
         if self.condition == "text" and text_length > self.text_length:
             yield f"text_encoder.max_length {text_length} is more than model.text_length {self.text_length}"
 
+    def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+        """See ModelConfig."""
+        d, n, patch = self.width, image_tokens, in_channels * self.patch_size**2
+        tokens = n + 1 + (text_tokens if self.condition == "text" else 1)
+        block = tokens * _stream(self) + tokens**2 * 2 * d
+        skips = self.depth // 2 * tokens * 2 * d * d
+        text = text_tokens * text_width * d if self.condition == "text" else 0
+        time = 8 * d * d if self.time_mlp else 0
+        conv = n * self.patch_size**2 * in_channels**2 * 9 if self.final_conv else 0
+        return (self.depth + 1) * block + skips + n * patch * d * 2 + text + time + conv
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """Projector of representation alignment (models.repa). hidden: features of its inner layers; features: of the
-    encoder that it projects to. Neither grows with the width."""
+    """Projector of representation alignment (models.repa). Neither number grows with the width."""
 
     hidden: int
+    """Features of its inner layers."""
     features: int
-
-
-ModelConfig = MMDiTConfig | DiTConfig | PixArtConfig | UViTConfig
-MODEL_KINDS: dict[str, type[ModelConfig]] = {
-    "mmdit": MMDiTConfig,
-    "dit": DiTConfig,
-    "pixart": PixArtConfig,
-    "uvit": UViTConfig,
-}
-DEFAULT_KIND = "mmdit"  # where a config does not name one
+    """Features of the encoder that it projects to."""

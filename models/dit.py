@@ -6,6 +6,7 @@ Shapes: B batch, N image tokens, D width, H heads, K head_dim, C channels, P pat
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backbone import Backbone
 from .configs import DiTConfig
 from .layers import (
     MLP,
@@ -42,7 +43,7 @@ class Block(nn.Module):
         return x + self.branch_scale * gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """Noise (and variance) of an image given time and class label.
 
     in_channels: C of the image or latent. text_width: of no use here; every backbone is called alike.
@@ -59,7 +60,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.final_modulation = nn.Linear(d, 2 * d)
         self.final = OutputLinear(d, patch * patch * out_channels)
-        self.projector: nn.Module = nn.Identity()  # of REPA, see models.registry
+        self.projector = nn.Identity()
 
     def fill_buffers(self) -> None:
         """No buffers: positions are computed for the grid at hand."""

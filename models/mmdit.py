@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backbone import Backbone
 from .configs import MMDiTConfig
 from .layers import (
     MLP,
@@ -115,7 +116,7 @@ class LastBlock(nn.Module):
         return self.image.after_attention(x, attend(q, k, v, mask), gates, self.branch_scale), None
 
 
-class MMDiT(nn.Module):
+class MMDiT(Backbone):
     """Velocity (or noise) of an image given time and text.
 
     in_channels: C of the image or latent. text_width: E, the features of a text state.
@@ -134,7 +135,7 @@ class MMDiT(nn.Module):
         self.blocks = nn.ModuleList([*(Block(config) for _ in range(config.depth - 1)), LastBlock(config)])
         self.final_modulation = nn.Linear(d, 2 * d)
         self.final = OutputLinear(d, patch * patch * in_channels)
-        self.projector: nn.Module = nn.Identity()  # of REPA, see models.registry
+        self.projector = nn.Identity()
         self.register_buffer("axis_table", torch.empty(config.pos_embed_max_size, d // 2), persistent=False)
         self.fill_buffers()
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backbone import Backbone
 from .configs import PixArtConfig
 from .layers import (
     MLP,
@@ -70,7 +71,7 @@ class Block(nn.Module):
         return x + self.branch_scale * gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
 
 
-class PixArt(nn.Module):
+class PixArt(Backbone):
     """Noise (and variance) of an image given time and text.
 
     in_channels: C of the image or latent. text_width: E, the features of a text state.
@@ -91,7 +92,7 @@ class PixArt(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
         self.final = OutputLinear(d, patch * patch * out_channels)
-        self.projector: nn.Module = nn.Identity()  # of REPA, see models.registry
+        self.projector = nn.Identity()
 
     def fill_buffers(self) -> None:
         """No buffers: positions are computed for the grid at hand."""

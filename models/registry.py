@@ -1,45 +1,36 @@
-"""The backbones by `model.kind`: the one place that maps a config to a class."""
+"""The backbones by `model.kind`: one line each, from which all else about a backbone is found. No torch.
 
-from torch import nn
+A line names the class of its keys (models.configs.ModelConfig: ranges, conflicts, FLOPs) and the class of its modules
+(models.backbone.Backbone: forward, shard units, declarations); both may stand in one file. The config
+configs/KIND_debug_mup.yaml is what tests train. docs/extending.md adds a backbone step by step.
+"""
 
-from .configs import ConditionKind, ModelConfig, ProjectorConfig
-from .dit import DiT
-from .layers import Declaration
-from .mmdit import MMDiT
-from .pixart import PixArt
-from .repa import DECLARATIONS, Projector
-from .uvit import UViT
+import importlib
+from typing import Any, NamedTuple
 
-BACKBONES = {"mmdit": MMDiT, "dit": DiT, "pixart": PixArt, "uvit": UViT}
+from .configs import ModelConfig
 
 
-def build_model(
-    config: ModelConfig, in_channels: int, text_width: int, projector: ProjectorConfig | None = None
-) -> nn.Module:
-    """The backbone of `config` on the current default device (use `torch.device("meta")` for shapes only).
+class Entry(NamedTuple):
+    """Two classes as "module:name"."""
 
-    projector: the features that forward gives (features_at) are projected. It is a part of the backbone, because an
-    engine that shards weights has the root's own whole only during its forward pass.
-    """
-    model = BACKBONES[config.kind](config, in_channels, text_width)
-    if projector is not None:
-        if not hasattr(model, "projector"):
-            raise TypeError(f"model.kind {config.kind} has no projector")
-        model.projector = Projector(config.width, projector)
-    return model
+    config: str
+    backbone: str
 
 
-def declarations(config: ModelConfig, projector: ProjectorConfig | None = None) -> tuple[Declaration, ...]:
-    """What the backbone, and its projector, say about their parameters' roles and init."""
-    of_projector = () if projector is None else DECLARATIONS
-    return (*of_projector, *BACKBONES[config.kind].declarations(config))
+BACKBONES: dict[str, Entry] = {
+    "mmdit": Entry("models.configs:MMDiTConfig", "models.mmdit:MMDiT"),
+    "dit": Entry("models.configs:DiTConfig", "models.dit:DiT"),
+    "pixart": Entry("models.configs:PixArtConfig", "models.pixart:PixArt"),
+    "uvit": Entry("models.configs:UViTConfig", "models.uvit:UViT"),
+}
+DEFAULT_KIND = "mmdit"  # where a config does not name one
 
 
-def condition_kind(config: ModelConfig) -> ConditionKind:
-    """Whether forward takes a TextCondition ("text") or a ClassCondition ("label")."""
-    return config.condition
+def class_of(name: str) -> Any:
+    """The class behind "module:name". Its module is imported now, so that a config is read without torch."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-def out_channels(config: ModelConfig, in_channels: int) -> int:
-    """Channels of the prediction: twice those of the input where the variance is learned."""
-    return in_channels * (1 + config.learn_sigma)
+MODEL_KINDS: dict[str, type[ModelConfig]] = {kind: class_of(entry.config) for kind, entry in BACKBONES.items()}

@@ -7,6 +7,7 @@ C channels, P patch size, E text width.
 import torch
 from torch import Tensor, nn
 
+from .backbone import Backbone
 from .configs import UViTConfig
 from .layers import (
     MLP,
@@ -53,7 +54,7 @@ class SkipBlock(Block):
         return super().forward(self.skip(torch.cat([x, skipped], dim=-1)), mask)  # [B, T, D]
 
 
-class UViT(nn.Module):
+class UViT(Backbone):
     """Noise of an image given time and class label or text.
 
     in_channels: C of the image or latent. text_width: E, the features of a text state.

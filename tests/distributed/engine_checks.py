@@ -22,8 +22,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from data.synthetic import SyntheticReader
+from models.backbone import build_model
 from models.layers import TextCondition, time_sinusoids
-from models.registry import build_model
 from trainer.build.engine import build_alignment, build_engine, build_mup_table, build_objective
 from trainer.checkpoint.write import Checkpointer
 from trainer.config.load import load_config

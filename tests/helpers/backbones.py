@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.backbone import build_model, declarations, out_channels
 from models.configs import ModelConfig
 from models.flops import forward_flops
 from models.layers import ClassCondition, TextCondition
-from models.registry import build_model, condition_kind, declarations, out_channels
 from trainer.mup.apply import build_table, init_parameters
 from trainer.mup.rules import Settings
 
@@ -47,7 +47,7 @@ def labels(batch: int, classes: int) -> ClassCondition:
 
 
 def condition_of(config: ModelConfig, batch: int = 2, length: int = 7) -> Any:
-    return text(batch, length) if condition_kind(config) == "text" else labels(batch, config.num_classes)
+    return text(batch, length) if config.condition == "text" else labels(batch, config.num_classes)
 
 
 def image(height: int = 8, width: int = 8, batch: int = 2) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from launch import export
-from models.registry import build_model
+from models.backbone import build_model
 from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.backbone import build_model, declarations, out_channels
 from models.configs import DiTConfig, MMDiTConfig, ModelConfig, PixArtConfig, ProjectorConfig, UViTConfig
 from models.layers import ClassCondition, TextCondition
-from models.registry import build_model, declarations, out_channels
 from trainer.diffusion.repa import Alignment
 from trainer.mup.apply import apply_multipliers, build_table, init_parameters
 from trainer.mup.rules import Settings

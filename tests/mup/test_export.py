@@ -16,8 +16,8 @@ from torch import Tensor
 
 from export import write as export_write
 from export.diffusers_folder import twin_config
+from models.backbone import build_model
 from models.layers import ClassCondition, SizedTextCondition, TextCondition
-from models.registry import build_model
 from tests.distributed.runs import weights
 from tests.helpers.backbones import relative
 from tests.helpers.exports import FOLDED, OWN, config_of, load_exactly, random_checkpoint, run_export

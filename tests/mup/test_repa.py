@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from models.backbone import build_model
 from models.configs import ProjectorConfig
 from models.layers import Declaration, OutputLinear
-from models.registry import build_model
 from trainer.mup.apply import build_table
 from trainer.mup.rules import Settings
 from trainer.mup.table import Row, TableError

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.backbone import build_model, declarations
 from models.layers import Declaration, OutputLinear
-from models.registry import build_model, declarations
 from trainer.mup.apply import (
     apply_multipliers,
     build_table,

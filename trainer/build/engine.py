@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from models.backbone import build_model, declarations
 from models.configs import ModelConfig
-from models.registry import build_model, declarations
 
 from ..config.resolve import Resolved
 from ..config.schema import TrainConfig
@@ -58,13 +58,13 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
     apply_multipliers(model, table)
-    units: list[torch.nn.Module] = model.shard_units()  # pyright: ignore[reportCallIssue] (every backbone has it)
+    units: list[torch.nn.Module] = model.shard_units()
     checkpoint_activations(units, parallel.activation_checkpointing)
     if parallel.compile:
         compile_units(units)
 
     def initialise(materialised: torch.nn.Module) -> None:
-        materialised.fill_buffers()  # pyright: ignore[reportCallIssue] (every backbone has it)
+        model.fill_buffers()
         init_parameters(materialised, table, config.train.seed)
 
     common: dict[str, Any] = {

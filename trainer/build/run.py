@@ -143,7 +143,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
             {name: Watched(row.role, config.optim.eps * row.eps) for name, row in table.rows.items()},
             replicas=world.size // resolved.shard,
         ),
-        timer=StepTimer(engine.model.shard_units(), world),  # pyright: ignore[reportCallIssue, reportArgumentType]
+        timer=StepTimer(engine.model.shard_units(), world),
         objective=objective,
         alignment=build_alignment(config, frozen),
         lr=lambda step: config.optim.lr * _lr_factor(config, step),

@@ -7,7 +7,8 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
+from models.configs import ModelConfig
+from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 from ..errors import ConfigError
 from .keys import KeyClass, class_at, keys_of, section_in

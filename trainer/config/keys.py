@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
+from models.configs import ModelConfig
+from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 from .schema import TrainConfig
 

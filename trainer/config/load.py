@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig
+from models.configs import ModelConfig
+from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 from ..errors import ConfigError
 from .conflicts import conflicts

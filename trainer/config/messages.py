@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from data.config import redact
-from models.configs import MODEL_KINDS, ModelConfig
+from models.configs import ModelConfig
+from models.registry import MODEL_KINDS
 
 from .keys import declaration
 from .yaml_files import nearest

@@ -8,13 +8,14 @@ runtime     the change is free. Paths are runtime: what lies there is compared b
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from data.config import NONE, AutoencoderConfig, DataConfig, TextEncoderConfig
-from models.configs import DEFAULT_KIND, MODEL_KINDS, ModelConfig, ProjectorConfig
+from models.configs import ModelConfig, ProjectorConfig
+from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 IDENTITY: JsonDict = {"class": "identity"}
 SCHEDULE: JsonDict = {"class": "schedule"}
@@ -241,6 +242,12 @@ class WandbConfig(Section):
     """`offline` logs to the run folder, to be uploaded later; `online` uploads at once; `disabled` does nothing."""
 
 
+if TYPE_CHECKING:
+    AnyModel = ModelConfig
+else:  # pydantic tells the kinds of the registry apart by their key `kind`
+    AnyModel = Union[tuple(MODEL_KINDS.values())]  # noqa: UP007 (of as many classes as there are)
+
+
 def _with_kind(model: Any) -> Any:
     """A model section that does not name its kind is of the default one."""
     return {"kind": DEFAULT_KIND, **model} if isinstance(model, Mapping) else model
@@ -251,7 +258,7 @@ class TrainConfig(Section):
 
     run: RunConfig = Field(default=RunConfig(), json_schema_extra=RUNTIME)
     train: TrainSection = Field(default=TrainSection(), json_schema_extra=RUNTIME)
-    model: Annotated[ModelConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)] = Field(
+    model: Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)] = Field(
         default=MODEL_KINDS[DEFAULT_KIND](), json_schema_extra=IDENTITY
     )
     mup: MupConfig = Field(default=MupConfig(), json_schema_extra=IDENTITY)

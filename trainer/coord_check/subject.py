@@ -70,6 +70,6 @@ def build_subject(config: TrainConfig, world: World, table: MuTable | None = Non
         engine.backward(value, last=True)
         engine.step(config.optim.lr)
 
-    units = engine.model.shard_units()  # pyright: ignore[reportCallIssue] (every backbone has it)
+    units = engine.model.shard_units()
     observed = observe(engine.model, units, config.parallel.compile)
     return Subject(engine.model, table, observed, loss, update, engine.full)

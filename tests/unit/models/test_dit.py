@@ -9,10 +9,10 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from models.backbone import declarations, out_channels
 from models.configs import DiTConfig
 from models.dit import DiT
 from models.layers import ClassCondition, time_sinusoids
-from models.registry import condition_kind, declarations, out_channels
 from tests.helpers.backbones import (
     CHANNELS,
     check_bfloat16,
@@ -165,7 +165,7 @@ def test_output_channels(learn_sigma: bool) -> None:
     x, t = image(8, 12)
     prediction, _ = random_model(config)(x, t, labels(2, 10))
     assert prediction.shape == (2, out_channels(config, CHANNELS), 8, 12) == (2, 8 if learn_sigma else 4, 8, 12)
-    assert condition_kind(config) == "label"
+    assert config.condition == "label"
 
 
 @pytest.mark.parametrize("adaln", ["zero", "fan_in"])

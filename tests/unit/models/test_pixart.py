@@ -10,10 +10,10 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor, nn
 
 import models.pixart
+from models.backbone import out_channels
 from models.configs import PixArtConfig
 from models.layers import SizedTextCondition, TextCondition
 from models.pixart import PixArt
-from models.registry import condition_kind, out_channels
 from tests.helpers.backbones import (
     CHANNELS,
     TEXT_WIDTH,
@@ -223,7 +223,7 @@ def test_text_condition_and_sinusoids_in_bfloat16(monkeypatch: pytest.MonkeyPatc
     x, t = image()
     random_model(MICRO, torch.bfloat16)(x.bfloat16(), t, text())
     assert [s.dtype for s in seen] == [torch.float32, torch.float32]
-    assert condition_kind(CONFIG) == "text"
+    assert CONFIG.condition == "text"
 
 
 @pytest.mark.parametrize("config", [CONFIG, MICRO], ids=["alpha", "micro"])

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from models.configs import UViTConfig
 from models.layers import ClassCondition, TextCondition
-from models.registry import condition_kind
 from models.uvit import UViT
 from tests.helpers.backbones import (
     check_bfloat16,
@@ -215,7 +214,7 @@ def test_features(config: UViTConfig) -> None:
 
 def test_bfloat16() -> None:
     check_bfloat16(LABEL)
-    assert [condition_kind(config) for config in (LABEL, TEXT)] == ["label", "text"]
+    assert [config.condition for config in (LABEL, TEXT)] == ["label", "text"]
     assert condition_of(TEXT).states.shape[1] <= TEXT.text_length
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from models.configs import MODEL_KINDS
+from models.registry import MODEL_KINDS
 from tests.helpers.paths import ROOT
 from trainer.config.help import describe_keys
 from trainer.config.keys import leaf_keys
@@ -44,6 +44,7 @@ def test_an_unknown_section_names_the_nearest() -> None:
         describe_keys("optm")
 
 
+@pytest.mark.slow
 def test_on_the_command_line() -> None:
     command = [sys.executable, "launch/train.py", "--help-config", "ema"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)

@@ -5,7 +5,7 @@ import typing
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
-from models.configs import MODEL_KINDS
+from models.registry import MODEL_KINDS
 from trainer.config.keys import KeyClass, declaration, flatten, key_class, leaf_keys
 from trainer.config.schema import TrainConfig
 from trainer.evaluate.suite import SuiteConfig

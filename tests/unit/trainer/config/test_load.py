@@ -12,8 +12,8 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from models.configs import MODEL_KINDS
-from models.registry import build_model
+from models.backbone import build_model
+from models.registry import MODEL_KINDS
 from trainer.build.engine import build_mup_table
 from trainer.config.keys import plain
 from trainer.config.load import load_config, parse, to_yaml
@@ -502,6 +502,7 @@ def test_time_shift() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- written out
+@pytest.mark.slow
 def test_schema_is_up_to_date() -> None:
     """`make schema` writes it; editors read it."""
     root = CONFIG_DIR.parent
@@ -516,6 +517,7 @@ def test_schema_is_up_to_date() -> None:
     assert done.stdout == (CONFIG_DIR / "schema.json").read_text(), "run `make schema`"
 
 
+@pytest.mark.slow
 def test_needs_no_torch() -> None:
     code = "import sys, trainer.config.load as c; c.load_config('mmdit_18b_mup'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CONFIG_DIR.parent, check=False, timeout=60).returncode == 0

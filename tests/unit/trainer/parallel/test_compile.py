@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental import _config as shapes
 
 from benchmarks.memory import activation_bytes
+from models.backbone import build_model
 from models.layers import ClassCondition, TextCondition
-from models.registry import build_model
 from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
 from trainer.errors import CompileError
@@ -55,7 +55,7 @@ def build(kind: str, *more: str, dtype: torch.dtype = torch.float64) -> tuple[nn
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.to(dtype), model.shard_units()  # pyright: ignore[reportCallIssue] (every backbone has it)
+    return model.to(dtype), model.shard_units()
 
 
 def inputs(kind: str, shape: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:

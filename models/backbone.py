@@ -1,0 +1,73 @@
+"""What every backbone has, and how one is built from its config."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from .configs import ModelConfig, ProjectorConfig
+from .layers import Declaration
+from .registry import BACKBONES, class_of
+from .repa import DECLARATIONS, Projector
+
+
+class Backbone(nn.Module, ABC):
+    """A denoiser: the noisy image, the time and a condition -> the prediction. Single-device mathematics alone.
+
+    A subclass is built as `Kind(config, in_channels, text_width)`: in_channels C of the image or latent, text_width E
+    of a text state (of no use to a backbone of class labels). Modules with an attribute `branch_scale` multiply what
+    they add to the residual stream by it (mup.base_depth); one of class OutputLinear takes muP's output multiplier.
+    """
+
+    projector: nn.Module
+    """Applied to the tokens that forward returns as features: the identity, or REPA's projector."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Any, features_at: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, C, H, W], t [B] in [0, 1], condition as config.condition says -> (prediction [B, O, H, W], features).
+
+        O is C, or 2 C where config.learn_sigma. features: the tokens [B, N, D] after block `features_at`, projected;
+        None where features_at is None.
+        """
+
+    @abstractmethod
+    def shard_units(self) -> list[nn.Module]:
+        """The parts that are gathered, checkpointed and compiled one at a time, in the order of the forward pass."""
+
+    @abstractmethod
+    def fill_buffers(self) -> None:
+        """Compute the buffers; called again once the model has left the meta device."""
+
+    @staticmethod
+    @abstractmethod
+    def declarations(config: Any) -> tuple[Declaration, ...]:
+        """Init of each parameter at the base width by name, and the muP roles that its shape cannot tell."""
+
+
+def build_model(
+    config: ModelConfig, in_channels: int, text_width: int, projector: ProjectorConfig | None = None
+) -> Backbone:
+    """The backbone of `config` on the current default device (use `torch.device("meta")` for shapes only).
+
+    projector: the features that forward gives (features_at) are projected. It is a part of the backbone, because an
+    engine that shards weights has the root's own whole only during its forward pass.
+    """
+    model: Backbone = class_of(BACKBONES[config.kind].backbone)(config, in_channels, text_width)
+    if projector is not None:
+        if not hasattr(model, "projector"):
+            raise TypeError(f"model.kind {config.kind} has no projector")
+        model.projector = Projector(config.width, projector)
+    return model
+
+
+def declarations(config: ModelConfig, projector: ProjectorConfig | None = None) -> tuple[Declaration, ...]:
+    """What the backbone, and its projector, say about their parameters' roles and init."""
+    of_projector = () if projector is None else DECLARATIONS
+    return (*of_projector, *class_of(BACKBONES[config.kind].backbone).declarations(config))
+
+
+def out_channels(config: ModelConfig, in_channels: int) -> int:
+    """Channels of the prediction: twice those of the input where the variance is learned."""
+    return in_channels * (1 + config.learn_sigma)
