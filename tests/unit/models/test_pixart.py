@@ -163,24 +163,26 @@ def test_the_comparison_sees_faults(change: Callable[[PixArt], None]) -> None:
 
 @torch.no_grad()
 def test_padding_has_no_effect() -> None:
-    model = random_model(CONFIG)
+    model = random_model(CONFIG, torch.float64)
     x, t = image()
     states, mask = text(length=6)
+    x, states = x.double(), states.double()
     prediction, _ = model(x, t, TextCondition(states, mask))
     longer = TextCondition(F.pad(states, (0, 0, 0, 5), value=3.0), F.pad(mask, (0, 5)))
-    assert relative(model(x, t, longer)[0], prediction) <= 1e-6
+    assert relative(model(x, t, longer)[0], prediction) <= 1e-12
     # The same content does change the prediction where the mask lets it through.
     assert relative(model(x, t, longer._replace(mask=torch.ones(2, 11, dtype=torch.bool)))[0], prediction) > 1e-2
 
 
 @torch.no_grad()
 def test_each_sample_has_its_own_length() -> None:
-    model = random_model(CONFIG)
+    model = random_model(CONFIG, torch.float64)
     x, t = image()
     states, mask = padded_text()
+    x, states = x.double(), states.double()
     together, _ = model(x, t, TextCondition(states, mask))
     alone, _ = model(x[:1], t[:1], TextCondition(states[:1, :3], mask[:1, :3]))
-    assert relative(together[:1], alone) <= 1e-6
+    assert relative(together[:1], alone) <= 1e-12
 
 
 def test_a_text_without_tokens_gives_numbers() -> None:

@@ -92,14 +92,15 @@ def test_loss() -> None:
 def test_features_lie_on_the_token_grid() -> None:
     """A white quarter of a black image changes its own quarter of the features most, at any size of the image."""
     ensure_debug_assets()
-    encoder = load_feature_encoder(ENCODER, 32, "cpu", torch.float32)
+    encoder = load_feature_encoder(ENCODER, 32, "cpu", torch.float64)
     images = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
     images[1, :, :32, 48:] = 255  # above, right
     features = encoder.encode(images, 4, 6)
     assert features.shape == (2, 24, 32)
     moved = (features[1] - features[0]).norm(dim=-1).reshape(4, 6)
     assert moved[:2, 3:].min() > moved[2:, :3].max()
-    assert torch.equal(encoder.encode(images[1:], 4, 6)[0], features[1])
+    # Alone or in a batch; not bit for bit, because a kernel may sum in another order for another batch.
+    torch.testing.assert_close(encoder.encode(images[1:], 4, 6)[0], features[1], rtol=0, atol=1e-12)
 
 
 def test_registers_are_no_patches(tmp_path: Path) -> None:
