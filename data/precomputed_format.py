@@ -26,7 +26,7 @@ import numpy as np
 
 from .config import NONE, AutoencoderConfig, DataConfig, TextEncoderConfig
 from .errors import DataError, SampleError
-from .storage import Remote, RetryPolicy, Shard, read_remote, stamp
+from .storage import Remote, RetryPolicy, Shard, read_remote, file_version
 
 DATASET, EMPTY_CAPTION = "dataset.json", "empty_caption.npy"
 LAYOUT = 1
@@ -160,13 +160,13 @@ def check_same_kind(training: Dataset | None, validation: Dataset | None) -> Non
             )
 
 
-def open_dataset(shards: Sequence[Shard], patience: RetryPolicy) -> Dataset:
+def open_dataset(shards: Sequence[Shard], retry: RetryPolicy) -> Dataset:
     """What precomputed shards were made with. Raises DataError where that is missing, or sets do not fit together."""
     found: dict[str, Dataset] = {}
     for shard in shards:
         beside = _beside(shard, DATASET)
         if str(beside) not in found:
-            found[str(beside)] = _read(shard, beside, patience)
+            found[str(beside)] = _read(shard, beside, retry)
     first, *others = found.values()
     for other in others:
         for key in (*_SHARED, _REPA):
@@ -192,15 +192,15 @@ def _beside(shard: Shard, name: str) -> Shard:
     return Remote(urlunsplit(url._replace(path=f"{url.path.rpartition('/')[0]}/{name}")))
 
 
-def _bytes(shard: Shard, patience: RetryPolicy) -> bytes:
+def _bytes(shard: Shard, retry: RetryPolicy) -> bytes:
     if isinstance(shard, Path):
         return shard.read_bytes()
-    return read_remote(shard.url, 0, stamp(shard, patience).size, patience, 0)
+    return read_remote(shard.url, 0, file_version(shard, retry).size, retry, 0)
 
 
-def _read(shard: Shard, path: Shard, patience: RetryPolicy) -> Dataset:
+def _read(shard: Shard, path: Shard, retry: RetryPolicy) -> Dataset:
     try:
-        declared = json.loads(_bytes(path, patience))
+        declared = json.loads(_bytes(path, retry))
     except (OSError, SampleError, DataError):
         raise DataError(
             f"{shard} holds precomputed samples, but {path} cannot be read: finish launch/precompute.py by running it "
@@ -218,7 +218,7 @@ def _read(shard: Shard, path: Shard, patience: RetryPolicy) -> Dataset:
     if declared["text_encoder"] is not None:
         beside = _beside(shard, EMPTY_CAPTION)
         try:
-            data = _bytes(beside, patience)
+            data = _bytes(beside, retry)
             empty = np.frombuffer(data[HEADER:], np.uint16).reshape(-1, declared["text_encoder"]["width"])
         except (OSError, SampleError, DataError, ValueError):
             raise DataError(f"{beside} cannot be read: precompute writes it beside the shards, keep it there") from None

@@ -1,4 +1,4 @@
-"""Where shards lie: local paths, and URLs that fsspec reads in ranges. Names, sizes, stamps and reads of them."""
+"""Where shards lie: local paths, and URLs that fsspec reads in ranges. Names, sizes, versions and reads of them."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
     return result[0]
 
 
-def _repeated(url: str, method: str, patience: RetryPolicy, key: int, **options: Any) -> Any:
+def _repeated(url: str, method: str, retry: RetryPolicy, key: int, **options: Any) -> Any:
     """_call, repeated after a delay that doubles; key: of the jitter. StoreError in the end, or SampleError of too
     few bytes."""
     reason = ""
-    for attempt in range(patience.retries + 1):
+    for attempt in range(retry.retries + 1):
         try:
-            result = _call(url, method, patience.timeout_s, **options)
+            result = _call(url, method, retry.timeout_s, **options)
             if method != "cat_file" or len(result) == options["end"] - options["start"]:
                 return result
             reason = "short read"
@@ -109,19 +109,19 @@ def _repeated(url: str, method: str, patience: RetryPolicy, key: int, **options:
             reason = "timed out"
         except Exception:  # client libraries raise what they like: OSError, ClientError, BotoCoreError, ...
             reason = "read error"
-        if attempt < patience.retries:
+        if attempt < retry.retries:
             jitter = float(uniforms(mix(key).view("int64"), attempt))
             time.sleep(_FIRST_DELAY_S * 2**attempt * (0.5 + jitter))
     # What is too short stays so: the tar ends early, or the answers lie.
     raise SampleError("shard: short read") if reason == "short read" else StoreError(f"store: {reason}")
 
 
-def read_remote(url: str, start: int, end: int, patience: RetryPolicy, key: int) -> bytes:
-    """Bytes start ... end of a URL; SampleError where it does not give them within patience."""
-    return _repeated(url, "cat_file", patience, key, start=start, end=end) if end > start else b""
+def read_remote(url: str, start: int, end: int, retry: RetryPolicy, key: int) -> bytes:
+    """Bytes start ... end of a URL; SampleError where it does not give them within retry."""
+    return _repeated(url, "cat_file", retry, key, start=start, end=end) if end > start else b""
 
 
-def stamp(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> FileVersion:
+def file_version(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> FileVersion:
     """Size and identity of a file without reading it all; DataError where there is no such file.
 
     Local: a hash of begin, middle and end (the size alone would not do, tars are padded to 10 KiB; nor the time,
@@ -129,7 +129,7 @@ def stamp(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> FileVersion:
     """
     if isinstance(shard, Remote):
         try:
-            info = _repeated(shard.url, "info", patience, 0)
+            info = _repeated(shard.url, "info", retry, 0)
         except StoreError as error:
             raise DataError(f"shard {shard} cannot be read ({error}): check the URL and the access to it") from None
         if info.get("size") is None:
@@ -162,8 +162,8 @@ class LocalBytes:
 class RemoteBytes:
     """Forward reads of a remote file through a window; raises SampleError."""
 
-    def __init__(self, shard: Remote, size: int, patience: RetryPolicy) -> None:
-        self._shard, self._size, self._patience = shard, size, patience
+    def __init__(self, shard: Remote, size: int, retry: RetryPolicy) -> None:
+        self._shard, self._size, self._retry = shard, size, retry
         self._start, self._window = 0, b""
 
     def read_at(self, offset: int, size: int) -> bytes:
@@ -171,7 +171,7 @@ class RemoteBytes:
         end = min(offset + size, self._size)
         if offset < self._start or end > self._start + len(self._window):
             last = min(max(end, offset + _WINDOW), self._size)
-            self._window = read_remote(self._shard.url, offset, last, self._patience, offset) if last > offset else b""
+            self._window = read_remote(self._shard.url, offset, last, self._retry, offset) if last > offset else b""
             self._start = offset
         return self._window[offset - self._start : max(0, end - self._start)]
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from data.config import DataConfig
-from data.storage import Remote, RetryPolicy, Shard, open_shards, read_remote, stamp
+from data.storage import Remote, RetryPolicy, Shard, open_shards, read_remote, file_version
 from launch.common import run
 from trainer.config.load import load_config
 from trainer.parallel.mesh import World, init_world
@@ -118,8 +118,8 @@ def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
 
 def read_rate(shards: Sequence[Shard], rank: int) -> float:
     """MB/s from a shard that no other process reads, if there are enough."""
-    shard, patience = shards[rank % len(shards)], RetryPolicy()
-    size = min(stamp(shard, patience)[0], READ_BYTES)
+    shard, retry = shards[rank % len(shards)], RetryPolicy()
+    size = min(file_version(shard, retry)[0], READ_BYTES)
     if isinstance(shard, Path) and hasattr(os, "posix_fadvise"):
         with open(shard, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # not from this node's memory
@@ -127,7 +127,7 @@ def read_rate(shards: Sequence[Shard], rank: int) -> float:
     for start in range(0, size, CHUNK_BYTES):
         count = min(CHUNK_BYTES, size - start)
         if isinstance(shard, Remote):
-            read_remote(shard.url, start, start + count, patience, start)
+            read_remote(shard.url, start, start + count, retry, start)
         else:
             with open(shard, "rb", buffering=0) as file:
                 os.pread(file.fileno(), count, start)

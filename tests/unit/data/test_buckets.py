@@ -146,7 +146,7 @@ def test_the_schedule_keeps_the_shares() -> None:
 
 def test_one_bucket_is_the_order_of_older_runs() -> None:
     index = random_index([257, 3, 100], [Part(1, 1.0), Part(2, 0.5)])
-    plain = Order(3, index.shard_sizes, 8, None, index.parts)
+    plain = Order(3, index.shard_sizes, 8, None, index.sources)
     wanted = [[(p.shard, p.sample) for p in ps] for _, ps in islice(plain.steps(7, range(8)), 50)]
     assert [samples for _, samples in read(order(index, 8, buckets=CELLS[:1]), 7, 50, range(8))] == wanted
 

@@ -250,7 +250,7 @@ def test_memory_of_a_large_index(tmp_path: Path, buckets: int) -> None:
     )
     index = object.__new__(ImageTextIndex)
     index._open(folder)
-    index.parts = [Part(shards, 1.0)]
+    index.sources = [Part(shards, 1.0)]
     lengths = [Bucket(256, 256, 64 << i) for i in range(buckets)]
     BucketOrder(0, index, lengths, 2048, None, 1.0)  # of the process that comes first, and makes the files
     tracemalloc.start()
