@@ -1,8 +1,8 @@
 """Buckets: steps whose samples share one image size and one length of text.
 
-A sample's bucket follows from its row of the index (`assign`), and the bucket of a step from the seed (`Schedule`): in a
-block of BLOCK steps each bucket comes as often as its share of the samples says, in an order by hash. Each bucket has an
-order of its own (data.order) over its samples, so an epoch of a bucket reads each of them once, and a resume seeks.
+A sample's bucket follows from its row of the index (`assign`), and the bucket of a step from the seed (`Schedule`): in
+a block of BLOCK steps each bucket comes as often as its share of the samples says, in an order by hash. Each bucket has
+an order of its own (data.order) over its samples, so an epoch of a bucket reads each of them once, and a resume seeks.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def assign(
     """The bucket of each sample: int64 [n], its place in `buckets`.
 
     width, height: of the images in pixels; characters: of their captions; all [n].
-    The bucket has the aspect ratio that is nearest by its logarithm, the square's where the size is unknown (0), and the
-    shortest length that the caption fits into by estimate, the longest where the caption's is unknown (negative).
+    The bucket has the aspect ratio that is nearest by its logarithm, the square's where the size is unknown (0), and
+    the shortest length that the caption fits into by estimate, the longest where the caption's is unknown (negative).
     """
     sizes = sorted(dict.fromkeys(bucket[:2] for bucket in buckets), key=lambda size: size[1] / size[0])
     lengths = sorted({bucket.text_length for bucket in buckets})
@@ -111,7 +111,8 @@ class Schedule:
 
     def __init__(self, seed: int, shares: Sequence[Fraction]) -> None:
         self._seed, self._rates = seed, rates_of(shares)
-        self._block: tuple[int, list[StepBucket]] = -1, []  # the block that was asked for last: its number and its steps
+        # The block that was asked for last: its number and its steps.
+        self._block: tuple[int, list[StepBucket]] = -1, []
 
     def at(self, step: int) -> StepBucket:
         """The bucket of a step."""
@@ -177,12 +178,14 @@ class BucketOrder:
         return list(self._read)
 
     def queues(self, at: StepBucket, slots: range) -> list[Iterator[Chunk]]:
-        """For each slot the endless chunks of the bucket at.bucket that it reads from that bucket's step at.number on."""
+        """For each slot the endless chunks of the bucket at.bucket that it reads from that bucket's step at.number
+        on."""
         queues = self._orders[at.bucket].queues(at.number, slots)
         return [self._located(at.bucket, queue) for queue in queues] if self._bucket_of is not None else queues
 
     def _located(self, bucket: int, queue: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The bucket's order numbers the samples of a shard within the bucket; here they get their numbers in the shard."""
+        """The bucket's order numbers the samples of a shard within the bucket; here they get their numbers in the
+        shard."""
         for chunk in queue:
             if chunk.shard == END_OF_DATA:
                 yield chunk

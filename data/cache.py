@@ -30,7 +30,8 @@ class BlockCache:
         self._written = limit  # so that the first write looks at what is there already
 
     def read(self, name: str, start: int, end: int, size: int, fetch: Callable[[int, int], bytes]) -> bytes:
-        """Bytes start ... end of a file of `size` bytes. Blocks that are not in the folder are fetched and stored there.
+        """Bytes start ... end of a file of `size` bytes. Blocks that are not in the folder are fetched and stored
+        there.
 
         name: identifies the file and its version. fetch: (start, end) -> bytes.
         """

@@ -83,7 +83,7 @@ def captions_from_bytes(data: bytes, is_json: bool) -> CaptionChoice:
         raise SampleError("caption: not utf-8") from error
 
 
-# ------------------------------------------------------------------------------------------------ files beside the shards
+# --------------------------------------------------------------------------------------------- files beside the shards
 
 
 def image_name(value: str | int) -> str:

@@ -51,8 +51,8 @@ def lock(file: IO[Any], wait: bool = True) -> None:
     """Take the lock of an open file, which ends when the file is closed or the process dies, by kill -9 too.
 
     Raises BlockingIOError where another process holds it and `wait` is not set, and OSError on a file system without
-    locks. The package filelock is no help here: it locks a file beside the one that is written and leaves it there, waits
-    by asking twenty times a second, and where a file system has no locks falls back to a file that says who holds the
-    lock. Such a file outlives a killed process, and on another node nobody can tell that it is dead.
+    locks. The package filelock is no help here: it locks a file beside the one that is written and leaves it there,
+    waits by asking twenty times a second, and where a file system has no locks falls back to a file that says who holds
+    the lock. Such a file outlives a killed process, and on another node nobody can tell that it is dead.
     """
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

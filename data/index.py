@@ -28,7 +28,7 @@ from .files import folder_once, lock, temporary_beside
 from .order import Source
 from .precomputed_format import Dataset, open_dataset
 from .shard_index import ABSENT, ShardIndex, load_index
-from .storage import FileVersion, Remote, RetryPolicy, Shard, open_shards, file_version
+from .storage import FileVersion, Remote, RetryPolicy, Shard, file_version, open_shards
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,9 @@ class ImageTextIndex:
         if packed is not None and packed.is_dir():
             yield packed
         else:
-            with tempfile.TemporaryDirectory(prefix="mudit-index-") as unnamed:  # files that are open outlive their names
+            with tempfile.TemporaryDirectory(
+                prefix="mudit-index-"
+            ) as unnamed:  # files that are open outlive their names
                 self._pack(sources, Path(unnamed), cache, retry)
                 yield Path(unnamed)
 
@@ -214,7 +216,8 @@ class ImageTextIndex:
 
     def stored_array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         """An array that follows from the index. It is made once and stored beside the packed index, from where all
-        processes of a machine map it. Where the index is not stored, or the array cannot be, each process makes its own.
+        processes of a machine map it. Where the index is not stored, or the array cannot be, each process makes its
+        own.
         """
         path = self._packed / f"{name}.npy"
         with contextlib.suppress(OSError):
@@ -243,7 +246,8 @@ class ImageTextIndex:
         return shard, row - int(self._first[shard])
 
     def rows(self, shard: int, samples: np.ndarray) -> np.ndarray:
-        """ROW [n] of n neighbouring samples of a shard. They are read, not mapped: mapped pages would count as memory."""
+        """ROW [n] of n neighbouring samples of a shard. They are read, not mapped: mapped pages would count as
+        memory."""
         first = int(samples.min())
         count = int(samples.max()) - first + 1
         data = os.pread(self._files["rows"], count * ROW.itemsize, self.row(shard, first) * ROW.itemsize)
@@ -298,7 +302,8 @@ def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.
 
 
 def open_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
-    """The index of a config's training data. versions: as of ImageTextIndex. Raises DataError where a shard is missing."""
+    """The index of a config's training data. versions: as of ImageTextIndex. Raises DataError where a shard is
+    missing."""
     key = "data.sources" if cfg.sources else "data.shards"
     sources = [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
     return ImageTextIndex(sources, Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), versions)

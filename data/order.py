@@ -116,9 +116,9 @@ def deal(rates: Sequence[int], g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Let F(x) be x * rate rounded to a whole number. The first source takes x where F(x + 1) > F(x). A rate is at most 1,
     so F rises by 0 or 1: of the numbers below x exactly F(x) are taken, for any x. Hence F(x) is also the number of x
-    within the source, the source's share of 0 ... x - 1 is exact to within half a sample, and its share of any range,
-    such as a batch, to within one. What is not taken is numbered anew, x - F(x), without gaps, and the next source
-    takes from that in the same way. Each rounding before it can shift a source's count by half a sample at most.
+    within the source, the source's share of 0 ... x - 1 is exact to within one half, and its share of any range of
+    numbers, such as a batch, to within one. What is not taken is numbered anew without gaps, as x - F(x), and the next
+    source takes from that in the same way; each source before it adds at most one half to its error.
     """
     half = 1 << (_RATE_BITS - 1)
     source, number, rest = np.full_like(g, len(rates)), g, g
@@ -190,8 +190,8 @@ class Order:
     """Which sample each slot of each step reads.
 
     seed: of the run. shard_sizes: samples of each shard. epochs: None repeats the sources for ever; with k, positions
-    past the k-th epoch of a source have shard END_OF_DATA. sources: those that the shards belong to; None is one source.
-    Raises DataError where a source that is read holds no samples.
+    past the k-th epoch of a source have shard END_OF_DATA. sources: those that the shards belong to; None is one
+    source. Raises DataError where a source that is read holds no samples.
     """
 
     def __init__(
@@ -282,8 +282,8 @@ class Order:
 
         chunk, offset = np.full(len(slots), -1), np.zeros(len(slots), np.int64)  # -1: not found yet
         remaining = np.full(len(slots), step, np.int64)  # samples that the slot has still to pass
-        # A block covers at least an epoch, so that each epoch is permuted twice at most. More chunks than `step` samples
-        # need would be wasted: no chunk is empty.
+        # A block covers at least an epoch, so that each epoch is permuted twice at most. More chunks than `step`
+        # samples need would be wasted: no chunk is empty.
         rows = -(-max(min(SEEK_BLOCK, (step + 1) * batch), self._chunks) // batch)
         base = 0  # the block's first row
         while (chunk < 0).any():

@@ -26,7 +26,7 @@ import numpy as np
 
 from .config import NONE, AutoencoderConfig, DataConfig, TextEncoderConfig
 from .errors import DataError, SampleError
-from .storage import Remote, RetryPolicy, Shard, read_remote, file_version
+from .storage import Remote, RetryPolicy, Shard, file_version, read_remote
 
 DATASET, EMPTY_CAPTION = "dataset.json", "empty_caption.npy"
 LAYOUT = 1

@@ -1,4 +1,7 @@
-"""Bytes of samples: local files are read when a sample is, URLs ahead of it, a chunk at a time."""
+"""Samples of an index before they are decoded: their bytes, captions and labels.
+
+Bytes of local files are read when the sample is used; bytes behind URLs are fetched ahead of that, a chunk at a time.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,26 @@ from typing import NamedTuple
 import numpy as np
 
 from .cache import BlockCache
+from .captions import CaptionChoice, captions_from_bytes
 from .config import DataConfig
 from .errors import SampleError, StoreError
 from .index import ImageTextIndex
-from .order import END_OF_DATA, Run
-from .shard_index import ABSENT, MAX_MEMBER_BYTES
+from .order import END_OF_DATA, Chunk
+from .shard_index import ABSENT, MAX_MEMBER_BYTES, UNREADABLE
 from .storage import Remote, RetryPolicy, read_remote
 
-MAX_GAP = 512 << 10  # bytes that are read for nothing rather than in another request
+MAX_GAP = 512 << 10  # bytes between two members that are rather read for nothing than skipped by a request of their own
 MAX_SPAN = 64 << 20  # bytes of one request
-_THREADS = 16  # reads at the same time in a process
-_MAX_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors a process
+_THREADS = 16  # reads at the same time in each process
+_MAX_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors per process
 
 
-class Raw(NamedTuple):
-    """One sample before it is decoded: its row of the index, and how to read bytes (offset, size) of its shard.
+class RawSample(NamedTuple):
+    """One sample before it is decoded: its shard's number, its row of the index, and functions that read from its
+    shard.
 
-    fill: reads from an offset into a whole buffer, without a copy; None where the bytes come from elsewhere.
+    read: (offset, size) -> bytes. fill: reads from an offset into a whole buffer without a copy; None where the bytes
+    do not come from a local file.
     """
 
     shard: int
@@ -40,7 +46,7 @@ class Raw(NamedTuple):
     fill: Callable[[int, memoryview], None] | None = None
 
     def read_into(self, offset: int, target: np.ndarray) -> None:
-        """Fill a contiguous array with the bytes at an offset; SampleError where there are too few."""
+        """Fill a contiguous array with the bytes at an offset. Raises SampleError where there are too few."""
         buffer = target.reshape(-1).view(np.uint8).data
         if self.fill is not None:
             self.fill(offset, buffer)
@@ -50,9 +56,41 @@ class Raw(NamedTuple):
             raise SampleError("shard: short read")
         buffer[:] = data
 
+    def member(self, kind: str) -> bytes:
+        """The bytes of the sample's "image" or "caption". Raises SampleError where it has none, or they cannot be
+        read."""
+        offset, size = int(self.row[f"{kind}_offset"]), int(self.row[f"{kind}_size"])
+        if offset == ABSENT:
+            raise SampleError(f"{kind}: missing")
+        if size > MAX_MEMBER_BYTES:
+            raise SampleError("shard: member too large")
+        return self.read(offset, size)
+
+    def label(self, classes: int | None) -> int:
+        """The sample's class, ABSENT where it has none. Raises SampleError where a model of `classes` classes cannot
+        use it; without classes nothing is checked."""
+        label = int(self.row["label"])
+        if classes is None:
+            return max(label, ABSENT)
+        if label == ABSENT:
+            raise SampleError("label: missing")
+        if label == UNREADABLE:
+            raise SampleError("label: not a number")
+        if label >= classes:
+            raise SampleError(f"label: not below model.num_classes {classes}")
+        return label
+
+
+def captions_of(index: ImageTextIndex, sample: RawSample) -> CaptionChoice:
+    """The captions of a sample, from its own member or from the file beside the shards. Raises SampleError where there
+    are none."""
+    if sample.row["caption_beside"] and sample.row["caption_offset"] != ABSENT:
+        return captions_from_bytes(index.caption_beside(sample.row), is_json=False)
+    return captions_from_bytes(sample.member("caption"), bool(sample.row["caption_is_json"]))
+
 
 class _Threads:
-    """Daemon threads that do what is put in a queue, in order: a server that hangs holds up no exit."""
+    """Daemon threads that work off a queue in order. They are daemons so that a server that hangs holds up no exit."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[Future[bytes], Callable[[], bytes]]] = queue.SimpleQueue()
@@ -64,7 +102,7 @@ class _Threads:
             future, work = self._queue.get()
             try:
                 future.set_result(work())
-            except BaseException as error:  # it is raised where the result is asked for
+            except BaseException as error:  # raised again where the result is asked for
                 future.set_exception(error)
             del future, work  # else this thread keeps the bytes until its next task
 
@@ -88,7 +126,7 @@ class _LocalFiles:
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def descriptor(self, shard: int) -> int:
-        """An open shard; SampleError where it is gone."""
+        """The descriptor of a shard, opened if need be. Raises StoreError where it cannot be."""
         if shard not in self._open:
             try:
                 self._open[shard] = os.open(str(self._paths[shard]), os.O_RDONLY)
@@ -100,7 +138,7 @@ class _LocalFiles:
         return self._open[shard]
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a shard; SampleError where shard or bytes are gone."""
+        """Bytes of a shard. Raises SampleError where the shard or the bytes are gone."""
         try:
             data = os.pread(self.descriptor(shard), size, offset)
         except OSError as error:
@@ -110,7 +148,7 @@ class _LocalFiles:
         return data
 
     def fill(self, shard: int, offset: int, buffer: memoryview) -> None:
-        """As read, into a buffer."""
+        """As `read`, into a buffer."""
         try:
             size = os.preadv(self.descriptor(shard), [buffer], offset)
         except OSError as error:
@@ -124,7 +162,10 @@ class _LocalFiles:
 
 
 class SampleFiles:
-    """Reads samples of an index. One a process; made before a fork, used after it."""
+    """Reads samples of an index. Each process has one; it may be made before a fork and used after it.
+
+    images_only: captions are not read. features: features of precomputed samples are read.
+    """
 
     def __init__(self, index: ImageTextIndex, cfg: DataConfig, images_only: bool, features: bool = False) -> None:
         self._index, self._images_only = index, images_only
@@ -134,48 +175,55 @@ class SampleFiles:
         self._local = _LocalFiles(index.paths)
         self._cache = BlockCache(Path(cfg.cache_dir), int(cfg.cache_gib * 2**30)) if cfg.cache_dir else None
 
-    def sample(self, shard: int, sample: int) -> Raw:
-        """One sample, read when it is used."""
+    def sample(self, shard: int, sample: int) -> RawSample:
+        """One sample, whose bytes are read when it is used."""
         row = self._index.rows(shard, np.array([sample]))[0]
-        return Raw(shard, row, lambda offset, size: self._read(shard, offset, size))
+        return RawSample(shard, row, lambda offset, size: self._read(shard, offset, size))
 
-    def streams(self, queues: Sequence[Iterator[Run]], sets: int = 1) -> list[Iterator[Raw | None]]:
-        """The samples of each slot's queue, None past the end of the data; bytes behind URLs are read ahead.
+    def streams(self, queues: Sequence[Iterator[Chunk]], sets: int = 1) -> list[Iterator[RawSample | None]]:
+        """For each slot's queue of chunks the stream of its samples, None for each one past the end of the data.
 
-        A slot holds the bytes of two parts at most, the one that is used and the next; a part is a chunk, or as much
-        of it as keeps all slots within data.prefetch_mib. sets: how many such lists of streams there will be.
+        Bytes behind URLs are read ahead, a part of the queue at a time. A part is a chunk, or as many of its samples as
+        memory allows: each slot holds at most two parts, the one that is in use and the next one, and the parts of all
+        slots together stay within data.prefetch_mib.
+        sets: how many such lists of streams the process will have (one per bucket), which share that memory.
         """
         most = self._budget // (2 * len(queues) * sets) if queues else 0
         parts = [self._parts(queue, most) for queue in queues]
-        # All slots' first parts are on their way before one is waited for; they are short, so that training starts.
+        # The first parts of all slots are requested before any is waited for. They are a single sample each, so that
+        # training starts soon.
         ahead = [deque([next(part)]) for part in parts]
         return [self._stream(slot, part) for slot, part in zip(ahead, parts, strict=True)]
 
     @staticmethod
-    def _stream(ahead: deque[list[Raw | None]], parts: Iterator[list[Raw | None]]) -> Iterator[Raw | None]:
+    def _stream(
+        ahead: deque[list[RawSample | None]], parts: Iterator[list[RawSample | None]]
+    ) -> Iterator[RawSample | None]:
+        """The samples of a slot. ahead: its part that was requested already."""
         while True:
-            ahead.append(next(parts))
+            ahead.append(next(parts))  # requested while the part before it is used
             samples = ahead.popleft()
             samples.reverse()
             while samples:
-                yield samples.pop()  # so that nothing here holds the bytes of a part that is used up
+                yield samples.pop()  # so that no used sample keeps the bytes of its part in memory
 
-    def _parts(self, runs: Iterator[Run], most: int) -> Iterator[list[Raw | None]]:
-        """The samples of a queue in parts, each asked for when it is handed out. most: bytes of a part."""
+    def _parts(self, chunks: Iterator[Chunk], most: int) -> Iterator[list[RawSample | None]]:
+        """The samples of a queue in parts; bytes behind URLs are requested when a part is handed out. most: bytes of a
+        part, which holds at least one sample."""
         first = True
-        for shard, samples in runs:
+        for shard, samples in chunks:
             if shard == END_OF_DATA:
                 yield [None] * len(samples)
                 continue
             rows = self._index.rows(shard, samples)
             offsets, sizes, used = self._ranges(rows)
             if not isinstance(self._index.paths[shard], Remote):
-                self._tell_kernel(shard, _spans(offsets[used], sizes[used]))
-                # One pair of functions for all of them: this is most of what a small sample costs.
+                self._advise_kernel(shard, _spans(offsets[used], sizes[used]))
+                # One pair of functions for the whole chunk: making them is most of what a small sample costs.
                 read, fill = partial(self._local.read, shard), partial(self._local.fill, shard)
-                yield [Raw(shard, row, read, fill) for row in rows]
+                yield [RawSample(shard, row, read, fill) for row in rows]
                 continue
-            ends = np.cumsum((sizes * used).sum(axis=1))
+            ends = np.cumsum((sizes * used).sum(axis=1))  # bytes up to the end of each sample
             start = 0
             while start < len(rows):
                 before = int(ends[start - 1]) if start else 0
@@ -187,16 +235,16 @@ class SampleFiles:
                 yield self._remote_part(shard, rows[start:end], spans)
                 start = end
 
-    def _tell_kernel(self, shard: int, spans: Sequence[tuple[int, int]]) -> None:
-        """Have the kernel read a local chunk ahead."""
+    def _advise_kernel(self, shard: int, spans: Sequence[tuple[int, int]]) -> None:
+        """Have the kernel read a local chunk into its page cache."""
         try:
             for start, end in spans:
                 os.posix_fadvise(self._local.descriptor(shard), start, end - start, os.POSIX_FADV_WILLNEED)
         except (SampleError, OSError):
-            pass  # the shard is gone: its samples will be holes
+            pass  # the shard is gone: its samples become holes when they are read
 
-    def _remote_part(self, shard: int, rows: np.ndarray, spans: Sequence[tuple[int, int]]) -> list[Raw | None]:
-        """Samples whose bytes are on their way."""
+    def _remote_part(self, shard: int, rows: np.ndarray, spans: Sequence[tuple[int, int]]) -> list[RawSample | None]:
+        """Samples of a remote shard, whose bytes are requested here and waited for when they are read."""
         threads = _threads_of(os.getpid())
         starts = np.array([start for start, _ in spans])
         futures = [threads.submit(lambda s=s, e=e: self._fetch(shard, s, e)) for s, e in spans]
@@ -206,11 +254,14 @@ class SampleFiles:
             begin = offset - spans[at][0]
             return futures[at].result()[begin : begin + size]
 
-        return [Raw(shard, row, read) for row in rows]
+        return [RawSample(shard, row, read) for row in rows]
 
     def _ranges(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Offsets, sizes (int64 [n, members]) of image, caption, text (features) in the tar, and which of them (bool
-        [n, members]) are read: not what a sample lacks, does not need, or what claims too much."""
+        """(offsets, sizes, used) of the members image, caption, text and, if they are read, features in the tar.
+
+        rows: ROW [n]. offsets and sizes: int64 [n, members] bytes. used: bool [n, members], whether the member is read:
+        not where the sample lacks it or does not need it, nor where it claims too many bytes.
+        """
         offsets, sizes = (
             np.stack([rows[f"{member}_{column}"] for member in self._members], axis=1) for column in ("offset", "size")
         )
@@ -224,7 +275,7 @@ class SampleFiles:
         return self._local.read(shard, offset, size)
 
     def _fetch(self, shard: int, start: int, end: int) -> bytes:
-        """A range of a remote shard, through the cache where there is one."""
+        """Bytes start ... end of a remote shard, through the cache where there is one."""
         remote = self._index.paths[shard]
         assert isinstance(remote, Remote)
 
@@ -239,7 +290,7 @@ class SampleFiles:
 
 
 def _spans(offsets: np.ndarray, sizes: np.ndarray) -> list[tuple[int, int]]:
-    """(start, end) of the reads that cover ranges of bytes: neighbours together, bounded."""
+    """(start, end) of the reads that cover ranges of bytes: one for neighbours within MAX_GAP, of MAX_SPAN at most."""
     spans: list[tuple[int, int]] = []
     order = np.argsort(offsets)
     for start, end in zip(offsets[order].tolist(), (offsets + sizes)[order].tolist(), strict=True):

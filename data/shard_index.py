@@ -151,8 +151,8 @@ def _size(file: Bytes, member: Member) -> tuple[int, int]:
 
 
 def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> None:
-    """Enter one member of the tar into the row of its key. The members of a sample are neighbours in the tar, so that is
-    the last row, or a new one."""
+    """Enter one member of the tar into the row of its key. The members of a sample are neighbours in the tar, so that
+    is the last row, or a new one."""
     match = _MEMBER.match(member.name)
     if match is None:
         return
@@ -220,8 +220,8 @@ def load_index(
     rebuild: bool = False,
     known_version: FileVersion | None = None,
 ) -> ShardIndex:
-    """The stored index of a shard. It is built, and stored in the first folder that can be written, where it is missing,
-    is that of another version of the shard, or `rebuild` is set.
+    """The stored index of a shard. It is built, and stored in the first folder that can be written, where it is
+    missing, is that of another version of the shard, or `rebuild` is set.
 
     cache: folder for an index that cannot be stored beside its shard; None keeps such an index in memory alone.
     known_version: of the shard, where it was asked for already, maybe by another process. Raises DataError where the
@@ -254,8 +254,8 @@ def load_index(
 
 
 def rebuild_indexes(shards: Sequence[Shard], cache: Path, workers: int) -> Iterator[tuple[str, bool]]:
-    """Build the index of every shard anew, in `workers` processes. -> for each shard, in order, what its index holds, and
-    True; or why it has none, and False: one bad shard does not keep the others from their indexes."""
+    """Build the index of every shard anew, in `workers` processes. -> for each shard, in order, what its index holds,
+    and True; or why it has none, and False: one bad shard does not keep the others from their indexes."""
     with contextlib.ExitStack() as stack:
         apply = map
         if workers > 1:  # forked from a server, not from here, where the listing of URLs may have left threads

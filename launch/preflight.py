@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from data.config import DataConfig
-from data.storage import Remote, RetryPolicy, Shard, open_shards, read_remote, file_version
+from data.storage import Remote, RetryPolicy, Shard, file_version, open_shards, read_remote
 from launch.common import run
 from trainer.config.load import load_config
 from trainer.parallel.mesh import World, init_world

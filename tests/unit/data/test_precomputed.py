@@ -19,6 +19,7 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from data.batch import Batch
+from data.captions import CaptionChoice, captions_from_bytes
 from data.debug import ensure_debug_assets
 from data.encoders.autoencoder import Autoencoder, load_autoencoder
 from data.encoders.dinov2 import load_feature_encoder
@@ -28,7 +29,7 @@ from data.index import ImageTextIndex
 from data.precomputed_format import Dataset, check_images, check_same_kind
 from data.precomputed_write import Precompute, bytes_in_tar
 from data.reader import ImageTextReader, validation_batches
-from data.shard_index import CaptionChoice, captions_from_bytes, load_index
+from data.shard_index import load_index
 from data.storage import open_shards
 from models.layers import TextCondition
 from tests.helpers.servers import serve

@@ -21,9 +21,9 @@ from data import cache
 from data.cache import BlockCache
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
-from data.fetch import _spans
 from data.index import ImageTextIndex, open_index
 from data.reader import ImageTextReader
+from data.samples import _spans
 from data.shard_index import index_path, load_index
 from data.storage import Remote, RetryPolicy, open_shards
 from data.write_shards import write_shards
