@@ -1,14 +1,14 @@
 """dataset.json beside precomputed shards: what they were made with, and whether a config may train on them.
 
-A sample of such a shard is, side by side in the tar and readable by any WebDataset reader:
+A sample of such a shard consists of these members, side by side in the tar and readable by any WebDataset reader:
 
-    KEY.cls          its class, where there is one
+    KEY.cls          its class, where it has one
     KEY.json         {"captions": [...], "weights": [...], "tokens": [...], "width": W, "height": H}
-    KEY.latents.npy  fp16 [V, 2, C, h, w]: mean and log variance; V = 2 with the flipped image's behind
-    KEY.text.npy     uint16 [sum of tokens, D]: the bits of bf16 states of all captions, one behind the other
-    KEY.features.npy fp16 [V, N, F]: what an image encoder sees at each of N image tokens, where REPA was asked for
+    KEY.latents.npy  fp16 [V, 2, C, h, w]: mean and log variance; where V is 2, those of the flipped image come second
+    KEY.text.npy     uint16 [sum of tokens, D]: the bits of the bf16 states of all captions, one after the other
+    KEY.features.npy fp16 [V, N, F]: what REPA's encoder sees at each of N image tokens, where it was asked for
 
-or KEY.hole, the reason why the original could not be used: it keeps its place.
+A sample that could not be used keeps its place: it is KEY.hole alone, which holds the reason.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .storage import Remote, RetryPolicy, Shard, file_version, read_remote
 
 DATASET, EMPTY_CAPTION = "dataset.json", "empty_caption.npy"
 LAYOUT = 1
-HEADER = 128  # bytes of a .npy file before its numbers
-_SHARED = ("layout", "autoencoder", "text_encoder", "resolution", "flips")  # what several sets must agree on
-_REPA = "repa_encoder"  # and on this, which sets without features need not have
+HEADER = 128  # bytes of a .npy file before its array
+_SHARED = ("layout", "autoencoder", "text_encoder", "resolution", "flips")  # keys that several sets must agree on
+_REPA = "repa_encoder"  # they must agree on this key too, which sets without features lack
 
 
 def npy(array: np.ndarray) -> bytes:
-    """A .npy file, whose header has HEADER bytes for any shape of ours."""
+    """A .npy file of an array. Its header has HEADER bytes for any shape that precomputed samples have."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     assert buffer.tell() == HEADER + array.nbytes
@@ -47,9 +47,9 @@ def npy(array: np.ndarray) -> bytes:
 class Dataset:
     """A precomputed set.
 
-    where: path of its dataset.json, for messages. declared: the content (of the first set, where there are several),
-    see Precompute.declared. digest: hash of all of them. empty_caption: uint16 [T, D], bits of bf16 states, None where
-    the set is of classes.
+    where: path of its dataset.json, for messages. declared: the content of that file (the first one, where there are
+    several), see Precompute.declared. digest: hash of the contents of all. empty_caption: uint16 [T, D], the bits of
+    the empty caption's bf16 states; None in a set for a model of classes.
     """
 
     where: str
@@ -66,20 +66,20 @@ class Dataset:
 
     @property
     def features_shape(self) -> tuple[int, int, int]:
-        """(V, N, F) of KEY.features.npy, in a set that has it."""
+        """(V, N, F) of KEY.features.npy, in a set that holds it."""
         encoder = self.declared[_REPA]
         return 1 + self.declared["flips"], encoder["tokens_a_side"] ** 2, encoder["width"]
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Identity of the encoders and of the set, as checkpoints store it."""
+        """What identifies the encoders and the set, as checkpoints store it."""
         encoders = {part: said for part in ("autoencoder", "text_encoder", _REPA) if (said := self.declared.get(part))}
         return {**{part: said["fingerprint"] for part, said in encoders.items()}, "precomputed_dataset": self.digest}
 
     def check(
         self, data: DataConfig, autoencoder: AutoencoderConfig, text: TextEncoderConfig, classes: int | None
     ) -> None:
-        """Raise DataError where a config would not train on what is there."""
+        """Raise DataError where a config does not fit to the set."""
         said = self.declared["autoencoder"]
         pairs = [("data.resolution", data.resolution, self.declared["resolution"])]
         pairs += [(f"autoencoder.{key}", getattr(autoencoder, key), said[key]) for key in ("channels", "downsample")]
@@ -123,8 +123,8 @@ class Dataset:
                 )
 
     def check_encoder(self, part: str, fingerprint: str) -> None:
-        """Raise DataError where the "autoencoder", "text_encoder" or "repa_encoder" at hand is not the one that the set
-        was made with."""
+        """Raise DataError where an encoder is not the one that the set was made with. part: "autoencoder",
+        "text_encoder" or "repa_encoder"."""
         found = self.declared[part]["fingerprint"]
         if fingerprint != found:
             key = "objective.repa_encoder" if part == _REPA else f"{part}.path"
@@ -135,7 +135,7 @@ class Dataset:
 
 
 def check_images(autoencoder: AutoencoderConfig, text: TextEncoderConfig, classes: int | None) -> None:
-    """Raise DataError where a config has no encoders, which only precomputed shards train without."""
+    """Raise DataError where a config lacks an encoder: only training on precomputed shards needs none."""
     if text.path == NONE and classes is None:
         raise DataError("text_encoder.path is none: it is needed to encode captions, give a folder or hub id")
     if autoencoder.path == NONE and autoencoder.downsample != 1:
@@ -146,7 +146,8 @@ def check_images(autoencoder: AutoencoderConfig, text: TextEncoderConfig, classe
 
 
 def check_same_kind(training: Dataset | None, validation: Dataset | None) -> None:
-    """Raise DataError where data.val_shards do not give what data.shards give."""
+    """Raise DataError where data.val_shards hold something else than data.shards, images or precomputed samples, or
+    were precomputed with other encoders. None stands for images."""
     if training is None or validation is None:
         if training is not validation:
             kinds = ("images", "precomputed samples") if validation is None else ("precomputed samples", "images")
@@ -161,7 +162,8 @@ def check_same_kind(training: Dataset | None, validation: Dataset | None) -> Non
 
 
 def open_dataset(shards: Sequence[Shard], retry: RetryPolicy) -> Dataset:
-    """What precomputed shards were made with. Raises DataError where that is missing, or sets do not fit together."""
+    """What precomputed shards were made with. Raises DataError where their dataset.json is missing, or several sets do
+    not fit together."""
     found: dict[str, Dataset] = {}
     for shard in shards:
         beside = _beside(shard, DATASET)
@@ -181,7 +183,7 @@ def open_dataset(shards: Sequence[Shard], retry: RetryPolicy) -> Dataset:
 
 
 def dataset_digest(declared: dict[str, Any]) -> str:
-    """Identity of the content of dataset.json."""
+    """What identifies the content of a dataset.json."""
     return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
 
 

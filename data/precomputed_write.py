@@ -265,7 +265,7 @@ class Precompute:
         samples, mean = len(self.index), sum(sizes) / len(sizes)
         return (
             f"{samples} samples in {len(self.shards())} shards: {samples * mean / 1e12:.6f} TB ({mean:.0f} bytes per "
-            f"sample, mean of {len(sizes)}), {samples / rate / 3600:.3f} GPU-hours at {rate:.1f} images/s a process "
+            f"sample, mean of {len(sizes)}), {samples / rate / 3600:.3f} GPU-hours at {rate:.1f} images/s per process "
             f"({source})"
         )
 
