@@ -106,8 +106,7 @@ def merged(counts: Sequence[int], buckets: Sequence[Bucket], at_least: int) -> l
 
 
 class Schedule:
-    """Which bucket each step reads: arithmetic, the same on all ranks. shares: of the buckets in the samples, in any
-    unit."""
+    """Which bucket each step reads: arithmetic, the same on all ranks. shares: of the buckets, in any unit."""
 
     def __init__(self, seed: int, shares: Sequence[Fraction]) -> None:
         self._seed, self._rates = seed, rates_of(shares)
@@ -178,14 +177,12 @@ class BucketOrder:
         return list(self._read)
 
     def queues(self, at: StepBucket, slots: range) -> list[Iterator[Chunk]]:
-        """For each slot the endless chunks of the bucket at.bucket that it reads from that bucket's step at.number
-        on."""
+        """For each slot the endless chunks of at.bucket that it reads, from the bucket's step at.number on."""
         queues = self._orders[at.bucket].queues(at.number, slots)
         return [self._located(at.bucket, queue) for queue in queues] if self._bucket_of is not None else queues
 
     def _located(self, bucket: int, queue: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The bucket's order numbers the samples of a shard within the bucket; here they get their numbers in the
-        shard."""
+        """The bucket's order numbers samples within the bucket; here they get their numbers in the shard."""
         for chunk in queue:
             if chunk.shard == END_OF_DATA:
                 yield chunk

@@ -129,8 +129,7 @@ def _lines(path: Path) -> Iterator[tuple[object, object]]:
 
 
 class CaptionFile:
-    """The captions of a file by image name; their texts are appended to `texts`. Raises DataError where it cannot be
-    read."""
+    """The captions of a file by image name; their texts are appended to `texts`. DataError where it is unreadable."""
 
     def __init__(self, path: Path, texts: IO[bytes]) -> None:
         blocks, rows = [], []

@@ -52,8 +52,7 @@ def ensure_debug_assets(folder: Path = Path(".cache/debug")) -> Path:
 
 
 def _samples() -> Iterator[tuple[str, bytes, str, str, int]]:
-    """All samples for write_shards, (key, image, "png", caption, label), in an order by hash so that neighbours
-    differ."""
+    """All samples (key, image, "png", caption, label), in an order by hash so that neighbours differ."""
     places = [(x, y, radius) for radius in (7, 10) for x in (12, 16, 20) for y in (12, 16, 20)]
     drawings = [
         (shape, colour, background, *place)
@@ -86,8 +85,7 @@ def _draw(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x
 
 
 def _save_t5(folder: Path) -> None:
-    """Save a T5 encoder of width 64 with seeded random weights, and ByT5's tokenizer, which reads bytes and needs no
-    download."""
+    """Save a T5 encoder of width 64 with seeded random weights, and ByT5's tokenizer, which reads bytes."""
     quieten()
     tokenizer = ByT5Tokenizer()
     config = T5Config(

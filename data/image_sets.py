@@ -200,8 +200,7 @@ def _prompt(entry: Any, where: str) -> Prompt:
 def write_images(
     path: Path, numbers: Sequence[int], images: np.ndarray, prompts: Sequence[Prompt], kind: ImageFormat, quality: int
 ) -> None:
-    """Write images uint8 [n, H, W, 3] with their numbers and untruncated prompts as a WebDataset shard, which is
-    complete or absent."""
+    """Write images uint8 [n, H, W, 3], their numbers and untruncated prompts as a shard: complete or absent."""
     with (
         temporary_beside(path) as temporary,
         open(temporary, "wb") as file,

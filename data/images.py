@@ -50,8 +50,7 @@ def _is_transposed(image: Image.Image) -> bool:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of an upright image in pixels, from its header alone. Raises SampleError where it cannot be
-    read."""
+    """(width, height) of an upright image in pixels, from its header alone. SampleError where it is unreadable."""
     with _open(data) as image:
         width, height = image.size
         return (height, width) if _is_transposed(image) else (width, height)

@@ -246,8 +246,7 @@ class ImageTextIndex:
         return shard, row - int(self._first[shard])
 
     def rows(self, shard: int, samples: np.ndarray) -> np.ndarray:
-        """ROW [n] of n neighbouring samples of a shard. They are read, not mapped: mapped pages would count as
-        memory."""
+        """ROW [n] of n neighbouring samples of a shard. They are read: mapped pages would count as memory."""
         first = int(samples.min())
         count = int(samples.max()) - first + 1
         data = os.pread(self._files["rows"], count * ROW.itemsize, self.row(shard, first) * ROW.itemsize)
@@ -302,8 +301,7 @@ def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.
 
 
 def open_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
-    """The index of a config's training data. versions: as of ImageTextIndex. Raises DataError where a shard is
-    missing."""
+    """The index of a config's training data. versions: as of ImageTextIndex. DataError where a shard is missing."""
     key = "data.sources" if cfg.sources else "data.shards"
     sources = [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
     return ImageTextIndex(sources, Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), versions)

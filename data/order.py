@@ -30,7 +30,7 @@ import numpy as np
 from .errors import DataError
 
 MAX_CHUNK = 64  # samples; a larger chunk reads longer ranges, a smaller one mixes better
-CHUNKS_PER_SLOT = 4  # at least, in an epoch, so that small sets are mixed too
+CHUNKS_PER_SLOT = 4  # at least, per epoch: the chunks of small sets are shorter, so that these are mixed too
 SEEK_BLOCK = 1 << 18  # chunks that a seek looks at together: few enough for memory, enough for numpy to be fast
 LIVE_EPOCHS = 3  # permutations kept per source: its slots lie less than two epochs apart
 _RATE_BITS = 31  # binary digits of a rate: over 2^31 chunks a source's share is exact to less than one chunk

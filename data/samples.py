@@ -57,8 +57,7 @@ class RawSample(NamedTuple):
         buffer[:] = data
 
     def member(self, kind: str) -> bytes:
-        """The bytes of the sample's "image" or "caption". Raises SampleError where it has none, or they cannot be
-        read."""
+        """The bytes of the sample's "image" or "caption". Raises SampleError where it has none."""
         offset, size = int(self.row[f"{kind}_offset"]), int(self.row[f"{kind}_size"])
         if offset == ABSENT:
             raise SampleError(f"{kind}: missing")

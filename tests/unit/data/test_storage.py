@@ -282,7 +282,7 @@ def test_the_cache_keeps_versions_apart(folder: Path, local: Any, tmp_path: Path
 
 
 def test_a_shard_that_changes_while_it_is_indexed_is_named(folder: Path, tmp_path: Path) -> None:
-    """Or one that is another file here than where its stamp comes from: rows of one file would describe another."""
+    """Or one that is another file here than where its version comes from: rows of one file would describe another."""
     path = tmp_path / "train-000000.tar"
     shutil.copy(folder / path.name, path)
     known = ImageTextIndex([path]).versions
