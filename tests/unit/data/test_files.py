@@ -11,9 +11,14 @@ from data.files import folder_once, lock, temporary_beside
 
 def test_a_file_is_complete_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
-    with pytest.raises(RuntimeError), temporary_beside(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with temporary_beside(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(path.parent.iterdir()) == []
     with temporary_beside(path) as temporary:
         temporary.write_text("whole")
