@@ -20,16 +20,16 @@ from .order import position_keys, uniforms
 from .samples import RawSample, SampleFiles, captions_of
 
 
-class Draw(NamedTuple):
+class Choices(NamedTuple):
     """What the key of a position decides about the sample there.
 
-    flip: whether the image is mirrored. dropped: whether its caption, or its label, is. choice: in [0, 1), which of its
-    captions is taken. crop: where the crop lies along x and y, each in [0, 1).
+    flip: whether the image is mirrored. dropped: whether its caption, or its label, is dropped. caption: in [0, 1),
+    which of its captions is taken. crop: where the crop lies along x and y, each in [0, 1).
     """
 
     flip: bool
     dropped: bool
-    choice: float
+    caption: float
     crop: tuple[float, float]
 
 
@@ -38,7 +38,7 @@ class Rows(Protocol):
 
     batch: Batch
 
-    def read(self, row: int, sample: RawSample, draw: Draw) -> tuple[str, int]:
+    def read(self, row: int, sample: RawSample, choices: Choices) -> tuple[str, int]:
         """Fill a row with a sample's content. -> (its caption, its label). SampleError leaves the row empty."""
         ...
 
@@ -76,35 +76,35 @@ class Decoder:
         bucket: gives the shape; None is the square of data.resolution and the longest text.
         """
         keys = position_keys(self._seed, np.array(positions, np.int64))
-        rows, draws = self._make_rows(keys, bucket), self._draws(keys)
+        rows = self._make_rows(keys, bucket)
         batch = rows.batch
         # Rows are set in numpy's views of the tensors, which takes a fifth of the time.
         assert batch.sizes is not None
         labels, weight, sizes = batch.labels.numpy(), batch.weight.numpy(), batch.sizes.numpy()
-        for i, (sample, draw) in enumerate(zip(samples, draws, strict=True)):
+        for i, (sample, choices) in enumerate(zip(samples, self._choices(keys), strict=True)):
             if sample is None:
                 continue
             batch.read += 1
             batch.names[i] = f"{self._index.names[sample.shard]}/{self._index.key(sample.row)}"
             try:
-                caption, label = rows.read(i, sample, draw)
+                caption, label = rows.read(i, sample, choices)
             except SampleError as error:
                 batch.holes.append(str(error))
                 continue
             sizes[i] = sample.row["height"], sample.row["width"]
             batch.full_captions[i] = caption
-            batch.captions[i] = "" if draw.dropped else caption
-            labels[i] = self._classes if self._classes is not None and draw.dropped else label
+            batch.captions[i] = "" if choices.dropped else caption
+            labels[i] = self._classes if self._classes is not None and choices.dropped else label
             weight[i] = 1.0
         return rows.finish()
 
-    def _draws(self, keys: np.ndarray) -> list[Draw]:
-        """The draw of each key."""
+    def _choices(self, keys: np.ndarray) -> list[Choices]:
+        """The choices of each key."""
         flip = uniforms(keys, "flip") < self._flip
         dropped = uniforms(keys, "caption dropout" if self._classes is None else "label dropout") < self._dropout
         crop = zip(uniforms(keys, "crop x").tolist(), uniforms(keys, "crop y").tolist(), strict=True)
         choice = uniforms(keys, "caption choice")
-        return list(map(Draw, flip.tolist(), dropped.tolist(), choice.tolist(), crop))
+        return list(map(Choices, flip.tolist(), dropped.tolist(), choice.tolist(), crop))
 
 
 class ImageRows:
@@ -127,15 +127,15 @@ class ImageRows:
         self._images = torch.zeros(len(keys), 3, *self._size, dtype=torch.uint8)
         self.batch = Batch.empty(torch.from_numpy(keys), bucket, images=self._images)
 
-    def read(self, row: int, sample: RawSample, draw: Draw) -> tuple[str, int]:
+    def read(self, row: int, sample: RawSample, choices: Choices) -> tuple[str, int]:
         """As of Rows."""
         caption = ""
         if self._classes is None:
             captions = captions_of(self._index, sample)
-            caption = captions.texts[captions.pick(draw.choice)]
+            caption = captions.texts[captions.pick(choices.caption)]
         label = sample.label(self._classes)
-        crop = draw.crop if self._crop else None
-        pixels = decode_image(sample.member("image"), self._size, self._max_pixels, crop, draw.flip)
+        crop = choices.crop if self._crop else None
+        pixels = decode_image(sample.member("image"), self._size, self._max_pixels, crop, choices.flip)
         self._images[row] = torch.from_numpy(pixels)
         return caption, label
 

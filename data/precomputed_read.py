@@ -8,7 +8,7 @@ import torch
 from .batch import Batch
 from .captions import captions_of_entry, json_member
 from .config import Bucket
-from .decode import Draw
+from .decode import Choices
 from .errors import SampleError
 from .precomputed_format import HEADER, Dataset
 from .samples import RawSample
@@ -40,17 +40,17 @@ class LatentRows:
             features=None if self._features is None else torch.from_numpy(self._features),
         )
 
-    def read(self, row: int, sample: RawSample, draw: Draw) -> tuple[str, int]:
+    def read(self, row: int, sample: RawSample, choices: Choices) -> tuple[str, int]:
         """As of decode.Rows."""
         if sample.row["image_offset"] == ABSENT:  # a hole already when it was precomputed
             raise SampleError(sample.member("caption").decode("utf-8", "replace"))
         label, caption = sample.label(self._classes), ""
         try:
-            self._read(sample, "image", "latents", draw.flip, self._moments[row])
+            self._read(sample, "image", "latents", choices.flip, self._moments[row])
             if self._features is not None:
-                self._read(sample, "features", "features", draw.flip, self._features[row])
+                self._read(sample, "features", "features", choices.flip, self._features[row])
             if self._text is not None:
-                caption = self._text.read(row, sample, draw.choice, draw.dropped)
+                caption = self._text.read(row, sample, choices.caption, choices.dropped)
         except SampleError:
             self._moments[row] = 0.0  # what was read in part could be a NaN, which weight 0 does not cancel
             if self._features is not None:
