@@ -1,8 +1,8 @@
-"""What a reader hands to the training loop."""
+"""What a reader hands to the training loop, and how the rows of a step become micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 
 from .config import Bucket
 
+NO_LABEL = -1
+
 
 @dataclass
 class Batch:
-    """One micro-batch of b rows; every rank sees the same b in every micro-batch.
+    """One micro-batch of b rows. All ranks have the same b in each micro-batch.
 
     images: uint8 [b, 3, height, width], or None where latents come with the data.
     latents: float [b, C, h, w], or None; with `logvar` they are the means of posteriors.
@@ -21,15 +23,15 @@ class Batch:
     full_captions: b texts before caption dropout.
     text_states: float [b, L, D] with zeros where text_mask is False, or None.
     text_mask: bool [b, L], True at real tokens, or None.
-    labels: int64 [b], class of each row, or the number of classes where it was dropped; -1 where there is none.
-    keys: int64 [b], hash of (seed, position): all of a row's randomness.
+    labels: int64 [b], the class of each row, the number of classes where it was dropped, NO_LABEL where it has none.
+    keys: int64 [b], the hash of (seed, position), from which all randomness of a row follows.
     weight: float32 [b], 1, or 0 for holes, fill-up rows and rows past the end of the data.
     names: b strings "shard/key"; "" for fill-up rows and rows past the end of the data.
-    holes: one reason for each unreadable sample of this batch, e.g. "image: truncated".
-    read: samples attempted, readable or not.
+    holes: one reason per unreadable sample of this batch, e.g. "image: truncated".
+    read: the number of samples that were tried, readable or not.
+    sizes: int32 [b, 2], height and width of the images in pixels before they were cropped (0 without one), or None.
     logvar: float [b, C, h, w], log variances of precomputed latents, or None.
-    sizes: int32 [b, 2], height and width of the images in pixels before they were cropped, 0 where there is none.
-    bucket: of the step, in a run of several.
+    bucket: that of the step, in a run of several buckets; else None.
     features: float [b, N, F], precomputed features of the images at each of N tokens, or None.
     """
 
@@ -50,6 +52,28 @@ class Batch:
     bucket: Bucket | None = None
     features: torch.Tensor | None = None
 
+    @classmethod
+    def empty(cls, keys: torch.Tensor, bucket: Bucket | None = None, **content: Any) -> Batch:
+        """A batch of one row per key, all of weight 0 and without a sample. content: the fields that are not empty."""
+        rows = len(keys)
+        values: dict[str, Any] = {
+            "images": None,
+            "latents": None,
+            "captions": [""] * rows,
+            "full_captions": [""] * rows,
+            "text_states": None,
+            "text_mask": None,
+            "labels": torch.full((rows,), NO_LABEL),
+            "keys": keys,
+            "weight": torch.zeros(rows),
+            "names": [""] * rows,
+            "holes": [],
+            "read": 0,
+            "sizes": torch.zeros(rows, 2, dtype=torch.int32),
+            "bucket": bucket,
+        }
+        return cls(**values | content)
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -57,7 +81,7 @@ class Batch:
 
 
 def concatenate(parts: Sequence[Batch]) -> Batch:
-    """The rows of several batches of one kind, in one."""
+    """The rows of several batches of one kind in one batch."""
     if len(parts) == 1:
         return parts[0]
     joined: dict[str, Any] = {}
@@ -73,7 +97,7 @@ def concatenate(parts: Sequence[Batch]) -> Batch:
 
 
 def split(batch: Batch, rows: int) -> list[Batch]:
-    """A reader's batch in micro-batches of `rows` rows each."""
+    """A batch cut into micro-batches of `rows` rows each."""
     parts, holes = [], iter(batch.holes)
     for first in range(0, len(batch.names), rows):
         cut = slice(first, first + rows)
@@ -83,3 +107,25 @@ def split(batch: Batch, rows: int) -> list[Batch]:
         unread = sum(was_read and not weight for was_read, weight in zip(read, batch.weight[cut].tolist(), strict=True))
         parts.append(replace(batch, **part | {"holes": [next(holes) for _ in range(unread)], "read": sum(read)}))
     return parts
+
+
+def micro_batch_shape(global_batch_size: int, world: int, micro_batch_size: int) -> tuple[int, int]:
+    """(micro-batches per step, rows per micro-batch) of each rank, the same on all ranks.
+
+    A rank has at most ceil(global_batch_size / world) samples of a step, and micro_batch_size of a micro-batch.
+    """
+    largest = -(-global_batch_size // world)
+    count = -(-largest // micro_batch_size)
+    return count, -(-largest // count)
+
+
+def step_shapes(
+    buckets: Mapping[Bucket, int] | None, global_batch_size: int, world: int, micro_batch_size: int
+) -> tuple[list[Bucket | None], list[tuple[int, int]]]:
+    """(the buckets, [None] in a run of one; for a step of each bucket its micro_batch_shape).
+
+    buckets: each with the most rows of a micro-batch; None is one bucket, with micro_batch_size.
+    """
+    most = buckets or {None: micro_batch_size}
+    shapes = [micro_batch_shape(global_batch_size, world, rows) for rows in most.values()]
+    return [None] if len(shapes) == 1 else [*(buckets or ())], shapes

@@ -1,10 +1,8 @@
 """Buckets: steps whose samples share one image size and one length of text.
 
-A sample's bucket follows from its row of the index, the bucket of a step from the seed: a block of BLOCK steps holds
-each
-bucket as often as its share of the samples says, in an order by hash. Each bucket is an order of its own
-(data.order) over
-its samples, so an epoch of a bucket reads each of them once, and a resume seeks.
+A sample's bucket follows from its row of the index (`assign`), and the bucket of a step from the seed (`Schedule`): in
+a block of BLOCK steps each bucket comes as often as its share of the samples says, in an order by hash. Each bucket has
+an order of its own (data.order) over its samples, so an epoch of a bucket reads each of them once, and a resume seeks.
 """
 
 from __future__ import annotations
@@ -17,20 +15,21 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .config import Bucket
-from .order import END_OF_DATA, Order, Part, Run, deal, mix, rates_of
+from .order import END_OF_DATA, Chunk, Order, Source, deal, mix, rates_of
 
 BLOCK = 64  # steps that are shuffled together: fewer keep closer to the shares, more hide the pattern
-SPECIAL_TOKENS = 2  # at most, that a tokenizer adds to a caption
-_ROWS = 1 << 20  # of the index that are looked at together
+SPECIAL_TOKENS = 2  # the most that a tokenizer adds to a caption
+_ROWS = 1 << 20  # rows of the index that are assigned to buckets together
 _PURPOSE_BUCKET, _PURPOSE_STEPS = 4, 5
-_ASSIGN_VERSION = 1  # of what `assign` finds, which is kept in files
+_ASSIGN_VERSION = 1  # of what `assign` finds, which is stored: a change of its results must change this
 
 
-class Rows(Protocol):
-    """What is read of an index: samples of each shard, the sources among these, and columns of all samples."""
+class IndexColumns(Protocol):
+    """What is read of an index: samples of each shard, the sources that the shards belong to, and columns of all
+    samples, each [samples]."""
 
     shard_sizes: list[int]
-    parts: list[Part]
+    sources: list[Source]
 
     def __len__(self) -> int: ...
     @property
@@ -39,11 +38,11 @@ class Rows(Protocol):
     def height(self) -> np.ndarray: ...
     @property
     def caption_length(self) -> np.ndarray: ...
-    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray: ...
+    def stored_array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray: ...
 
 
 class StepBucket(NamedTuple):
-    """The bucket of a step, and how many earlier steps had the same one."""
+    """The bucket of a step (its place in the list of buckets), and how many earlier steps had the same one."""
 
     bucket: int
     number: int
@@ -56,19 +55,18 @@ def assign(
     buckets: Sequence[Bucket],
     characters_per_token: float,
 ) -> np.ndarray:
-    """int64 [n]: number of the bucket of images of width x height pixels with captions of so many characters.
+    """The bucket of each sample: int64 [n], its place in `buckets`.
 
-    The aspect ratio is the nearest one by its logarithm, the square's where the size is unknown (0); the length is the
-    shortest that the caption fits in by estimate, the longest where it is unknown (negative).
+    width, height: of the images in pixels; characters: of their captions; all [n].
+    The bucket has the aspect ratio that is nearest by its logarithm, the square's where the size is unknown (0), and
+    the shortest length that the caption fits into by estimate, the longest where the caption's is unknown (negative).
     """
-    sizes, lengths = (
-        list(dict.fromkeys(bucket[:2] for bucket in buckets)),
-        sorted({bucket.text_length for bucket in buckets}),
-    )
-    sizes.sort(key=lambda size: size[1] / size[0])
+    sizes = sorted(dict.fromkeys(bucket[:2] for bucket in buckets), key=lambda size: size[1] / size[0])
+    lengths = sorted({bucket.text_length for bucket in buckets})
     ratios = np.array([w / h for h, w in sizes])
     known = (width > 0) & (height > 0)
     ratio = np.where(known, width, 1) / np.where(known, height, 1)
+    # The border of two ratios by their logarithms is their geometric mean.
     shape = np.searchsorted(np.sqrt(ratios[1:] * ratios[:-1]), ratio)
     tokens = np.ceil(characters / characters_per_token) + SPECIAL_TOKENS
     text = np.minimum(np.searchsorted(lengths, tokens), len(lengths) - 1)
@@ -81,12 +79,14 @@ def assign(
 def merged(counts: Sequence[int], buckets: Sequence[Bucket], at_least: int) -> list[int]:
     """For each bucket the one that its samples join, so that none has fewer than `at_least` (a global batch).
 
-    The smallest bucket goes first, to the bucket with the nearest aspect ratio, of these to the one with the
-    shortest text,
-    among those whose text is no shorter. Where there is none it stays, and a batch holds its samples more than once.
+    counts: samples of each bucket. Of the buckets that are too small the smallest goes first: it joins one whose text
+    is no shorter, so that no caption is cut; among these the one with the nearest aspect ratio; among these the one
+    with the shortest text. What it joins may be too small itself, and then takes these samples along when its own turn
+    comes. A bucket that can join none stays as it is: its batches hold a sample more than once.
     """
     counts, joins = list(counts), list(range(len(buckets)))
-    stuck: set[int] = set()
+    stuck: set[int] = set()  # too small, but with no other to join
+    # Each turn empties a bucket or adds one to `stuck`, so this ends.
     while small := [c for c, count in enumerate(counts) if 0 < count < at_least and c not in stuck]:
         one = min(small, key=lambda c: (counts[c], c))
 
@@ -101,7 +101,7 @@ def merged(counts: Sequence[int], buckets: Sequence[Bucket], at_least: int) -> l
             continue
         into = min(others, key=distance)
         counts[into], counts[one] = counts[into] + counts[one], 0
-        joins = [into if bucket == one else bucket for bucket in joins]
+        joins = [into if bucket == one else bucket for bucket in joins]  # also those that had joined `one` before
     return joins
 
 
@@ -110,7 +110,8 @@ class Schedule:
 
     def __init__(self, seed: int, shares: Sequence[Fraction]) -> None:
         self._seed, self._rates = seed, rates_of(shares)
-        self._block: tuple[int, list[StepBucket]] = -1, []  # the last one that was asked for
+        # The block that was asked for last: its number and its steps.
+        self._block: tuple[int, list[StepBucket]] = -1, []
 
     def at(self, step: int) -> StepBucket:
         """The bucket of a step."""
@@ -119,32 +120,34 @@ class Schedule:
             steps = np.arange(block * BLOCK, (block + 1) * BLOCK)
             buckets, numbers = deal(self._rates, steps)
             shuffled = buckets[np.argsort(mix(self._seed, _PURPOSE_STEPS, steps), kind="stable")]
-            rising = np.empty_like(numbers)  # so that a bucket's steps come in their order
+            # The shuffle moves buckets between steps; a bucket's numbers are handed out anew, so that they rise.
+            rising = np.empty_like(numbers)
             rising[np.argsort(shuffled, kind="stable")] = numbers[np.argsort(buckets, kind="stable")]
             self._block = block, [StepBucket(*pair) for pair in zip(shuffled.tolist(), rising.tolist(), strict=True)]
         return self._block[1][within]
 
 
 class BucketOrder:
-    """Which bucket each step reads, and which samples its slots do.
+    """Which bucket each step reads, and which samples of it each slot reads.
 
     A pure function of (seed, index, buckets, global batch size). With one bucket it is the Order of the index.
     epochs: None repeats for ever; with k, a bucket's positions past its k-th epoch have shard END_OF_DATA.
+    characters_per_token: data.characters_per_token, by which a caption's number of tokens is estimated.
     """
 
     def __init__(
         self,
         seed: int,
-        index: Rows,
+        index: IndexColumns,
         buckets: Sequence[Bucket],
         global_batch_size: int,
         epochs: int | None,
         characters_per_token: float,
     ) -> None:
         self._ends = np.cumsum(index.shard_sizes)
-        if len(buckets) == 1 or not len(index):  # an empty one is an error of Order
+        if len(buckets) == 1 or not len(index):  # an empty index is an error that Order raises
             self._bucket_of = None
-            self._orders = {0: Order(seed, index.shard_sizes, global_batch_size, epochs, index.parts)}
+            self._orders = {0: Order(seed, index.shard_sizes, global_batch_size, epochs, index.sources)}
             shares = [Fraction(1)]
         else:
             self._bucket_of = _buckets_of(index, buckets, characters_per_token)
@@ -152,12 +155,12 @@ class BucketOrder:
             self._joins = np.array(merged(sizes.sum(axis=1).tolist(), buckets, global_batch_size))
             sizes = np.stack([sizes[self._joins == c].sum(axis=0) for c in range(len(buckets))])
             read = [c for c in range(len(buckets)) if sizes[c].any()]
-            parts = {c: _parts(index, sizes[c]) for c in read}
+            sources = {c: _sources_of_bucket(index, sizes[c]) for c in read}
             self._orders = {
-                c: Order(int(mix(seed, _PURPOSE_BUCKET, c)), sizes[c].tolist(), global_batch_size, epochs, parts[c])
+                c: Order(int(mix(seed, _PURPOSE_BUCKET, c)), sizes[c].tolist(), global_batch_size, epochs, sources[c])
                 for c in read
             }
-            shares = [sum((Fraction(part.weight) for part in parts[c]), Fraction()) for c in read]
+            shares = [sum((Fraction(source.weight) for source in sources[c]), Fraction()) for c in read]
         self._read = list(self._orders)
         self._schedule = Schedule(seed, shares)
 
@@ -173,28 +176,28 @@ class BucketOrder:
         """The buckets that hold samples."""
         return list(self._read)
 
-    def queues(self, at: StepBucket, slots: range) -> list[Iterator[Run]]:
-        """For each slot the endless chunks of at.bucket that it reads from the bucket's step at.number on."""
+    def queues(self, at: StepBucket, slots: range) -> list[Iterator[Chunk]]:
+        """For each slot the endless chunks of at.bucket that it reads, from the bucket's step at.number on."""
         queues = self._orders[at.bucket].queues(at.number, slots)
         return [self._located(at.bucket, queue) for queue in queues] if self._bucket_of is not None else queues
 
-    def _located(self, bucket: int, queue: Iterator[Run]) -> Iterator[Run]:
-        """Samples numbered within the bucket -> samples of their shard."""
-        for run in queue:
-            if run.shard == END_OF_DATA:
-                yield run
+    def _located(self, bucket: int, queue: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The bucket's order numbers samples within the bucket; here they get their numbers in the shard."""
+        for chunk in queue:
+            if chunk.shard == END_OF_DATA:
+                yield chunk
             else:
-                yield Run(run.shard, self._members(run.shard, bucket)[run.samples])
+                yield Chunk(chunk.shard, self._members(chunk.shard, bucket)[chunk.samples])
 
     def _members(self, shard: int, bucket: int) -> np.ndarray:
-        """int64: the samples of a shard that are in a bucket."""
+        """int64: the samples of a shard that are in a bucket, in the order of the shard."""
         assert self._bucket_of is not None
         first = int(self._ends[shard - 1]) if shard else 0
         return np.flatnonzero(self._joins[self._bucket_of[first : self._ends[shard]]] == bucket)
 
 
-def _buckets_of(index: Rows, buckets: Sequence[Bucket], characters_per_token: float) -> np.ndarray:
-    """uint8 [samples] (uint16 for many buckets): the bucket of every sample, before small buckets are merged."""
+def _buckets_of(index: IndexColumns, buckets: Sequence[Bucket], characters_per_token: float) -> np.ndarray:
+    """uint8 [samples] (uint16 with over 256 buckets): the bucket of every sample, before small buckets are merged."""
 
     def make() -> np.ndarray:
         bucket_of = np.empty(len(index), np.uint8 if len(buckets) <= 256 else np.uint16)
@@ -204,12 +207,12 @@ def _buckets_of(index: Rows, buckets: Sequence[Bucket], characters_per_token: fl
             bucket_of[rows] = assign(width, height, characters, buckets, characters_per_token)
         return bucket_of
 
-    asked = repr((_ASSIGN_VERSION, [tuple(bucket) for bucket in buckets], characters_per_token))
-    return index.kept(f"buckets-{hashlib.sha256(asked.encode()).hexdigest()[:16]}", make)
+    question = repr((_ASSIGN_VERSION, [tuple(bucket) for bucket in buckets], characters_per_token))
+    return index.stored_array(f"buckets-{hashlib.sha256(question.encode()).hexdigest()[:16]}", make)
 
 
 def _sizes(bucket_of: np.ndarray, shard_sizes: Sequence[int], buckets: int) -> np.ndarray:
-    """int64 [buckets, shards]: samples of each."""
+    """int64 [buckets, shards]: samples of each bucket in each shard."""
     sizes, first = np.zeros((buckets, len(shard_sizes)), np.int64), 0
     for shard, count in enumerate(shard_sizes):
         sizes[:, shard] = np.bincount(bucket_of[first : first + count], minlength=buckets)
@@ -217,15 +220,16 @@ def _sizes(bucket_of: np.ndarray, shard_sizes: Sequence[int], buckets: int) -> n
     return sizes
 
 
-def _parts(index: Rows, sizes: np.ndarray) -> list[Part]:
-    """The sources as a bucket has them: weights by the share of each source's samples that lies in the bucket.
+def _sources_of_bucket(index: IndexColumns, sizes: np.ndarray) -> list[Source]:
+    """The sources as a bucket sees them: the weight of each times the share of its samples that lies in the bucket.
 
     sizes: int64 [shards], the bucket's samples.
     """
-    parts, first = [], 0
-    for part in index.parts:
-        own = slice(first, first + part.shards)
+    sources, first = [], 0
+    for source in index.sources:
+        own = slice(first, first + source.shards)
         whole = int(sum(index.shard_sizes[own]))
-        parts.append(Part(part.shards, Fraction(part.weight) * Fraction(int(sizes[own].sum()), max(1, whole))))
-        first += part.shards
-    return parts
+        weight = Fraction(source.weight) * Fraction(int(sizes[own].sum()), max(1, whole))
+        sources.append(Source(source.shards, weight))
+        first += source.shards
+    return sources

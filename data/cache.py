@@ -1,33 +1,37 @@
-"""Blocks of remote files kept in a local folder: bounded, safe with several processes, least recently used go first."""
+"""Blocks of remote files in a local folder: of bounded size, shared by processes, the least recently used go first.
+
+fsspec's caches would not do: blockcache bounds no size and is not made for several processes, and filecache and
+simplecache fetch whole files, of which a shuffled reader uses a few ranges.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .files import temporary_beside
+from .files import lock, temporary_beside
 
 BLOCK_BYTES = 8 << 20
-_FULL, _AFTER = 7 / 8, 3 / 4  # of the limit: where removal starts, and where it ends
-_CHECKS = 256  # a process looks at the folder after writing this part of the limit
+_FULL, _AFTER = 7 / 8, 3 / 4  # shares of the limit at which removal begins and ends
+_CHECKS = 256  # a process looks at the folder's size after it has written 1 / _CHECKS of the limit
 
 
 class BlockCache:
     """Reads of remote files through a folder of blocks.
 
-    limit: bytes that the folder holds at most, whatever the number of processes (up to 32) that write to it.
+    limit: the most bytes that the folder holds while up to 32 processes write to it.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
-        self._written = limit  # the first write looks at what is there already
+        self._written = limit  # so that the first write looks at what is there already
 
     def read(self, name: str, start: int, end: int, size: int, fetch: Callable[[int, int], bytes]) -> bytes:
-        """Bytes start ... end of a file of `size` bytes; blocks that are not there are fetched and kept.
+        """Bytes start ... end of a file of `size` bytes. Blocks that are not in the folder are fetched and stored
+        there.
 
         name: identifies the file and its version. fetch: (start, end) -> bytes.
         """
@@ -46,8 +50,8 @@ class BlockCache:
                 os.utime(path)
                 return data
         data = fetch(first, last)
-        if len(data) == last - first:  # else the server was at fault: nothing to keep
-            with contextlib.suppress(OSError), temporary_beside(path) as temporary:  # a full disk only costs time
+        if len(data) == last - first:  # else the server was at fault, and nothing is stored
+            with contextlib.suppress(OSError), temporary_beside(path) as temporary:  # a full disk costs time only
                 temporary.write_bytes(data)
             self._written += len(data)
             if self._written > self._limit / _CHECKS:
@@ -56,9 +60,9 @@ class BlockCache:
         return data
 
     def _make_room(self) -> None:
-        """Remove the blocks that were not read for longest; one process at a time."""
-        with contextlib.suppress(OSError), open(self._folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        """Remove the blocks that were not read for longest. One process at a time does it; the others go on."""
+        with contextlib.suppress(OSError), open(self._folder / ".lock", "w") as lock_file:
+            lock(lock_file, wait=False)
             blocks = []
             for path in self._folder.glob("*/*"):
                 with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Data and encoders for debug runs: captioned shapes drawn with PIL, a small T5 and DINOv2 made from configs."""
+"""Data and encoders for debug runs: captioned shapes drawn with PIL, and a small T5 and DINOv2 with random weights."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ COLOURS = {
     "black": (20, 20, 20),
     "white": (245, 245, 245),
 }
-CLASSES = len(SHAPES) * len(COLOURS)  # a label tells the shape and its colour
+CLASSES = len(SHAPES) * len(COLOURS)  # a label stands for a shape and its colour
 T5_SEED = DINOV2_SEED = 0
 _MARKER = "version-3"  # an empty file; a folder without it was made by older code
 
 
 def ensure_debug_assets(folder: Path = Path(".cache/debug")) -> Path:
-    """Draw train-00000{0,1}.tar, val-000000.tar t5/ and dinov2/ into `folder` once; returns it.
+    """Make train-00000{0,1}.tar, val-000000.tar, t5/ and dinov2/ in `folder`, unless they are there. -> the folder.
 
-    Safe when several processes call it at the same time: the folder is complete or absent.
+    Several processes may call it at the same time: the folder is complete or absent.
     """
     if folder.is_dir() and not (folder / _MARKER).is_file():
         shutil.rmtree(folder)
@@ -52,7 +52,7 @@ def ensure_debug_assets(folder: Path = Path(".cache/debug")) -> Path:
 
 
 def _samples() -> Iterator[tuple[str, bytes, str, str, int]]:
-    """All (key, png, "png", caption, label), in an order by hash so that neighbours differ."""
+    """All samples (key, image, "png", caption, label), in an order by hash so that neighbours differ."""
     places = [(x, y, radius) for radius in (7, 10) for x in (12, 16, 20) for y in (12, 16, 20)]
     drawings = [
         (shape, colour, background, *place)
@@ -70,7 +70,7 @@ def _samples() -> Iterator[tuple[str, bytes, str, str, int]]:
 
 
 def _draw(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: int, y: int, radius: int) -> None:
-    """Fill a shape of the given radius around (x, y)."""
+    """Draw a filled shape of a radius in pixels around (x, y)."""
     left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
     if shape == "circle":
         draw.ellipse((left, top, right, bottom), fill=colour)
@@ -85,7 +85,7 @@ def _draw(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x
 
 
 def _save_t5(folder: Path) -> None:
-    """A seeded random T5 encoder of width 64 and ByT5's tokenizer, which reads bytes and needs no download."""
+    """Save a T5 encoder of width 64 with seeded random weights, and ByT5's tokenizer, which reads bytes."""
     quieten()
     tokenizer = ByT5Tokenizer()
     config = T5Config(
@@ -97,7 +97,7 @@ def _save_t5(folder: Path) -> None:
         num_heads=2,
         feed_forward_proj="gated-gelu",
     )
-    # The caller's generator must not depend on whether the assets were there already.
+    # The state of the caller's generator must not depend on whether the assets were there already.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(T5_SEED)
         model = T5EncoderModel(config)
@@ -106,7 +106,7 @@ def _save_t5(folder: Path) -> None:
 
 
 def _save_dinov2(folder: Path) -> None:
-    """A seeded random DINOv2 of 32 features, for 8 x 8 patches of 14 pixels."""
+    """Save a DINOv2 of 32 features for 8 x 8 patches of 14 pixels, with seeded random weights."""
     config = Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=112, patch_size=14
     )

@@ -1,15 +1,15 @@
-"""The errors of the data room, without torch, so that every command can name them at once."""
+"""The errors of data/, without torch, so that every command can name them at once."""
 
 from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Bad input of the data room: names the file or key, what was expected and what to do."""
+    """Bad input. The message names the file or key, what was expected and what to do."""
 
 
 class SampleError(Exception):
-    """A sample that cannot be used; the message is the reason under which holes are counted."""
+    """A sample that cannot be used. It becomes a hole, and the message is the reason under which holes are counted."""
 
 
 class StoreError(SampleError):
-    """The store did not give a sample's bytes; it may give them later. Messages begin with `store: `."""
+    """The store did not give a sample's bytes, and may give them later. Messages begin with `store: `."""

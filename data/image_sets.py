@@ -18,12 +18,11 @@ from webdataset.writer import TarWriter
 
 from .config import DataConfig
 from .errors import DataError, SampleError
-from .fetch import SampleFiles
 from .files import temporary_beside
 from .images import IMAGE_EXTENSIONS, load_rgb
 from .index import ImageTextIndex
 from .order import mix
-from .samples import captions_of, member
+from .samples import RawSample, SampleFiles, captions_of
 from .storage import LocalBytes, open_shards
 from .tar import members
 
@@ -33,7 +32,7 @@ _SUBSET_SEED = 0x5E7
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images by number. name: as in messages; fingerprint: identity of which images these are."""
+    """Images by number. name: what messages call the set. fingerprint: identifies which images it holds."""
 
     name: str
     fingerprint: str
@@ -45,8 +44,8 @@ class ImageSet:
         return self.size
 
     def pixels(self, numbers: Sequence[int], side: int) -> np.ndarray:
-        """uint8 [n, side, side, 3]: the largest square in the centre, resized by PIL's Lanczos filter where it has
-        another size. An image that cannot be read is a DataError: a hole would move every figure."""
+        """uint8 [n, side, side, 3]: the largest square in the centre of each image, resized by PIL's Lanczos filter
+        where it has another size. Raises DataError where an image cannot be read: a hole would change every figure."""
         return np.stack([self._square(number, side) for number in numbers])
 
     def _square(self, number: int, side: int) -> np.ndarray:
@@ -62,16 +61,17 @@ class ImageSet:
         return np.asarray(square if short == side else square.resize((side, side), Image.Resampling.LANCZOS))
 
     def captions(self) -> list[str]:
-        """The first caption of each image; DataError where the set has none."""
+        """The first caption of each image. Raises DataError where the set has none."""
         if self._caption is None:
             raise DataError(f"{self.name} is a folder of images, which have no captions: give shards, or a prompt file")
         return [self._caption(number) for number in range(self.size)]
 
 
 def open_image_set(spec: str, key: str, count: int | None = None) -> ImageSet:
-    """A folder of images (searched through) or shards, as config key `key` names them.
+    """A folder of images, subfolders included, or shards. key: the config key or option that names them.
 
-    count: a fixed subset of so many, which depends on the number of images alone; DataError where there are fewer.
+    count: images of a fixed subset, which depends on the number of images alone; None takes all. Raises DataError where
+    there are fewer, or none.
     """
     folder = Path(spec).expanduser()
     if folder.is_dir() and not any(folder.glob("*.tar")):
@@ -82,7 +82,7 @@ def open_image_set(spec: str, key: str, count: int | None = None) -> ImageSet:
     files = SampleFiles(index, DataConfig(), images_only=False)
     chosen = _subset(len(index), count, key, spec)
 
-    def sample(number: int) -> Any:
+    def sample(number: int) -> RawSample:
         return files.sample(*index.locate(int(chosen[number])))
 
     def caption(number: int) -> str:
@@ -92,13 +92,13 @@ def open_image_set(spec: str, key: str, count: int | None = None) -> ImageSet:
             raise DataError(f"{key}: {spec}: image {number} has no caption that can be read ({error})") from None
 
     def load(number: int) -> Image.Image:
-        return load_rgb(member(sample(number), "image"), DataConfig().max_image_pixels)
+        return load_rgb(sample(number).member("image"), DataConfig().max_image_pixels)
 
     return ImageSet(f"{key}: {spec}", _digest([index.fingerprint, len(chosen)]), len(chosen), load, caption)
 
 
 def image_files(folder: Path, key: str, count: int | None) -> list[Path]:
-    """Those of a folder that open_image_set takes, in its order."""
+    """The images of a folder that open_image_set takes, in its order."""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
     if not found:
         raise DataError(f"{key}: {folder} holds neither images ({', '.join(IMAGE_EXTENSIONS)}) nor .tar shards")
@@ -126,7 +126,8 @@ def open_npz_images(path: Path, key: str) -> ImageSet:
 
 
 def read_npz(path: Path, key: str, names: Sequence[str], lacks: str, expected: str) -> list[np.ndarray]:
-    """Arrays of an .npz; DataError where it is damaged or `lacks` one, which says what was `expected`."""
+    """The arrays `names` of an .npz. Raises DataError where the file is damaged or holds none of a name. lacks,
+    expected: what that message says of the file."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return [arrays[name] for name in names]
@@ -138,7 +139,7 @@ def read_npz(path: Path, key: str, names: Sequence[str], lacks: str, expected: s
 
 
 def _subset(size: int, count: int | None, key: str, spec: str) -> np.ndarray:
-    """The `count` numbers below size with the smallest hashes, rising."""
+    """The `count` numbers below size with the smallest hashes, in rising order."""
     if count is None:
         return np.arange(size)
     if count > size:
@@ -155,17 +156,17 @@ def _digest(identity: object) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: whole. facts: what else the file says of it."""
+    """text: untruncated. facts: what else the file says of it."""
 
     text: str
     facts: Mapping[str, Any]
 
 
 def read_prompts(path: str, key: str) -> list[Prompt]:
-    """Prompts in the order of the file; DataError names the line that has none.
+    """The prompts of a file, in its order. Raises DataError that names an entry without a prompt.
 
-    .txt: one a line. .jsonl: objects with "prompt" or "caption". .json: a list of such objects, or an object whose
-    values they are. Anything else: shards, whose samples' first captions are the prompts.
+    .txt: one prompt per line. .jsonl: objects with "prompt" or "caption". .json: a list of such objects, or an object
+    whose values they are. Anything else: shards, whose samples' first captions are the prompts.
     """
     file = Path(path).expanduser()
     if file.suffix not in (".txt", ".jsonl", ".json"):
@@ -199,7 +200,7 @@ def _prompt(entry: Any, where: str) -> Prompt:
 def write_images(
     path: Path, numbers: Sequence[int], images: np.ndarray, prompts: Sequence[Prompt], kind: ImageFormat, quality: int
 ) -> None:
-    """Images uint8 [n, H, W, 3] with their numbers and whole prompts as a WebDataset shard: complete or absent."""
+    """Write images uint8 [n, H, W, 3], their numbers and untruncated prompts as a shard: complete or absent."""
     with (
         temporary_beside(path) as temporary,
         open(temporary, "wb") as file,
@@ -219,15 +220,16 @@ def _encoded(pixels: np.ndarray, kind: ImageFormat, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def as_kept(images: np.ndarray, kind: ImageFormat, quality: int) -> np.ndarray:
-    """What read_images would give after write_images."""
+def as_read_back(images: np.ndarray, kind: ImageFormat, quality: int) -> np.ndarray:
+    """The images, uint8 [n, H, W, 3], that read_images would return after write_images."""
     if kind == "png":
         return images
     return np.stack([np.asarray(load_rgb(_encoded(pixels, kind, quality), 1 << 30)) for pixels in images])
 
 
 def read_images(path: Path, numbers: Sequence[int]) -> np.ndarray:
-    """Images uint8 [n, H, W, 3] of a shard of write_images, which must hold just these numbers."""
+    """The images uint8 [n, H, W, 3] of a shard of write_images. Raises DataError where it does not hold just these
+    numbers."""
     try:
         with open(path, "rb") as file:
             reader = LocalBytes(file.fileno())

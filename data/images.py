@@ -1,4 +1,4 @@
-"""Bytes of an image file -> uint8 pixels of one size; hostile files are refused before decoding."""
+"""The bytes of an image file -> uint8 pixels of one size. Hostile files are refused before they are decoded."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-# Decode JPEG at no less than this multiple of the target. Measured at 1500 x 2250 -> 256: as near to a full decode as a
-# gap of 2 (mean difference 3.1 of 255 on noise), in two thirds of the time.
+# A JPEG is decoded at no less than this multiple of the target's size. Measured at 1500 x 2250 -> 256: as near to a
+# full decode as a gap of 2 (a mean difference of 3.1 of 255 on noise), in two thirds of the time.
 _DRAFT_GAP = 1.4
-_REDUCING_GAP = 2.0  # of the resize, as PIL's thumbnail
+_REDUCING_GAP = 2.0  # of PIL's resize, as in its thumbnail
 
 
 @contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
-    """Open lazily (header only) with PIL's own size limit off: the room checks data.max_image_pixels itself."""
+    """Open an image, of which PIL reads the header alone. PIL's own limit of its size is off: data.max_image_pixels is
+    checked here instead. Errors of the block, too, become SampleError."""
     if not data:
         raise SampleError("image: empty")
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -42,21 +43,21 @@ def _open(data: bytes) -> Iterator[Image.Image]:
 
 
 def _is_transposed(image: Image.Image) -> bool:
-    # PNG is left out: PIL decodes the whole picture to look for EXIF after the pixels.
+    # PNG is left out: PIL would decode the whole image to look for EXIF behind the pixels.
     if image.format == "PNG" or not image.info.get("exif"):
         return False
     return image.getexif().get(_ORIENTATION_TAG) in _TRANSPOSED
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels as shown, from the header alone; SampleError where it cannot be read."""
+    """(width, height) of an upright image in pixels, from its header alone. SampleError where it is unreadable."""
     with _open(data) as image:
         width, height = image.size
         return (height, width) if _is_transposed(image) else (width, height)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB; transparency is composited on white, 16-bit grey is scaled to 8."""
+    """An image of any mode in RGB: transparency is composited on white, 16-bit grey is scaled to 8 bits."""
     if image.mode.startswith("I"):  # 16-bit PNG: PIL's own conversion clips instead of scaling
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -66,11 +67,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_rgb(data: bytes, max_pixels: int, at_least: int | tuple[int, int] | None = None) -> Image.Image:
-    """Decode to an upright RGB image.
+    """Decode an image file to an upright RGB image. Raises SampleError where it cannot be.
 
-    data: a JPEG, PNG or WebP file. max_pixels: larger images raise SampleError before they are decoded.
-    at_least: the shorter side, or (height, width), that the caller needs; a JPEG may come back smaller than stored,
-        never below it.
+    data: a JPEG, PNG or WebP file. max_pixels: a larger image is refused before it is decoded.
+    at_least: the shorter side, or the (height, width), in pixels that the caller needs. A JPEG may come back smaller
+    than
+        it is stored, but not smaller than that.
     """
     with _open(data) as image:
         width, height = image.size
@@ -90,15 +92,16 @@ def load_rgb(data: bytes, max_pixels: int, at_least: int | tuple[int, int] | Non
 def decode_image(
     data: bytes, size: int | tuple[int, int], max_pixels: int, crop: tuple[float, float] | None, flip: bool
 ) -> np.ndarray:
-    """Decode, crop to the largest part of the wanted shape, resize.
+    """Decode an image file, crop it to its largest part of the wanted shape, and resize that. -> uint8 [3, height,
+    width].
 
-    data: a JPEG, PNG or WebP file. size: (height, width) in pixels, or the side of a square.
-    crop: where that part lies along x and y, in [0, 1); None takes the centre.
-    Returns uint8 [3, height, width]. Raises SampleError.
+    data: a JPEG, PNG or WebP file. size: (height, width) in pixels, or the side of a square. max_pixels: of the file.
+    crop: where the part lies along x and y, each in [0, 1); None takes the centre. flip: mirror it left to right.
+    Raises SampleError where the file cannot be decoded or holds more than max_pixels.
     """
     height, width = (size, size) if isinstance(size, int) else size
     image = load_rgb(data, max_pixels, at_least=(height, width))
-    # The whole width, or the whole height; the other side is rounded.
+    # The part has the whole width or the whole height of the image; its other side is rounded.
     part_width = min(image.width, max(1, round(image.height * width / height)))
     part_height = min(image.height, max(1, round(image.width * height / width)))
     spare_x, spare_y = image.width - part_width, image.height - part_height

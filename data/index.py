@@ -1,12 +1,12 @@
-"""Index over all samples of the sources, packed in files that every process of a machine reads.
+"""Index over all samples of all sources: the indexes of the shards, packed into files that all processes of a machine
+read.
 
-Nothing of it but names and sizes of shards is held in memory: a row is read when its sample is.
+Only names and sizes of shards are held in memory: a row is read when its sample is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,19 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from .caption_files import Captions
+from .captions import CaptionFile
 from .config import DataConfig
 from .errors import DataError
-from .files import folder_once, temporary_beside
-from .order import Part
+from .files import folder_once, lock, temporary_beside
+from .order import Source
 from .precomputed_format import Dataset, open_dataset
 from .shard_index import ABSENT, ShardIndex, load_index
-from .storage import FileVersion, Remote, RetryPolicy, Shard, open_shards, stamp
+from .storage import FileVersion, Remote, RetryPolicy, Shard, file_version, open_shards
 
 logger = logging.getLogger(__name__)
 
-_PACKED_VERSION = 3
-_STAMP_THREADS = 32  # a store answers in tens of milliseconds, a set has thousands of shards
+_PACKED_VERSION = 3  # of the packed files
+_VERSION_THREADS = 32  # a store answers within tens of milliseconds, and a set has thousands of shards
 COLUMNS = (
     "image_offset", "image_size", "caption_offset", "caption_size", "caption_is_json", "width", "height",
     "caption_length", "label", "text_offset", "text_size", "features_offset", "features_size",
@@ -57,27 +57,28 @@ ROW = np.dtype(
         ("features_size", "<i4"),
         ("precomputed", "?"),
         ("caption_is_json", "?"),
-        ("caption_beside", "?"),  # offset and size are those in captions.bin, not in the tar
+        ("caption_beside", "?"),  # whether the caption's offset and size are those in captions.bin, not in the tar
     ]
 )
 
 
 class IndexSource:
-    """Shards of one source, the file with their captions (None where the shards hold them), and the source's weight."""
+    """One source: its shards, the file with their captions (None where the shards hold them), and its weight."""
 
     def __init__(self, shards: Sequence[Shard], captions: Path | None = None, weight: float = 1.0) -> None:
         self.shards, self.captions, self.weight = list(shards), captions, weight
 
 
 class ImageTextIndex:
-    """Index over all samples of a list of shards, in shard order.
+    """Index over all samples of a list of shards, in the order of the shards.
 
-    shards: tar paths or URLs, or several sources of them. cache: folder for the packed index; None uses an unnamed
-    one that is gone with the process. stamps: the shards', where another process has asked for them; None asks.
-    `names` are the shards' names without .tar; `shard_sizes` counts samples; `parts` tells the sources for the order;
-    `fingerprint` identifies the data: names, keys, sizes and weights, not the folder. `dataset` tells what precomputed
-    shards were made with, None of images. The columns of all samples are attributes, numpy arrays mapped from the file.
-    Raises DataError where precomputed shards and others are mixed.
+    shards: paths of tars or URLs, or several sources of them. cache: folder for the packed index; None uses an unnamed
+    one that is gone with the process. versions: of the shards, where another process has asked for them; None asks.
+    Attributes: `names` of the shards without .tar; `shard_sizes`, samples of each; `sources`, for the order;
+    `fingerprint`, the identity of the data by names, keys, sizes and weights, whatever the folder; `dataset`, what
+    precomputed shards were made with, None where the shards hold images. Each of COLUMNS is an attribute too: a numpy
+    array [samples], mapped from the file.
+    Raises DataError where a shard cannot be read, or precomputed shards and shards of images are mixed.
     """
 
     image_offset: np.ndarray
@@ -99,28 +100,28 @@ class ImageTextIndex:
         self,
         shards: Sequence[Shard] | Sequence[IndexSource],
         cache: Path | None = None,
-        patience: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
-        stamps: Sequence[FileVersion] | None = None,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
+        versions: Sequence[FileVersion] | None = None,
     ) -> None:
         sources = [source for source in shards if isinstance(source, IndexSource)]
         sources = sources or [IndexSource([shard for shard in shards if not isinstance(shard, IndexSource)])]
         flat = [shard for source in sources for shard in source.shards]
-        if stamps is None:
-            with ThreadPoolExecutor(_STAMP_THREADS) as threads:
-                stamps = list(threads.map(lambda shard: stamp(shard, patience), flat))
-        if len(stamps) != len(flat):
+        if versions is None:
+            with ThreadPoolExecutor(_VERSION_THREADS) as threads:
+                versions = list(threads.map(lambda shard: file_version(shard, retry), flat))
+        if len(versions) != len(flat):
             raise DataError(
-                f"data.shards: this process finds {len(flat)} shards and rank 0 {len(stamps)}: give every process "
+                f"data.shards: this process finds {len(flat)} shards and rank 0 {len(versions)}: give every process "
                 "the same files"
             )
         self.paths = [shard if isinstance(shard, Remote) else shard.resolve() for shard in flat]
         self.names = [shard.name.removesuffix(".tar") for shard in flat]
-        self.stamps = list(stamps)
-        self.parts = [Part(len(source.shards), source.weight) for source in sources]
+        self.versions = list(versions)
+        self.sources = [Source(len(source.shards), source.weight) for source in sources]
 
-        with self._folder(sources, cache, patience) as folder:
+        with self._folder(sources, cache, retry) as folder:
             self._open(folder)
-        self.dataset: Dataset | None = open_dataset(self.paths, patience) if self._precomputed else None
+        self.dataset: Dataset | None = open_dataset(self.paths, retry) if self._precomputed else None
 
     def _open(self, folder: Path) -> None:
         self._packed = folder
@@ -133,48 +134,50 @@ class ImageTextIndex:
         weakref.finalize(self, _close, list(self._files.values()))
 
     @contextlib.contextmanager
-    def _folder(self, sources: Sequence[IndexSource], cache: Path | None, patience: RetryPolicy) -> Iterator[Path]:
+    def _folder(self, sources: Sequence[IndexSource], cache: Path | None, retry: RetryPolicy) -> Iterator[Path]:
         """The folder of the packed index of these shards, made where it is missing."""
         identity = hashlib.sha256(f"{_PACKED_VERSION}\0".encode())
-        for name, known in zip(self.names, self.stamps, strict=True):
+        for name, known in zip(self.names, self.versions, strict=True):
             identity.update(f"{name}\0{known.version}\0".encode())
         for source in sources:
-            captions = stamp(source.captions).version if source.captions else ""
+            captions = file_version(source.captions).version if source.captions else ""
             identity.update(f"{len(source.shards)}\0{source.weight}\0{captions}\0".encode())
         packed = cache / identity.hexdigest()[:32] if cache else None
         if packed is not None and not packed.is_dir():
             try:
                 packed.parent.mkdir(parents=True, exist_ok=True)
-                with open(packed.with_suffix(".lock"), "w") as lock:  # the processes of a machine come all at once
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                with open(packed.with_suffix(".lock"), "w") as lock_file:  # a machine's processes come all at once
+                    lock(lock_file)
                     if not packed.is_dir():
                         with folder_once(packed) as temporary:
-                            self._pack(sources, temporary, cache, patience)
+                            self._pack(sources, temporary, cache, retry)
             except OSError as error:
                 logger.warning("the index is packed anew each time: data.index_cache %s: %s", cache, error.strerror)
         if packed is not None and packed.is_dir():
             yield packed
         else:
-            with tempfile.TemporaryDirectory(prefix="mudit-index-") as unnamed:  # open files outlive their names
-                self._pack(sources, Path(unnamed), cache, patience)
+            with tempfile.TemporaryDirectory(
+                prefix="mudit-index-"
+            ) as unnamed:  # files that are open outlive their names
+                self._pack(sources, Path(unnamed), cache, retry)
                 yield Path(unnamed)
 
-    def _pack(self, sources: Sequence[IndexSource], folder: Path, cache: Path | None, patience: RetryPolicy) -> None:
-        """Write rows.bin, keys.bin, captions.bin and set.json; one shard's index in memory at a time."""
+    def _pack(self, sources: Sequence[IndexSource], folder: Path, cache: Path | None, retry: RetryPolicy) -> None:
+        """Write rows.bin, keys.bin, captions.bin and set.json, with the index of one shard in memory at a time."""
         sizes: list[int] = []
         digests = []
-        kinds: dict[bool, str] = {}  # the last shard of each
+        kinds: dict[bool, str] = {}  # {precomputed or not: the last such shard}
         with (
             open(folder / "rows.bin", "wb") as rows,
             open(folder / "keys.bin", "wb") as keys,
             open(folder / "captions.bin", "wb") as texts,
         ):
             for source in sources:
-                captions = Captions(source.captions, texts) if source.captions else None
+                captions = CaptionFile(source.captions, texts) if source.captions else None
                 digest = hashlib.sha256()
                 for shard in source.shards:
                     number = len(sizes)
-                    found = load_index(shard, cache, patience, known_stamp=self.stamps[number])
+                    found = load_index(shard, cache, retry, known_version=self.versions[number])
                     packed, names = _pack_rows(found, keys.tell(), captions)
                     kinds[bool(packed["precomputed"].any())] = self.names[number]
                     if len(kinds) > 1:
@@ -211,9 +214,11 @@ class ImageTextIndex:
             return self._rows[name]
         raise AttributeError(name)
 
-    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """An array that follows from the index: made once, and mapped by all processes of a machine from a file beside
-        the packed index. Where that is not kept, or cannot be written, each process holds its own."""
+    def stored_array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that follows from the index. It is made once and stored beside the packed index, from where all
+        processes of a machine map it. Where the index is not stored, or the array cannot be, each process makes its
+        own.
+        """
         path = self._packed / f"{name}.npy"
         with contextlib.suppress(OSError):
             if self._packed.is_dir() and not path.is_file():
@@ -223,35 +228,36 @@ class ImageTextIndex:
         return make()
 
     def samples_until_first_end(self) -> int:
-        """Samples that a run reads in the right shares until the first source has come to its end."""
-        total, first, ends = sum(part.weight for part in self.parts), 0, []
-        for part in self.parts:
-            ends.append(int(sum(self.shard_sizes[first : first + part.shards]) * (total / part.weight)))
-            first += part.shards
+        """How many samples of all sources, in the shares of their weights, a run reads before the first source has come
+        to its end."""
+        total, first, ends = sum(source.weight for source in self.sources), 0, []
+        for source in self.sources:
+            ends.append(int(sum(self.shard_sizes[first : first + source.shards]) * (total / source.weight)))
+            first += source.shards
         return min(ends)
 
     def row(self, shard: int, sample: int) -> int:
-        """Row of a shard's sample in the flat arrays."""
+        """The row of a shard's sample in the columns."""
         return int(self._first[shard]) + sample
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(shard, sample) of a row."""
+        """(shard, sample) of a row of the columns."""
         shard = int(np.searchsorted(self._first, row, side="right")) - 1
         return shard, row - int(self._first[shard])
 
     def rows(self, shard: int, samples: np.ndarray) -> np.ndarray:
-        """ROW [n] of n neighbouring samples of a shard, read from the file: mapped pages would count as memory."""
+        """ROW [n] of n neighbouring samples of a shard. They are read: mapped pages would count as memory."""
         first = int(samples.min())
         count = int(samples.max()) - first + 1
         data = os.pread(self._files["rows"], count * ROW.itemsize, self.row(shard, first) * ROW.itemsize)
         return np.frombuffer(data, ROW)[samples - first]
 
     def key(self, row: np.void) -> str:
-        """Key of a row."""
+        """The key of a sample, by its ROW."""
         return os.pread(self._files["keys"], int(row["key_size"]), int(row["key_offset"])).decode()
 
     def caption_beside(self, row: np.void) -> bytes:
-        """Text of a row whose caption lies beside the shards."""
+        """The caption of a sample whose caption lies beside the shards, by its ROW."""
         return os.pread(self._files["captions"], int(row["caption_size"]), int(row["caption_offset"]))
 
     def name(self, shard: int, sample: int) -> str:
@@ -264,14 +270,14 @@ def _close(descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
-def _pack_rows(index: ShardIndex, keys_before: int, captions: Captions | None) -> tuple[np.ndarray, list[str]]:
-    """ROW of each sample of a shard, and the keys. keys_before: bytes of keys of the shards before."""
+def _pack_rows(index: ShardIndex, keys_before: int, captions: CaptionFile | None) -> tuple[np.ndarray, list[str]]:
+    """(ROW [n], n keys) of the samples of a shard. keys_before: bytes of the keys of all shards before it."""
     table = index.table
     names: list[str] = table.column("key").to_pylist()
     packed = np.zeros(len(names), ROW)
     for column in COLUMNS:
         values = table.column(column).to_numpy()
-        # A size that does not fit is cut to one that is refused as well (MAX_MEMBER_BYTES).
+        # A size that does not fit into 32 bits becomes the largest one, which is refused as well (MAX_MEMBER_BYTES).
         packed[column] = np.minimum(values, np.iinfo(np.int32).max) if column.endswith("_size") else values
     packed["key_size"] = [len(name.encode()) for name in names]
     packed["key_offset"] = keys_before + np.cumsum(packed["key_size"]) - packed["key_size"]
@@ -294,18 +300,18 @@ def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.
         digest.update(labels.tobytes())
 
 
-def open_index(cfg: DataConfig, stamps: Sequence[FileVersion] | None = None) -> ImageTextIndex:
-    """The index of a config's training data; stamps as of ImageTextIndex. Raises DataError where a shard is missing."""
+def open_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
+    """The index of a config's training data. versions: as of ImageTextIndex. DataError where a shard is missing."""
     key = "data.sources" if cfg.sources else "data.shards"
     sources = [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
-    return ImageTextIndex(sources, Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), stamps)
+    return ImageTextIndex(sources, Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), versions)
 
 
-def open_validation_index(cfg: DataConfig, stamps: Sequence[FileVersion] | None = None) -> ImageTextIndex:
-    """The index of data.val_shards; stamps as of ImageTextIndex."""
+def open_validation_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
+    """The index of data.val_shards. versions: as of ImageTextIndex. Raises DataError where a shard is missing."""
     assert cfg.val_shards is not None
     source = IndexSource(open_shards(cfg.val_shards, "data.val_shards"), _captions(cfg.captions))
-    return ImageTextIndex([source], Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), stamps)
+    return ImageTextIndex([source], Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), versions)
 
 
 def _captions(path: str | None) -> Path | None:

@@ -1,14 +1,14 @@
 """dataset.json beside precomputed shards: what they were made with, and whether a config may train on them.
 
-A sample of such a shard is, side by side in the tar and readable by any WebDataset reader:
+A sample of such a shard consists of these members, side by side in the tar and readable by any WebDataset reader:
 
-    KEY.cls          its class, where there is one
+    KEY.cls          its class, where it has one
     KEY.json         {"captions": [...], "weights": [...], "tokens": [...], "width": W, "height": H}
-    KEY.latents.npy  fp16 [V, 2, C, h, w]: mean and log variance; V = 2 with the flipped image's behind
-    KEY.text.npy     uint16 [sum of tokens, D]: the bits of bf16 states of all captions, one behind the other
-    KEY.features.npy fp16 [V, N, F]: what an image encoder sees at each of N image tokens, where REPA was asked for
+    KEY.latents.npy  fp16 [V, 2, C, h, w]: mean and log variance; where V is 2, those of the flipped image come second
+    KEY.text.npy     uint16 [sum of tokens, D]: the bits of the bf16 states of all captions, one after the other
+    KEY.features.npy fp16 [V, N, F]: what REPA's encoder sees at each of N image tokens, where it was asked for
 
-or KEY.hole, the reason why the original could not be used: it keeps its place.
+A sample that could not be used keeps its place: it is KEY.hole alone, which holds the reason.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ import numpy as np
 
 from .config import NONE, AutoencoderConfig, DataConfig, TextEncoderConfig
 from .errors import DataError, SampleError
-from .storage import Remote, RetryPolicy, Shard, read_remote, stamp
+from .storage import Remote, RetryPolicy, Shard, file_version, read_remote
 
 DATASET, EMPTY_CAPTION = "dataset.json", "empty_caption.npy"
 LAYOUT = 1
-HEADER = 128  # bytes of a .npy file before its numbers
-_SHARED = ("layout", "autoencoder", "text_encoder", "resolution", "flips")  # what several sets must agree on
-_REPA = "repa_encoder"  # and on this, which sets without features need not have
+HEADER = 128  # bytes of a .npy file before its array
+_SHARED = ("layout", "autoencoder", "text_encoder", "resolution", "flips")  # keys that several sets must agree on
+_REPA = "repa_encoder"  # they must agree on this key too, which sets without features lack
 
 
 def npy(array: np.ndarray) -> bytes:
-    """A .npy file, whose header has HEADER bytes for any shape of ours."""
+    """A .npy file of an array. Its header has HEADER bytes for any shape that precomputed samples have."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     assert buffer.tell() == HEADER + array.nbytes
@@ -47,9 +47,9 @@ def npy(array: np.ndarray) -> bytes:
 class Dataset:
     """A precomputed set.
 
-    where: path of its dataset.json, for messages. declared: the content (of the first set, where there are several),
-    see Precompute.declared. digest: hash of all of them. empty_caption: uint16 [T, D], bits of bf16 states, None where
-    the set is of classes.
+    where: path of its dataset.json, for messages. declared: the content of that file (the first one, where there are
+    several), see Precompute.declared. digest: hash of the contents of all. empty_caption: uint16 [T, D], the bits of
+    the empty caption's bf16 states; None in a set for a model of classes.
     """
 
     where: str
@@ -66,20 +66,20 @@ class Dataset:
 
     @property
     def features_shape(self) -> tuple[int, int, int]:
-        """(V, N, F) of KEY.features.npy, in a set that has it."""
+        """(V, N, F) of KEY.features.npy, in a set that holds it."""
         encoder = self.declared[_REPA]
         return 1 + self.declared["flips"], encoder["tokens_a_side"] ** 2, encoder["width"]
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Identity of the encoders and of the set, as checkpoints store it."""
+        """What identifies the encoders and the set, as checkpoints store it."""
         encoders = {part: said for part in ("autoencoder", "text_encoder", _REPA) if (said := self.declared.get(part))}
         return {**{part: said["fingerprint"] for part, said in encoders.items()}, "precomputed_dataset": self.digest}
 
     def check(
         self, data: DataConfig, autoencoder: AutoencoderConfig, text: TextEncoderConfig, classes: int | None
     ) -> None:
-        """Raise DataError where a config would not train on what is there."""
+        """Raise DataError where a config does not fit to the set."""
         said = self.declared["autoencoder"]
         pairs = [("data.resolution", data.resolution, self.declared["resolution"])]
         pairs += [(f"autoencoder.{key}", getattr(autoencoder, key), said[key]) for key in ("channels", "downsample")]
@@ -123,8 +123,8 @@ class Dataset:
                 )
 
     def check_encoder(self, part: str, fingerprint: str) -> None:
-        """Raise DataError where the "autoencoder", "text_encoder" or "repa_encoder" at hand is not the one that the set
-        was made with."""
+        """Raise DataError where an encoder is not the one that the set was made with. part: "autoencoder",
+        "text_encoder" or "repa_encoder"."""
         found = self.declared[part]["fingerprint"]
         if fingerprint != found:
             key = "objective.repa_encoder" if part == _REPA else f"{part}.path"
@@ -135,7 +135,7 @@ class Dataset:
 
 
 def check_images(autoencoder: AutoencoderConfig, text: TextEncoderConfig, classes: int | None) -> None:
-    """Raise DataError where a config has no encoders, which only precomputed shards train without."""
+    """Raise DataError where a config lacks an encoder: only training on precomputed shards needs none."""
     if text.path == NONE and classes is None:
         raise DataError("text_encoder.path is none: it is needed to encode captions, give a folder or hub id")
     if autoencoder.path == NONE and autoencoder.downsample != 1:
@@ -146,7 +146,8 @@ def check_images(autoencoder: AutoencoderConfig, text: TextEncoderConfig, classe
 
 
 def check_same_kind(training: Dataset | None, validation: Dataset | None) -> None:
-    """Raise DataError where data.val_shards do not give what data.shards give."""
+    """Raise DataError where data.val_shards hold something else than data.shards, images or precomputed samples, or
+    were precomputed with other encoders. None stands for images."""
     if training is None or validation is None:
         if training is not validation:
             kinds = ("images", "precomputed samples") if validation is None else ("precomputed samples", "images")
@@ -160,13 +161,14 @@ def check_same_kind(training: Dataset | None, validation: Dataset | None) -> Non
             )
 
 
-def open_dataset(shards: Sequence[Shard], patience: RetryPolicy) -> Dataset:
-    """What precomputed shards were made with. Raises DataError where that is missing, or sets do not fit together."""
+def open_dataset(shards: Sequence[Shard], retry: RetryPolicy) -> Dataset:
+    """What precomputed shards were made with. Raises DataError where their dataset.json is missing, or several sets do
+    not fit together."""
     found: dict[str, Dataset] = {}
     for shard in shards:
         beside = _beside(shard, DATASET)
         if str(beside) not in found:
-            found[str(beside)] = _read(shard, beside, patience)
+            found[str(beside)] = _read(shard, beside, retry)
     first, *others = found.values()
     for other in others:
         for key in (*_SHARED, _REPA):
@@ -181,7 +183,7 @@ def open_dataset(shards: Sequence[Shard], patience: RetryPolicy) -> Dataset:
 
 
 def dataset_digest(declared: dict[str, Any]) -> str:
-    """Identity of the content of dataset.json."""
+    """What identifies the content of a dataset.json."""
     return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
 
 
@@ -192,15 +194,15 @@ def _beside(shard: Shard, name: str) -> Shard:
     return Remote(urlunsplit(url._replace(path=f"{url.path.rpartition('/')[0]}/{name}")))
 
 
-def _bytes(shard: Shard, patience: RetryPolicy) -> bytes:
+def _bytes(shard: Shard, retry: RetryPolicy) -> bytes:
     if isinstance(shard, Path):
         return shard.read_bytes()
-    return read_remote(shard.url, 0, stamp(shard, patience).size, patience, 0)
+    return read_remote(shard.url, 0, file_version(shard, retry).size, retry, 0)
 
 
-def _read(shard: Shard, path: Shard, patience: RetryPolicy) -> Dataset:
+def _read(shard: Shard, path: Shard, retry: RetryPolicy) -> Dataset:
     try:
-        declared = json.loads(_bytes(path, patience))
+        declared = json.loads(_bytes(path, retry))
     except (OSError, SampleError, DataError):
         raise DataError(
             f"{shard} holds precomputed samples, but {path} cannot be read: finish launch/precompute.py by running it "
@@ -218,7 +220,7 @@ def _read(shard: Shard, path: Shard, patience: RetryPolicy) -> Dataset:
     if declared["text_encoder"] is not None:
         beside = _beside(shard, EMPTY_CAPTION)
         try:
-            data = _bytes(beside, patience)
+            data = _bytes(beside, retry)
             empty = np.frombuffer(data[HEADER:], np.uint16).reshape(-1, declared["text_encoder"]["width"])
         except (OSError, SampleError, DataError, ValueError):
             raise DataError(f"{beside} cannot be read: precompute writes it beside the shards, keep it there") from None

@@ -1,17 +1,17 @@
-"""Shards of images and captions -> shards of latents, text states and features (see data.precomputed_format for what
-is in them).
+"""Shards of images and captions -> shards of latents, text states and features (data.precomputed_format says what is
+in them).
 
-A shard is a function of its samples, the encoders and the batch size alone: not of the number of processes, nor of how
-often they were stopped. It is complete or absent. `dataset.json` is written when all shards are there.
+The bytes of a shard follow from its samples, the encoders and the batch size alone, not from the number of processes or
+from how often they were stopped. A shard is complete or absent. `dataset.json` is written when all shards are there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,28 +24,29 @@ import torch
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from .captions import CaptionChoice
 from .config import DataConfig
 from .encoders.autoencoder import Autoencoder
 from .encoders.dinov2 import FeatureEncoder
 from .encoders.text import TextEncoder
 from .errors import DataError, SampleError, StoreError
-from .fetch import Raw, SampleFiles
-from .files import temporary_beside
+from .files import lock, temporary_beside
 from .images import decode_image
 from .index import ImageTextIndex
-from .order import END_OF_DATA, Run
+from .order import END_OF_DATA, Chunk
 from .precomputed_format import DATASET, EMPTY_CAPTION, LAYOUT, npy
-from .samples import captions_of, label_of, member
-from .shard_index import ABSENT, FEATURES, HOLE, LATENTS, TEXT, CaptionChoice, index_path, load_index
+from .samples import RawSample, SampleFiles, captions_of
+from .shard_index import ABSENT, FEATURES, HOLE, LATENTS, TEXT, index_path, load_index
 
-_RUN = 64  # samples that are read together
-_BATCHES_AHEAD = 2  # decoded while one is encoded
-_UNFINISHED = ".precompute.json"  # dataset.json until all shards are there
+_CHUNK = 64  # samples that are read together
+_BATCHES_AHEAD = 2  # batches that are decoded while one is encoded
+_UNFINISHED = ".precompute.json"  # the name of dataset.json until all shards are there
+_PROBE, _PROBE_S = 64, 60.0  # `estimate` encodes so many samples, or for so many seconds, whichever is less
 Samples = Sequence[tuple[int, range]]  # (input shard, its samples)
 
 
 class _Decoded(NamedTuple):
-    """A sample before it is encoded: uint8 [3, R, R] pixels, None for a hole (its reason)."""
+    """A sample before it is encoded. pixels: uint8 [3, R, R], or None for a hole, of which `hole` is the reason."""
 
     key: str
     row: np.void
@@ -57,13 +58,14 @@ class _Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Precompute:
-    """What is made of which shards, and where to.
+    """A set of precomputed shards: what it is made of, how, and where it goes.
 
-    prefix: of PREFIX-000000.tar ...; one set a folder. text_encoder: None for a model of `classes` classes. per_shard:
-    samples of an output shard; None makes one of each input shard, so that training reads the same order as from
-    those. flips: latents of the flipped images as well. batch_size: images, and captions, that are encoded together.
-    precision: of the encoders, as it was asked for. feature_encoder: what REPA aligns tokens with, of which there are
-    tokens_a_side²; None stores no features.
+    prefix: of PREFIX-000000.tar ...; a folder holds one set. text_encoder: None for a model of `classes` classes.
+    per_shard: samples per output shard; None makes one output shard of each input shard, so that training reads the
+    samples in the same order as from those. flips: latents of the flipped images are stored as well. batch_size:
+    images, and captions, that are encoded together. precision: of the encoders, by its name in the config.
+    feature_encoder: the encoder that REPA aligns the model's tokens with, of which there are tokens_a_side²; None
+    stores no features.
     """
 
     index: ImageTextIndex
@@ -135,14 +137,14 @@ class Precompute:
         return found
 
     def path(self, number: int) -> Path:
-        """Where an output shard lies."""
+        """The path of an output shard."""
         return self.prefix.with_name(f"{self.prefix.name}-{number:06d}.tar")
 
-    def run(self, rank: int, world: int, tell: Callable[[str], None]) -> Counter[str]:
-        """Write those of this process's shards that are not there yet; returns the holes by reason.
+    def run(self, rank: int, world: int, report: Callable[[str], None]) -> Counter[str]:
+        """Write those of this process's shards that are not there yet. -> the number of holes by their reason.
 
-        The process that comes to find all shards complete writes dataset.json. Raises DataError where the folder holds
-        another set, or one made in another way.
+        The process that finds all shards complete writes dataset.json. report: is called with a line per shard. Raises
+        DataError where the folder holds another set, or one that was made in another way.
         """
         shards, holes = self.shards(), Counter[str]()
         own = range(rank, len(shards), world)
@@ -150,18 +152,18 @@ class Precompute:
         with self._locked():
             self._open_set()
         names = {self.path(number).name for number in own}
-        for left in self.prefix.parent.glob(".*.tar.*.tmp"):  # by a process that was killed as it wrote an index
-            if left.name[1:].partition(".tar.")[0] + ".tar" in names:
-                left.unlink()
+        for leftover in self.prefix.parent.glob(".*.tar.*.tmp"):  # of a process that was killed while it wrote an index
+            if leftover.name[1:].partition(".tar.")[0] + ".tar" in names:
+                leftover.unlink()
         for number in own:
             path = self.path(number)
             if path.exists():
-                tell(f"{path} is there")
+                report(f"{path} is there")
             else:
                 found = self._write_shard(path, shards[number])
                 holes += found
-                tell(f"{path}: {sum(len(part) for _, part in shards[number])} samples, {found.total()} of them holes")
-            load_index(path)  # makes it where a kill came between
+                report(f"{path}: {sum(len(part) for _, part in shards[number])} samples, {found.total()} of them holes")
+            load_index(path)  # makes it where a kill came between shard and index
         if all(self.path(number).exists() for number in range(len(shards))):
             with self._locked():
                 self._write_declared(DATASET)
@@ -176,18 +178,18 @@ class Precompute:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the files of the set as a whole, and clear away what killed processes have left of them."""
+        """Hold the lock of the set's own files (all but the shards), and remove what killed processes left of them."""
         folder = self.prefix.parent
-        with open(folder / ".lock", "w") as lock:
+        with open(folder / ".lock", "w") as lock_file:
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock(lock_file)
             for name in (DATASET, _UNFINISHED, EMPTY_CAPTION):
-                for left in folder.glob(f".{name}.*.tmp"):
-                    left.unlink()
+                for leftover in folder.glob(f".{name}.*.tmp"):
+                    leftover.unlink()
             yield
 
     def _open_set(self) -> None:
-        """Begin the set, or refuse a folder that holds something else."""
+        """Begin the set, or go on with it. Raises DataError where the folder holds something else."""
         folder, wanted = self.prefix.parent, self.declared()
         for name in (DATASET, _UNFINISHED):
             try:
@@ -218,16 +220,18 @@ class Precompute:
             temporary.write_text(json.dumps(self.declared(), indent=1) + "\n")
 
     def _write_shard(self, path: Path, samples: Samples) -> Counter[str]:
+        """Write one output shard and rename it when it is complete. -> its holes by reason."""
         holes: Counter[str] = Counter()
-        beside = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill left is overwritten
+        # Always the same name, not temporary_beside's: so it can be locked, and what a kill left is overwritten.
+        beside = path.with_name(f".{path.name}.tmp")
         with open(beside, "ab") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, wait=False)
             except BlockingIOError:
                 raise DataError(f"{path} is being written by another process: start each set once at a time") from None
             except OSError:
                 pass  # a file system without locks
-            if path.exists():  # that process has just finished
+            if path.exists():  # another process has just finished it
                 beside.unlink(missing_ok=True)
                 return holes
             file.truncate(0)
@@ -242,8 +246,31 @@ class Precompute:
             os.replace(beside, path)
         return holes
 
+    def estimate(self, images_per_s: float | None) -> str:
+        """What the whole set takes: terabytes and GPU-hours, by encoding a few samples of the first shard.
+
+        images_per_s: the rate of a process; None measures it on those samples. Raises DataError where there are none.
+        """
+        sizes: list[int] = []
+        begin = time.perf_counter()
+        for members in self.encoded([(0, range(min(_PROBE, self.index.shard_sizes[0])))]):
+            sizes.append(bytes_in_tar(members))
+            if time.perf_counter() - begin > _PROBE_S:
+                break
+        if not sizes:
+            raise DataError("data.shards: the first shard holds no sample")
+        rate, source = len(sizes) / (time.perf_counter() - begin), f"measured here on {len(sizes)}"
+        if images_per_s is not None:
+            rate, source = images_per_s, "given"
+        samples, mean = len(self.index), sum(sizes) / len(sizes)
+        return (
+            f"{samples} samples in {len(self.shards())} shards: {samples * mean / 1e12:.6f} TB ({mean:.0f} bytes per "
+            f"sample, mean of {len(sizes)}), {samples / rate / 3600:.3f} GPU-hours at {rate:.1f} images/s per process "
+            f"({source})"
+        )
+
     def encoded(self, samples: Samples) -> Iterator[dict[str, Any]]:
-        """Each sample's members by extension, and "__key__"."""
+        """For each sample its members by their extensions, and its key under "__key__"."""
         for batch in self._batches(samples):
             images = [sample.pixels for sample in batch if sample.pixels is not None]
             latents, features = self._latents(images), self._features(images)
@@ -268,8 +295,8 @@ class Precompute:
                 yield members
 
     def _batches(self, samples: Samples) -> Iterator[list[_Decoded]]:
-        """Decoded samples in batches, some ahead; threads are enough, decoders let go of Python's lock."""
-        # PIL's limit is global and images.py switches it off and on again, which threads must not see.
+        """Decoded samples in batches, some of them ahead, by threads: decoders let go of Python's lock."""
+        # PIL's limit is global, and images.py switches it off and on again, which would race between threads.
         Image.MAX_IMAGE_PIXELS = None
         raws = self._raws(samples)
         with ThreadPoolExecutor(max(1, self.data.num_workers)) as threads:
@@ -283,31 +310,31 @@ class Precompute:
                     return
                 yield [future.result() for future in ahead.popleft()]
 
-    def _raws(self, samples: Samples) -> Iterator[Raw]:
-        runs = [
-            Run(shard, np.array(part[first : first + _RUN]))
+    def _raws(self, samples: Samples) -> Iterator[RawSample]:
+        chunks = [
+            Chunk(shard, np.array(part[first : first + _CHUNK]))
             for shard, part in samples
-            for first in range(0, len(part), _RUN)
+            for first in range(0, len(part), _CHUNK)
         ]
         files = SampleFiles(self.index, self.data, images_only=self.text_encoder is None)
-        queue = itertools.chain(runs, itertools.repeat(Run(END_OF_DATA, np.array([END_OF_DATA]))))
+        queue = itertools.chain(chunks, itertools.repeat(Chunk(END_OF_DATA, np.array([END_OF_DATA]))))
         for raw in files.streams([queue])[0]:
             if raw is None:
                 return
             yield raw
 
-    def _decode(self, raw: Raw) -> _Decoded:
+    def _decode(self, raw: RawSample) -> _Decoded:
         key = self.index.key(raw.row)
         if self.per_shard is not None:  # samples of several shards may have the same key
             key = f"{self.index.names[raw.shard]}/{key}"
         nothing = CaptionChoice([], [])
         try:
             captions = captions_of(self.index, raw) if self.text_encoder is not None else nothing
-            label = label_of(raw, self.classes)
+            label = raw.label(self.classes)
             pixels = decode_image(
-                member(raw, "image"), self.data.resolution, self.data.max_image_pixels, crop=None, flip=False
+                raw.member("image"), self.data.resolution, self.data.max_image_pixels, crop=None, flip=False
             )
-        except StoreError as error:  # what is stored as a hole stays one
+        except StoreError as error:  # it may pass, and what is stored as a hole stays one
             raise DataError(
                 f"{self.index.paths[raw.shard]}: sample {self.index.key(raw.row)}: {error}: make it readable and "
                 "give the same command again, it goes on"
@@ -326,19 +353,19 @@ class Precompute:
         return _by_image(variants)
 
     def _features(self, pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """fp16 [V, N, F] of each image, uint8 [3, R, R]; nothing without an encoder for them."""
+        """fp16 [V, N, F] of each image, uint8 [3, R, R]; nothing where there is no feature encoder."""
         encoder, side = self.feature_encoder, self.tokens_a_side
         return _by_image([encoder.encode(images, side, side) for images in self._variants(pixels)] if encoder else [])
 
     def _variants(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """uint8 [b, 3, R, R] of the images, and of the flipped ones where these are wanted."""
+        """uint8 [b, 3, R, R]: the images, and where they are wanted the flipped ones."""
         if not pixels:
             return []
         images = torch.from_numpy(np.stack(pixels))
         return [images, images.flip(-1)] if self.flips else [images]
 
     def _texts(self, captions: list[str]) -> Iterator[np.ndarray]:
-        """uint16 [T, D] of each caption: the bits of its states in bf16."""
+        """uint16 [T, D] of each caption: the bits of the bf16 states of its T tokens."""
         for first in range(0, len(captions), self.batch_size):
             assert self.text_encoder is not None
             states, mask = self.text_encoder.encode(captions[first : first + self.batch_size])
@@ -357,7 +384,7 @@ def _bits(states: torch.Tensor) -> np.ndarray:
 
 
 def bytes_in_tar(members: dict[str, Any]) -> int:
-    """What a sample takes in a tar: a header for each member, and its bytes in whole blocks."""
+    """The bytes that a sample takes in a tar: a header per member, and the member in whole blocks of 512 bytes."""
     sizes = [
         len(value.encode() if isinstance(value, str) else value) for key, value in members.items() if key[0] != "_"
     ]

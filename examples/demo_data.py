@@ -25,7 +25,7 @@ from examples.archives import Archive, make_once
 from examples.palette import PALETTE
 from launch.common import run
 
-VERSION = "1"  # of what this script writes: another one makes the shards anew
+VERSION = "1"  # of what this script writes: shards of another version are made anew
 EMOJI_ARCHIVE = Archive(
     "@lobehub/fluent-emoji-3d@1.1.0",
     "lobehub-fluent-emoji-3d-1.1.0.tgz",
@@ -36,14 +36,14 @@ NAMES_ARCHIVE = Archive(
     "emojibase-data-17.0.0.tgz",
     "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 )
-EMOJI_SHARE = 0.8  # of the frame's side, so that the border shows the background
+EMOJI_SHARE = 0.8  # of the image's side, so that its border shows the background
 HELD_OUT_SHARE = 0.05  # of the emoji
 PER_SHARD = 1000
 WORKERS = 2
 
 
 class Emoji(NamedTuple):
-    """One emoji: code points ("1f32d"), caption without background, webp file."""
+    """One emoji: its code points ("1f32d"), its caption without the background, and its webp file."""
 
     code: str
     name: str
@@ -51,12 +51,12 @@ class Emoji(NamedTuple):
 
 
 def _code(name: str) -> str:
-    """Code points in one spelling: lower case, dashes, no variation selectors."""
+    """Code points in one spelling: in lower case, with dashes, without variation selectors."""
     return name.lower().replace("_", "-").replace("-fe0f", "")
 
 
 def article(noun: str) -> str:
-    """ "a " or "an " or, for a plural, ""."""
+    """The article of a noun with a space behind it, "a " or "an "; "" for a plural."""
     head = re.split(r" (?:with|in|of|on|behind|holding|not|up|down|together) ?|, ", noun)[0].split()[-1]
     plural = head.endswith("s") and not head.endswith(("ss", "us", "is", "ous"))
     if plural or head in ("people", "men", "women"):
@@ -66,7 +66,7 @@ def article(noun: str) -> str:
 
 
 def readable(label: str) -> str:
-    """An emoji's label as words: lower case, "flag: France" -> "flag of france", no quotes or brackets."""
+    """An emoji's label in words: in lower case, "flag: France" as "flag of france", without quotes and brackets."""
     text = re.sub(r" \(.*?\)|[“”!]", "", label.lower()).replace("’", "'")
     head, _, tail = text.partition(": ")
     if not tail:
@@ -79,13 +79,13 @@ def readable(label: str) -> str:
 
 
 def read_emoji(archives: Path) -> list[Emoji]:
-    """All named emoji without skin-tone variants, read from the archives without unpacking them to disk."""
+    """All emoji that have a name, without variants of skin tone. The archives are read, not unpacked to disk."""
     with tarfile.open(archives / NAMES_ARCHIVE.file_name) as tar:
         member = tar.extractfile("package/en/data.json")
         assert member is not None
         # Variants are listed under "skins" of the emoji, so the top level has none.
         labels = {_code(entry["hexcode"]): entry["label"] for entry in json.load(member)}
-    emoji: dict[str, Emoji] = {}  # by code: two emoji come in two spellings
+    emoji: dict[str, Emoji] = {}  # by code: the codes of two emoji come in two spellings
     with tarfile.open(archives / EMOJI_ARCHIVE.file_name) as tar:
         for info in tar:
             match = re.fullmatch(r"package/assets/([0-9a-zA-Z_-]+)\.webp", info.name)
@@ -99,7 +99,7 @@ def read_emoji(archives: Path) -> list[Emoji]:
 
 
 def draw(webp: bytes, size: int) -> list[bytes]:
-    """PNG files [size x size] of an emoji on each colour of the palette, in its order."""
+    """PNG files of size x size pixels: an emoji on each colour of the palette, in its order."""
     side = round(size * EMOJI_SHARE)
     corner = ((size - side) // 2, (size - side) // 2)
     with Image.open(io.BytesIO(webp)) as image:
@@ -120,12 +120,15 @@ def _hash(text: str) -> float:
 
 
 def is_held_out(code: str) -> bool:
-    """Whether an emoji belongs to the validation set."""
+    """Whether an emoji belongs to the validation split."""
     return _hash(code) < HELD_OUT_SHARE
 
 
 def _samples(emoji: list[Emoji], drawn: list[list[bytes]], held_out: bool) -> Iterator[tuple[str, bytes, str, str]]:
-    """Samples of one split for write_shards, in an order by hash: neighbours are different emoji."""
+    """The samples of one split for write_shards, in an order by hash, so that neighbours are different emoji.
+
+    drawn: the files of each emoji, as of `draw`. held_out: of the validation split.
+    """
     keyed = [
         (f"{e.code}_{colour}", png, f"{article(e.name)}{e.name} on {article(colour)}{colour} background")
         for e, files in zip(emoji, drawn, strict=True)

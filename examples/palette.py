@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# sRGB, well apart from one another: the demo measures which of them a sample's border is nearest to.
+# sRGB, well apart from one another: the demo measures to which of them the border of a sampled image is nearest.
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (215, 30, 40),
     "orange": (255, 140, 0),

@@ -1,8 +1,8 @@
-"""What each step will see, read through the same per-rank readers as training: one JSON line a step.
+"""What each step will see, read through the same readers of each rank as in training: one JSON line per step.
 
-Its keys, and in a run of several buckets the step's: height and width in pixels, and the most tokens of a caption.
-
-The skipped_ranges that a run has made past samples (rollback) are those of its folder, where there is one.
+A line holds the keys of the step's samples, and in a run of several buckets the step's bucket: height and width in
+pixels, and the most tokens of a caption. Where the run's folder is there, the ranges of samples that the run has
+skipped after a rollback are skipped here too.
 
 python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-step 0 --to-step 10
 """
@@ -25,8 +25,10 @@ from trainer.recovery.skipped_ranges import data_step, follow, read_skipped_rang
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name under configs/")
-    parser.add_argument("--world-size", type=int, default=1, help="processes of the run that is asked about")
-    parser.add_argument("--from-step", type=int, default=0)
+    parser.add_argument(
+        "--world-size", type=int, default=1, help="number of processes of the run that is asked about (default: 1)"
+    )
+    parser.add_argument("--from-step", type=int, default=0, help="first step that is shown (default: 0)")
     parser.add_argument("--to-step", type=int, required=True, help="first step that is not shown")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
@@ -34,7 +36,7 @@ def main() -> int:
     if size < 1 or not 0 <= first <= last:
         parser.error("needs --world-size of at least 1 and 0 <= --from-step <= --to-step")
     config = load_config(arguments.config, arguments.overrides)
-    # All ranks read in this process: it starts no reader processes for each, and holds the bytes of one rank.
+    # All ranks read in this process: without reader processes, and together within the memory of one rank.
     data = dataclasses.replace(config.data, num_workers=0, prefetch_mib=max(1, config.data.prefetch_mib // size))
     config = config.model_copy(update={"data": data})
     resolved = resolve(config, size)
@@ -46,7 +48,7 @@ def main() -> int:
             follow(source.reader(rank, size).batches, lambda: data_step(step, skipped_ranges)) for rank in range(size)
         ]
         for step in range(first, last):
-            # Ranks own contiguous slots, so this is the order of the global batch.
+            # Ranks own contiguous ranges of slots, so this is the order of the global batch.
             batches = [batch for reader in readers for batch in next(reader)]
             keys = [name for batch in batches for name in batch.names if name]
             bucket = batches[0].bucket

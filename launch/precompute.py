@@ -1,10 +1,10 @@
 """Shards of images and captions -> shards of latents, text states and REPA's features, which training reads instead.
 
 python launch/precompute.py --config mmdit_0.18b_mup --output latents/train data.shards=shards
-torchrun --nproc-per-node 8 launch/precompute.py --config ... --samples-per-shard 1000     shared by the processes
+torchrun --nproc-per-node 8 launch/precompute.py --config ... --samples-per-shard 1000     processes share the work
 python launch/precompute.py --config ... --dry-run                                          terabytes and GPU-hours
 
-The same command again goes on after a stop, with any number of processes; the bytes are the same.
+After a stop the same command goes on, with any number of processes; the bytes that it writes are the same.
 """
 
 import argparse
@@ -20,18 +20,15 @@ from data.encoders.dinov2 import load_feature_encoder
 from data.encoders.text import load_text_encoder
 from data.errors import DataError
 from data.index import open_index
-from data.precomputed_write import Precompute, bytes_in_tar
+from data.precomputed_write import Precompute
 from launch.common import end_with_torchrun, run
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 
-PROBE = 64  # samples that --dry-run encodes, at most
-PROBE_S = 60.0  # and the time it takes for them
-
 
 def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
-    """The encoders and the index. Raises ConfigError or DataError."""
+    """Load the encoders and open the index. Raises ConfigError or DataError."""
     if config.data.synthetic:
         raise ConfigError("data.shards is synthetic: give the shards to precompute")
     if config.autoencoder.path == NONE:
@@ -42,7 +39,7 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
     precision = config.parallel.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-    # As in training: the autoencoder in fp32 at least, whose latents last for the whole run.
+    # As in training, the autoencoder computes in fp32 at least: its latents last for the whole run.
     autoencoder = load_autoencoder(config.autoencoder, device, torch.float64 if precision == "fp64" else torch.float32)
     assert isinstance(autoencoder, Autoencoder)
     classes, objective = config.label_classes, config.objective
@@ -65,40 +62,29 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
     )
 
 
-def dry_run(task: Precompute, images_per_s: float | None) -> None:
-    """Encode a few samples of the first shard and print what the whole set takes."""
-    sizes: list[int] = []
-    begin = time.perf_counter()
-    for members in task.encoded([(0, range(min(PROBE, task.index.shard_sizes[0])))]):
-        sizes.append(bytes_in_tar(members))
-        if time.perf_counter() - begin > PROBE_S:
-            break
-    if not sizes:
-        raise DataError("data.shards: the first shard holds no sample")
-    rate, source = len(sizes) / (time.perf_counter() - begin), f"measured here on {len(sizes)}"
-    if images_per_s is not None:
-        rate, source = images_per_s, "given"
-    samples, mean = len(task.index), sum(sizes) / len(sizes)
-    print(
-        f"{samples} samples in {len(task.shards())} shards: {samples * mean / 1e12:.6f} TB ({mean:.0f} bytes a sample, "
-        f"mean of {len(sizes)}), {samples / rate / 3600:.3f} GPU-hours at {rate:.1f} images/s a process ({source})"
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name under configs/")
     parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="PREFIX-000000.tar, ...")
-    parser.add_argument("--dry-run", action="store_true", help="print what it takes and write nothing")
-    parser.add_argument("--images-per-s", type=float, help="rate of a process, for --dry-run; measured unless given")
-    parser.add_argument("--flips", action="store_true", help="latents of the flipped images as well, for data.flip")
+    parser.add_argument("--dry-run", action="store_true", help="print what the whole set takes and write nothing")
+    parser.add_argument("--images-per-s", type=float, help="rate per process for --dry-run; measured unless given")
+    parser.add_argument(
+        "--flips", action="store_true", help="store latents of the flipped images as well, for data.flip"
+    )
     parser.add_argument(
         "--repa-features",
         action=argparse.BooleanOptionalAction,
-        help="what objective.repa_encoder sees at each token as well; default: where objective.repa_weight is not 0",
+        help="store the features that REPA aligns tokens with as well (default: where objective.repa_weight is not 0)",
     )
-    parser.add_argument("--samples-per-shard", type=int, metavar="N", help="default: shards as those that are read")
-    parser.add_argument("--batch-size", type=int, default=32, help="images, and captions, encoded together")
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        metavar="N",
+        help="samples per output shard (default: one output shard per input shard)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images, and captions, that are encoded together (default: 32)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     for name in ("samples_per_shard", "batch_size", "images_per_s"):
@@ -111,7 +97,7 @@ def main() -> int:
         return 0
     task = prepare(config, arguments)
     if arguments.dry_run:
-        dry_run(task, arguments.images_per_s)
+        print(task.estimate(arguments.images_per_s))
         return 0
     begin = time.perf_counter()
     holes = task.run(rank, world, lambda text: print(text, flush=True))

@@ -1,4 +1,4 @@
-"""Frozen image autoencoders of diffusers: images become the moments of latents, and latents images."""
+"""Frozen image autoencoders of diffusers: images become latents, given by their moments, and latents become images."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ _VAE_FIELDS = (
     "mid_block_add_attention",
 )
 _SD1_SCALE = 0.18215
-_PIXELS = 2**21  # that an autoencoder takes at once
+_PIXELS = 2**21  # the most that an autoencoder takes at once
 
 
 class Moments(NamedTuple):
-    """Posterior of scaled latents: mean [b, C, h, w]; logvar of the same shape, or None (a point)."""
+    """The posterior of scaled latents: mean [b, C, h, w], and logvar of the same shape (None: no variance)."""
 
     mean: torch.Tensor
     logvar: torch.Tensor | None
 
 
 def _few(tensor: torch.Tensor, downsample: int = 1) -> tuple[torch.Tensor, ...]:
-    """Parts [b, C, h, w] of so many images that an autoencoder's widest layer stays near 1 GiB (fp32, 128 channels)."""
+    """A batch [b, C, h, w] in parts of so many images that an autoencoder's widest layer (128 channels in fp32) takes
+    about 1 GiB. downsample: pixels per latent side, where the batch is of latents."""
     pixels = tensor.shape[-2] * tensor.shape[-1] * downsample**2
     return tensor.split(max(1, _PIXELS // pixels))
 
@@ -55,7 +56,7 @@ class PixelAutoencoder:
         self._device, self._dtype = device, at_least_float32(dtype)
 
     def encode(self, images: torch.Tensor) -> Moments:
-        """uint8 [b, 3, R, R] -> pixels [b, 3, R, R], fp32 (fp64 where the dtype is), no variance."""
+        """uint8 [b, 3, R, R] -> pixels [b, 3, R, R], fp32 (fp64 where the dtype is fp64), without a variance."""
         return Moments(unit_range(images, self._device, self._dtype), None)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -66,7 +67,7 @@ class PixelAutoencoder:
 class Autoencoder:
     """A frozen diffusers AutoencoderKL whose latents are (z - shift) * scale.
 
-    channels: C; downsample: pixels a latent side; fingerprint: identity of the weights, whatever the path.
+    channels: C. downsample: pixels per latent side. fingerprint: identifies the weights, whatever their path.
     """
 
     def __init__(self, model: AutoencoderKL, scale: float, shift: float, fingerprint: str) -> None:
@@ -76,7 +77,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> Moments:
-        """uint8 [b, 3, R, R] -> Moments [b, C, R / downsample, R / downsample], fp32 (fp64 where the dtype is)."""
+        """uint8 [b, 3, R, R] -> Moments [b, C, R / downsample, R / downsample], fp32 (fp64 where the dtype is fp64)."""
         wide = at_least_float32(self.model.dtype)
         parts = []
         for part in _few(images):
@@ -88,7 +89,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [b, C, h, w] -> images [b, 3, R, R], clamped to [-1, 1]; fp32 (fp64 where the dtype is)."""
+        """Latents [b, C, h, w] -> images [b, 3, R, R], clamped to [-1, 1], fp32 (fp64 where the dtype is fp64)."""
         wide = at_least_float32(self.model.dtype)
         z = latents.to(self.model.device, wide) / self.scale + self.shift
         parts = _few(z.to(self.model.dtype), self.downsample)
@@ -99,11 +100,12 @@ class Autoencoder:
 def load_autoencoder(
     cfg: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype
 ) -> Autoencoder | PixelAutoencoder:
-    """Load an AutoencoderKL from safetensors with the scale and shift of its own config.json, or none.
+    """Load an AutoencoderKL from safetensors, with the scale and shift of its own config.json; PixelAutoencoder where
+    autoencoder.path is none.
 
-    SD 1's autoencoders come with a config.json that is older than the field: their scale is known. Raises DataError
-    where it cannot be loaded, otherwise names no scaling_factor, or has other channels or downsampling than the config
-    says.
+    The config.json of SD 1's autoencoders is older than the field scaling_factor: their scale is known. Raises
+    DataError where the autoencoder cannot be loaded, where another names no scaling_factor, and where its channels or
+    its downsampling are not those of the config.
     """
     if cfg.path == NONE:
         loaded: Autoencoder | PixelAutoencoder = PixelAutoencoder(device, dtype)
@@ -111,7 +113,7 @@ def load_autoencoder(
         quieten()
         where: dict[str, Any] = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
         try:
-            # The file itself: the model's config fills a missing scaling_factor with that of SD 1.
+            # The file itself is read: the model's config would replace a missing scaling_factor by that of SD 1.
             stored = AutoencoderKL.load_config(cfg.path, **where)
             model = AutoencoderKL.from_pretrained(cfg.path, torch_dtype=dtype, use_safetensors=True, **where)
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -141,9 +143,10 @@ def load_autoencoder(
 
 
 def _is_of_sd1(stored: Mapping[str, Any]) -> bool:
-    """Whether a config is older than the field scaling_factor (diffusers 0.13) and of SD's shape, as sd-vae-ft-ema's.
+    """Whether a config.json is older than the field scaling_factor (diffusers 0.13) and has the shape of SD 1's
+    autoencoders, as sd-vae-ft-ema has.
 
-    That field came with two values: SD's, and that of the 4x upscaler (0.08333), which has three blocks.
+    Two values were in use when the field came: SD 1's, and 0.08333 of the 4x upscaler, which has three blocks.
     """
     version = tuple(int(part) for part in re.findall(r"\d+", str(stored.get("_diffusers_version", "")))[:2])
     shape = stored.get("latent_channels"), len(stored.get("block_out_channels", ()))

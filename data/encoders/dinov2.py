@@ -1,4 +1,4 @@
-"""The frozen DINOv2 whose features REPA aligns with."""
+"""The frozen DINOv2 with whose features REPA aligns the model's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # 
 
 
 class FeatureEncoder:
-    """A frozen DINOv2. width: F, of its features. fingerprint: identity of the weights, whatever the path."""
+    """A frozen DINOv2. width: F, the size of its features. fingerprint: identifies the weights, whatever their path."""
 
     def __init__(self, model: Any, fingerprint: str) -> None:
         self.model, self.fingerprint = model, fingerprint
@@ -39,9 +39,11 @@ class FeatureEncoder:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """uint8 [b, 3, H, W] -> features [b, rows * columns, F] in the encoder's dtype, row by row.
+        """uint8 [b, 3, H, W] -> features [b, rows * columns, F] in the encoder's dtype, one row of tokens after the
+        other.
 
-        The images are resized so that a patch of the encoder covers what one of rows x columns tokens does.
+        The images are resized so that one patch of the encoder covers what one of the model's rows x columns tokens
+        does.
         """
         patch = self.model.config.patch_size
         pixels = images.to(self._mean.device).to(self._mean.dtype) / 255.0
@@ -53,8 +55,8 @@ class FeatureEncoder:
 
 
 def load_feature_encoder(path: str, width: int, device: torch.device | str, dtype: torch.dtype) -> FeatureEncoder:
-    """Load a DINOv2 (with registers or without) from safetensors. Raises DataError where it cannot be loaded, is
-    another kind of model, or has features other than `width`."""
+    """Load a DINOv2, with registers or without, from safetensors. Raises DataError where it cannot be loaded, is
+    another kind of model, or its features are not of size `width`."""
     if path == NONE:
         raise DataError("objective.repa_encoder is none: REPA needs the folder or hub id of a DINOv2")
     quieten()

@@ -1,4 +1,4 @@
-"""What all encoders share: loading without network, errors that say what is missing, fingerprints."""
+"""What all encoders share: quiet loading, errors that say what is missing, and fingerprints."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from ..errors import DataError
 
 
 def quieten() -> None:
-    """Load without progress bars and advice; rank 0's own messages are the user's log."""
+    """Have transformers and diffusers load without progress bars and advice."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
-    # Reader processes are forked after the tokenizer was used; its threads would print a warning in each.
+    # Reader processes are forked after the tokenizer was used: with threads it would print a warning in each of them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def load_error(key: str, path: str, subfolder: str | None, error: Exception) -> DataError:
+    """The DataError to raise where an encoder cannot be loaded. key: of the config, which names it."""
     where = f"{path}/{subfolder}" if subfolder else path
     if Path(path).is_dir():
         detail = str(error).strip().splitlines()[0]
@@ -40,9 +41,10 @@ def load_error(key: str, path: str, subfolder: str | None, error: Exception) -> 
 
 
 def fingerprint_of(config: Mapping[str, Any], names: Sequence[str], module: nn.Module, extra: object) -> str:
-    """sha256 of architecture fields and of every parameter's name, shape and first 16 values.
+    """sha256 of fields of the architecture, and of the name, the shape and the first 16 values of every parameter.
 
-    Values are compared as bf16, so that the precision of a run does not change the identity of its encoder.
+    Values are taken in bf16, so that the precision of a run does not change the identity of its encoder. names: the
+    fields of `config`. extra: what else identifies the encoder, as JSON can hold it.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps([{n: config.get(n) for n in names}, extra], sort_keys=True).encode())
@@ -53,19 +55,21 @@ def fingerprint_of(config: Mapping[str, Any], names: Sequence[str], module: nn.M
 
 
 def model_fingerprint(model: Any, extra: object) -> str:
-    """Identity of a Hugging Face model that only measures, whatever the path: its class, its weights, and `extra`, what
-    else of its config and tokenizer moves figures."""
+    """Identifies a Hugging Face model that is used for metrics alone, whatever its path: by its class, its weights, and
+    `extra`, what else of its config and tokenizer changes a metric."""
     return fingerprint_of({}, (), model, [type(model).__name__, extra])
 
 
 def freeze(module: nn.Module, device: torch.device | str) -> None:
+    """Put a module on a device in evaluation mode, without gradients."""
     module.requires_grad_(False).eval().to(device)
 
 
 def unit_range(images: torch.Tensor, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 images -> [-1, 1] in dtype."""
+    """uint8 images of any shape -> values in [-1, 1] in a dtype."""
     return images.to(device).to(dtype) / 127.5 - 1.0
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, and fp32 for every other dtype."""
     return dtype if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Frozen text encoders of transformers: captions become states and a mask."""
+"""Frozen text encoders of transformers: captions become states, with a mask of their tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..config import NONE, TextEncoderConfig
 from ..errors import DataError
 from .loading import fingerprint_of, freeze, load_error, quieten
 
-# Of an encoder-decoder only the encoder is wanted; every other kind is loaded whole by AutoModel.
+# Of an encoder-decoder only the encoder is loaded; every other kind of model is loaded whole by AutoModel.
 _ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
 # fmt: off
 _TEXT_FIELDS = (
@@ -31,9 +31,9 @@ _PROBE_TEXT = "The 2 quick brown foxes; \u00b5 'caf\u00e9' \u732b"  # tells toke
 class TextEncoder:
     """A frozen Hugging Face text encoder.
 
-    model: called with input_ids and attention_mask. tokenizer: of Hugging Face. width: its hidden size D.
-    max_length: L, tokens a caption. fingerprint: identity of weights and tokenizer, whatever the path. lockstep: the
-    model is sharded over ranks, so every call runs it equally often, whatever the captions are.
+    model: is called with input_ids and attention_mask. tokenizer: of Hugging Face. width: D, its hidden size.
+    max_length: L, the most tokens per caption. fingerprint: identifies weights and tokenizer, whatever their path.
+    lockstep: the model is sharded over ranks, so every call must run it equally often, whatever the captions are.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str) -> None:
@@ -45,10 +45,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: list[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Captions -> (states [b, L, D] in the encoder's dtype, zeros past a caption's end; mask bool [b, L]).
+        """b captions -> (states [b, L, D] in the encoder's dtype, zeros past a caption's end; mask bool [b, L]).
 
-        length: L, where it is less than max_length. Equal captions are encoded once, the empty caption once for ever.
-        Nothing waits for the device.
+        length: L, where it is less than max_length. Equal captions are encoded once, and the empty caption once for the
+        whole run. Nothing waits for the device.
         """
         length = length or self.max_length
         if self._empty is None:
@@ -56,8 +56,8 @@ class TextEncoder:
         distinct = [c for c in dict.fromkeys(captions) if c]
         parts = [(self._empty[0][:, :length], self._empty[1][:, :length])]
         if next(self.model.parameters()).dtype == torch.float64:
-            # T5 takes its norms and softmax in fp32, which turns the last bits of a padded batch into 1e-8.
-            # One by one, a caption's states do not depend on what else is in the batch.
+            # T5 computes its norms and softmax in fp32, where the padding of a batch changes the last bits (by 1e-8).
+            # Captions are encoded one by one, so that a caption's states do not depend on the others of the batch.
             unused = [""] * (len(captions) - len(distinct)) if self.lockstep else []
             parts += [self._encode([c], length) for c in [*distinct, *unused]]
         elif distinct or self.lockstep:
@@ -68,7 +68,8 @@ class TextEncoder:
         return states[rows], mask[rows]
 
     def _encode(self, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(states [n, L, D], mask [n, L]) from one forward at the longest true length, L = `length` tokens at most."""
+        """n captions -> (states [n, L, D], mask [n, L]), from one forward pass at the longest true length, of at most
+        L = `length` tokens."""
         device = next(self.model.parameters()).device
         tokens = self.tokenizer(
             captions,
@@ -85,18 +86,19 @@ class TextEncoder:
         return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
 
     def save(self, model_folder: Path, tokenizer_folder: Path) -> None:
-        """Write model and tokenizer as from_pretrained reads them."""
+        """Write model and tokenizer in the form that from_pretrained reads."""
         self.model.save_pretrained(model_folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(tokenizer_folder)
 
 
 def tokenizer_subfolder(cfg: TextEncoderConfig) -> str | None:
-    """A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3."""
+    """The tokenizer's folder: a diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3."""
     return cfg.subfolder.replace("text_encoder", "tokenizer") if cfg.subfolder else None
 
 
 def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
-    """(class of transformers that loads it, type of its stored weights), from its config alone; DataError as below."""
+    """(the class of transformers that loads the encoder, the dtype of its stored weights), from its config alone.
+    Raises DataError where that cannot be read."""
     try:
         config = AutoConfig.from_pretrained(cfg.path, **({"subfolder": cfg.subfolder} if cfg.subfolder else {}))
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -105,17 +107,18 @@ def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
 
 
 def _mask_unseen(*sizes: Any, **options: Any) -> torch.Tensor:
-    """transformers' mask, but never left out where no token is masked: to find that out is a host sync in each call."""
+    """transformers' mask, but never left out where no token is masked: finding that out would wait for the device."""
     return eager_mask(*sizes, **options | {"allow_is_bidirectional_skip": False})
 
 
 def load_text_encoder(
     cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype, shapes_only: bool = False
 ) -> TextEncoder:
-    """Load the encoder of a T5 model, or any other Hugging Face encoder, from safetensors only.
+    """Load the encoder of a T5 model, or any other Hugging Face encoder, from safetensors alone.
 
-    shapes_only: read no weights; the model is on the meta device and has no fingerprint.
-    Raises DataError where it cannot be loaded or its width or length is not what the config says.
+    shapes_only: read no weights; the model is on the meta device then and has no fingerprint.
+    Raises DataError where the encoder cannot be loaded, its width is not that of the config, or it has fewer positions
+    than text_encoder.max_length.
     """
     if cfg.path == NONE:
         raise DataError("text_encoder.path is 'none': give the folder or hub id of a text encoder")

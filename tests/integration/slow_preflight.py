@@ -15,6 +15,6 @@ if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
         time.sleep(0.5)
         return product(a, b)
 
-    preflight.torch.mm = slow
+    torch.mm = slow
 
 run(preflight.main)

@@ -18,9 +18,8 @@ import pytest
 from benchmarks.kills_precompute import small_autoencoder
 from data.config import DataConfig
 from data.debug import ensure_debug_assets
-from data.fetch import SampleFiles
 from data.index import ImageTextIndex
-from data.samples import member
+from data.samples import SampleFiles
 from data.storage import open_shards
 from tests.helpers.forked import environment, finished
 from tests.helpers.paths import ROOT
@@ -231,8 +230,8 @@ def photos(folder: Path, names: list[str]) -> list[Path]:
     for i, name in enumerate(names):
         sample = files.sample(0, i)
         paths.append(folder / f"{name}.png")
-        paths[-1].write_bytes(member(sample, "image"))
-        paths[-1].with_suffix(".txt").write_bytes(member(sample, "caption"))
+        paths[-1].write_bytes(sample.member("image"))
+        paths[-1].with_suffix(".txt").write_bytes(sample.member("caption"))
     return paths
 
 

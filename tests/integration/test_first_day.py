@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from data.errors import DataError
-from launch import fetch, ladder, preflight
-from launch.preflight import Found
+from data.storage import read_rate
+from launch import fetch, ladder
 from tests.helpers.forked import environment
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
+from trainer.parallel.preflight import Measurement, judge
 
 
 def test_preflight_names_the_slow_process() -> None:
@@ -30,14 +31,16 @@ def test_preflight_names_the_slow_process() -> None:
     assert not any("matmul" in line and "process 2" not in line for line in slow)
 
 
-def measured(node: str, **changed: object) -> Found:
-    found = Found(node, matmul=1.0, read=100.0, reduce={"other": 10.0, "another": 10.0}, clock_s=0.0, versions="one")
+def measured(node: str, **changed: object) -> Measurement:
+    found = Measurement(
+        node, matmul=1.0, read=100.0, reduce={"other": 10.0, "another": 10.0}, clock_s=0.0, versions="one"
+    )
     return found._replace(**changed)
 
 
 def test_judgement() -> None:
     world = [measured(node) for node in "abcd"]
-    assert preflight.judge(world, 0.8, 1.0) == []
+    assert judge(world, 0.8, 1.0) == []
     for changed, said in (
         ({"matmul": 0.5}, "b (process 1): matmul 0.5 TFLOP/s, 50%"),
         ({"read": 10.0}, "b (process 1): shard read"),
@@ -45,16 +48,16 @@ def test_judgement() -> None:
         ({"clock_s": -3.0}, "b (process 1): its clock is -3.0 s off"),
         ({"versions": "two"}, "b (process 1): two; the others have one"),
     ):
-        (problem,) = preflight.judge([world[0], measured("b", **changed), *world[2:]], 0.8, 1.0)
+        (problem,) = judge([world[0], measured("b", **changed), *world[2:]], 0.8, 1.0)
         assert problem.startswith(said)
     # One slow link is not a slow node: both of its ends are fast with another.
     links = [measured("a", reduce={"b": 1.0, "d": 10.0}), measured("b", reduce={"a": 1.0, "c": 10.0}), *world[2:]]
-    assert preflight.judge(links, 0.8, 1.0) == []
+    assert judge(links, 0.8, 1.0) == []
 
 
 def test_shards_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(2**20))
-    assert preflight.read_rate([tmp_path / "a.tar"], rank=3) > 0.0
+    assert read_rate([tmp_path / "a.tar"], rank=3) > 0.0
 
 
 def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

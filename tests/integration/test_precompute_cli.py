@@ -17,8 +17,7 @@ def test_two_kills_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_training_from_it_equals_training_from_images(tmp_path: Path) -> None:
-    """Losses agree within what fp16 latents and features and bf16 text states round: 2^-11 and 2^-8 of a
-    value, less in
+    """Losses agree within what fp16 latents and features and bf16 text states round: 2^-11 and 2^-8 of a value, less in
     a mean. Features are stored because the config trains with REPA."""
     assets = ensure_debug_assets(tmp_path / "debug")
     repa = (
@@ -32,7 +31,7 @@ def test_training_from_it_equals_training_from_images(tmp_path: Path) -> None:
     estimate = finish(start(tmp_path / "out" / "train", 1, overrides, "--dry-run", "--images-per-s", "100"))
     assert not (tmp_path / "out").exists()
     assert "512 samples in 2 shards: 0.00" in estimate
-    assert "0.001 GPU-hours at 100.0 images/s a process (given)" in estimate
+    assert "0.001 GPU-hours at 100.0 images/s per process (given)" in estimate
     finish(start(tmp_path / "out" / "train", 1, overrides, "--flips"))
     assert len(contents(tmp_path / "out")) == 7
 

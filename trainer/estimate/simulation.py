@@ -308,19 +308,13 @@ def _batch(config: TrainConfig, rows: int) -> Batch:
     """A micro-batch of the configured shape, all captions at their full length."""
     side, text = config.latent_size, config.text_encoder
     captioned = config.label_classes is None
-    return Batch(
-        images=None,
+    return Batch.empty(
+        torch.zeros(rows, dtype=torch.int64),
         latents=torch.empty(rows, config.autoencoder.channels, side, side),
-        captions=[],
-        full_captions=[],
         text_states=torch.empty(rows, text.max_length, text.width, dtype=torch.bfloat16) if captioned else None,
         text_mask=torch.ones(rows, text.max_length, dtype=torch.bool) if captioned else None,
-        labels=torch.zeros(rows, dtype=torch.int64),
-        keys=torch.zeros(rows, dtype=torch.int64),
-        weight=torch.ones(rows),
-        names=[],
-        holes=[],
         read=rows,
+        sizes=None,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import DataError
-from data.image_sets import ImageSet, Prompt, as_kept, open_image_set, open_npz_images, read_prompts
+from data.image_sets import ImageSet, Prompt, as_read_back, open_image_set, open_npz_images, read_prompts
 from data.order import position_keys, uniforms
 
 from . import metrics
@@ -92,7 +92,7 @@ class Evaluation:
 
     def as_kept(self, images: np.ndarray) -> np.ndarray:
         """What images uint8 [b, H, W, 3] are once they have been kept in the suite's format and read back."""
-        return as_kept(images, self.suite.image_format, self.suite.jpeg_quality)
+        return as_read_back(images, self.suite.image_format, self.suite.jpeg_quality)
 
     def measure(self, images_of: Callable[[int], np.ndarray]) -> dict[str, Score]:
         """The figures, on rank 0 (elsewhere {}), of images_of(batch), uint8 [b, H, W, 3], for this rank's batches.

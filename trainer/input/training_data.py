@@ -52,10 +52,10 @@ class TrainingData:
         store would have to answer as often as there are shards and ranks."""
         data, world = self._config.data, self._world
         first = on_rank_0(world, lambda: _open_index(data, validation))
-        told: list[Any] = [None if first is None else (first.stamps, first.fingerprint)]
+        told: list[Any] = [None if first is None else (first.versions, first.fingerprint)]
         dist.broadcast_object_list(told, src=0, group=world.control)
-        stamps, fingerprint = told[0]
-        index = _open_index(data, validation, stamps) if first is None else first
+        versions, fingerprint = told[0]
+        index = _open_index(data, validation, versions) if first is None else first
         if index.fingerprint != fingerprint:
             raise DataError("data.shards hold other samples here than on rank 0: give every process the same files")
         return index
@@ -121,7 +121,7 @@ class TrainingData:
         epoch = index.samples_until_first_end()
         self.steps = most = epoch * c.data.epochs // c.train.global_batch_size
         if c.train.steps > most:
-            first_end = ", when the first source ends" if len(index.parts) > 1 else ""
+            first_end = ", when the first source ends" if len(index.sources) > 1 else ""
             raise ConfigError(
                 f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {epoch} samples"
                 f"{first_end}: at most {most} steps of {c.train.global_batch_size}"
@@ -134,11 +134,11 @@ def is_debug(path: str) -> bool:
 
 
 def _open_index(
-    data: DataConfig, validation: bool = False, stamps: Sequence[FileVersion] | None = None
+    data: DataConfig, validation: bool = False, versions: Sequence[FileVersion] | None = None
 ) -> ImageTextIndex:
     if any(is_debug(shards) for shards in (data.val_shards, *(s.shards for s in data.all_sources())) if shards):
         ensure_debug_assets()
-    return open_validation_index(data, stamps) if validation else open_index(data, stamps)
+    return open_validation_index(data, versions) if validation else open_index(data, versions)
 
 
 def validation_bank(

@@ -20,7 +20,7 @@ from PIL import Image
 from data.buckets import BLOCK, BucketOrder, Schedule, assign, merged
 from data.config import Bucket, DataConfig
 from data.images import decode_image, load_rgb
-from data.order import END_OF_DATA, Order, Part, slots_of
+from data.order import END_OF_DATA, Order, Source, slots_of
 from tests.helpers.fuzz import fuzz
 from trainer.build.engine import build_objective
 from trainer.config.keys import plain
@@ -29,7 +29,7 @@ from trainer.config.resolve import buckets_of, image_tokens, micro_batch_rows, r
 from trainer.config.resume import check_resume
 from trainer.errors import ConfigError
 
-CELLS = [Bucket(*size, length) for size, length in product([(32, 32), (24, 44), (44, 24)], (64, 16))]
+BUCKETS = [Bucket(*size, length) for size, length in product([(32, 32), (24, 44), (44, 24)], (64, 16))]
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Index:
     """The columns of an index that buckets are made of."""
 
     shard_sizes: list[int]
-    parts: list[Part]
+    sources: list[Source]
     width: np.ndarray
     height: np.ndarray
     caption_length: np.ndarray
@@ -45,18 +45,18 @@ class Index:
     def __len__(self) -> int:
         return sum(self.shard_sizes)
 
-    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    def stored_array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         return make()
 
 
-def random_index(sizes: list[int], parts: list[Part] | None = None, seed: int = 0) -> Index:
+def random_index(sizes: list[int], sources: list[Source] | None = None, seed: int = 0) -> Index:
     rng, n = np.random.default_rng(seed), sum(sizes)
     width, height = rng.integers(0, 90, n), rng.integers(0, 90, n)  # 0: unknown
-    return Index(sizes, parts or [Part(len(sizes), 1.0)], width, height, rng.integers(-1, 90, n))
+    return Index(sizes, sources or [Source(len(sizes), 1.0)], width, height, rng.integers(-1, 90, n))
 
 
 def order(
-    index: Index, batch: int, epochs: int | None = None, buckets: list[Bucket] = CELLS, seed: int = 3
+    index: Index, batch: int, epochs: int | None = None, buckets: list[Bucket] = BUCKETS, seed: int = 3
 ) -> BucketOrder:
     return BucketOrder(seed, index, buckets, batch, epochs, 1.0)
 
@@ -107,7 +107,9 @@ def test_sizes_of_buckets() -> None:
 
 def test_the_bucket_of_a_sample() -> None:
     def bucket(width: int, height: int, characters: int, per_token: float = 1.0) -> Bucket:
-        return CELLS[int(assign(np.array([width]), np.array([height]), np.array([characters]), CELLS, per_token)[0])]
+        return BUCKETS[
+            int(assign(np.array([width]), np.array([height]), np.array([characters]), BUCKETS, per_token)[0])
+        ]
 
     assert bucket(100, 100, 14) == (32, 32, 16)
     assert bucket(100, 100, 15) == (32, 32, 64), "two tokens for the tokenizer's own"
@@ -122,12 +124,12 @@ def test_the_bucket_of_a_sample() -> None:
 
 def test_small_buckets_join_the_nearest_that_cuts_no_caption() -> None:
     # (32, 32): 64, 16; (24, 44): 64, 16; (44, 24): 64, 16
-    assert merged([9, 9, 9, 9, 9, 9], CELLS, 9) == [0, 1, 2, 3, 4, 5]
-    assert merged([9, 9, 9, 3, 9, 9], CELLS, 9) == [0, 1, 2, 2, 4, 5]  # the same shape, longer text
-    assert merged([9, 9, 3, 0, 9, 9], CELLS, 9) == [0, 1, 0, 3, 4, 5]  # the nearest shape
-    assert merged([0, 9, 3, 0, 0, 9], CELLS, 9) == [0, 1, 2, 3, 4, 5]  # nothing as long: it stays
-    assert merged([9, 0, 4, 0, 1, 0], CELLS, 9) == [0, 1, 0, 3, 0, 5]
-    assert merged([2, 0, 0, 0, 0, 0], CELLS, 9)[0] == 0
+    assert merged([9, 9, 9, 9, 9, 9], BUCKETS, 9) == [0, 1, 2, 3, 4, 5]
+    assert merged([9, 9, 9, 3, 9, 9], BUCKETS, 9) == [0, 1, 2, 2, 4, 5]  # the same shape, longer text
+    assert merged([9, 9, 3, 0, 9, 9], BUCKETS, 9) == [0, 1, 0, 3, 4, 5]  # the nearest shape
+    assert merged([0, 9, 3, 0, 0, 9], BUCKETS, 9) == [0, 1, 2, 3, 4, 5]  # nothing as long: it stays
+    assert merged([9, 0, 4, 0, 1, 0], BUCKETS, 9) == [0, 1, 0, 3, 0, 5]
+    assert merged([2, 0, 0, 0, 0, 0], BUCKETS, 9)[0] == 0
 
 
 # --------------------------------------------------------------------------------------------------------- schedule
@@ -145,21 +147,21 @@ def test_the_schedule_keeps_the_shares() -> None:
 
 
 def test_one_bucket_is_the_order_of_older_runs() -> None:
-    index = random_index([257, 3, 100], [Part(1, 1.0), Part(2, 0.5)])
-    plain = Order(3, index.shard_sizes, 8, None, index.parts)
+    index = random_index([257, 3, 100], [Source(1, 1.0), Source(2, 0.5)])
+    plain = Order(3, index.shard_sizes, 8, None, index.sources)
     wanted = [[(p.shard, p.sample) for p in ps] for _, ps in islice(plain.steps(7, range(8)), 50)]
-    assert [samples for _, samples in read(order(index, 8, buckets=CELLS[:1]), 7, 50, range(8))] == wanted
+    assert [samples for _, samples in read(order(index, 8, buckets=BUCKETS[:1]), 7, 50, range(8))] == wanted
 
 
 # ------------------------------------------------------------------------------------------------------------ order
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Index, int, int]:
-    parts, sizes = [], []
+    sources, sizes = [], []
     for _ in range(draw(st.integers(1, 2))):
         own = draw(st.lists(st.integers(0, 120), min_size=1, max_size=3).filter(any))
-        parts.append(Part(len(own), draw(st.floats(0.3, 3))))
+        sources.append(Source(len(own), draw(st.floats(0.3, 3))))
         sizes += own
-    return random_index(sizes, parts, draw(st.integers(0, 99))), draw(st.integers(1, 24)), draw(st.integers(0, 2**40))
+    return random_index(sizes, sources, draw(st.integers(0, 99))), draw(st.integers(1, 24)), draw(st.integers(0, 2**40))
 
 
 @fuzz(12)
@@ -197,17 +199,17 @@ def test_any_epoch_of_a_bucket_reads_each_of_its_samples_once(case: tuple[Index,
 def test_every_batch_is_of_its_bucket_and_follows_the_shares() -> None:
     index = random_index([900, 700])
     starts = [0, 900]
-    wanted = assign(index.width, index.height, index.caption_length, CELLS, 1.0)
+    wanted = assign(index.width, index.height, index.caption_length, BUCKETS, 1.0)
     steps = read(order(index, 8), 0, 400, range(8))
     for bucket, samples in steps:
         assert {int(wanted[starts[shard] + sample]) for shard, sample in samples} == {bucket}
-    shares = np.bincount(wanted, minlength=len(CELLS)) / len(index)
-    counts = np.bincount([bucket for bucket, _ in steps], minlength=len(CELLS)) / len(steps)
+    shares = np.bincount(wanted, minlength=len(BUCKETS)) / len(index)
+    counts = np.bincount([bucket for bucket, _ in steps], minlength=len(BUCKETS)) / len(steps)
     assert np.abs(shares - counts).max() < 0.02
 
 
 def test_sources_keep_their_weights_over_the_buckets() -> None:
-    index = random_index([900, 900], [Part(1, 3.0), Part(1, 1.0)])
+    index = random_index([900, 900], [Source(1, 3.0), Source(1, 1.0)])
     index.width[900:] = index.height[900:]  # the second source holds squares alone
     shards = Counter(shard for _, samples in read(order(index, 8), 0, 2000, range(8)) for shard, _ in samples)
     assert shards[0] / shards.total() == pytest.approx(0.75, abs=0.02)

@@ -27,7 +27,7 @@ from data.config import Bucket, DataConfig, SourceConfig
 from data.errors import DataError, SampleError
 from data.images import decode_image, image_size
 from data.index import ROW, ImageTextIndex, open_index
-from data.order import Part
+from data.order import Source
 from data.reader import ImageTextReader
 from data.shard_index import ABSENT, load_index
 from data.write_shards import write_shards
@@ -250,7 +250,7 @@ def test_memory_of_a_large_index(tmp_path: Path, buckets: int) -> None:
     )
     index = object.__new__(ImageTextIndex)
     index._open(folder)
-    index.parts = [Part(shards, 1.0)]
+    index.sources = [Source(shards, 1.0)]
     lengths = [Bucket(256, 256, 64 << i) for i in range(buckets)]
     BucketOrder(0, index, lengths, 2048, None, 1.0)  # of the process that comes first, and makes the files
     tracemalloc.start()
@@ -274,10 +274,10 @@ def test_what_is_kept_beside_an_index_is_made_once(tmp_path: Path) -> None:
         return np.arange(3)
 
     for _ in range(2):
-        assert ImageTextIndex([path], tmp_path / "cache").kept("three", make).tolist() == [0, 1, 2]
+        assert ImageTextIndex([path], tmp_path / "cache").stored_array("three", make).tolist() == [0, 1, 2]
     assert len(made) == 1
     unnamed = ImageTextIndex([path])
-    assert [unnamed.kept("three", make).tolist() for _ in range(2)] == [[0, 1, 2]] * 2
+    assert [unnamed.stored_array("three", make).tolist() for _ in range(2)] == [[0, 1, 2]] * 2
     assert len(made) == 3
     assert not unnamed._packed.exists()
 

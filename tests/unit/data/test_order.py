@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import data.order
 from data.errors import DataError
-from data.order import END_OF_DATA, Order, Part, mix, position_keys, slots_of, uniforms
+from data.order import END_OF_DATA, Order, Source, mix, position_keys, slots_of, uniforms
 from tests.helpers.fuzz import FACTOR, fuzz
 
 SIZES = [257, 3, 100, 64, 500]
@@ -138,12 +138,12 @@ def test_one_source_keeps_the_order_of_older_runs() -> None:
 @pytest.mark.parametrize(("weights", "batch"), [((1, 1), 8), ((0.7, 0.3), 8), ((5, 2, 1), 6), ((0.98, 0.02), 3)])
 def test_shares_follow_the_weights(weights: tuple[float, ...], batch: int) -> None:
     sizes = [[500, 1003], [64 * 9], [77, 5, 900]][: len(weights)]
-    parts = [Part(len(own), weight) for own, weight in zip(sizes, weights, strict=True)]
+    sources = [Source(len(own), weight) for own, weight in zip(sizes, weights, strict=True)]
     source_of = [i for i, own in enumerate(sizes) for _ in own]
     steps = 3000
     counts = np.zeros(len(weights))
     longest = 0.0
-    for n, step in enumerate(read(Order(1, [*chain(*sizes)], batch, None, parts), 0, steps, range(batch)), start=1):
+    for n, step in enumerate(read(Order(1, [*chain(*sizes)], batch, None, sources), 0, steps, range(batch)), start=1):
         for shard, _ in step:
             counts[source_of[shard]] += 1
         longest = max(longest, float(np.abs(counts - n * batch * np.array(weights) / sum(weights)).max()))
@@ -151,8 +151,8 @@ def test_shares_follow_the_weights(weights: tuple[float, ...], batch: int) -> No
 
 
 def test_every_source_runs_its_own_epochs() -> None:
-    sizes, parts = [30, 31, 200], [Part(2, 1.0), Part(1, 1.0)]
-    seen = [s for step in read(Order(0, sizes, 4, None, parts), 0, 61 * 4, range(4)) for s in step]
+    sizes, sources = [30, 31, 200], [Source(2, 1.0), Source(1, 1.0)]
+    seen = [s for step in read(Order(0, sizes, 4, None, sources), 0, 61 * 4, range(4)) for s in step]
     small = Counter(s for s in seen if s[0] < 2)
     large = Counter(s for s in seen if s[0] == 2)
     assert len(small) == 61
@@ -160,32 +160,32 @@ def test_every_source_runs_its_own_epochs() -> None:
     assert len(large) == 200
     assert max(large.values()) - min(large.values()) <= 2
 
-    once = Counter(s for step in read(Order(0, sizes, 4, 1, parts), 0, 900, range(4)) for s in step)
+    once = Counter(s for step in read(Order(0, sizes, 4, 1, sources), 0, 900, range(4)) for s in step)
     del once[END_OF_DATA, END_OF_DATA]
     assert once == Counter(dict.fromkeys(((shard, i) for shard, n in enumerate(sizes) for i in range(n)), 1))
 
 
 def test_equal_sources_are_not_in_step() -> None:
-    order = Order(0, [640, 640], 2, None, [Part(1, 1.0), Part(1, 1.0)])
+    order = Order(0, [640, 640], 2, None, [Source(1, 1.0), Source(1, 1.0)])
     steps = read(order, 0, 300, range(2))
     assert all({shard for shard, _ in step} == {0, 1} for step in steps)
     assert sum(a[1] == b[1] for a, b in steps) < 20
 
 
 @st.composite
-def orders(draw: st.DrawFn) -> tuple[int, list[int], int, int | None, list[Part]]:
-    parts, sizes = [], []
+def orders(draw: st.DrawFn) -> tuple[int, list[int], int, int | None, list[Source]]:
+    sources, sizes = [], []
     for _ in range(draw(st.integers(1, 3))):
         own = draw(st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any))
-        parts.append(Part(len(own), draw(st.floats(0.3, 3))))
+        sources.append(Source(len(own), draw(st.floats(0.3, 3))))
         sizes += own
-    return draw(st.integers(0, 2**40)), sizes, draw(st.integers(1, 24)), draw(st.sampled_from([None, 1, 3])), parts
+    return draw(st.integers(0, 2**40)), sizes, draw(st.integers(1, 24)), draw(st.sampled_from([None, 1, 3])), sources
 
 
 @fuzz(15)
 @given(orders(), st.integers(1, 6), st.integers(0, 200))
 def test_any_order_seeks_and_is_dealt_to_any_world(
-    case: tuple[int, list[int], int, int | None, list[Part]], world: int, first: int
+    case: tuple[int, list[int], int, int | None, list[Source]], world: int, first: int
 ) -> None:
     batch = case[2]
     world = min(world, batch)
@@ -201,9 +201,9 @@ def test_any_order_seeks_and_is_dealt_to_any_world(
 
 @fuzz(30)
 @given(orders())
-def test_any_epoch_reads_each_sample_once(case: tuple[int, list[int], int, int | None, list[Part]]) -> None:
-    seed, sizes, batch, _, parts = case
-    queues = Order(seed, sizes, batch, 1, parts).queues(0, range(batch))
+def test_any_epoch_reads_each_sample_once(case: tuple[int, list[int], int, int | None, list[Source]]) -> None:
+    seed, sizes, batch, _, sources = case
+    queues = Order(seed, sizes, batch, 1, sources).queues(0, range(batch))
     everything = {(shard, i) for shard, n in enumerate(sizes) for i in range(n)}
     seen: Counter[tuple[int, int]] = Counter()
     for _ in range(20_000 // batch):

@@ -23,12 +23,12 @@ from data.debug import ensure_debug_assets
 from data.encoders.autoencoder import Autoencoder, load_autoencoder
 from data.encoders.dinov2 import load_feature_encoder
 from data.encoders.text import load_text_encoder
-from data.errors import DataError, SampleError
+from data.errors import DataError
 from data.index import ImageTextIndex
 from data.precomputed_format import Dataset, check_images, check_same_kind
 from data.precomputed_write import Precompute, bytes_in_tar
 from data.reader import ImageTextReader, validation_batches
-from data.shard_index import CaptionChoice, captions_from_bytes, load_index
+from data.shard_index import load_index
 from data.storage import open_shards
 from models.layers import TextCondition
 from tests.helpers.servers import serve
@@ -404,41 +404,6 @@ def test_classes_need_no_text(made: Made, tmp_path: Path) -> None:
     assert sorted(ours[0].holes) == sorted(ours[1].holes)
     label_of = [{name[-3:]: label for name, label in zip(b.names, b.labels.tolist(), strict=True)} for b in ours]
     assert label_of[0] == label_of[1]
-
-
-@pytest.mark.parametrize(
-    ("entry", "expected"),
-    [
-        ({"caption": " a "}, (["a"], [1.0])),
-        ({"captions": ["a", "b"]}, (["a", "b"], [1.0, 1.0])),
-        ({"captions": ["a", "b"], "weights": [0.2, 0]}, (["a", "b"], [0.2, 0])),
-        ({"captions": ["a", "b"], "weights": [1]}, "weights do not fit"),
-        ({"captions": ["a"], "weights": [0]}, "weights do not fit"),
-        ({"captions": ["a"], "weights": [float("inf")]}, "weights do not fit"),
-        ({"captions": ["a"], "weights": [10**400]}, "weights do not fit"),
-        ({"captions": ["a \ud800"]}, (["a ?"], [1.0])),
-        ({"captions": ["a"], "weights": "1"}, "weights do not fit"),
-        ({"captions": [], "weights": []}, "not JSON with a caption"),
-        ({"captions": ["a", 1]}, "not JSON with a caption"),
-        ({"captions": "a"}, "not JSON with a caption"),
-        ({"captions": ["a", " "]}, "empty"),
-        ([1], "not JSON with a caption"),
-    ],
-)
-def test_captions_of_a_json_member(entry: object, expected: Any) -> None:
-    data = json.dumps(entry).encode()
-    if isinstance(expected, str):
-        with pytest.raises(SampleError, match=expected):
-            captions_from_bytes(data, is_json=True)
-    else:
-        assert captions_from_bytes(data, is_json=True) == expected
-
-
-def test_captions_are_picked_by_their_weights() -> None:
-    choice = CaptionChoice(["a", "b", "c"], [1, 3, 0])
-    picked = [choice.pick(chance) for chance in np.linspace(0, 1, 1000, endpoint=False)]
-    assert (picked.count(0), picked.count(1), picked.count(2)) == (250, 750, 0)
-    assert CaptionChoice(["a", "b"], [0.1, 0.0]).pick(np.nextafter(1.0, 0.0)) == 0
 
 
 def test_the_index_of_a_precomputed_shard_is_rebuilt_alike(made: Made) -> None:

@@ -21,9 +21,9 @@ from data import cache
 from data.cache import BlockCache
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
-from data.fetch import _spans
 from data.index import ImageTextIndex, open_index
 from data.reader import ImageTextReader
+from data.samples import _spans
 from data.shard_index import index_path, load_index
 from data.storage import Remote, RetryPolicy, open_shards
 from data.write_shards import write_shards
@@ -67,8 +67,8 @@ def local(folder: Path) -> list[list[tuple[object, ...]]]:
     return take(ImageTextIndex(open_shards(str(folder))), 0, 40, settings())
 
 
-def remote_index(server: Server, patience: RetryPolicy = QUICK, cache: Path | None = None) -> ImageTextIndex:
-    return ImageTextIndex(open_shards(f"{server.url}/train-{{000000..000002}}.tar"), cache, patience)
+def remote_index(server: Server, retry: RetryPolicy = QUICK, cache: Path | None = None) -> ImageTextIndex:
+    return ImageTextIndex(open_shards(f"{server.url}/train-{{000000..000002}}.tar"), cache, retry)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -277,22 +277,22 @@ def test_the_cache_keeps_versions_apart(folder: Path, local: Any, tmp_path: Path
         now = take(index, 0, 40, settings())
         assert now != local
         assert take(index, 0, 40, cached) == now
-        index.stamps = before.stamps  # a cache that does not look at the version
+        index.versions = before.versions  # a cache that does not look at the version
         assert take(index, 0, 40, cached) != now
 
 
 def test_a_shard_that_changes_while_it_is_indexed_is_named(folder: Path, tmp_path: Path) -> None:
-    """Or one that is another file here than where its stamp comes from: rows of one file would describe another."""
+    """Or one that is another file here than where its version comes from: rows of one file would describe another."""
     path = tmp_path / "train-000000.tar"
     shutil.copy(folder / path.name, path)
-    known = ImageTextIndex([path]).stamps
-    assert ImageTextIndex([path], stamps=known).stamps == known
+    known = ImageTextIndex([path]).versions
+    assert ImageTextIndex([path], versions=known).versions == known
     index_path(path).unlink()
     shutil.copy(folder / "train-000001.tar", path)
     with pytest.raises(DataError, match=r"train-000000\.tar has changed since the start"):
-        ImageTextIndex([path], stamps=known)
+        ImageTextIndex([path], versions=known)
     with pytest.raises(DataError, match="finds 2 shards and rank 0 1"):
-        ImageTextIndex([path, path], stamps=known)
+        ImageTextIndex([path, path], versions=known)
 
 
 def test_the_cache_is_bounded_and_drops_what_was_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from data.debug import ensure_debug_assets
 from data.errors import DataError
 from data.image_sets import (
     Prompt,
-    as_kept,
+    as_read_back,
     image_files,
     open_image_set,
     open_npz_images,
@@ -197,8 +197,8 @@ def test_equal_and_long_prompts_keep_their_images(tmp_path: Path) -> None:
     assert np.array_equal(read_images(tmp_path / "x.tar", range(7, 10)), images)
     write_images(tmp_path / "y.tar", [7, 8, 9], images, prompts, "jpeg", 75)
     kept = read_images(tmp_path / "y.tar", range(7, 10))
-    assert np.array_equal(as_kept(images, "jpeg", 75), kept)
-    assert not np.array_equal(kept, as_kept(images, "png", 75))
+    assert np.array_equal(as_read_back(images, "jpeg", 75), kept)
+    assert not np.array_equal(kept, as_read_back(images, "png", 75))
     held = open_image_set(str(tmp_path / "x.tar"), "reference")
     assert held.captions()[:2] == [prompts[0].text.strip(), "same"]
     with pytest.raises(DataError, match="holds other images"):
