@@ -52,9 +52,9 @@ def _memory() -> Iterator[None]:
 
 def steps(run: Run) -> Iterator[int]:
     """Take steps without end; yields the number of each after it."""
-    for step, (_, micro_batches) in enumerate(run.batches(0)):
-        train_step(run, step, micro_batches)
-        yield step
+    for micro_batches in run.batches():
+        train_step(run, micro_batches)
+        yield run.state.step - 1
 
 
 def take(stream: Iterator[int], count: int) -> None:
@@ -86,7 +86,7 @@ def test_trains_in_bf16_and_resumes_exactly(tmp_path: Path, way: str) -> None:
 
 
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
-    """OutageDetector of the same steps; compiled ones as well."""
+    """Losses of the same steps; compiled ones as well."""
     ways = ("precision=fp32", "precision=bf16", "compile=true")
     expected, *others = (train(1, tmp_path / way, *TINY, f"parallel.{way}", config=CONFIG) for way in ways)
     for lines in others:
