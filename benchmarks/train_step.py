@@ -100,7 +100,7 @@ class Variant:
         self.seconds: list[float] = []
         self.gradients: list[float] = []
         self.peak = 0
-        self._stream, self._done, self._updating = run.batches(0), 0, 0.0
+        self._batches, self._updating = run.batches(), 0.0
         update = run.engine.step
 
         def marked(*arguments: Any) -> Any:
@@ -110,8 +110,7 @@ class Variant:
         run.engine.step = marked  # type: ignore[method-assign]
 
     def step(self) -> None:
-        train_step(self.run, self._done, next(self._stream)[1])
-        self._done += 1
+        train_step(self.run, next(self._batches))
 
     def measure(self) -> None:
         device = self.run.world.device

@@ -185,7 +185,7 @@ def caption_checks(model: Inference) -> list[Check]:
         assert shards is not None, "the demo has held-out shards"
         index = ImageTextIndex(open_shards(shards))
         batches = list(validation_batches(index, data, PAIRED_IMAGES, 0, 1, 64))
-        margins = caption_margins(model.model, model.objective, batches, model.frozen.encode)
+        margins = caption_margins(model.model, model.objective, batches, model.encoders.encode)
         p = sign_flip_p(margins)
         note = "p < 0.001" if required else "reported"
         checks.append(

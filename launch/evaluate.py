@@ -62,7 +62,7 @@ def main() -> int:
     try:
         model = build_inference(config, checkpoint, world, arguments.weights)
         evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
-        encoders = model.frozen.fingerprints()
+        encoders = model.encoders.fingerprints()
         protocol = suite.protocol({**evaluation.contents, "vae": encoders["autoencoder"]})
         identity = {
             "suite": name,

@@ -1,19 +1,18 @@
-"""The training loop, top to bottom. Nothing in a step waits for the device; figures are read at log steps."""
+"""The training loop, top to bottom. Nothing in a step waits for the device; figures are read back at log steps."""
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from .errors import BadDataError, CheckpointError, RunError
-from .monitor.mup_health import BINS, time_figures, time_sums
+from .monitor.mup_health import time_figures
 from .recovery.bad_data import OUTAGE, OutageDetector, bad_data, outage
-from .recovery.skipped_ranges import data_step, follow
 from .recovery.stop_signal import StopSignal
 from .recovery.watchdog import Watchdog
 from .rollback import go_back
 from .run import Run
-from .state import Totals, TrainState
+from .state import StepSums, Totals, TrainState
+from .step import MicroBatch, micro_batch_losses
 
 
 def train(run: Run) -> str:
@@ -24,12 +23,12 @@ def train(run: Run) -> str:
         metrics.status("finished", state.step)
         return "finished"
     metrics.status("running", state.step)
-    lag = plan.log_every if run.world.device.type == "cuda" else 0
+    lag = plan.every.log if run.world.device.type == "cuda" else 0
     watchdog = Watchdog(run.folder, run.world, plan.watchdog_factor, plan.watchdog_min_s, lag)
-    with watchdog, StopSignal(run.world.control) as agreement:
+    with watchdog, StopSignal(run.world.control) as stop_signal:
         try:
-            outcome, reason = _steps(run, agreement, watchdog)
-        except (RunError, CheckpointError) as error:  # on all ranks
+            outcome, reason = _steps(run, stop_signal, watchdog)
+        except (RunError, CheckpointError) as error:  # on all ranks alike
             run.checkpointer.wait()  # what is on its way is worth keeping
             metrics.status("failed", state.step, str(error))
             raise
@@ -42,36 +41,35 @@ def train(run: Run) -> str:
         with watchdog.phase("ending"):
             metrics.status(outcome, state.step, reason)
             metrics.plot(last=True)
-            # For rank 0 to have written: after a signal torchrun ends with an error, and Slurm then ends all nodes.
+            # Rank 0 must have written all this: after a signal torchrun ends with an error, and Slurm then ends the
+            # job on all nodes.
             dist.barrier(group=run.world.control)
     return outcome
 
 
-def _steps(run: Run, agreement: StopSignal, watchdog: Watchdog) -> tuple[str, str]:
-    """Steps until the last one, or until the ranks agree to stop; returns the outcome and its reason."""
+def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, str]:
+    """Train until the last step, or until the ranks agree to stop; returns the outcome and its reason."""
     plan, state = run.plan, run.state
     if state.step == 0:
-        _look(run, watchdog, {"step": 0, "samples_seen": 0}, validate=plan.validate_every > 0)
-    stream = follow(run.batches, lambda: data_step(state.step, state.skipped_ranges))
+        due = {"validate"} if plan.every.validate else set[str]()
+        _validate_sample_evaluate(run, watchdog, {"step": 0, "samples_seen": 0}, due)
+    batches = run.batches()
     run.timer.restart()
-    reads_before, losses = _reads(state), OutageDetector(plan.max_bad_share)
+    reads_before, outages = _reads(state), OutageDetector(plan.max_bad_share)
     while state.step < run.last_step:
-        micro_batches = run.timer.take(stream)
-        train_step(run, state.step, micro_batches)
-        state.step += 1
+        train_step(run, next(batches))
         watchdog.beat(state.step)
-        due = {key: _due(state.step, every, run.last_step) for key, every in _intervals(run).items()}
+        due = plan.every.due(state.step, run.last_step)
+        # Counted since this start, so that a run goes on whose data were mended.
         holes, read = (now - then for now, then in zip(_reads(state), reads_before, strict=True))
-        asked, holes, read = agreement.exchange(holes, read)
-        if (lost := losses.in_a_row(holes, read)) >= OUTAGE:
+        asked, holes, read = stop_signal.exchange(holes, read)
+        if (lost := outages.in_a_row(holes, read)) >= OUTAGE:
             raise BadDataError(outage(lost, state.holes))
-        # Of what was read since this start, so that a run whose data were mended goes on; and of at least 1000: a few
-        # bad samples in the first steps are no share yet.
-        share = holes / max(1000, read)
-        too_bad = due["log"] and share > plan.max_bad_share
+        bad_share = holes / max(1000, read)  # a few bad samples among the first ones are no share yet
+        too_bad = "log" in due and bad_share > plan.max_bad_share
         record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
-        if due["log"]:
-            record |= _figures(run) | {"bad_share": share}
+        if "log" in due:
+            record |= _figures(run) | {"bad_share": bad_share}
             watchdog.beat(state.step, record["step_time_s"])
             row = state.spikes.take_longest_row()
             if plan.rollback_after and row >= plan.rollback_after:
@@ -79,138 +77,92 @@ def _steps(run: Run, agreement: StopSignal, watchdog: Watchdog) -> tuple[str, st
                     go_back(run, row)
                 run.timer.restart()
                 continue
-        if due["log"] or due["validate"] or due["sample"] or due["evaluate"]:
-            _look(run, watchdog, record, due["validate"], due["sample"], due["evaluate"])
+        if due & {"log", "validate", "sample", "evaluate"}:
+            _validate_sample_evaluate(run, watchdog, record, due)
         stopping = (asked and state.step < run.last_step) or too_bad
         last = stopping or state.step == run.last_step
-        if due["snapshot"] or due["checkpoint"] or last:
+        if last or due & {"snapshot", "checkpoint"}:
             with watchdog.phase("saving"):
-                if due["snapshot"]:  # before the checkpoint, which would have to be waited for longer
+                if "snapshot" in due:  # first, since it would wait for the larger checkpoint
                     run.checkpointer.save_averages(state.step, run.ema.tensors(), {**run.meta, "step": state.step})
-                if due["checkpoint"] or last:
+                if last or "checkpoint" in due:
                     save(run, wait=last)
         if too_bad:
-            raise BadDataError(bad_data(state.step, share, plan.max_bad_share, state.holes))
+            raise BadDataError(bad_data(state.step, bad_share, plan.max_bad_share, state.holes))
         if stopping:
             return "preempted", "asked to stop by a signal"
-        if any(due.values()):
-            run.timer.restart()  # time spent looking is not training time
-    return "finished", "" if run.last_step == plan.steps else "the data ended: rollbacks jumped over the rest of them"
+        if due:
+            run.timer.restart()  # what was done beside training is not training time
+    return "finished", "" if run.last_step == plan.steps else "the data ended: rollbacks skipped the rest of them"
 
 
-def train_step(run: Run, step: int, micro_batches: list[Any]) -> None:
-    """One update from this rank's micro-batches."""
+def train_step(run: Run, micro_batches: list[MicroBatch]) -> None:
+    """One update from this rank's micro-batches, which are taken out of the list one by one."""
     state, world = run.state, run.world
-    # FSDP averages gradients over ranks, while the loss is a mean over the global batch: hence W / B.
+    # The engine averages gradients over the W ranks, while the loss is a mean over the B samples of the global batch:
+    # mean over ranks of W / B x (a rank's sum) = 1 / B x (sum over all samples).
     scale = world.size / run.plan.global_batch_size
-    align = run.alignment
-    run.timer.watching = logged = _due(step + 1, run.plan.log_every, run.last_step)
-    # Sums: loss, REPA loss, text tokens, weight; loss and weight by time.
-    sums = torch.zeros(4 + 2 * BINS, dtype=torch.float64, device=world.device)
-    for number, batch in enumerate(micro_batches):
-        encoded = run.encode(batch)
-        draw = run.objective.draw(encoded.x0, encoded.keys)
-        features_at = None if align is None else align.features_at
-        prediction, projected = run.engine.model(draw.x_t, draw.t, encoded.condition, features_at=features_at)
-        losses = run.objective.loss(prediction, draw)  # [b]
-        total = loss = (encoded.weight * losses).sum()
-        repa_loss = torch.zeros_like(loss)
-        if align is not None:
-            repa_loss = (encoded.weight * align.losses(projected, batch)).sum()
-            total = loss + align.weight * repa_loss
-        run.engine.backward(scale * total, last=number == len(micro_batches) - 1)
-        scalars = (loss.detach(), repa_loss.detach(), encoded.text_tokens, encoded.weight.sum())
-        scalars = torch.stack([scalar.double() for scalar in scalars])
-        sums += torch.cat([scalars, time_sums(draw.t, losses.detach(), encoded.weight).flatten()])
-        state.samples_read += batch.read
-        for reason in batch.holes:
-            state.holes[reason] = state.holes.get(reason, 0) + 1
-    result = run.engine.step(run.lr(step), run.health if logged else None, state.spikes.limit())
-    run.ema.update(step, result.skipped)
+    logged = "log" in run.plan.every.due(state.step + 1, run.last_step)
+    run.timer.watching = logged
+    sums = StepSums.zeros(world.device)
+    while micro_batches:
+        batch, encoding = micro_batches.pop(0)  # a list that held it would keep its memory to the end of the step
+        encoded = encoding()
+        losses = micro_batch_losses(run.engine.model, run.objective, run.alignment, encoded, batch)
+        run.engine.backward(scale * losses.total, last=not micro_batches)
+        sums += StepSums.of_micro_batch(losses, encoded).packed()
+        state.add_reads(batch.read, batch.holes)
+    result = run.engine.step(run.lr(state.step), run.health if logged else None, state.spikes.limit())
+    run.ema.update(state.step, result.skipped)
     state.spikes.update(result.grad_norm, result.skipped)
-    # Summed over ranks in every step, a few numbers on the device, so that a checkpoint between two log lines holds
-    # the same totals on all ranks and a resumed run logs the same figures.
+    # The sums are added up over ranks in every step, not only at log steps: so a checkpoint between two log lines holds
+    # the same totals on all ranks, and a resumed run logs the same figures. It is one tensor of a few numbers.
     dist.all_reduce(sums)
-    loss, repa_loss, text_tokens = sums[:3] / sums[3].clamp(min=1)
-    norm, one = result.grad_norm.double(), torch.ones_like(loss)
-    counts = (result.clipped.double(), one, 1 - one, 1 - one)
-    taken = Totals(loss, repa_loss, norm, text_tokens, *counts, by_time=sums[4:]).packed()
-    finite = norm.isfinite().double()
-    left = Totals.unpacked(torch.zeros_like(taken))._replace(skipped=1 - finite, spikes=finite).packed()
-    state.totals += torch.where(result.skipped > 0, left, taken)
+    state.add_step(sums, result)
+    state.step += 1
 
 
 def save(run: Run, wait: bool = False) -> None:
-    """Start to write a checkpoint of the present step. wait: until it is complete, CheckpointError where it fails."""
+    """Start to write a checkpoint of the present step. wait: until it is complete; CheckpointError where it fails."""
     state = run.state
-    tensors = {**run.ema.tensors(), **state.tensors()}
     reads: list[Any] = [None] * run.world.size
     dist.all_gather_object(reads, (state.holes, state.samples_read), group=run.world.control)
     meta = {**run.meta, "step": state.step, "reads": reads, "jumps": state.skipped_ranges}
-    run.checkpointer.save(state.step, tensors, meta, wait)
-
-
-def restore(state: TrainState, meta: dict[str, Any], rank: int) -> None:
-    """Host-side state from a checkpoint, after its tensors; the counts of bad samples go on at rank 0 if the world
-    has changed. The skipped_ranges are those of the run folder: it may have gone back to this checkpoint since."""
-    state.step = meta["step"]
-    if [list(skipped_range) for skipped_range in state.skipped_ranges if skipped_range.at_step <= state.step] != meta[
-        "jumps"
-    ]:
-        state.spikes.forget_rows()
-    reads = meta["reads"]
-    if len(reads) == dist.get_world_size():
-        state.holes, state.samples_read = dict(reads[rank][0]), reads[rank][1]
-    elif rank == 0:
-        state.samples_read = sum(read for _, read in reads)
-        for holes, _ in reads:
-            for reason, count in holes.items():
-                state.holes[reason] = state.holes.get(reason, 0) + count
-
-
-def _intervals(run: Run) -> dict[str, int]:
-    plan = run.plan
-    return {
-        "log": plan.log_every,
-        "validate": plan.validate_every,
-        "checkpoint": plan.checkpoint_every,
-        "snapshot": plan.snapshot_every,
-        "sample": plan.sample_every,
-        "evaluate": plan.evaluate_every,
-    }
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    """Every so many steps, and at the last one; 0 is never."""
-    return every > 0 and (step % every == 0 or step == last)
+    run.checkpointer.save(state.step, {**run.ema.tensors(), **state.tensors()}, meta, wait)
 
 
 def _figures(run: Run) -> dict[str, Any]:
-    """Read the totals back (the host sync of a log step) and start them anew."""
-    plan, state = run.plan, run.state
+    """The figures of the steps since the last log line. Reads the totals back, which is the host sync of a log step,
+    and starts them anew."""
+    state = run.state
     totals = Totals.unpacked(state.totals.to("cpu", copy=True))
-    step_s = run.timer.step_s()  # now that the device has done them
+    step_s = run.timer.step_s()  # only now has the device done the steps
     state.totals.zero_()
     figures: dict[str, Any] = {
         "lr": run.lr(state.step - 1),
         "skipped_steps": int(totals.skipped),
         "spike_steps": int(totals.spikes),
     }
-    if jumped := data_step(state.step, state.skipped_ranges) - state.step:
-        figures["jumped_steps"] = jumped
+    if skipped := state.data_step - state.step:
+        figures["jumped_steps"] = skipped
     counted = float(totals.counted)
     if counted:
-        for name in ("loss", "grad_norm", *(["repa_loss"] if run.alignment else [])):
-            figures[name] = float(getattr(totals, name)) / counted
+        figures["loss"] = float(totals.loss) / counted
+        figures["grad_norm"] = float(totals.grad_norm) / counted
+        if run.alignment is not None:
+            figures["repa_loss"] = float(totals.repa_loss) / counted
         figures["mup/clip_share"] = float(totals.clipped) / counted
     figures |= time_figures(totals.by_time.tolist()) | run.health.figures() | run.checkpointer.figures()
-    text_tokens, buckets = float(totals.text_tokens) / max(1.0, counted), run.timer.buckets
+    return figures | _speed(run, step_s, text_tokens=float(totals.text_tokens) / max(1.0, counted))
+
+
+def _speed(run: Run, step_s: float, text_tokens: float) -> dict[str, Any]:
+    """Throughput of the steps since the last log line. step_s: mean time per step. text_tokens: mean per image."""
+    plan, buckets = run.plan, run.timer.buckets
+    flops = sum(plan.image_flops(text_tokens, bucket) * steps for bucket, steps in buckets.items())
     images_per_s = plan.global_batch_size / step_s
-    image_flops = (
-        sum(plan.image_flops(text_tokens, bucket) * count for bucket, count in buckets.items()) / buckets.total()
-    )
-    flops_per_s = image_flops * images_per_s
-    figures |= {
+    flops_per_s = flops / buckets.total() * images_per_s
+    figures: dict[str, Any] = {
         "images_per_s": images_per_s,
         "step_time_s": step_s,
         "model_tflops_per_s": flops_per_s / 1e12,
@@ -226,19 +178,17 @@ def _reads(state: TrainState) -> tuple[int, int]:
     return sum(state.holes.values()), state.samples_read
 
 
-def _look(
-    run: Run, watchdog: Watchdog, record: dict[str, Any], validate: bool, sample: bool = False, evaluate: bool = False
-) -> None:
-    """Validate, sample and evaluate where due, and write one line of metrics."""
-    if validate:
+def _validate_sample_evaluate(run: Run, watchdog: Watchdog, record: dict[str, Any], due: set[str]) -> None:
+    """Do what is due of the three, and write one line of metrics."""
+    if "validate" in due:
         with watchdog.phase("validation"):
             record |= run.validate()
-    if sample:
+    if "sample" in due:
         with watchdog.phase("sampling"):
             run.sample(run.folder / "samples" / f"step_{record['step']:08d}.png")
-    if evaluate:
+    if "evaluate" in due:
         with watchdog.phase("evaluation"):
             record |= run.evaluate()
     run.metrics.write(record)
-    if validate or sample or evaluate:
+    if due & {"validate", "sample", "evaluate"}:
         run.metrics.plot()

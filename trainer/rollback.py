@@ -1,5 +1,4 @@
-"""Going back: after a row of skipped steps a run returns to its newest checkpoint and skipped_ranges past the
-samples since."""
+"""Rollback: after a row of skipped steps a run returns to its newest checkpoint and leaves out the samples since."""
 
 import torch.distributed as dist
 
@@ -8,13 +7,13 @@ from .errors import RunError
 from .recovery.skipped_ranges import skip_back, write_skipped_ranges
 from .run import Run
 
-MOST_IN_A_ROW = 3  # rollbacks to one checkpoint
+MOST_IN_A_ROW = 3  # rollbacks to the same checkpoint
 
 
 def go_back(run: Run, row: int) -> None:
-    """Return to the newest complete checkpoint after `row` skipped steps in a row; the same call on all ranks.
+    """Return to the newest complete checkpoint after `row` skipped steps in a row. All ranks make this call alike.
 
-    Raises RunError where there is none, or where going back to it has not helped.
+    Raises RunError where there is no checkpoint, or where going back to it has not helped.
     """
     state, present = run.state, run.state.step
     run.checkpointer.wait()
@@ -24,14 +23,15 @@ def go_back(run: Run, row: int) -> None:
     if checkpoint is None:
         raise RunError(f"{why}, and there is no checkpoint to go back to: {advice}, or set train.checkpoint_every")
     target = int(checkpoint.name.removeprefix("step_"))
-    if sum(skipped_range.at_step == target for skipped_range in state.skipped_ranges) >= MOST_IN_A_ROW:
+    if sum(skipped.at_step == target for skipped in state.skipped_ranges) >= MOST_IN_A_ROW:
         raise RunError(
             f"{why}, and the run has gone back to {checkpoint} {MOST_IN_A_ROW} times already: remove that "
             f"checkpoint to start from an older one, or {advice}"
         )
     skipped_ranges = skip_back(state.skipped_ranges, present, target, why)
     if run.world.rank == 0:
-        for path, damage in damaged.items():  # else they would count among those to keep, and the good one would go
+        # A damaged checkpoint that stays would count among those to keep, and the good one would be deleted.
+        for path, damage in damaged.items():
             run.metrics.say(f"warning: {damage}; renamed to .corrupt and passed over")
             set_aside(path)
         write_skipped_ranges(run.folder, skipped_ranges)

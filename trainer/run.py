@@ -1,11 +1,9 @@
-"""What the loop is handed: Run, with its plan and the interfaces of what trainer.build puts together."""
+"""What the loop is handed, built by trainer.build."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
-
-from torch import Tensor
+from typing import IO, Any, NamedTuple
 
 from .checkpoint.write import Checkpointer
 from .ema import EMA
@@ -16,56 +14,33 @@ from .parallel.engine import Engine
 from .parallel.mesh import World
 from .recovery.skipped_ranges import last_step
 from .state import TrainState
+from .step import Alignment, MicroBatch, Objective
 
 
-class Encoded(NamedTuple):
-    """A micro-batch on the device: x0 [b, C, h, w], what the model is conditioned on, keys int64 and weight [b],
-    and how many text tokens the rows that count have (a scalar)."""
+class Intervals(NamedTuple):
+    """How many steps lie between two times that something is done; 0: it is never done."""
 
-    x0: Tensor
-    condition: Any
-    keys: Tensor
-    weight: Tensor
-    text_tokens: Tensor
+    log: int = 0
+    validate: int = 0
+    checkpoint: int = 0
+    snapshot: int = 0
+    sample: int = 0
+    evaluate: int = 0
 
-
-class MicroBatch(Protocol):
-    """A micro-batch as the data room hands it over: what the loop itself reads of it."""
-
-    holes: list[str]
-    read: int
-    bucket: Any
-    """What the images and texts of the step have in common, None in a run of one kind."""
-
-
-class Objective(Protocol):
-    def draw(self, x0: Tensor, keys: Tensor) -> Any: ...
-    def loss(self, prediction: Tensor, draw: Any) -> Tensor: ...
-
-
-class Alignment(Protocol):
-    """A second term of the loss; see trainer.diffusion.repa.Alignment."""
-
-    @property
-    def weight(self) -> float: ...
-    @property
-    def features_at(self) -> int: ...
-    def losses(self, projected: Tensor, batch: Any) -> Tensor: ...
+    def due(self, step: int, last_step: int) -> set[str]:
+        """What is to be done after step number `step` (from 1); after the last one, everything that is ever done."""
+        return {name for name, every in self._asdict().items() if every and (step % every == 0 or step == last_step)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of the loop: steps, batch, intervals (0: never), and what a step costs."""
+    """The numbers of the config that the loop reads, which must not know config files, and what a step costs."""
 
     steps: int
     global_batch_size: int
-    log_every: int
-    validate_every: int
-    checkpoint_every: int
-    snapshot_every: int
-    sample_every: int
-    evaluate_every: int
+    every: Intervals
     max_bad_share: float
+    """Share of unreadable samples at which the run ends."""
     rollback_after: int
     """Skipped steps in a row after which the run goes back; 0: never."""
     data_steps: int | None
@@ -73,14 +48,14 @@ class Plan:
     watchdog_factor: float | None
     watchdog_min_s: float
     image_flops: Callable[[float, Any], float]
-    """Text tokens and the batch's bucket -> FLOPs of one image in a forward and a backward pass."""
+    """(text tokens per image, the batch's bucket) -> FLOPs of one image in a forward and a backward pass."""
     peak_flops: float | None
-    """Of all devices together; None where unknown, then no MFU is given."""
+    """FLOP/s of all devices together; None where unknown, then no MFU is given."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that the loop needs, built by trainer.build."""
+    """Everything that the loop needs."""
 
     plan: Plan
     world: World
@@ -92,16 +67,16 @@ class Run:
     objective: Objective
     alignment: Alignment | None
     lr: Callable[[int], float]
-    """Base learning rate of an update."""
-    batches: Callable[[int], Iterator[tuple[int, list[Any]]]]
-    """First step of the data -> (step, this rank's micro-batches), endless; of weight 0 where the data have ended."""
-    encode: Callable[[Any], Encoded]
+    """Number of an update (from 0) -> its base learning rate."""
+    batches: Callable[[], Iterator[list[MicroBatch]]]
+    """Begin to read: this rank's micro-batches of the step that `state` has come to when each is asked for, endless; of
+    weight 0 where the data have ended."""
     validate: Callable[[], dict[str, float]]
     """Validation figures of the live and the EMA weights."""
     sample: Callable[[Path], None]
     """Write a grid of samples from the EMA weights."""
     evaluate: Callable[[], dict[str, Any]]
-    """Figures of images of the EMA weights, on rank 0 (elsewhere {})."""
+    """Figures of images from the EMA weights, on rank 0 (elsewhere {})."""
     metrics: Metrics
     checkpointer: Checkpointer
     meta: Mapping[str, Any]
@@ -112,5 +87,5 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """Training steps in all: plan.steps, or fewer where rollbacks have used up data that have an end."""
+        """How many training steps there are: plan.steps, or fewer where rollbacks have used up data that end."""
         return last_step(self.plan.steps, self.plan.data_steps, self.state.skipped_ranges)

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import trainer.build.engine
+import trainer.build.run
 from data.encoders.text import load_text_encoder
 from trainer.build.run import build_run
-from trainer.collectives import on_rank_0
 from trainer.config.load import load_config
-from trainer.input.encoding import Encoders, read_text_encoder
+from trainer.input.encoding import read_text_encoder
+from trainer.input.prefetch import prefetch
 from trainer.loop import train
 from trainer.parallel.compile import compile_units
 from trainer.parallel.mesh import World, init_world, world_size
@@ -48,7 +49,7 @@ def sharded_encoder_equals_a_whole_one(world: World) -> float:
     for precision, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
         config = load_config("mmdit_debug_mup.yaml", [f"parallel.precision={precision}", "text_encoder.shard=true"])
         whole = load_text_encoder(config.text_encoder, "cpu", dtype)
-        sharded = read_text_encoder(config, world, dtype, partial(on_rank_0, world))
+        sharded = read_text_encoder(config, world, dtype)
         assert sharded.fingerprint == whole.fingerprint
         held = sum(p.to_local().numel() for p in sharded.model.parameters() if isinstance(p, DTensor))
         assert 0.4 < held / sum(p.numel() for p in whole.model.parameters()) < 0.6, "each rank holds its part"
@@ -98,7 +99,7 @@ if __name__ == "__main__":
             (path / f"difference-{here.rank}").write_text(repr(difference))
             run(here, path, "zero", "mmdit_debug_mup.yaml", STEPS // 2, *ZERO)
         else:
-            Encoders.ahead = lambda self, batches: batches
+            trainer.build.run.prefetch = lambda batches, begin, ahead: prefetch(batches, begin, ahead=0)
             run(here, path, "not_ahead", "mmdit_debug_mup.yaml", STEPS)
             # Without code generation, which takes long: graphs and shapes are what is looked at.
             trainer.build.engine.compile_units = partial(compile_units, backend="eager")

@@ -36,6 +36,7 @@ from trainer.parallel.engine import Watch
 from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world
 from trainer.parallel.zero import ZeroEngine
+from trainer.step import micro_batch_losses
 
 OVERRIDES = (
     "data.shards=synthetic", "text_encoder.width=16", "text_encoder.max_length=6", "train.sample_every=0",
@@ -72,9 +73,9 @@ def run_steps(
 ) -> Any:
     """Train; at step `spoil` the last rank's batch holds a NaN. Returns the last step's result; losses: is given this
     rank's loss of each micro-batch."""
-    frozen, resolved = Encoders(config, world), resolve(config, world.size)
-    objective, align = build_objective(config, resolved), build_alignment(config, frozen)
-    assert align is not None
+    encoders, resolved = Encoders(config, world), resolve(config, world.size)
+    objective, alignment = build_objective(config, resolved), build_alignment(config, encoders)
+    assert alignment is not None
     reader = SyntheticReader(
         config.data, config.text_encoder, config.autoencoder, 0, config.train.global_batch_size,
         world.rank, world.size, resolved.micro_batch_rows,
@@ -87,11 +88,7 @@ def run_steps(
             if step == spoil and world.rank == world.size - 1:
                 assert batch.latents is not None
                 batch.latents[0, 0, 0, 0] = float("nan")
-            encoded = frozen.encode(batch)
-            draw = objective.draw(encoded.x0, encoded.keys)
-            prediction, projected = engine.model(draw.x_t, draw.t, encoded.condition, features_at=align.features_at)
-            each = objective.loss(prediction, draw) + align.weight * align.losses(projected, batch)
-            loss = (encoded.weight * each).sum()
+            loss = micro_batch_losses(engine.model, objective, alignment, encoders.encode(batch), batch).total
             if losses is not None:
                 losses.append(float(loss.detach()))
             engine.backward(world.size / config.train.global_batch_size * loss, number == len(batches) - 1)

@@ -188,11 +188,11 @@ def swapped_weights(world: World) -> dict[str, Any]:
 
 
 def iter_inputs(config: TrainConfig, world: World) -> Any:
-    frozen, resolved = Encoders(config, world), resolve(config, world.size)
+    encoders, resolved = Encoders(config, world), resolve(config, world.size)
     objective = build_objective(config, resolved)
     reader = SyntheticReader(config.data, config.text_encoder, config.autoencoder, 0, 8, world.rank, world.size, 4)
     for _, batches in reader.batches(0):
-        encoded = frozen.encode(batches[0])
+        encoded = encoders.encode(batches[0])
         draw = objective.draw(encoded.x0, encoded.keys)
         yield draw.x_t, draw.t, encoded.condition
 

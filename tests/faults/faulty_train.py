@@ -6,43 +6,51 @@ comes late, in which a block takes long, at which it sleeps for ever, kills itse
 goes on in the background), or kills its torchrun; and whether it kills itself once the run has gone back.
 """
 
-import dataclasses
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import launch.train
+import trainer.build.run
 from launch.common import run as run_command
-from trainer.recovery.skipped_ranges import FILE
-from trainer.run import Encoded, Run
+from trainer.config.schema import TrainConfig
+from trainer.parallel.mesh import World
+from trainer.recovery.skipped_ranges import FILE, follow
+from trainer.run import Run
+from trainer.step import Encoded, MicroBatch
 
 DELAY_S = 2.0
 FAULTS = json.loads(os.environ["FAULTS"])
-build_run = launch.train.build_run
 
 
-def with_faults(run: Run) -> Run:
-    if FAULTS["rank"] not in (None, run.world.rank):
-        return run
-    present = -1
+class Faults:
+    """Follows a run's data steps and does at each what FAULTS says."""
 
-    def batches(first: int) -> Iterator[tuple[int, list[Any]]]:
-        nonlocal present
-        for step, micro_batches in run.batches(first):
-            present = step
-            if step in FAULTS.get("slow_data", ()):
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._present = -1
+        layer = run.engine.model.get_submodule("blocks.0.image.qkv")
+        layer.register_forward_pre_hook(self._before_layer)
+
+    def follow(
+        self, batches: Callable[[int], Iterator[tuple[int, list[MicroBatch]]]], wanted: Callable[[], int]
+    ) -> Iterator[list[MicroBatch]]:
+        for micro_batches in follow(batches, wanted):
+            self._present = wanted()
+            if self._present in FAULTS.get("slow_data", ()):
                 time.sleep(DELAY_S)
-            yield step, micro_batches
+            yield [MicroBatch(batch, partial(self._encode, encoded)) for batch, encoded in micro_batches]
 
-    def encode(batch: Any) -> Encoded:
-        encoded = run.encode(batch)
+    def _encode(self, finish: Callable[[], Encoded]) -> Encoded:
+        encoded, present = finish(), self._present
         if present == FAULTS.get("kill"):
-            run.checkpointer.wait()
+            self._run.checkpointer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
-        if FAULTS.get("kill_after_rollback") and (run.folder / FILE).exists():
+        if FAULTS.get("kill_after_rollback") and (self._run.folder / FILE).exists():
             os.kill(os.getpid(), signal.SIGKILL)
         if present == FAULTS.get("kill_torchrun"):
             os.kill(os.getppid(), signal.SIGKILL)
@@ -53,14 +61,21 @@ def with_faults(run: Run) -> Run:
             encoded.x0[0] = float("nan")
         return encoded
 
-    def before_layer(*_: Any) -> None:
-        if present in FAULTS.get("slow_model", ()):
+    def _before_layer(self, *_: Any) -> None:
+        if self._present in FAULTS.get("slow_model", ()):
             time.sleep(DELAY_S)
 
-    run.engine.model.get_submodule("blocks.0.image.qkv").register_forward_pre_hook(before_layer)
-    return dataclasses.replace(run, batches=batches, encode=encode)
+
+build_run = launch.train.build_run
+
+
+def faulty_run(config: TrainConfig, world: World) -> Run:
+    run = build_run(config, world)
+    if FAULTS["rank"] in (None, world.rank):
+        trainer.build.run.follow = Faults(run).follow
+    return run
 
 
 if __name__ == "__main__":
-    launch.train.build_run = lambda config, world: with_faults(build_run(config, world))
+    launch.train.build_run = faulty_run
     run_command(launch.train.main)

@@ -147,7 +147,7 @@ def test_a_rank_that_hangs_leaves_stacks_and_a_reason(tmp_path: Path) -> None:
     assert status(run)["step"] == 8
     assert "times the median" in status(run)["reason"]
     sleeping, waiting = ((run / "stacks" / f"rank_{rank}.txt").read_text() for rank in (1, 0))
-    asleep = r'faulty_train\.py", line \d+ in encode'
+    asleep = r'faulty_train\.py", line \d+ in _encode'
     assert re.search(asleep, sleeping)
     assert "train_step" in waiting
     assert not re.search(asleep, waiting)

@@ -52,9 +52,9 @@ def _memory() -> Iterator[None]:
 
 def steps(run: Run) -> Iterator[int]:
     """Take steps without end; yields the number of each after it."""
-    for step, (_, micro_batches) in enumerate(run.batches(0)):
-        train_step(run, step, micro_batches)
-        yield step
+    for micro_batches in run.batches():
+        train_step(run, micro_batches)
+        yield run.state.step - 1
 
 
 def take(stream: Iterator[int], count: int) -> None:

@@ -63,11 +63,11 @@ def our_images(made: Inference, world: World, prompts: list[str], seed: int) -> 
     config, seen = made.config, []
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
-        seen.append(made.frozen.decode(latents))
+        seen.append(made.encoders.decode(latents))
         return seen[-1]
 
     images_from_prompts(
-        made.model, made.frozen.encode_prompts, decode, prompts,
+        made.model, made.encoders.encode_prompts, decode, prompts,
         (config.autoencoder.channels, config.latent_size, config.latent_size),
         build_sampler(config, resolve(config, 1)), seed, config.sample.guidance, config.sample.guidance_channels,
         world.device, world.control,

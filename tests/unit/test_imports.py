@@ -87,7 +87,7 @@ ROOMS: dict[str, Room] = {
             "trainer.diffusion",
             "trainer.input",
             "trainer.parallel",
-            "trainer.run",
+            "trainer.step",
             "trainer.errors",
             "trainer.collectives",
         ),

@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from models.backbone import build_model, declarations
 from models.configs import ModelConfig
 
 from ..config.resolve import Resolved
-from ..config.schema import TrainConfig
+from ..config.schema import OptimConfig, TrainConfig
 from ..diffusion.ddpm import DDPM
 from ..diffusion.ddpm_sampling import DDPMSampler
 from ..diffusion.flow import RectifiedFlow
@@ -22,20 +23,20 @@ from ..mup.rules import ROLES, Settings
 from ..mup.table import MuTable
 from ..parallel.activation_checkpointing import checkpoint_activations
 from ..parallel.compile import compile_units
+from ..parallel.engine import Engine
 from ..parallel.fsdp import FSDP2Engine, Sharding
 from ..parallel.mesh import World
 from ..parallel.zero import ZeroEngine
 
 
 def build_mup_table(config: TrainConfig) -> MuTable:
-    """The muP table of a config, from three models on the meta device; no weights are made."""
-    model = config.model
+    """The muP table of a config, from three models on the meta device: no weights are made."""
+    model, mup = config.model, config.mup
 
-    def factory(width: int) -> torch.nn.Module:
+    def factory(width: int) -> nn.Module:
         shape: ModelConfig = dataclasses.replace(model, width=width)
         return build_model(shape, config.autoencoder.channels, config.text_encoder.width, config.projector)
 
-    mup = config.mup
     settings = Settings(
         mup.parametrization,
         mup.wd_rule,
@@ -50,7 +51,7 @@ def build_mup_table(config: TrainConfig) -> MuTable:
     )
 
 
-def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine | ZeroEngine:
+def build_engine(config: TrainConfig, table: MuTable, world: World) -> Engine:
     """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
     optim, parallel = config.optim, config.parallel
     if precision_of(config, world) != "bf16":
@@ -58,49 +59,69 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
     apply_multipliers(model, table)
-    units: list[torch.nn.Module] = model.shard_units()
+    units = model.shard_units()
     checkpoint_activations(units, parallel.activation_checkpointing)
     if parallel.compile:
         compile_units(units)
 
-    def initialise(materialised: torch.nn.Module) -> None:
+    def groups(named_parameters: dict[str, Tensor]) -> list[dict[str, Any]]:
+        return param_groups(named_parameters.items(), table, optim.lr, optim.weight_decay, optim.eps)
+
+    def initialise(materialised: nn.Module) -> None:
         model.fill_buffers()
         init_parameters(materialised, table, config.train.seed)
 
     common: dict[str, Any] = {
         "world": world,
         "precision": precision_of(config, world),
-        "groups": lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
+        "groups": groups,
         "betas": optim.betas,
         "clip_norm": optim.clip_norm,
     }
     if parallel.engine == "zero":
-        fill_buffers: Any = model.fill_buffers
         initial = partial(initial_value, table, seed=config.train.seed, device=world.device)
-        engine = ZeroEngine(model, stage=parallel.zero_stage, fill_buffers=fill_buffers, initial=initial, **common)
+        engine = ZeroEngine(
+            model, stage=parallel.zero_stage, fill_buffers=model.fill_buffers, initial=initial, **common
+        )
     else:
         sharding = Sharding(parallel.reshard_after_forward, parallel.prefetch, parallel.cpu_offload)
         engine = FSDP2Engine(model, units=units, sharding=sharding, initialise=initialise, **common)
+    _check_settings(engine, table, optim)
+    return engine
+
+
+def _check_settings(engine: Engine, table: MuTable, optim: OptimConfig) -> None:
+    """The proof, after sharding, that every parameter is trained with what the table says."""
     for name, settings in engine.optimizer_settings().items():
         row = table.rows[name]
         expected = (optim.lr * row.lr, optim.weight_decay * row.weight_decay, optim.eps * row.eps)
         assert settings == expected, f"{name}: the optimizer has (lr, wd, eps) {settings}, the table {expected}"
-    return engine
+
+
+def units_of(engine: Engine) -> list[nn.Module]:
+    """The model's blocks, which are gathered, and compiled, one at a time."""
+    model: Any = engine.model  # a backbone, or DeepSpeed's wrapper of one, which passes its attributes on
+    return model.shard_units()
 
 
 def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow | DDPM:
+    """What is trained: rectified flow or DDPM."""
     if config.objective.kind == "ddpm":
         return DDPM(config.objective.beta_schedule, config.model.learn_sigma)
     mean, std = config.objective.timestep_mean, config.objective.timestep_std
     return RectifiedFlow(mean, std, resolved.time_shift, area=config.latent_size**2)
 
 
-def build_alignment(config: TrainConfig, frozen: Encoders) -> Alignment | None:
-    o = config.objective
-    return Alignment(o.repa_weight, o.repa_layer - 1, frozen.features) if o.repa_weight else None
+def build_alignment(config: TrainConfig, encoders: Encoders) -> Alignment | None:
+    """REPA, where the config has it. objective.repa_layer counts blocks from 1."""
+    objective = config.objective
+    if not objective.repa_weight:
+        return None
+    return Alignment(objective.repa_weight, objective.repa_layer - 1, encoders.features)
 
 
 def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:
+    """From noise to latents, by the config's sampler and number of steps."""
     if config.sampler == "euler":
         return Euler(config.sample.steps, resolved.time_shift)
     ddpm = DDPM(config.objective.beta_schedule, config.model.learn_sigma)

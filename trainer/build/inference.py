@@ -13,7 +13,6 @@ from data.precomputed_format import check_images
 
 from ..checkpoint.compatible import check_same_model, check_weights_readable, lasting
 from ..checkpoint.find import read_meta, verify
-from ..collectives import on_rank_0
 from ..config.resolve import Resolved, resolve
 from ..config.schema import TrainConfig
 from ..diffusion.ddpm import DDPM
@@ -27,42 +26,34 @@ from ..parallel.mesh import World
 from .engine import build_engine, build_mup_table, build_objective, build_sampler
 
 
-def sample_images(
-    config: TrainConfig,
-    engine: Engine,
-    frozen: Encoders,
-    resolved: Resolved,
-    world: World,
-    prompts: Sequence[str],
-    seed: int = 0,
-) -> np.ndarray:
-    """uint8 [len(prompts), H, W, 3] from the weights that the engine's model has now, on every rank."""
-    return images_from_prompts(
-        engine.model,
-        frozen.encode_prompts,
-        frozen.decode,
-        prompts,
-        (config.autoencoder.channels, config.latent_size, config.latent_size),
-        build_sampler(config, resolved),
-        seed=seed,
-        guidance=config.sample.guidance,
-        guidance_channels=config.sample.guidance_channels,
-        device=world.device,
-        group=world.control,
-    )
-
-
-def image_generator(config: TrainConfig, engine: Engine, frozen: Encoders, resolved: Resolved) -> Generator:
+def image_generator(config: TrainConfig, engine: Engine, encoders: Encoders, resolved: Resolved) -> Generator:
     """Images by the weights that the engine's model has when it is called."""
     return Generator(
         engine.model,
-        frozen.encode_prompts,
-        frozen.decode,
+        encoders.encode_prompts,
+        encoders.decode,
         (config.autoencoder.channels, config.latent_size, config.latent_size),
         build_sampler(config, resolved),
         config.sample.guidance,
         config.sample.guidance_channels,
-        frozen.device,
+        encoders.device,
+    )
+
+
+def sample_images(generate: Generator, world: World, prompts: Sequence[str], seed: int = 0) -> np.ndarray:
+    """uint8 [len(prompts), H, W, 3] on every rank; the ranks share the work."""
+    return images_from_prompts(
+        generate.model,
+        generate.encode_prompts,
+        generate.decode,
+        prompts,
+        generate.latent_shape,
+        generate.sampler,
+        seed=seed,
+        guidance=generate.guidance,
+        guidance_channels=generate.guidance_channels,
+        device=generate.device,
+        group=world.control,
     )
 
 
@@ -74,9 +65,9 @@ class Inference:
     table: MuTable
     model: torch.nn.Module
     objective: RectifiedFlow | DDPM
-    frozen: Encoders
+    encoders: Encoders
     images: Callable[[Sequence[str], int], np.ndarray]
-    """(prompts, seed) -> uint8 [n, H, W, 3]."""
+    """(prompts, seed) -> uint8 [n, H, W, 3] on every rank."""
     generate: Generator
     """One batch of this rank; all ranks call it equally often."""
 
@@ -84,7 +75,8 @@ class Inference:
 def build_inference(
     config: TrainConfig, checkpoint: Path, world: World, weights: Literal["ema", "live"] = "ema"
 ) -> Inference:
-    """Load the weights of a checkpoint that was trained with `config`."""
+    """Load the weights of a checkpoint that was trained with `config`. Raises CheckpointError where it has none that
+    can be used, DataError where an encoder cannot be."""
     if config.data.synthetic:
         raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
     check_images(config.autoencoder, config.text_encoder, config.label_classes)
@@ -93,28 +85,28 @@ def build_inference(
     verify(checkpoint, world.control)
     check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
     check_weights_readable(read_meta(checkpoint), checkpoint)
-    frozen = Encoders(config, world, partial(on_rank_0, world))
-    _check_text_encoder(frozen, checkpoint, config.text_encoder.path)
+    encoders = Encoders(config, world)
+    _check_text_encoder(encoders, checkpoint, config.text_encoder.path)
     engine = build_engine(config, table, world)
     if weights == "live" and read_meta(checkpoint).get("averages_only"):
         raise CheckpointError(f"{checkpoint} is a snapshot, which holds EMA weights alone: there are no live ones")
     group = f"ema_{config.ema.decays[0]}" if weights == "ema" else "model"
     engine.load_weights(checkpoint, group, lasting(table.rows))
+    generate = image_generator(config, engine, encoders, resolved)
     return Inference(
         config=config,
         table=table,
         model=engine.model,
         objective=build_objective(config, resolved),
-        frozen=frozen,
-        images=lambda prompts, seed: sample_images(config, engine, frozen, resolved, world, prompts, seed),
-        generate=image_generator(config, engine, frozen, resolved),
+        encoders=encoders,
+        images=partial(sample_images, generate, world),
+        generate=generate,
     )
 
 
-def _check_text_encoder(frozen: Encoders, checkpoint: Path, path: str) -> None:
-    trained, present = (
-        held.get("text_encoder") for held in (read_meta(checkpoint)["fingerprints"], frozen.fingerprints())
-    )
+def _check_text_encoder(encoders: Encoders, checkpoint: Path, path: str) -> None:
+    trained = read_meta(checkpoint)["fingerprints"].get("text_encoder")
+    present = encoders.fingerprints().get("text_encoder")
     if trained is not None and present not in (None, trained):
         raise CheckpointError(
             f"text_encoder.path {path} holds another text encoder than {checkpoint} was trained with: name that one"

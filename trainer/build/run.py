@@ -1,29 +1,29 @@
-"""The composition root: config -> everything that a run needs. The only module that imports across the rooms."""
+"""The composition root of training: config -> everything that a run needs, one function for each phase."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from data.config import Bucket
 from data.debug import ensure_debug_assets
 from data.errors import DataError
-from models.flops import forward_flops
 
 from ..checkpoint.compatible import check_same_model, check_weights_readable, lasting
 from ..checkpoint.find import find_checkpoint, read_meta, set_aside, verify, weights_of
-from ..checkpoint.resume import engine_identity, find_resumed
+from ..checkpoint.resume import Resumed, engine_identity, find_resumed
 from ..checkpoint.write import Checkpointer
 from ..collectives import first_on_rank_0, on_rank_0
 from ..config.keys import plain
 from ..config.load import to_yaml
-from ..config.resolve import Resolved, image_tokens, resolve
+from ..config.resolve import Resolved, resolve
 from ..config.schema import TrainConfig
 from ..ema import EMA
 from ..evaluate.evaluation import prepare
@@ -33,8 +33,8 @@ from ..evaluate.suite import load_suite
 from ..evaluate.val_loss import validation
 from ..files import lock_folder, write_atomically
 from ..input.encoding import Encoders, precision_of
+from ..input.prefetch import prefetch
 from ..input.training_data import TrainingData, is_debug, validation_bank
-from ..loop import restore
 from ..lr_schedule import lr_factor
 from ..monitor.metrics import Metrics, peak_flops
 from ..monitor.mup_health import Health, Watched
@@ -43,185 +43,213 @@ from ..mup.table import MuTable
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
 from ..provenance import commit
-from ..recovery.skipped_ranges import read_skipped_ranges
-from ..run import Plan, Run
+from ..recovery.skipped_ranges import follow, read_skipped_ranges
+from ..run import Intervals, Plan, Run
 from ..state import TrainState
-from .engine import build_alignment, build_engine, build_mup_table, build_objective
+from ..step import MicroBatch
+from .engine import build_alignment, build_engine, build_mup_table, build_objective, units_of
+from .flops import image_flops
 from .inference import image_generator, sample_images
 
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy")
 
 
 def build_run(config: TrainConfig, world: World) -> Run:
-    """Everything for the loop. User's mistakes raise ConfigError, DataError or CheckpointError before the run
-    folder is written."""
-    resolved = resolve(config, world.size)
+    """Everything for the loop. User's mistakes raise ConfigError, DataError or CheckpointError before the run folder is
+    written."""
+    _set_determinism(config)
+    inputs = _open_inputs(config, world)
+    # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
+    lock = on_rank_0(world, lambda: lock_folder(inputs.folder) if inputs.folder.is_dir() else None)
+    start = _find_start(inputs)
+    trained = _build_trained(inputs, start)
+    notes = _describe(inputs, start)
+    side_jobs = _build_side_jobs(inputs, trained, notes)
+    lock = on_rank_0(world, lambda: lock or lock_folder(inputs.folder))
+    metrics = _open_folder(inputs, start, trained.state.step, notes)
+    return _assemble(inputs, trained, side_jobs, metrics, lock)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads, and what follows from its config."""
+
+    config: TrainConfig
+    resolved: Resolved
+    world: World
+    folder: Path
+    data: TrainingData
+    encoders: Encoders
+    table: MuTable
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Identities of data and encoders, which a resumed run must find again."""
+        return {"data": self.data.fingerprint, **self.encoders.fingerprints()}
+
+
+class _Start(NamedTuple):
+    """Where the run begins: at a checkpoint of its own, at another run's weights, or at step 0 where both are None."""
+
+    resumed: Resumed | None
+    initial: Path | None
+
+
+class _Trained(NamedTuple):
+    """What is trained, and saved."""
+
+    engine: Engine
+    ema: EMA
+    state: TrainState
+
+    def with_averages(self, decay: float) -> Callable[[], AbstractContextManager[None]]:
+        """A context in which the engine's model has the EMA weights."""
+        return partial(self.engine.swapped, self.ema.shards[decay])
+
+
+class _SideJobs(NamedTuple):
+    """What a run does beside training; see Run."""
+
+    validate: Callable[[], dict[str, float]]
+    write_grid: Callable[[Path], None]
+    evaluate: Callable[[], dict[str, Any]]
+
+
+# --------------------------------------------------------------------------------------------------- what the run reads
+
+
+def _set_determinism(config: TrainConfig) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def _open_inputs(config: TrainConfig, world: World) -> _Inputs:
+    resolved = resolve(config, world.size)
     if is_debug(config.text_encoder.path) or is_debug(config.objective.repa_encoder):
         first_on_rank_0(world, ensure_debug_assets)
-    source = TrainingData(config, resolved, world)
-    frozen = Encoders(config, world, partial(on_rank_0, world), source.dataset, align=True)
-    table = build_mup_table(config)
-    fingerprints = {"data": source.fingerprint, **frozen.fingerprints()}
+    data = TrainingData(config, resolved, world)
     assert config.run.name is not None
-    folder = Path(config.run.dir) / config.run.name
-
-    # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
-    lock = on_rank_0(world, lambda: lock_folder(folder) if folder.is_dir() else None)
-    resumed = find_resumed(config, folder, table, fingerprints, world)
-    skipped_ranges = read_skipped_ranges(folder)
-    initial = None
-    if resumed is None and config.run.init_from is not None:
-        initial = find_checkpoint(Path(config.run.init_from))
-        verify(initial, world.control)
-        check_same_model(read_meta(initial), table.to_json(), initial, rules=False)
-        check_weights_readable(read_meta(initial), initial)
-
-    engine = build_engine(config, table, world)
-    state = TrainState.start(world.device, config.optim.spike_threshold)
-    state.skipped_ranges = skipped_ranges
-    initial_weights = "model" if initial is None else weights_of(read_meta(initial))
-    if initial is not None:
-        engine.load_weights(initial, initial_weights, lasting(table.rows))
-    ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
-    notes = [table.describe(), f"{folder}: {_count(table):.3g} B parameters, {world.size} processes"]
-    if resumed is not None:
-        checkpoint, meta, changes, damaged = resumed
-        kept = [decay for decay in ema.decays if decay in meta["config"]["ema"]["decays"]]
-        engine.load(checkpoint, {**ema.tensors(kept), **state.tensors()})
-        ema.reset([decay for decay in ema.decays if decay not in kept])  # ema.decays may change on resume
-        restore(state, meta, world.rank)
-        notes = [
-            *(f"warning: {reason}; renamed to .corrupt and passed over" for reason in damaged.values()),
-            f"resuming {checkpoint}",
-        ]
-        notes += [f"changed: {change}" for change in changes]
-    elif initial is not None:
-        notes.append(f"weights from {initial} ({initial_weights})")
-
-    bank = []
-    if config.train.validate_every:
-        bank = validation_bank(source.validation(), frozen.encode, config.data, world, notes)
-    objective = build_objective(config, resolved)
-    average = ema.shards[config.ema.decays[0]]
-
-    def swapped() -> Any:
-        return engine.swapped(average)
-
-    write_grid = _grid_writer(config, source, frozen, engine, swapped, resolved, world)
-    evaluate = _evaluator(config, frozen, engine, swapped, resolved, world)
-
-    lock = on_rank_0(world, lambda: lock or lock_folder(folder))
-    if world.rank == 0:
-        write_atomically(folder / "config.yaml", to_yaml(config))
-        write_atomically(folder / "mup.json", json.dumps(table.to_json(), indent=1))
-        for checkpoint in resumed.damaged if resumed is not None else ():
-            set_aside(checkpoint)
-    metrics = Metrics(folder, world.rank == 0, config.train.steps, state.step)
-    if config.wandb.project is not None:
-        metrics.start_wandb(config.wandb.project, config.wandb.mode, config.run.name, plain(config))
-    for note in notes:
-        metrics.say(note)
-
-    def sample(path: Path) -> None:
-        with metrics.without_room(path):
-            write_grid(path)
-
-    def warn(text: str) -> None:
-        metrics.say(text)
-        metrics.status("running", state.step, text)
-
-    return Run(
-        plan=_plan(config, frozen.without_images, source.steps, world, metrics),
+    return _Inputs(
+        config=config,
+        resolved=resolved,
         world=world,
-        folder=folder,
-        engine=engine,
-        ema=ema,
-        health=Health(
-            {name: Watched(row.role, config.optim.eps * row.eps) for name, row in table.rows.items()},
-            replicas=world.size // resolved.shard,
-        ),
-        timer=StepTimer(engine.model.shard_units(), world),
-        objective=objective,
-        alignment=build_alignment(config, frozen),
-        lr=lambda step: config.optim.lr * _lr_factor(config, step),
-        batches=frozen.ahead(source.batches),
-        encode=frozen.encode,
-        validate=lambda: validation(engine.model, objective, bank, swapped),
-        sample=sample,
-        evaluate=evaluate,
-        metrics=metrics,
-        checkpointer=Checkpointer(
-            folder,
-            engine,
-            world.checkpoint,
-            config.run.keep_last,
-            config.run.keep_every,
-            config.train.checkpoint_async,
-            warn,
-        ),
-        meta={
-            "config": plain(config),
-            "engine": engine_identity(config, world),
-            "mup": table.to_json(),
-            "fingerprints": fingerprints,
-            "validation": source.validation_fingerprint if config.train.validate_every else None,
-            "versions": {name: version(name) for name in _PACKAGES},
-            "commit": commit(),
-        },
-        state=state,
-        lock=lock,
+        folder=Path(config.run.dir) / config.run.name,
+        data=data,
+        encoders=Encoders(config, world, data.dataset, align=True),
+        table=build_mup_table(config),
     )
 
 
+def _find_start(inputs: _Inputs) -> _Start:
+    config, table, world = inputs.config, inputs.table, inputs.world
+    resumed = find_resumed(config, inputs.folder, table, inputs.fingerprints, world)
+    if resumed is not None or config.run.init_from is None:
+        return _Start(resumed, None)
+    initial = find_checkpoint(Path(config.run.init_from))
+    verify(initial, world.control)
+    check_same_model(read_meta(initial), table.to_json(), initial, rules=False)
+    check_weights_readable(read_meta(initial), initial)
+    return _Start(None, initial)
+
+
+# -------------------------------------------------------------------------------------------------- what the run trains
+
+
+def _build_trained(inputs: _Inputs, start: _Start) -> _Trained:
+    """Weights, averages and state: new, or as `start` has them."""
+    config, world = inputs.config, inputs.world
+    skipped_ranges = read_skipped_ranges(inputs.folder)
+    engine = build_engine(config, inputs.table, world)
+    if start.initial is not None:
+        engine.load_weights(start.initial, weights_of(read_meta(start.initial)), lasting(inputs.table.rows))
+    ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
+    state = TrainState.start(world.device, config.optim.spike_threshold)
+    state.skipped_ranges = skipped_ranges
+    if start.resumed is not None:
+        meta = start.resumed.meta
+        kept = [decay for decay in ema.decays if decay in meta["config"]["ema"]["decays"]]
+        engine.load(start.resumed.checkpoint, {**ema.tensors(kept), **state.tensors()})
+        ema.reset([decay for decay in ema.decays if decay not in kept])  # ema.decays may change on resume
+        state.restore(meta, world.rank)
+    return _Trained(engine, ema, state)
+
+
+def _describe(inputs: _Inputs, start: _Start) -> list[str]:
+    """What the user is told about the start, once the run folder is there to hold it."""
+    if start.resumed is not None:
+        damaged = start.resumed.damaged.values()
+        return [
+            *(f"warning: {reason}; renamed to .corrupt and passed over" for reason in damaged),
+            f"resuming {start.resumed.checkpoint}",
+            *(f"changed: {change}" for change in start.resumed.changes),
+        ]
+    billions = sum(float(np.prod(row.shape)) for row in inputs.table.rows.values()) / 1e9
+    notes = [inputs.table.describe(), f"{inputs.folder}: {billions:.3g} B parameters, {inputs.world.size} processes"]
+    if start.initial is not None:
+        notes.append(f"weights from {start.initial} ({weights_of(read_meta(start.initial))})")
+    return notes
+
+
+# ----------------------------------------------------------------------------------------- what it does beside training
+
+
+def _build_side_jobs(inputs: _Inputs, trained: _Trained, notes: list[str]) -> _SideJobs:
+    """Validation, sample grids and evaluation; what they need is read now."""
+    config, encoders = inputs.config, inputs.encoders
+    bank = []
+    if config.train.validate_every:
+        bank = validation_bank(inputs.data.validation(), encoders.encode, config.data, inputs.world, notes)
+    with_averages = trained.with_averages(config.ema.decays[0])
+    objective = build_objective(config, inputs.resolved)
+    side_jobs = _SideJobs(
+        validate=partial(validation, trained.engine.model, objective, bank, with_averages),
+        write_grid=_grid_writer(inputs, trained.engine, with_averages),
+        evaluate=_evaluator(inputs, trained.engine, with_averages),
+    )
+    if encoders.without_images and config.train.sample_every:
+        notes.append(f"no sample grids: {encoders.without_images}")
+    return side_jobs
+
+
 def _grid_writer(
-    config: TrainConfig,
-    source: TrainingData,
-    frozen: Encoders,
-    engine: Engine,
-    swapped: Callable[[], Any],
-    resolved: Resolved,
-    world: World,
+    inputs: _Inputs, engine: Engine, with_averages: Callable[[], AbstractContextManager[None]]
 ) -> Callable[[Path], None]:
+    config, world = inputs.config, inputs.world
+    generate = image_generator(config, engine, inputs.encoders, inputs.resolved)
     prompts = list(config.sample.prompts[: config.sample.count])
-    if not prompts and config.train.sample_every and not frozen.without_images:
-        prompts = source.validation_prompts(config.sample.count)
+    if not prompts and config.train.sample_every and not inputs.encoders.without_images:
+        prompts = inputs.data.validation_prompts(config.sample.count)
         if not prompts:
             raise DataError("no validation sample has a prompt for the sample grids: give sample.prompts")
 
-    def write(path: Path) -> None:
-        with swapped():
-            images = sample_images(config, engine, frozen, resolved, world, prompts)
+    def write_grid(path: Path) -> None:
+        with with_averages():
+            images = sample_images(generate, world, prompts)
         if world.rank == 0:
             save_grid(images, path)
             write_atomically(path.parent / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
 
-    return write
+    return write_grid
 
 
 def _evaluator(
-    config: TrainConfig,
-    frozen: Encoders,
-    engine: Engine,
-    swapped: Callable[[], Any],
-    resolved: Resolved,
-    world: World,
+    inputs: _Inputs, engine: Engine, with_averages: Callable[[], AbstractContextManager[None]]
 ) -> Callable[[], dict[str, Any]]:
-    """Figures of train.evaluate_suite as metrics names them. What the suite needs is read now."""
+    """Figures of train.evaluate_suite as metrics names them."""
+    config, world, encoders = inputs.config, inputs.world, inputs.encoders
     if not config.train.evaluate_every:
         return dict
-    if frozen.without_images:
-        raise DataError(f"train.evaluate_every needs images: {frozen.without_images}")
+    if encoders.without_images:
+        raise DataError(f"train.evaluate_every needs images: {encoders.without_images}")
     _, suite = load_suite(config.train.evaluate_suite)
     suite = suite.model_copy(update={"vae": None, "precision": precision_of(config, world)})
-    generate = image_generator(suite.applied(config), engine, frozen, resolved)
+    generate = image_generator(suite.applied(config), engine, encoders, inputs.resolved)
     evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
 
     def evaluate() -> dict[str, Any]:
         try:
-            with swapped():
+            with with_averages():
                 images = {batch: evaluation.make(generate, batch) for batch, _ in evaluation.turns()}
             figures = evaluation.measure(lambda batch: evaluation.as_kept(images[batch]))
             return {f"val_{key}": score.value for key, score in figures.items()}
@@ -231,48 +259,118 @@ def _evaluator(
     return evaluate
 
 
-def _plan(
-    config: TrainConfig, without_images: str | None, data_steps: int | None, world: World, metrics: Metrics
-) -> Plan:
+# ---------------------------------------------------------------------------------------------- what the loop is handed
+
+
+def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) -> Metrics:
+    """Write the run folder, from which damaged checkpoints are set aside, and tell the notes."""
+    config, folder = inputs.config, inputs.folder
+    if inputs.world.rank == 0:
+        write_atomically(folder / "config.yaml", to_yaml(config))
+        write_atomically(folder / "mup.json", json.dumps(inputs.table.to_json(), indent=1))
+        for checkpoint in start.resumed.damaged if start.resumed is not None else ():
+            set_aside(checkpoint)
+    metrics = Metrics(folder, inputs.world.rank == 0, config.train.steps, step)
+    if config.wandb.project is not None:
+        metrics.start_wandb(config.wandb.project, config.wandb.mode, str(config.run.name), plain(config))
+    for note in notes:
+        metrics.say(note)
+    return metrics
+
+
+def _assemble(inputs: _Inputs, trained: _Trained, side_jobs: _SideJobs, metrics: Metrics, lock: IO[str] | None) -> Run:
+    config, world, (engine, ema, state) = inputs.config, inputs.world, trained
+    timer = StepTimer(units_of(engine), world)
+    watched = {name: Watched(row.role, config.optim.eps * row.eps) for name, row in inputs.table.rows.items()}
+
+    def sample(path: Path) -> None:
+        with metrics.without_room(path):
+            side_jobs.write_grid(path)
+
+    def warn(text: str) -> None:
+        metrics.say(text)
+        metrics.status("running", state.step, text)
+
+    return Run(
+        plan=_plan(inputs),
+        world=world,
+        folder=inputs.folder,
+        engine=engine,
+        ema=ema,
+        health=Health(watched, replicas=world.size // inputs.resolved.shard),
+        timer=timer,
+        objective=build_objective(config, inputs.resolved),
+        alignment=build_alignment(config, inputs.encoders),
+        lr=partial(_learning_rate, config),
+        batches=partial(_batches, inputs, state, timer),
+        validate=side_jobs.validate,
+        sample=sample,
+        evaluate=side_jobs.evaluate,
+        metrics=metrics,
+        checkpointer=Checkpointer(
+            inputs.folder,
+            engine,
+            world.checkpoint,
+            config.run.keep_last,
+            config.run.keep_every,
+            config.train.checkpoint_async,
+            warn,
+        ),
+        meta=_checkpoint_meta(inputs),
+        state=state,
+        lock=lock,
+    )
+
+
+def _batches(inputs: _Inputs, state: TrainState, timer: StepTimer) -> Iterator[list[MicroBatch]]:
+    """The chain of batches: reader -> encoding of the next step -> skipped ranges -> timer.
+
+    Skipped ranges come after the encoding: where they seek, the stream before them is closed and begun again, so that
+    nothing is being encoded while reader processes are forked, and no step is encoded that nobody wants.
+    """
+    prefetched = prefetch(inputs.data.batches, inputs.encoders.begin, inputs.encoders.steps_ahead)
+    return timer.timed(follow(prefetched, lambda: state.data_step))
+
+
+def _plan(inputs: _Inputs) -> Plan:
+    config, world = inputs.config, inputs.world
     train = config.train
-    if without_images and train.sample_every:
-        metrics.say(f"no sample grids: {without_images}")
-
-    def image_flops(text_tokens: float, bucket: Bucket | None = None) -> float:
-        forward = forward_flops(
-            config.model,
-            config.autoencoder.channels,
-            config.text_encoder.width,
-            image_tokens(config, bucket) if bucket else config.image_tokens,
-            round(text_tokens),
-            config.projector,
-        )
-        return 3.0 * forward
-
     peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     return Plan(
         steps=train.steps,
         global_batch_size=train.global_batch_size,
-        log_every=train.log_every,
-        validate_every=train.validate_every,
-        checkpoint_every=train.checkpoint_every,
-        snapshot_every=train.ema_snapshot_every,
-        sample_every=0 if without_images else train.sample_every,
-        evaluate_every=train.evaluate_every,
+        every=Intervals(
+            log=train.log_every,
+            validate=train.validate_every,
+            checkpoint=train.checkpoint_every,
+            snapshot=train.ema_snapshot_every,
+            sample=0 if inputs.encoders.without_images else train.sample_every,
+            evaluate=train.evaluate_every,
+        ),
         max_bad_share=config.data.max_bad_share,
         rollback_after=train.rollback_after,
-        data_steps=data_steps,
+        data_steps=inputs.data.steps,
         watchdog_factor=train.watchdog_factor,
         watchdog_min_s=train.watchdog_min_s,
-        image_flops=image_flops,
+        image_flops=partial(image_flops, config),
         peak_flops=None if peak is None else peak * world.size,
     )
 
 
-def _lr_factor(config: TrainConfig, step: int) -> float:
+def _learning_rate(config: TrainConfig, step: int) -> float:
+    """Base learning rate of update `step` (from 0); each parameter's is this times its factor in the muP table."""
     optim = config.optim
-    return lr_factor(step, optim.schedule, optim.warmup_steps, optim.decay_steps, config.train.steps)
+    return optim.lr * lr_factor(step, optim.schedule, optim.warmup_steps, optim.decay_steps, config.train.steps)
 
 
-def _count(table: MuTable) -> float:
-    return sum(float(np.prod(row.shape)) for row in table.rows.values()) / 1e9
+def _checkpoint_meta(inputs: _Inputs) -> dict[str, Any]:
+    config, data = inputs.config, inputs.data
+    return {
+        "config": plain(config),
+        "engine": engine_identity(config, inputs.world),
+        "mup": inputs.table.to_json(),
+        "fingerprints": inputs.fingerprints,
+        "validation": data.validation_fingerprint if config.train.validate_every else None,
+        "versions": {name: version(name) for name in _PACKAGES},
+        "commit": commit(),
+    }

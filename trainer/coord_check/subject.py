@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective
+from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective, units_of
 from ..config.load import load_config
 from ..config.resolve import resolve
 from ..config.schema import TrainConfig
@@ -12,6 +12,7 @@ from ..input.encoding import Encoders
 from ..input.training_data import TrainingData
 from ..mup.table import MuTable
 from ..parallel.mesh import World
+from ..step import micro_batch_losses
 from .slopes import Subject, observe
 
 
@@ -24,7 +25,8 @@ def check_config(
     batch: int,
     parametrization: str | None = None,
 ) -> TrainConfig:
-    """The config of one run of the check. fp32 unless asked otherwise: bf16 would round small changes away."""
+    """The config of one run of the check, in fp32 unless the overrides say otherwise: bf16 would round small changes
+    away."""
     forced = [
         "data.shards=synthetic",
         "train.micro_batch_size=null",
@@ -38,8 +40,8 @@ def check_config(
 
 
 def without_repa(name: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides that leave the alignment out unless they set its weight: the cosine in its loss makes the steps' size
-    depend on what is aligned with, here noise, and the check's slopes are no longer those of the rules."""
+    """The overrides, and one that leaves the alignment out unless they set its weight: the cosine in its loss makes the
+    size of the steps depend on the features, here noise, and the slopes are no longer those of the rules."""
     asked = any(text.startswith("objective.repa_weight=") for text in overrides)
     if asked or not load_config(name, overrides).objective.repa_weight:
         return list(overrides)
@@ -48,28 +50,22 @@ def without_repa(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def build_subject(config: TrainConfig, world: World, table: MuTable | None = None) -> Subject:
-    """Model, optimizer and the fixed batch, as training would build them. table: another one than the config's."""
+    """Model, optimizer and the fixed batch, as training builds them. table: used in place of the config's own."""
     resolved = resolve(config, world.size)
     table = build_mup_table(config) if table is None else table
     engine = build_engine(config, table, world)
     objective = build_objective(config, resolved)
     _, (batch,) = next(iter(TrainingData(config, resolved, world).batches(0)))
-    frozen = Encoders(config, world)
-    encoded, align = frozen.encode(batch), build_alignment(config, frozen)
-    draw = objective.draw(encoded.x0, encoded.keys)
+    encoders = Encoders(config, world)
+    encoded, alignment = encoders.encode(batch), build_alignment(config, encoders)
 
     def loss() -> Tensor:
-        features_at = None if align is None else align.features_at
-        prediction, projected = engine.model(draw.x_t, draw.t, encoded.condition, features_at=features_at)
-        losses = objective.loss(prediction, draw)
-        if align is not None:
-            losses = losses + align.weight * align.losses(projected, batch)
-        return (encoded.weight * losses).sum() / config.train.global_batch_size
+        losses = micro_batch_losses(engine.model, objective, alignment, encoded, batch)
+        return losses.total / config.train.global_batch_size
 
     def update(value: Tensor) -> None:
         engine.backward(value, last=True)
         engine.step(config.optim.lr)
 
-    units = engine.model.shard_units()
-    observed = observe(engine.model, units, config.parallel.compile)
+    observed = observe(engine.model, units_of(engine), config.parallel.compile)
     return Subject(engine.model, table, observed, loss, update, engine.full)

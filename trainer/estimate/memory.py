@@ -8,9 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from models.flops import forward_flops
-
-from ..config.schema import ParallelConfig, TrainConfig
+from ..config.schema import ParallelConfig
 from ..mup.table import MuTable
 from .simulation import (
     ACCUMULATED,
@@ -111,9 +109,3 @@ class Memory:
 
     def total(self, shard: int, rows: int, accumulates: bool) -> int:
         return sum(self.parts(shard, rows, accumulates).values())
-
-
-def true_flops(config: TrainConfig) -> int:
-    """FLOPs of an image at the full text length: forward and twice that for the backward pass, nothing recomputed."""
-    channels, text = config.autoencoder.channels, config.text_encoder
-    return 3 * forward_flops(config.model, channels, text.width, config.image_tokens, text.max_length, config.projector)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..build.engine import build_mup_table
+from ..build.flops import image_flops
 from ..config.resolve import Resolved, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
-from .memory import Memory, true_flops
+from .memory import Memory
 from .simulation import Profile, Step, profile
 
 GIB = 2**30
@@ -122,7 +123,7 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     step = simulated.steps[1]
     parameters = sum(math.prod(row.shape) for row in table.rows.values())
 
-    image_flops = true_flops(config)
+    flops_per_image = image_flops(config)
     recompute = round(step.flops["recompute"] / step.rows)
     text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # 2 FLOPs a weight, 2 bytes a weight
     batch, rate = config.train.global_batch_size, cluster.gpus * cluster.peak_tflops * 1e12 * cluster.mfu
@@ -156,7 +157,7 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
         "config": config.run.name,
         "gpus": cluster.gpus,
         "parameters": parameters,
-        "flops_per_image": image_flops,
+        "flops_per_image": flops_per_image,
         "recompute_flops_per_image": recompute,
         "text_encoder_flops_per_image": text_flops,
         "micro_batch": rows,
@@ -167,8 +168,8 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
         "host_gib": cached.host(resolved.shard, rows, count > 1) / GIB,
         "collectives": {**moved, "seconds_at_network_rate": network_s},
         "mfu": cluster.mfu,
-        "time": timed(image_flops + text_flops),
-        "time_cached": timed(image_flops),
+        "time": timed(flops_per_image + text_flops),
+        "time_cached": timed(flops_per_image),
         "checkpoint_gib": {
             "training": full / GIB,
             "kept": full * config.run.keep_last / GIB,

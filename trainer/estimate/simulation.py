@@ -32,7 +32,7 @@ from ..input.encoding import Encoders
 from ..monitor.mup_health import Health, Watched
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
-from ..run import Objective
+from ..step import Objective, micro_batch_losses
 
 STATE, GRADIENTS, UPDATE = "state", "gradients", "update"
 ACTIVATIONS, GATHERED, ACCUMULATED = "activations", "gather buffers", "accumulated gradients"
@@ -277,24 +277,18 @@ def _step(
     rows: int,
     micro_batches: int,
 ) -> Step:
-    """As the loop's train_step, at a log step."""
-    frozen = Encoders(config, world)
-    align = build_alignment(config, frozen)
-    features_at = None if align is None else align.features_at
+    """A step as trainer.loop.train_step takes it, at a log step."""
+    encoders = Encoders(config, world)
+    alignment = build_alignment(config, encoders)
     account.reset()
     for number in range(micro_batches):
         account.kind = ACTIVATIONS
         account.flops.clear()
         batch = _batch(config, rows)
-        encoded = frozen.encode(batch)
-        draw = objective.draw(encoded.x0, encoded.keys)
-        prediction, projected = engine.model(draw.x_t, draw.t, encoded.condition, features_at=features_at)
-        loss = (encoded.weight * objective.loss(prediction, draw)).sum()
-        if align is not None:
-            loss = loss + align.weight * (encoded.weight * align.losses(projected, batch)).sum()
-        del prediction, projected
-        engine.backward(loss, last=number == micro_batches - 1)
-        del batch, encoded, draw, loss
+        encoded = encoders.encode(batch)
+        losses = micro_batch_losses(engine.model, objective, alignment, encoded, batch)
+        engine.backward(losses.total, last=number == micro_batches - 1)
+        del batch, encoded, losses
         account.relabel(ACTIVATIONS, ACCUMULATED if number < micro_batches - 1 else GRADIENTS)
     account.kind = UPDATE
     result = engine.step(config.optim.lr, health)

@@ -1,7 +1,6 @@
-"""The parts that are not trained: a Batch becomes the tensors that the model sees, and the model's become images."""
+"""The encoders, which are not trained: they make of a Batch the tensors that the model sees, and of latents images."""
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,30 +16,28 @@ from data.errors import DataError
 from data.precomputed_format import Dataset
 from models.layers import ClassCondition, SizedTextCondition, TextCondition
 
+from ..collectives import on_rank_0
 from ..config.schema import TrainConfig
 from ..diffusion.random import normal
 from ..parallel.broadcast import spread
 from ..parallel.fsdp import Precision
 from ..parallel.mesh import World
-from ..run import Encoded
-from .prefetch import Prefetcher
+from ..step import Encoded
+from .prefetch import Background
 
 
 def precision_of(config: TrainConfig, world: World) -> Precision:
+    """parallel.precision, or its default on the world's device."""
     return config.parallel.precision or ("bf16" if world.device.type == "cuda" else "fp32")
 
 
-Batches = Callable[[int], Iterator[tuple[int, list[Batch]]]]
-OnRank0 = Callable[[Callable[[], TextEncoder]], TextEncoder | None]
-
-
-def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype, on_rank_0: OnRank0 | None) -> TextEncoder:
-    """The text encoder, whole or sharded; where on_rank_0 is given one rank reads it for all."""
+def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype) -> TextEncoder:
+    """The text encoder, whole or sharded. Of several ranks the first one reads it for all."""
     cfg = config.text_encoder
     device = torch.device(cfg.device) if cfg.device else world.device
-    if world.size == 1 or on_rank_0 is None:
+    if world.size == 1:
         return load_text_encoder(cfg, device, dtype)
-    read = on_rank_0(lambda: load_text_encoder(cfg, "cpu", dtype))
+    read = on_rank_0(world, lambda: load_text_encoder(cfg, "cpu", dtype))
     encoder = load_text_encoder(cfg, device, dtype, shapes_only=True)
     fingerprint = [read.fingerprint if read else ""]
     dist.broadcast_object_list(fingerprint, src=0, group=world.control)
@@ -50,22 +47,15 @@ def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype, on_
 
 
 class Encoders:
-    """Autoencoder and text encoder: what turns a Batch into tensors that the model sees, and back.
+    """Autoencoder, text encoder and the image encoder of REPA, whichever of them the config and the data need.
 
-    With synthetic data neither is loaded: latents and text states come with the batch. So they do with precomputed
-    shards (`dataset`): there an encoder is loaded where the config has one, for the sample grids. on_rank_0: does work
-    on rank 0 alone, None elsewhere, and raises its errors on all ranks; without it every rank reads the text encoder,
-    whole. align: also the encoder of REPA, where the config has one; beside precomputed features to be compared alone.
+    Synthetic data bring latents and text states with them, so that nothing is loaded. So do precomputed shards
+    (`dataset`), for which the encoders that the config names are loaded all the same: sample grids need them.
+    align: load REPA's encoder as well, if the config has one; where the features are precomputed, only to compare it
+    with the one that made them.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        world: World,
-        on_rank_0: OnRank0 | None = None,
-        dataset: Dataset | None = None,
-        align: bool = False,
-    ) -> None:
+    def __init__(self, config: TrainConfig, world: World, dataset: Dataset | None = None, align: bool = False) -> None:
         precision = precision_of(config, world)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
         self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -75,21 +65,22 @@ class Encoders:
         self._autoencoder = self._text_encoder = self._feature_encoder = None
         self._feature_width = config.objective.repa_width
         self._patch_size, self._downsample = config.model.patch_size, config.autoencoder.downsample
-        own = not config.data.synthetic and dataset is None
+        online = not config.data.synthetic and dataset is None
         repa_path = config.objective.repa_encoder
-        if align and config.projector is not None and (own or (dataset is not None and repa_path != NONE)):
+        if align and config.projector is not None and (online or (dataset is not None and repa_path != NONE)):
             self._feature_encoder = load_feature_encoder(repa_path, self._feature_width, world.device, dtype)
-        if own or (dataset is not None and config.autoencoder.path != NONE):
+        if online or (dataset is not None and config.autoencoder.path != NONE):
             self._autoencoder = load_autoencoder(config.autoencoder, world.device, self.x0_dtype)
-        if self._classes is None and (own or (dataset is not None and config.text_encoder.path != NONE)):
-            self._text_encoder = read_text_encoder(config, world, dtype, on_rank_0)
+        if self._classes is None and (online or (dataset is not None and config.text_encoder.path != NONE)):
+            self._text_encoder = read_text_encoder(config, world, dtype)
         if dataset is not None:
             for part, fingerprint in self._loaded_fingerprints().items():
                 dataset.check_encoder(part, fingerprint)
             self._feature_encoder = None  # the features come with the data
-        self._ahead = Prefetcher(world.device, in_thread="cpu" in (world.device.type, config.text_encoder.device))
-        self._begun: dict[int, tuple[Batch, Callable[[], Encoded]]] = {}  # by id; the batch is kept, so ids are its own
-        self._encodes = own
+        in_thread = "cpu" in (world.device.type, config.text_encoder.device)
+        self._background = Background(world.device, in_thread)
+        self.steps_ahead = 1 if online or world.device.type == "cuda" else 0
+        """How many steps are encoded, or copied to the GPU, before they are trained on; 0 where that is no work."""
         self.without_images = None
         """Why no images can be sampled, where none can."""
         if config.data.synthetic:
@@ -106,41 +97,16 @@ class Encoders:
         return {part: encoder.fingerprint for part, encoder in loaded.items() if encoder is not None}
 
     def fingerprints(self) -> dict[str, str]:
+        """Identities of the encoders by name: of those that are loaded, or that made the precomputed shards."""
         return self._loaded_fingerprints() if self._dataset is None else self._dataset.fingerprints
 
-    def ahead(self, batches: Batches) -> Batches:
-        """The same batches, while those of the next step are being encoded, or copied to the GPU."""
-
-        def following(first_step: int) -> Iterator[tuple[int, list[Batch]]]:
-            self._finish()  # before reader processes are forked
-            stream = batches(first_step)
-            try:
-                present = self._begin(next(stream))
-                while True:
-                    coming = self._begin(next(stream))
-                    yield present
-                    present = coming
-            finally:
-                self._finish()
-
-        return following if self._encodes or self.device.type == "cuda" else batches
-
-    def _begin(self, step: tuple[int, list[Batch]]) -> tuple[int, list[Batch]]:
-        for batch in step[1]:
-            self._begun[id(batch)] = batch, self._ahead.begin(partial(self._encode, batch))
-        return step
-
-    def _finish(self) -> None:
-        """Wait for what was begun and is not wanted any more."""
-        for _, take in self._begun.values():
-            with suppress(Exception):  # it was for nothing anyway
-                take()
-        self._begun.clear()
+    def begin(self, batch: Batch) -> Callable[[], Encoded]:
+        """Begin to encode a micro-batch; the function that is returned waits for the result."""
+        return self._background.begin(partial(self._encode, batch))
 
     def encode(self, batch: Batch) -> Encoded:
-        """A micro-batch on the device; of one that was begun ahead, the result."""
-        _, take = self._begun.pop(id(batch), (batch, None))
-        return take() if take else self._ahead.begin(partial(self._encode, batch))()
+        """A micro-batch on the device."""
+        return self.begin(batch)()
 
     @torch.no_grad()
     def _encode(self, batch: Batch) -> Encoded:
@@ -162,7 +128,8 @@ class Encoders:
 
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
-        """What REPA aligns tokens with: [b, N, F] of the very crops that are trained on; of synthetic data noise."""
+        """What REPA aligns the N tokens of each image with, [b, N, F]: features of the very crops that are trained on;
+        noise where the data are synthetic."""
         if batch.features is not None:
             return batch.features.to(self.device, non_blocking=True)
         if batch.latents is not None:
@@ -176,7 +143,7 @@ class Encoders:
 
     def _condition(self, batch: Batch) -> TextCondition | SizedTextCondition | ClassCondition:
         if self._classes is not None:
-            # Rows without a sample (weight 0) have label -1, which no table holds: they get the null label.
+            # A row without a sample (weight 0) has label -1, which is no row of the embedding: it gets the null label.
             labels = batch.labels.to(self.device, non_blocking=True)
             return ClassCondition(torch.where(labels < 0, self._classes, labels))
         if batch.text_states is not None and batch.text_mask is not None:
@@ -194,14 +161,17 @@ class Encoders:
     def _encode_text(self, captions: list[str], length: int | None = None) -> TextCondition:
         assert self._text_encoder is not None
         states, mask = self._text_encoder.encode(captions, length)
-        if states.device != self.device:  # from the CPU: by pinned memory, so that the copy waits for no other work
+        if states.device != self.device:  # from the CPU: pinned, so that the host does not wait for the GPU
             states, mask = (part.pin_memory().to(self.device, non_blocking=True) for part in (states, mask))
         return TextCondition(states, mask)
 
     def encode_prompts(self, prompts: list[str]) -> TextCondition | ClassCondition:
-        """Captions, or class numbers as text; "" is no condition."""
+        """Conditions of captions, or of class numbers written as text; "" stands for no condition.
+
+        Raises DataError for a prompt that is no class of the model.
+        """
         if self._classes is None:
-            return self._ahead.begin(partial(self._encode_text, prompts))()
+            return self._background.begin(partial(self._encode_text, prompts))()
         for prompt in prompts:
             if prompt and not (prompt.isdecimal() and int(prompt) < self._classes):
                 raise DataError(f'prompt "{prompt}": the model knows classes, give a number below {self._classes}')
@@ -209,5 +179,6 @@ class Encoders:
         return ClassCondition(torch.tensor(labels, device=self.device))
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Latents [b, C, h, w] -> images [b, 3, H, W], clamped to [-1, 1]."""
         assert self._autoencoder is not None
         return self._autoencoder.decode(latents)

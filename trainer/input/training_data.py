@@ -1,4 +1,4 @@
-"""Training and validation data of a config, and what rank 0 does first."""
+"""Training and validation data of a config; rank 0 asks a store first, the others take its answers."""
 
 import dataclasses
 from collections import Counter
@@ -31,25 +31,31 @@ T = TypeVar("T")
 
 
 class TrainingData:
-    """Training and validation data of a config: readers per rank, and what identifies the data."""
+    """Training and validation data of a config: the reader of each rank, and what identifies the data.
+
+    Raises DataError where the data cannot be read or are not of the kind that the config says, and ConfigError where
+    they are too few for train.steps.
+    """
 
     def __init__(self, config: TrainConfig, resolved: Resolved, world: World) -> None:
         self._config, self._resolved, self._world = config, resolved, world
         self._index: ImageTextIndex | None = None
-        self.steps: int | None = None  # None: the data have no end
+        self.steps: int | None = None
+        """Steps that the data hold; None where they have no end."""
         if not config.data.synthetic:
             self._index = self._shared_index()
             self._check_length(self._index)
             self._check_kind(self._index)
-        self.dataset = None if self._index is None else self._index.dataset  # of precomputed training shards
+        self.dataset = None if self._index is None else self._index.dataset
+        """What precomputed training shards say about themselves; None for other data."""
         if self.dataset is not None and config.projector is not None:
             self.dataset.check_features(config.latent_size // config.model.patch_size, config.objective.repa_width)
         reader = self.reader(world.rank, world.size)
         self.batches, self.fingerprint = reader.batches, reader.fingerprint
 
     def _shared_index(self, validation: bool = False) -> ImageTextIndex:
-        """The index of the training or the validation data. Rank 0 alone asks for each shard's size and version: else a
-        store would have to answer as often as there are shards and ranks."""
+        """The index of the training or the validation data. Rank 0 alone asks for each shard's size and version, which
+        otherwise a store would be asked for by every rank."""
         data, world = self._config.data, self._world
         first = on_rank_0(world, lambda: _open_index(data, validation))
         told: list[Any] = [None if first is None else (first.versions, first.fingerprint)]
@@ -79,7 +85,7 @@ class TrainingData:
         return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part, features=features)
 
     def validation(self) -> list[Batch]:
-        """This rank's part of the fixed bank."""
+        """This rank's micro-batches of the fixed validation bank."""
         c, world, count = self._config, self._world, self._config.validation.samples
         rows = max(1, min(self._resolved.micro_batch_rows, 64))
         if self._index is None:
@@ -92,12 +98,12 @@ class TrainingData:
 
     @property
     def validation_fingerprint(self) -> str:
-        """Identity of the bank."""
+        """Identity of the validation bank."""
         data = self.fingerprint if self._index is None else self._validation_index.fingerprint
         return f"{data}/{self._config.validation.samples}"
 
     def validation_prompts(self, count: int) -> list[str]:
-        """Captions, or class numbers, of the first `count` samples of the bank, the same on all ranks."""
+        """Captions, or class numbers as text, of the first `count` samples of the bank, the same on all ranks."""
         classes = self._config.label_classes
         [batch] = validation_batches(self._validation_index, self._config.data, count, 0, 1, count, classes)
         if classes is None:
@@ -129,7 +135,7 @@ class TrainingData:
 
 
 def is_debug(path: str) -> bool:
-    """Whether a path is one of the debug configs', whose content is made on first use."""
+    """Whether a path lies in the debug configs' folder, whose contents are made when they are first used."""
     return Path(path).is_relative_to(_DEBUG_ASSETS)
 
 
@@ -144,9 +150,11 @@ def _open_index(
 def validation_bank(
     batches: Iterable[Batch], encode: Callable[[Batch], T], data: DataConfig, world: World, notes: list[str]
 ) -> list[T]:
-    """This rank's batches of the fixed bank, encoded. Losses are compared over runs and starts: DataError,
-    on all
-    ranks, where a store does not give samples, or too many are unreadable; a note where some are."""
+    """This rank's batches of the fixed bank, encoded. A note is added where some samples are unreadable.
+
+    Raises DataError, on all ranks, where a store does not give samples or too many are unreadable, because validation
+    losses are compared across runs and starts, and must be of the same samples.
+    """
     bank, holes, read = [], Counter[str](), 0
     for batch in batches:
         holes.update(batch.holes)

@@ -1,8 +1,8 @@
-"""How fast each rank is, for the line of a log step: a node that is slow shows while the run goes on.
+"""How fast each rank is, for the line of a log step, so that a slow node is seen while the run goes on.
 
-Ranks wait for each other in every unit of the model, so that a step takes all of them the same time. Which of them the
-others wait for is told by what each does alone: waiting for its data, and computing its units, whose weights the engine
-has gathered before (it does so in hooks, outside of `forward`).
+Ranks wait for each other in every unit of the model, so that a step takes the same time on all of them. What each rank
+does alone tells which one the others wait for: waiting for its data, and computing the units. The engine gathers a
+unit's weights in hooks outside of its `forward`, so that this wait for other ranks is not in the unit's time.
 """
 
 import time
@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import nn
 
 from ..parallel.mesh import World
+from ..step import MicroBatch
 
 
 class StepTimer:
-    """Clock of this rank's steps since the last log line. units: blocks of the model, whose `forward` it wraps.
+    """Times this rank's steps since the last log line. units: the model's blocks, whose `forward` it wraps.
 
-    watching: whether the forward passes of the units are timed, in a log step. On a GPU by events that the log step
-    reads once the device has been waited for; nothing here waits for it.
+    watching: whether the units' forward passes are timed; the loop sets it in a log step. On a GPU events are recorded,
+    which `figures` reads when the device has done the step: nothing here waits for the device.
     """
 
     def __init__(self, units: Sequence[nn.Module], world: World) -> None:
@@ -35,26 +36,29 @@ class StepTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Steps are counted from now on."""
+        """Forget the steps until now."""
         self._began, self._waited_s = time.perf_counter(), 0.0
-        self.buckets = Counter[Any]()  # of the steps since then
+        self.buckets = Counter[Any]()  # how many steps each bucket had since then
 
-    def take(self, stream: Iterator[list[Any]]) -> list[Any]:
-        """The next step's micro-batches."""
+    def timed(self, steps: Iterator[list[MicroBatch]]) -> Iterator[list[MicroBatch]]:
+        """The same steps; how long each one lets the loop wait counts as waiting for data."""
         asked = time.perf_counter()
-        micro_batches = next(stream)
-        self._waited_s += time.perf_counter() - asked
-        self.buckets[micro_batches[0].bucket] += 1
-        return micro_batches
+        for micro_batches in steps:
+            self._waited_s += time.perf_counter() - asked
+            self.buckets[micro_batches[0].batch.bucket] += 1
+            yield micro_batches
+            asked = time.perf_counter()
 
     def step_s(self) -> float:
-        """Mean time of a step until now."""
+        """Mean time per step until now, in seconds."""
         return (time.perf_counter() - self._began) / self.buckets.total()
 
     def figures(self, step_s: float) -> dict[str, float]:
-        """Median and maximum over ranks, and the slowest rank: of a step and of its wait for data (mean since the last
-        log line), and of the forward pass of the units (in the last step). The same call on all ranks, after the
-        device has done the step."""
+        """Median and maximum over ranks in seconds, and the slowest rank: of a step and of its wait for data (means
+        since the last log line), and of the units' forward passes (in the last step).
+
+        step_s: mean time per step. All ranks make this call alike, after the device has done the step.
+        """
         forward_s = sum(b.elapsed_time(e) / 1000 if self._cuda else e - b for b, e in self._spans)
         self.watching = False
         self._spans.clear()

@@ -1,57 +1,63 @@
-"""Jumps of the data: from training step `at_step` on, a run that went back reads samples `steps` further on.
+"""Skipped ranges of the data: a run that went back to a checkpoint leaves out the samples that it had read since.
 
-Training step and data step differ by the skipped_ranges up to it, so that the order of samples stays arithmetic.
-`jumps.json`
-in the run folder holds them, and is written before anything is undone: a run that is killed at any moment starts
-again with the same skipped_ranges.
+From training step `at_step` on, such a run reads the data `steps` further on. So the step of the data is the training
+step plus the lengths of the ranges before it, and the order of samples stays arithmetic. `jumps.json` in the run folder
+holds the ranges. It is written before anything is undone: a run that is killed at any moment of a rollback starts again
+with the same ranges.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..checkpoint.find import complete_checkpoints, read_meta
 from ..errors import CheckpointError
 from ..files import write_atomically
 
 FILE = "jumps.json"
+T = TypeVar("T")
 
 
 class SkippedRange(NamedTuple):
+    """`steps` steps of the data that are left out between training steps at_step - 1 and at_step."""
+
     at_step: int
     steps: int
     reason: str
 
 
 def data_step(step: int, skipped_ranges: Sequence[SkippedRange]) -> int:
-    """The step of the data that a training step reads."""
-    return step + sum(skipped_range.steps for skipped_range in skipped_ranges if skipped_range.at_step <= step)
+    """The step of the data that training step `step` reads."""
+    return step + sum(skipped.steps for skipped in skipped_ranges if skipped.at_step <= step)
 
 
 def last_step(steps: int, data_steps: int | None, skipped_ranges: Sequence[SkippedRange]) -> int:
-    """Training steps in all: `steps`, or fewer where the data have an end (data_steps) and skipped_ranges leave too
-    few."""
+    """How many training steps there are: `steps`, or fewer if the data end after data_steps steps, of which the skipped
+    ranges leave too few. data_steps: None where the data have no end."""
     if data_steps is None:
         return steps
-    last, jumped = min(steps, data_steps), 0
-    for skipped_range in sorted(skipped_ranges):
-        jumped += skipped_range.steps
-        last = min(last, max(skipped_range.at_step, data_steps - jumped))
+    last, skipped_before = min(steps, data_steps), 0
+    for skipped in sorted(skipped_ranges):
+        skipped_before += skipped.steps
+        last = min(last, max(skipped.at_step, data_steps - skipped_before))
     return last
 
 
 def skip_back(
     skipped_ranges: Sequence[SkippedRange], present: int, target: int, reason: str
 ) -> tuple[SkippedRange, ...]:
-    """The skipped_ranges of a run that goes back from step `present` to `target`: from there on its data are those of
-    `present`. Skipped ranges after the target belong to steps that are undone."""
-    kept = tuple(skipped_range for skipped_range in skipped_ranges if skipped_range.at_step <= target)
+    """The skipped ranges of a run that goes back from step `present` to step `target`: from `target` on it reads what
+    it would have read from `present` on. Ranges after the target belong to steps that are undone, and are dropped."""
+    kept = tuple(skipped for skipped in skipped_ranges if skipped.at_step <= target)
     return (*kept, SkippedRange(target, data_step(present, skipped_ranges) - data_step(target, kept), reason))
 
 
 def read_skipped_ranges(folder: Path) -> tuple[SkippedRange, ...]:
-    """The skipped_ranges of a run folder: those of its jumps.json, else those that its newest checkpoint knows."""
+    """The skipped ranges of a run folder: those of its jumps.json, else those that its newest checkpoint knows.
+
+    Raises CheckpointError where jumps.json cannot be read.
+    """
     path, entries = folder / FILE, None
     try:
         if path.is_file():
@@ -59,7 +65,7 @@ def read_skipped_ranges(folder: Path) -> tuple[SkippedRange, ...]:
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f'{path} cannot be read ({error}): expected [{{"at_step": ..., "steps": ..., "reason": ...}}], or no such '
-            "file, which leaves the skipped_ranges to the newest checkpoint"
+            "file; then the skipped ranges are those that the newest checkpoint knows"
         ) from None
     if entries is None:
         checkpoints = complete_checkpoints(folder / "checkpoints")
@@ -68,14 +74,15 @@ def read_skipped_ranges(folder: Path) -> tuple[SkippedRange, ...]:
 
 
 def write_skipped_ranges(folder: Path, skipped_ranges: Sequence[SkippedRange]) -> None:
-    write_atomically(
-        folder / FILE, json.dumps([skipped_range._asdict() for skipped_range in skipped_ranges], indent=1) + "\n"
-    )
+    entries = [skipped._asdict() for skipped in skipped_ranges]
+    write_atomically(folder / FILE, json.dumps(entries, indent=1) + "\n")
 
 
-def follow(batches: Callable[[int], Iterator[tuple[int, Any]]], wanted: Callable[[], int]) -> Iterator[Any]:
-    """What `batches` (first data step -> (data step, its micro-batches)) gives for the data step that is wanted,
-    endless; it seeks where that is not the next one."""
+def follow(batches: Callable[[int], Iterator[tuple[int, T]]], wanted: Callable[[], int]) -> Iterator[T]:
+    """What the reader gives for the data step that is wanted, endless; it seeks where that is not the next one.
+
+    batches: first data step -> (data step, its micro-batches) from there on. wanted: asked for each step anew.
+    """
     while True:
         for number, micro_batches in batches(wanted()):
             yield micro_batches

@@ -1,9 +1,10 @@
-"""Steps that are skipped, counted and judged on the device: rows of them, and the norms that count as a spike.
+"""Bad steps, counted and judged on the device: rows of them, and gradient norms that are a spike.
 
-A step is bad if its gradient norm is not finite, or if it is a spike: log(norm) lies more than `threshold` standard
-deviations above its mean. Both are running estimates over the steps with a finite norm: the plain ones of the first
-1 / RATE steps, exponentially forgetting from then on. They act after WARM_UP steps. A spike is counted in them as a
-norm at the limit: one hardly moves them, and after a lasting change of the norm training goes on after some steps.
+A step is bad, and skipped, if its gradient norm is not finite or is a spike: log(norm) lies more than `threshold`
+standard deviations above its mean. Mean and variance are estimated over the steps with a finite norm: over the first
+1 / RATE steps they are the plain ones, from then on older steps are forgotten exponentially. They are used once
+WARM_UP steps are counted. A spike enters them as if its norm were the limit: a single spike hardly moves them, and
+after a lasting change of the norm training goes on after some steps.
 """
 
 import torch
@@ -15,16 +16,16 @@ LEAST_STD = 0.05  # a very even norm may still vary by a few percent
 
 
 class SpikeDetector:
-    """numbers: float64 [5] on the device, the same on all ranks: bad steps in a row up to now, the longest such row
-    since the last log line, and count, mean and variance of log(norm). A checkpoint holds them."""
+    """Keeps `numbers`, float64 [5] on the device, the same on all ranks and in the checkpoint: bad steps in a row up to
+    now, the longest such row since the last log line, and count, mean and variance of log(norm)."""
 
     def __init__(self, device: torch.device, threshold: float | None = None) -> None:
-        """threshold: standard deviations (optim.spike_threshold); None: no norm is a spike."""
+        """threshold: optim.spike_threshold, in standard deviations; with None no norm is a spike."""
         self.numbers = torch.zeros(5, dtype=torch.float64, device=device)
         self._threshold = threshold
 
     def limit(self) -> Tensor | None:
-        """The largest gradient norm of the next step that is no spike, a scalar on the device."""
+        """The largest gradient norm that is no spike in the next step, a scalar on the device; None: no norm is one."""
         if self._threshold is None:
             return None
         _, _, count, mean, variance = self.numbers
@@ -33,7 +34,7 @@ class SpikeDetector:
 
     @torch.no_grad()
     def update(self, norm: Tensor, skipped: Tensor) -> None:
-        """Count a step: its gradient norm, and 1 where it was skipped, else 0."""
+        """Count a step. norm: of its gradients. skipped: 1 where it was skipped, else 0."""
         row, longest, count, mean, variance = self.numbers.clone()
         row = torch.where(skipped > 0, row + 1, 0.0)
         rate = (1 / (count + 1)).clamp(min=RATE)
@@ -45,11 +46,11 @@ class SpikeDetector:
         self.numbers[2:] = torch.where(norm.isfinite(), counted, self.numbers[2:])
 
     def take_longest_row(self) -> int:
-        """The longest row since the last call (a host sync). One that goes on is counted from its beginning."""
+        """The longest row since the last call (a host sync). A row that goes on is counted from its beginning."""
         longest = int(self.numbers[1])
         self.numbers[1] = 0
         return longest
 
     def forget_rows(self) -> None:
-        """After a rollback: what comes now are other samples."""
+        """Begin to count anew after a rollback, because other samples come now."""
         self.numbers[:2] = 0

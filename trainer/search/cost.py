@@ -3,9 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from models.flops import forward_flops
-
 from ..build.engine import build_mup_table
+from ..build.flops import image_flops
 from ..config.schema import TrainConfig
 from .definition import Published, Search
 
@@ -26,19 +25,12 @@ class Size:
         table = build_mup_table(config)
         parameters = sum(math.prod(row.shape) for row in table.rows.values())
         train = config.train
-        flops = train.steps * train.global_batch_size * image_flops(config)
+        flops = float(train.steps * train.global_batch_size * image_flops(config))
         return cls(str(config.run.name), config.model.width, parameters, train.global_batch_size, train.steps, flops)
 
     @property
     def images(self) -> int:
         return self.batch * self.steps
-
-
-def image_flops(config: TrainConfig) -> float:
-    """FLOPs of an image in a forward and a backward pass (twice the forward), captions at full length."""
-    text_tokens = config.text_encoder.max_length if config.model.condition == "text" else 0
-    channels, text_width = config.autoencoder.channels, config.text_encoder.width
-    return 3.0 * forward_flops(config.model, channels, text_width, config.image_tokens, text_tokens, config.projector)
 
 
 @dataclass(frozen=True)

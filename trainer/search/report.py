@@ -8,10 +8,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..build.flops import image_flops
 from ..config.load import load_config
 from ..errors import ConfigError
 from ..monitor.metrics import read_metrics
-from .cost import Cost, cost_of, image_flops
+from .cost import Cost, cost_of
 from .space import Dimension, Point, Value
 from .statistics import Estimate, best_region
 from .study import DIVERGED_AT, Study, Trial
@@ -144,7 +145,7 @@ def _spent(study: Study, trials: Sequence[Trial], planned: Cost | None) -> Spent
             seconds = sum(r["step_time_s"] * (r["step"] - b) for r, b in zip(timed, before, strict=False))
             hours += seconds / 3600 * trial.attributes.get("processes", 1)
         device = trial.attributes.get("device", device)
-    flops = steps * study.proxy.train.global_batch_size * image_flops(study.proxy)
+    flops = float(steps * study.proxy.train.global_batch_size * image_flops(study.proxy))
     return Spent(flops, hours, device, flops / planned.target.flops if planned else None)
 
 

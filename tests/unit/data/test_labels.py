@@ -220,19 +220,19 @@ def test_keys_that_are_newer_than_a_checkpoint() -> None:
 
 def test_conditions(index: ImageTextIndex) -> None:
     nobody: Any = None  # no process group is needed to encode
-    frozen = Encoders(config(), World(0, 1, torch.device("cpu"), nobody, nobody, nobody))
+    encoders = Encoders(config(), World(0, 1, torch.device("cpu"), nobody, nobody, nobody))
     [batch] = validation_batches(index, CFG, 3, 0, 1, 5, CLASSES)
-    encoded = frozen.encode(batch)
+    encoded = encoders.encode(batch)
     assert isinstance(encoded.condition, ClassCondition)
     assert encoded.condition.labels.tolist() == [*batch.labels[:3].tolist(), CLASSES, CLASSES], "a label for any row"
     assert float(encoded.text_tokens) == 0
-    assert "text_encoder" not in frozen.fingerprints()
-    prompts = frozen.encode_prompts(["3", "", "0"])
+    assert "text_encoder" not in encoders.fingerprints()
+    prompts = encoders.encode_prompts(["3", "", "0"])
     assert isinstance(prompts, ClassCondition)
     assert prompts.labels.tolist() == [3, CLASSES, 0]
     for bad in ("5", "cat", "-1"):
         with pytest.raises(DataError, match=f'prompt "{bad}": the model knows classes, give a number below 5'):
-            frozen.encode_prompts([bad])
+            encoders.encode_prompts([bad])
 
 
 # ------------------------------------------------------------------------------------------------------------ CIFAR-10

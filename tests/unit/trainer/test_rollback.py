@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.errors import RunError
-from trainer.loop import restore
 from trainer.monitor.metrics import Metrics, read_metrics
 from trainer.parallel.mesh import World, init_world
 from trainer.recovery.skipped_ranges import SkippedRange
@@ -116,5 +115,5 @@ def test_killed_after_going_back_the_row_is_over_as_well(world: World) -> None:
         state = TrainState.start(torch.device("cpu"))
         state.skipped_ranges = (*skipped_ranges, SkippedRange(20, 1, "of a later step"))
         state.spikes.numbers[:2] = 2  # as loaded
-        restore(state, meta, rank=0)
+        state.restore(meta, rank=0)
         assert state.spikes.take_longest_row() == row

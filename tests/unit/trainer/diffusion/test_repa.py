@@ -232,7 +232,7 @@ def test_the_features_see_the_crop_and_flip_that_are_trained_on(tmp_path: Path) 
     config = configured("dit", tmp_path, *REPA, "data.flip=1.0", "run.name=flipped")
     with built(config) as run:
         assert run.alignment is not None
-        _, (batch, *_) = next(iter(run.batches(0)))
+        batch = next(run.batches())[0].batch
         encoder = load_feature_encoder(ENCODER, 32, "cpu", torch.float32)
         features = encoder.encode(batch.images, 8, 8)
         turned = replace(batch, images=batch.images.flip(-1))

@@ -29,6 +29,7 @@ from trainer.estimate.simulation import ACTIVATIONS, Profile, _batch, profile, s
 from trainer.input.encoding import Encoders
 from trainer.monitor.mup_health import Health, Watched
 from trainer.parallel.mesh import World, init_world
+from trainer.step import micro_batch_losses
 
 SMALL = ("data.shards=synthetic", "text_encoder.path=none", "text_encoder.width=32", "text_encoder.max_length=16")
 TOLERANCE = 0.001
@@ -52,7 +53,7 @@ def real_world() -> Iterator[World]:
 def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, int]:
     """(bytes of weights, optimizer and EMA; the most that a step held beside them), by the CPU's allocator."""
     objective = build_objective(config, resolve(config, world.size))
-    frozen = Encoders(config, world)
+    encoders = Encoders(config, world)
     engine = build_engine(config, build_mup_table(config), world)
     ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
     rows_of = build_mup_table(config).rows
@@ -60,13 +61,11 @@ def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, in
     state = 4 * sum(p.numel() for p in engine.model.parameters()) * (3 + len(config.ema.decays))
 
     def one_step() -> None:
-        encoded = frozen.encode(_batch(config, rows))
-        draw = objective.draw(encoded.x0, encoded.keys)
-        prediction, _ = engine.model(draw.x_t, draw.t, encoded.condition)
-        loss = (encoded.weight * objective.loss(prediction, draw)).sum()
-        del prediction
-        engine.backward(loss, last=True)
-        del encoded, draw, loss
+        batch = _batch(config, rows)
+        encoded = encoders.encode(batch)
+        losses = micro_batch_losses(engine.model, objective, None, encoded, batch)
+        engine.backward(losses.total, last=True)
+        del batch, encoded, losses
         ema.update(0, engine.step(1e-3, health).skipped)
 
     one_step()

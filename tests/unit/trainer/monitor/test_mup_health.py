@@ -14,7 +14,9 @@ from trainer.monitor.metrics import _wandb_name
 from trainer.monitor.mup_health import BINS, Health, Watched, time_figures, time_sums
 from trainer.parallel.engine import StepResult
 from trainer.parallel.mesh import init_world
+from trainer.run import Intervals
 from trainer.state import Totals, TrainState
+from trainer.step import Encoded, MicroBatch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,9 +112,8 @@ def test_only_a_logged_step_is_watched() -> None:
     run = SimpleNamespace(
         state=TrainState.start(torch.device("cpu")),
         world=SimpleNamespace(size=1, device=torch.device("cpu")),
-        plan=SimpleNamespace(global_batch_size=2, log_every=3),
+        plan=SimpleNamespace(global_batch_size=2, every=Intervals(log=3)),
         last_step=7,
-        encode=lambda _: SimpleNamespace(x0=b, keys=b, condition=None, weight=b + 1, text_tokens=b.sum()),
         objective=SimpleNamespace(draw=lambda *_: SimpleNamespace(x_t=b, t=b), loss=lambda *_: b + 1),
         engine=engine,
         alignment=None,
@@ -121,7 +122,9 @@ def test_only_a_logged_step_is_watched() -> None:
         lr=lambda _: 1.0,
         ema=SimpleNamespace(update=lambda *_: None),
     )
-    for number in range(7):
-        train_step(run, number, [SimpleNamespace(read=2, holes=[])])  # pyright: ignore[reportArgumentType]
+    encoded = Encoded(x0=b, condition=None, keys=b, weight=b + 1, text_tokens=b.sum())
+    for _ in range(7):
+        micro_batch = MicroBatch(SimpleNamespace(read=2, holes=[]), lambda: encoded)
+        train_step(run, [micro_batch])  # pyright: ignore[reportArgumentType]
     assert seen == [False, False, True, False, False, True, True]
     assert time_figures(Totals.unpacked(run.state.totals).by_time.tolist()) == {"mup/loss_t0.0625": 1.0}
