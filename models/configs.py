@@ -82,7 +82,7 @@ class ModelConfig(Protocol):
         ...
 
 
-def _check_shape(config: Any) -> None:
+def check_shape(config: Any) -> None:
     """What the backbones ask of their numbers beside the ranges of the keys."""
     if config.width % config.head_dim:
         raise ValueError(
@@ -91,7 +91,7 @@ def _check_shape(config: Any) -> None:
         )
     if config.width % 4:
         raise ValueError(f"model.width {config.width} must be a multiple of 4 (two axes, sine and cosine)")
-    if config.time_freq_shift not in (0.0, 1.0):
+    if getattr(config, "time_freq_shift", 0.0) not in (0.0, 1.0):
         raise ValueError(f"model.time_freq_shift must be 0 or 1, got {config.time_freq_shift}")
 
 
@@ -130,7 +130,7 @@ class MMDiTConfig:
     DiT."""
 
     def __post_init__(self) -> None:
-        _check_shape(self)
+        check_shape(self)
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
         """An image that is larger than the table of positions."""
@@ -178,7 +178,7 @@ class DiTConfig:
     label_init_std: LabelInitStd = 1.0
 
     def __post_init__(self) -> None:
-        _check_shape(self)
+        check_shape(self)
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
         """None: positions are computed for any grid."""
@@ -222,7 +222,7 @@ class PixArtConfig:
     """The time's frequencies are 10000^(-i / (128 - shift)): 0 as published, 1 as in diffusers."""
 
     def __post_init__(self) -> None:
-        _check_shape(self)
+        check_shape(self)
         if self.micro_conditions and self.width % 3:
             raise ValueError(
                 f"model.width {self.width} must be a multiple of 3 with model.micro_conditions: height, width and "
@@ -278,7 +278,7 @@ class UViTConfig:
     label_init_std: LabelInitStd = 1.0
 
     def __post_init__(self) -> None:
-        _check_shape(self)
+        check_shape(self)
         if self.depth % 2:
             raise ValueError(f"model.depth {self.depth} must be even: half before the middle block, half after it")
 
