@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import launch.train
+import trainer.build.run
 from launch.common import run as run_command
 from trainer.recovery.skipped_ranges import FILE
 from trainer.run import Encoded, Run
 
 DELAY_S = 2.0
 FAULTS = json.loads(os.environ["FAULTS"])
-build_run = launch.train.build_run
+build_run = trainer.build.run.build_run
 
 
 def with_faults(run: Run) -> Run:
@@ -62,5 +63,5 @@ def with_faults(run: Run) -> Run:
 
 
 if __name__ == "__main__":
-    launch.train.build_run = lambda config, world: with_faults(build_run(config, world))
+    trainer.build.run.build_run = lambda config, world: with_faults(build_run(config, world))
     run_command(launch.train.main)

@@ -101,6 +101,19 @@ def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
     return _merge(data, nested)
 
 
+def refuse_duplicates(overrides: Sequence[str]) -> None:
+    """ConfigError where a key is given twice: which of the two values is meant cannot be told."""
+    given: dict[str, str] = {}
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key in given:
+            raise ConfigError(
+                f"{key} is given twice: {given[key]} and {value}; a shell makes two overrides of unquoted braces "
+                "({a,b}), so put quotes around such a value"
+            )
+        given[key] = value
+
+
 def nearest(key: str, known: Sequence[str], prefix: str = "", cutoff: float = 0.5) -> str:
     """ "; did you mean ...?", or nothing where no known key is near."""
     matches = difflib.get_close_matches(key, known, 1, cutoff)
