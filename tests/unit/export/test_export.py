@@ -276,9 +276,9 @@ def test_numbered_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 MEASURE = """
 import sys
 from pathlib import Path
-from launch import export
-from tests.exports import config_of
-from trainer.build import build_mup_table
+from export.write import layout_of, write_weights
+from tests.helpers.exports import config_of
+from trainer.build.engine import build_mup_table
 from trainer.parallel.dcp import TensorReader
 
 folder, way, *overrides = sys.argv[1:]
@@ -295,8 +295,7 @@ before = most()
 if way == "hold":
     held = {f"model/{name}": source.read(f"model/{name}") for name in table.rows}
     source.read = held.get
-export.write_weights(source, "model", table, config, export.layout_of(config, table, "diffusers"),
-                     Path(folder) / way, "w", 2**30)
+write_weights(source, "model", table, config, layout_of(config, table, "diffusers"), Path(folder) / way, "w", 2**30)
 print(most() - before)
 """
 
