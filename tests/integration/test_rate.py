@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from launch import rate
+from launch.rating import images
 from launch.rating.server import Rating
 from launch.rating.votes import Votes, order
 from tests.helpers.browser import why_not
@@ -48,8 +49,8 @@ def study(tmp_path: Path) -> tuple[Path, list[str]]:
 SERVER = """
 import sys
 from pathlib import Path
-from launch.rate_server import Rating
-from launch.rate_votes import Votes
+from launch.rating.server import Rating
+from launch.rating.votes import Votes
 folder = Path(sys.argv[1])
 votes = Votes(folder / "votes.db")
 with Rating(("127.0.0.1", 0), votes, folder, votes.study["prompts"], votes.study["seed"], None) as server:
@@ -256,7 +257,7 @@ def test_images_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = config_of("dit")
     random_checkpoint(tmp_path / "one", config)
     (tmp_path / "prompts.txt").write_text("\n".join("0123"))
-    monkeypatch.setattr(rate, "CHUNK", 2)
+    monkeypatch.setattr(images, "CHUNK", 2)
     out = tmp_path / "out"
     arguments = [str(tmp_path / "one")] * 2 + ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(out)]
     make([*arguments, "--port", "0"], monkeypatch)
@@ -267,7 +268,7 @@ def test_images_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert np.asarray(Image.open(out / "a" / "00000.png")).std() > 5
     (out / "a" / "00003.png").unlink()
     kept = (out / "a" / "00001.png").stat().st_mtime_ns
-    monkeypatch.setattr(rate, "CHUNK", 2)
+    monkeypatch.setattr(images, "CHUNK", 2)
     make([*arguments, "--port", "0"], monkeypatch)
     assert {path: path.read_bytes() for path in files} == files
     assert (out / "a" / "00001.png").stat().st_mtime_ns == kept
