@@ -18,7 +18,6 @@ from launch.common import command, kill_tree, run
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.errors import ConfigError
-from trainer.search.definition import load_search
 
 
 def main() -> int:
@@ -42,16 +41,17 @@ def run_search(given: Sequence[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="write the array's script, and submit nothing")
     arguments = parser.parse_args(given)
-    search = load_search(arguments.config, arguments.overrides)
     if arguments.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {arguments.workers}")
     from launch.slurm.search_array import submit_array
     from trainer.parallel.mesh import open_world, rank, world_size
+    from trainer.search.definition import load_search
     from trainer.search.live_table import Table
     from trainer.search.local_workers import run_workers
     from trainer.search.study import Study
     from trainer.search.worker import Worker
 
+    search = load_search(arguments.config, arguments.overrides)
     if search.proxy().data.synthetic and rank() == 0:
         print("warning: data.shards is synthetic: noise has no best hyperparameters; give data.shards=...")
     if arguments.array is not None:
@@ -107,12 +107,13 @@ def show_cost(given: Sequence[str]) -> int:
                      name="search.py cost")  # fmt: skip
     parser.add_argument("--to", help="the target's config; the search's own target unless given")
     arguments = parser.parse_args(given)
+    from trainer.search.cost import cost_of
+    from trainer.search.definition import load_search
+
     search = load_search(arguments.config, arguments.overrides)
     target = arguments.to or search.target
     if target is None:
         raise ConfigError(f"{arguments.config} names no target: give one with --to")
-    from trainer.search.cost import cost_of
-
     print(cost_of(search, search.proxy(), load_config(target)).describe())
     return 0
 
