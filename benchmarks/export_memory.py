@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from benchmarks.machine import write
+from export import write as export_write
 from export.weight_files import SafetensorsWriter
-from launch import export
 from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
 from trainer.parallel.dcp import TensorReader
@@ -85,7 +85,7 @@ def main() -> None:
     table = build_mup_table(config)
     shapes = {f"model/{name}": tuple(row.shape) for name, row in table.rows.items()}
     sizes = [4 * math.prod(shape) for shape in shapes.values()]
-    export.SafetensorsWriter = HoleWriter  # type: ignore[misc]
+    export_write.SafetensorsWriter = HoleWriter  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_holes(folder / "from", shapes)
@@ -93,8 +93,8 @@ def main() -> None:
         reader.read("model/final.bias")  # a first read imports
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before, began = peak_bytes(), time.perf_counter()
-        to = export.layout_of(config, table, "diffusers")
-        export.write_weights(reader, "model", table, config, to, folder / "to", "w", 5 * 2**30)
+        to = export_write.layout_of(config, table, "diffusers")
+        export_write.write_weights(reader, "model", table, config, to, folder / "to", "w", 5 * 2**30)
         seconds, peak = time.perf_counter() - began, peak_bytes() - before
         files = list((folder / "to").glob("*.safetensors"))
         on_disk = sum(512 * file.stat().st_blocks for file in folder.rglob("*") if file.is_file())

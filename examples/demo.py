@@ -1,10 +1,8 @@
-"""The demo: train on captioned emoji, be killed in mid-run, resume, and show what came out in one page.
+"""The demo: train on captioned emoji, get killed in the middle, resume, and show the outcome on one page.
 
 make demo          (leaves runs/demo with report.html)
 """
 
-import argparse
-import base64
 import os
 import subprocess
 import sys
@@ -15,13 +13,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import torch.distributed as dist
 
 from data.index import ImageTextIndex
 from data.reader import validation_batches
 from data.storage import open_shards
 from examples.palette import PALETTE
-from launch.common import kill_tree, run
+from launch.common import command, kill_tree, run
 from trainer.build.inference import Inference, build_inference
 from trainer.checkpoint.find import find_checkpoint
 from trainer.config.load import load_config
@@ -30,7 +27,8 @@ from trainer.errors import ConfigError
 from trainer.evaluate.captions import caption_margins, sign_flip_p
 from trainer.evaluate.generate import save_grid
 from trainer.monitor.metrics import read_metrics
-from trainer.parallel.mesh import init_world
+from trainer.parallel.mesh import open_world
+from trainer.search.page import inline_png
 
 SUBJECTS = (
     "a grinning face",
@@ -56,10 +54,9 @@ class Check:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="mmdit_demo_mup.yaml")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = command(__doc__, config=False)
+    parser.add_argument("--config", default="mmdit_demo_mup.yaml", help="a path, or a name under configs/")
+    parser.add_argument("--processes", type=int, default=2, help="that train together (default: 2)")
     arguments = parser.parse_args()
     began = time.monotonic()
     config = load_config(arguments.config, arguments.overrides)
@@ -68,18 +65,15 @@ def main() -> int:
         kept = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(kept)
         print(f"an earlier run was kept as {kept}")
-    command = [
+    training = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(arguments.processes)),
         *("launch/train.py", "--config", arguments.config, *arguments.overrides),
     ]
-    checks = [train_with_a_kill(command, config, folder)]
-    world = init_world(1)
-    try:
+    checks = [train_with_a_kill(training, config, folder)]
+    with open_world(1) as world:
         model = build_inference(config, find_checkpoint(folder), world)
         checks += [loss_check(folder), colour_check(model, folder), *caption_checks(model)]
-    finally:
-        dist.destroy_process_group()
     minutes = (time.monotonic() - began) / 60
     write_report(folder, model, checks, minutes)
     print()
@@ -146,7 +140,7 @@ def loss_check(folder: Path) -> Check:
     first = next(r["val_loss"] for r in records if "val_loss" in r)
     last = next(r["val_loss_ema"] for r in reversed(records) if "val_loss_ema" in r)
     return Check(
-        "validation loss of the EMA weights, of that before the first step (at most 25 %)",
+        "validation loss of the EMA weights, as a share of that before the first step (at most 25 %)",
         f"{first:.4f} -> {last:.4f}, {last / first:.1%}",
         last <= 0.25 * first,
     )
@@ -161,7 +155,7 @@ def nearest_colour(image: np.ndarray, border: int = 2) -> str:
 
 
 def colour_check(model: Inference, folder: Path) -> Check:
-    """Eight subjects on eight backgrounds, one image each; the border must have the named colour."""
+    """Every subject on a background of every colour, one image each; the border must have the named colour."""
     named = [(subject, colour) for subject in SUBJECTS for colour in PALETTE]
     images = model.images([f"{subject} on {_article(colour)} {colour} background" for subject, colour in named], 0)
     save_grid(images, folder / "prompts.png", columns=len(PALETTE))
@@ -178,7 +172,7 @@ def _article(word: str) -> str:
 
 
 def caption_checks(model: Inference) -> list[Check]:
-    """Own against permuted captions, on training and on held-out images."""
+    """The images' own captions against permuted ones, on training and on held-out images."""
     data = model.config.data
     checks = []
     for name, shards, required in (("training", data.shards, True), ("held-out", data.val_shards, False)):
@@ -190,7 +184,7 @@ def caption_checks(model: Inference) -> list[Check]:
         note = "p < 0.001" if required else "reported"
         checks.append(
             Check(
-                f"loss with another caption minus loss with the own, {len(margins)} {name} images ({note})",
+                f"loss with another caption minus loss with its own, {len(margins)} {name} images ({note})",
                 f"{margins.mean():+.4f}, own is better for {(margins > 0).mean():.0%}, p = {p:.2g}",
                 bool(p < 0.001) or not required,
             )
@@ -199,99 +193,29 @@ def caption_checks(model: Inference) -> list[Check]:
 
 
 # ------------------------------------------------------------------------------------------------------------- report
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>muDiT demo</title>
-<style>
- body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
- h1 { margin-bottom: 0 } h2 { margin-top: 2em } figure { margin: 0 }
- figcaption { color: #666; font-size: 14px } img { max-width: 100% } table { border-collapse: collapse }
- td, th { padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
- .ok { color: #17803d } .fail { color: #b91c1c } pre { overflow-x: auto; font-size: 12px; line-height: 1.35 }
- .grids { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1em }
- .sheet { display: grid; grid-template-columns: 8.5em 1fr; max-width: 760px }
- .sheet img { width: 100% }
- .rows { display: grid; align-items: center; grid-template-rows: repeat({{ subjects|length }}, 1fr) }
- .columns { display: grid; text-align: center; grid-template-columns: repeat({{ colours|length }}, 1fr) }
-</style>
-<h1>muDiT demo</h1>
-<p>An MMDiT under &mu;P with {{ "%.1f"|format(millions) }} million parameters (width {{ c.model.width }},
-depth {{ c.model.depth }}), trained from nothing on captioned emoji of {{ c.data.resolution }} pixels:
-{{ c.train.steps }} steps of {{ c.train.global_batch_size }} images. With its checks the demo took
-{{ "%.1f"|format(minutes) }} minutes on this machine. The base learning rate {{ c.optim.lr }} was found at width
-{{ c.mup.base_width }} and transferred.</p>
-
-<h2>What it promised</h2>
-<table>{% for check in checks %}
-<tr><td class="{{ 'ok' if check.passed else 'fail' }}">{{ "ok" if check.passed else "falls short" }}</td>
-<td>{{ check.name }}</td><td>{{ check.measured }}</td></tr>{% endfor %}
-</table>
-
-<h2>What it draws</h2>
-<p>&ldquo;SUBJECT on a COLOUR background&rdquo;: guidance {{ c.sample.guidance }}, {{ c.sample.steps }} Euler steps,
-EMA weights.</p>
-<div class="sheet"><span></span>
-<div class="columns">{% for colour in colours %}<span>{{ colour }}</span>{% endfor %}</div>
-<div class="rows">{% for subject in subjects %}<span>{{ subject }}</span>{% endfor %}</div>
-<img src="{{ prompts_png }}" alt="samples"></div>
-
-<h2>Losses</h2>
-<img src="{{ loss_png }}" alt="loss against step">
-<table><tr><th>step</th><th>training loss</th><th>validation loss</th><th>of the EMA weights</th></tr>
-{% for r in validated %}<tr><td>{{ r.step }}</td><td>{{ "%.4f"|format(r.loss) if r.loss is defined else "" }}</td>
-<td>{{ "%.4f"|format(r.val_loss) }}</td><td>{{ "%.4f"|format(r.val_loss_ema) }}</td></tr>{% endfor %}</table>
-
-<h2>Samples over time</h2>
-<p>Captions of held-out emoji, row by row: {{ prompts|join("; ") }}.</p>
-<div class="grids">{% for step, png in grids %}<figure><img src="{{ png }}" alt="samples at step {{ step }}">
-<figcaption>step {{ step }}</figcaption></figure>{% endfor %}</div>
-
-<h2>The &mu;P table</h2>
-<p>One row for each kind of parameter: its role, its initial standard deviation, the multiplier on its input, and the
-factors on the base learning rate, weight decay and epsilon. At the base width {{ c.mup.base_width }} all are 1.</p>
-<pre>{{ table }}</pre>
-
-<h2>Next</h2>
-<pre>
-. .venv/bin/activate
-# more images from this model
-python launch/sample.py --checkpoint {{ folder }} --prompt "a pizza on a teal background" --count 16 --output pizza.png
-# a wider model with the same hyperparameters: that is what muP is for
-torchrun --nproc-per-node 2 launch/train.py --config mmdit_demo_mup.yaml run.name=wider model.width=384
-# your own images with captions, as shards; then the paper's proxy on them
-python launch/shard.py --images YOUR_FOLDER --output shards/train
-torchrun --nproc-per-node 8 launch/train.py --config mmdit_0.18b_mup.yaml data.shards=shards
-</pre>
-</html>
-"""
-
-
 def write_report(folder: Path, model: Inference, checks: list[Check], minutes: float) -> None:
     """report.html: one page that needs no other file."""
     records = read_metrics(folder)
     grids = sorted((folder / "samples").glob("step_*.png"))
     prompts = folder / "samples" / "prompts.txt"
-    page = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    text = page.render(
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    pages = jinja2.Environment(loader=loader, autoescape=True)
+    text = pages.get_template("demo.html").render(
         c=model.config,
         checks=checks,
         minutes=minutes,
         millions=sum(p.numel() for p in model.model.parameters()) / 1e6,
         subjects=SUBJECTS,
         colours=list(PALETTE),
-        prompts_png=_inline(folder / "prompts.png"),
-        loss_png=_inline(folder / "loss.png"),
+        prompts_png=inline_png(folder / "prompts.png"),
+        loss_png=inline_png(folder / "loss.png"),
         validated=[r for r in records if "val_loss" in r],
         prompts=prompts.read_text().splitlines() if prompts.is_file() else [],
-        grids=[(int(path.stem.removeprefix("step_")), _inline(path)) for path in grids],
+        grids=[(int(path.stem.removeprefix("step_")), inline_png(path)) for path in grids],
         table=model.table.describe(),
         folder=folder,
     )
     (folder / "report.html").write_text(text)
-
-
-def _inline(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 if __name__ == "__main__":

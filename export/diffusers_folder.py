@@ -21,7 +21,6 @@ from trainer.config.load import to_yaml
 from trainer.config.resolve import resolve
 from trainer.config.schema import RunConfig, TrainConfig
 from trainer.diffusion.ddpm import BETA_RANGES
-from trainer.errors import ConfigError
 
 from . import pipeline as export_pipeline
 from .names import Format
@@ -174,47 +173,22 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
     _write_json(folder / "transformer" / "config.json", transformer | twin_config(config))
     made = scheduler(config)
     made.save_pretrained(folder / "scheduler")
+    loaded = load_autoencoder(config.autoencoder, "cpu", torch.float32)
+    vae = loaded if isinstance(loaded, Autoencoder) else None
+    parts, sources = _write_encoders(config, folder, vae, encoders)
     index: dict[str, Any] = {
         "transformer": ["diffusers", TWINS[config.model.kind]],
         "scheduler": ["diffusers", type(made).__name__],
-        "vae": [None, None],
-        "text_encoder": [None, None],
-        "tokenizer": [None, None],
+        **parts,
     }
-    sources: dict[str, Any] = {}
-    vae = load_autoencoder(config.autoencoder, "cpu", torch.float32)
-    vae = vae if isinstance(vae, Autoencoder) else None
     reasons = list(against_stock(config, vae)) or (["it was asked for"] if own else [])
-    if vae is not None:
-        index["vae"] = ["diffusers", "AutoencoderKL"]
-        if encoders == "copy":
-            vae.model.save_pretrained(folder / "vae")
-        else:
-            sources["vae_source"] = [config.autoencoder.path, config.autoencoder.subfolder]
-    if config.label_classes is None:
-        name, _ = stored_text_encoder(config.text_encoder)
-        index |= {"text_encoder": ["transformers", name], "tokenizer": ["transformers", "T5TokenizerFast"]}
-        if encoders == "copy":
-            text = _text_encoder(config)
-            text.save(folder / "text_encoder", folder / "tokenizer")
-            index["text_encoder"][1], index["tokenizer"][1] = type(text.model).__name__, _tokenizer_name(text.tokenizer)
-        else:
-            where = config.text_encoder
-            sources["text_encoder_source"] = [name, where.path, where.subfolder, tokenizer_subfolder(where)]
     if not reasons:
-        wanted = (
-            "transformer",
-            "scheduler",
-            "vae",
-            *(("text_encoder", "tokenizer") if config.model.kind != "dit" else ()),
-        )
-        index = {part: index[part] for part in wanted}
+        if config.model.kind == "dit":  # whose stock pipeline takes labels
+            del index["text_encoder"], index["tokenizer"]
         _write_json(folder / "model_index.json", {"_class_name": _STOCK[config.model.kind], **_head(), **index})
         return []
-    for part in ("vae", "text_encoder") if encoders == "reference" else ():
-        index[part] = [None, None]
     if encoders == "reference":
-        index["tokenizer"] = [None, None]
+        index |= {part: [None, None] for part in parts}
     settings = {
         "latent_size": config.latent_size,
         "pixels_per_latent": getattr(config.model, "pixels_per_latent", config.autoencoder.downsample),
@@ -227,6 +201,31 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
     _write_json(folder / "model_index.json", index | settings | sources)
     shutil.copyfile(export_pipeline.__file__, folder / "pipeline.py")
     return reasons
+
+
+def _write_encoders(
+    config: TrainConfig, folder: Path, vae: Autoencoder | None, encoders: Encoders
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({part: [library, class]} of model_index.json, where the parts that are not copied come from)."""
+    parts: dict[str, Any] = {part: [None, None] for part in ("vae", "text_encoder", "tokenizer")}
+    sources: dict[str, Any] = {}
+    if vae is not None:
+        parts["vae"] = ["diffusers", "AutoencoderKL"]
+        if encoders == "copy":
+            vae.model.save_pretrained(folder / "vae")
+        else:
+            sources["vae_source"] = [config.autoencoder.path, config.autoencoder.subfolder]
+    if config.label_classes is None:
+        name, _ = stored_text_encoder(config.text_encoder)
+        parts |= {"text_encoder": ["transformers", name], "tokenizer": ["transformers", "T5TokenizerFast"]}
+        if encoders == "copy":
+            text = _text_encoder(config)
+            text.save(folder / "text_encoder", folder / "tokenizer")
+            parts["text_encoder"][1], parts["tokenizer"][1] = type(text.model).__name__, _tokenizer_name(text.tokenizer)
+        else:
+            where = config.text_encoder
+            sources["text_encoder_source"] = [name, where.path, where.subfolder, tokenizer_subfolder(where)]
+    return parts, sources
 
 
 def _text_encoder(config: TrainConfig) -> TextEncoder:
@@ -311,8 +310,3 @@ The config it was trained with:
 ```yaml
 {to_yaml(config.model_copy(update={"run": RunConfig()}))}```
 """
-
-
-def check_output(path: Path) -> None:
-    if path.exists():
-        raise ConfigError(f"--output {path} exists already: name a new folder, or remove it")

@@ -10,6 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from data.files import folder_once
+from trainer.build.engine import build_mup_table
 from trainer.checkpoint.checksums import META
 from trainer.config.keys import plain
 from trainer.config.schema import TrainConfig
@@ -20,6 +22,7 @@ from trainer.mup.table import MuTable
 from .diffusers_folder import position_table, twin_config
 from .names import LAYOUTS, Format, Layout, fold
 from .weight_files import PublishedWeights
+from .write import layout_of
 
 SHOWN = 20  # names that an error lists
 KEYS = {
@@ -28,6 +31,21 @@ KEYS = {
     "interpolation_scale": "model.pos_embed_interpolation",
 }
 TABLE_TOLERANCE = 2e-3  # of positions in [-1, 1], which may be stored in 16 bits
+
+
+def import_weights(config: TrainConfig, weights: Path, output: Path) -> str:
+    """Write the checkpoint folder `output`, whole or not at all; returns a line that says what is in it.
+
+    config: of the run that will start from the weights. Raises ConfigError and CheckpointError where they do not fit.
+    """
+    table = build_mup_table(config)
+    source = PublishedWeights(weights)
+    form: Format = "diffusers" if any("transformer_blocks." in name for name in source.shapes) else "official"
+    note = check_import(config, form, source)
+    tensors = read_published(source, layout_of(config, table, form), config, table)
+    with folder_once(output) as folder:
+        write_checkpoint(folder, config, table, {f"model/{name}": tensor for name, tensor in tensors.items()})
+    return f"{len(tensors)} parameters from {weights} ({form} names): run.init_from={output}{note}"
 
 
 def check_import(config: TrainConfig, form: Format, source: PublishedWeights) -> str:

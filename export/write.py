@@ -1,17 +1,67 @@
-"""A checkpoint's weights under the names of diffusers or of the official code."""
+"""A checkpoint as a folder under the names of diffusers or of the official code."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
-from trainer.checkpoint.compatible import lasting
+from data.files import folder_once
+from trainer.build.engine import build_mup_table
+from trainer.checkpoint.compatible import check_same_model, lasting
 from trainer.config.schema import TrainConfig
+from trainer.errors import CheckpointError, ConfigError
+from trainer.files import write_atomically
 from trainer.mup.table import MuTable
 from trainer.parallel.dcp import TensorReader
 
-from .diffusers_folder import position_table
+from .diffusers_folder import Encoders, card, position_table, refusals, without_parts, write_folder
 from .names import Format, Layout, fold, layout
 from .weight_files import SafetensorsWriter
 
 GIB = 2**30
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    meta: Mapping[str, Any],
+    config: TrainConfig,
+    output: Path,
+    *,
+    weights: Literal["ema", "live"] = "ema",
+    form: Format = "diffusers",
+    encoders: Encoders = "copy",
+    own_pipeline: bool = False,
+    max_shard_gib: float = 5.0,
+) -> str:
+    """Write the folder `output` whole or not at all; returns a line that says what is in it.
+
+    meta, config: of the checkpoint. Raises ConfigError where the other code base cannot express the model, and
+    CheckpointError where weights are missing.
+    """
+    reasons = [*refusals(config, form), *(without_parts(config) if form == "diffusers" else ())]
+    if reasons:
+        raise ConfigError(f"{checkpoint} cannot be exported:\n  " + "\n  ".join(reasons))
+    table = build_mup_table(config)
+    check_same_model(meta, table.to_json(), checkpoint, rules=True)
+    group = "model" if weights == "live" else f"ema_{config.ema.decays[0]}"
+    reader = TensorReader(checkpoint)
+    missing = sorted(set(lasting(table.rows)) - reader.entries(group).keys())
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint} has no {weights} weights of {missing[0]} ({len(missing)} are missing): "
+            "try --weights ema or live, or another checkpoint"
+        )
+    with folder_once(output) as folder:
+        own: list[str] = []
+        if form == "diffusers":
+            own = write_folder(config, folder, encoders, own_pipeline)
+            where, stem = folder / "transformer", "diffusion_pytorch_model"
+        else:
+            where, stem = folder, "model"
+        limit = int(max_shard_gib * GIB)
+        write_weights(reader, group, table, config, layout_of(config, table, form), where, stem, limit)
+        write_atomically(folder / "README.md", card(config, meta, form, weights, own, encoders))
+    pipeline = f", with a pipeline of its own: {'; '.join(own)}" if own else ""
+    return f"the {weights} weights of {checkpoint}: {output}{pipeline}"
 
 
 def layout_of(config: TrainConfig, table: MuTable, form: Format) -> Layout:

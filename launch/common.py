@@ -1,5 +1,10 @@
-"""What every command shares: one message for a user's mistake, exit code 2, no traceback."""
+"""What every command shares: its parser, the checkpoint that it opens, one message for a user's mistake.
 
+A command starts as `run(main)`. main() parses and checks everything that needs no torch, and only then imports what it
+runs: --help and a misspelt key answer at once.
+"""
+
+import argparse
 import contextlib
 import ctypes
 import errno
@@ -7,12 +12,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from data.errors import DataError
+from trainer.config.yaml_files import refuse_duplicates
 from trainer.errors import CheckpointError, CompileError, ConfigError, RunError
+
+if TYPE_CHECKING:
+    from trainer.build.inference import Inference
+    from trainer.config.schema import TrainConfig
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -35,6 +45,75 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         )
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _report(message: str, code: int, alike: bool = True) -> int:
+    """Print the message on stderr and return the code. alike: all ranks have much the same to say."""
+    if alike and os.environ.get("RANK", "0") != "0":
+        # Rank 0 nearly always has the same message; torchrun ends this process before it would repeat it.
+        time.sleep(15)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+class Command(argparse.ArgumentParser):
+    """Options, and `key=value` overrides that may stand anywhere between them."""
+
+    key_value: str | None = None
+
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride] (the base has overloads for its namespace)
+        self, args: Sequence[str] | None = None
+    ) -> argparse.Namespace:
+        """args: what follows the command's name, sys.argv's unless given. ConfigError where a key is given twice."""
+        if self.key_value is not None:  # after all positional arguments, whose place it would take
+            self.add_argument("overrides", nargs="*", metavar=self.key_value)
+        arguments = self.parse_intermixed_args(args)
+        refuse_duplicates(getattr(arguments, "overrides", ()))
+        return arguments
+
+
+def command(
+    doc: str | None, *, config: bool = True, overrides: str | None = "section.key=value", name: str | None = None
+) -> Command:
+    """The parser of a command. doc: what --help says. config: whether it takes --config. overrides: how an override
+    looks, None where there are none. name: of a command within a file ("search.py run"), else the file's."""
+    parser = Command(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.key_value = overrides
+    if config:
+        parser.add_argument("--config", required=True, help="a path, or a name under configs/")
+    return parser
+
+
+class Opened(NamedTuple):
+    """A checkpoint: its folder, its meta.json, and the config that it was trained with, overrides applied."""
+
+    folder: Path
+    meta: dict[str, Any]
+    config: "TrainConfig"
+
+
+def open_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Opened:
+    """path: a checkpoint, or a run folder, whose newest one is meant. However the run was sharded, the processes that
+    there are share one copy of the weights. Raises CheckpointError and ConfigError."""
+    from trainer.checkpoint.find import find_checkpoint, read_meta
+    from trainer.config.load import parse
+
+    folder = find_checkpoint(path)
+    meta = read_meta(folder)
+    return Opened(folder, meta, parse(meta["config"], f"the config of {folder}", ["parallel.shard=0", *overrides]))
+
+
+@contextlib.contextmanager
+def inference(
+    checkpoint: Path, config: "TrainConfig", weights: Literal["ema", "live"] = "ema"
+) -> "Iterator[Inference]":
+    """The weights of a checkpoint on the processes that there are, while the block runs."""
+    from trainer.build.inference import build_inference
+    from trainer.config.resolve import resolve
+    from trainer.parallel.mesh import open_world, world_size
+
+    with open_world(resolve(config, world_size()).shard) as world:
+        yield build_inference(config, checkpoint, world, weights)
 
 
 def end_with_torchrun() -> None:
@@ -67,12 +146,3 @@ def _parents() -> dict[int, int]:
             fields = stat.read_text().rpartition(")")[2].split()
             parents[int(stat.parent.name)] = int(fields[1])
     return parents
-
-
-def _report(message: str, code: int, alike: bool = True) -> int:
-    """alike: all ranks have much the same to say."""
-    if alike and os.environ.get("RANK", "0") != "0":
-        # Rank 0 nearly always has the same message; torchrun ends this process before it would repeat it.
-        time.sleep(15)
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return code

@@ -8,42 +8,26 @@ The number of processes is that of the zero side; both engines are in memory at 
 which run code when they are read: convert none but your own.
 """
 
-import argparse
-import shutil
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from launch.common import run
-from trainer.build.engine import build_engine, build_mup_table
-from trainer.checkpoint.compatible import check_same_engine, check_same_model, convert_command, engine_of
-from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
-from trainer.checkpoint.resume import engine_identity
-from trainer.checkpoint.write import Checkpointer
-from trainer.collectives import on_rank_0
-from trainer.config.keys import plain
+from launch.common import command, run
 from trainer.config.load import parse
 from trainer.config.resolve import resolve
-from trainer.config.schema import TrainConfig
-from trainer.ema import EMA
 from trainer.errors import CheckpointError
-from trainer.parallel.fsdp import FSDP2Engine
-from trainer.parallel.mesh import World, init_world, world_size
-from trainer.parallel.zero import ZeroEngine
-from trainer.recovery.skipped_ranges import FILE as JUMPS
-from trainer.state import TrainState
-
-AnEngine = FSDP2Engine | ZeroEngine
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, config=False, overrides=None)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint or a run folder")
     parser.add_argument("--output", type=Path, required=True, help="the new run folder")
-    parser.add_argument("--engine", choices=("fsdp2", "zero"), required=True)
-    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2, help="of --engine zero")
+    parser.add_argument("--engine", choices=("fsdp2", "zero"), required=True, help="to convert to")
+    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2, help="of --engine zero (default: 2)")
     arguments = parser.parse_args()
+    from trainer.build.convert import convert
+    from trainer.checkpoint.compatible import convert_command, engine_of
+    from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
+    from trainer.parallel.mesh import open_world, world_size
+
     checkpoint = find_checkpoint(arguments.checkpoint)
     meta = read_meta(checkpoint)
     written = engine_of(meta)
@@ -65,46 +49,9 @@ def main() -> int:
         )
         for name, stage in ((written["name"], written.get("stage", 2)), (arguments.engine, arguments.zero_stage))
     )
-    world = init_world(resolve(target, world_size()).shard)
-    try:
+    with open_world(resolve(target, world_size()).shard) as world:
         convert(checkpoint, source, target, arguments.output, world)
-    finally:
-        dist.destroy_process_group()
     return 0
-
-
-def convert(checkpoint: Path, source: TrainConfig, target: TrainConfig, output: Path, world: World) -> None:
-    """Read the checkpoint into the engine of `source`, copy by name, write from the engine of `target`."""
-    meta, table = read_meta(checkpoint), build_mup_table(source)
-    check_same_model(meta, table.to_json(), checkpoint, rules=True)
-    check_same_engine(meta, engine_identity(source, world), checkpoint)
-    old, new = (build_engine(config, table, world) for config in (source, target))
-    averages = [EMA(engine.master_shards(), source.ema.decays, source.ema.warmup).tensors() for engine in (old, new)]
-    state = TrainState.start(world.device).tensors()
-    old.load(checkpoint, {**averages[0], **state})
-    copy_state(old, new)
-    for key, shard in averages[0].items():
-        name = key.partition("/")[2]
-        averages[1][key].copy_(new.cut(name, old.whole(name, shard)))
-    if world.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", JUMPS):
-            if (file := checkpoint.parent.parent / name).is_file():
-                shutil.copy(file, output / name)
-    meta |= {"config": plain(target), "engine": engine_identity(target, world)}
-    writer = Checkpointer(output, new, world.checkpoint, keep_last=1, keep_every=0, asynchronous=False, tell=print)
-    writer.save(meta["step"], {**averages[1], **state}, meta, wait=True)
-    on_rank_0(world, lambda: print(f"{checkpoint} as {target.parallel.engine}: {output}"))
-
-
-@torch.no_grad()
-def copy_state(old: AnEngine, new: AnEngine) -> None:
-    """Weights, moments and step counts, one parameter at a time."""
-    theirs, ours = old.state(), new.state()
-    for name, state in ours.items():
-        for key, shard in state.items():
-            tensor = theirs[name][key]
-            shard.copy_(tensor if key == "step" else new.cut(name, old.whole(name, tensor)))
 
 
 if __name__ == "__main__":

@@ -2,65 +2,67 @@
 
 torchrun --nproc-per-node 8 launch/evaluate.py --checkpoint runs/xl --suite imagenet_fid50k reference=FILE network=FILE
 python launch/evaluate.py --checkpoint runs/demo --suite demo
-python launch/evaluate.py table runs/BASELINE runs/OTHER ...     # side by side: trainer/evaluate/compare_runs.py
+python launch/evaluate.py table runs/BASELINE runs/OTHER ...     # side by side
 
 The same command again goes on where it was stopped. Overrides are keys of the suite, and those of the checkpoint's
 config that say where its encoders lie and how the model runs on the machine.
 """
 
-import argparse
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from data.errors import DataError
-from data.image_sets import read_images, write_images
-from launch.common import end_with_torchrun, run
-from trainer.build.inference import Inference, build_inference
-from trainer.checkpoint.find import find_checkpoint, read_meta
-from trainer.collectives import on_rank_0
-from trainer.config.load import parse
+from launch.common import Opened, command, end_with_torchrun, open_checkpoint, run
 from trainer.config.resolve import resolve
+from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
-from trainer.evaluate import compare_runs as evaluate_table
-from trainer.evaluate.evaluation import Evaluation, prepare
-from trainer.evaluate.suite import digest, load_suite, split_overrides
+from trainer.evaluate.suite import SuiteConfig, digest, load_suite, split_overrides
 from trainer.files import lock_folder, write_atomically
-from trainer.parallel.mesh import World, init_world, world_size
 from trainer.provenance import commit
 
 
 def main() -> int:
     if sys.argv[1:2] == ["table"]:
-        return evaluate_table.main(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        return table(sys.argv[2:])
+    parser = command(__doc__, config=False, overrides="key=value")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, a snapshot or a run folder")
     parser.add_argument("--suite", required=True, help="a name under configs/evaluate/, or a path")
     parser.add_argument("--output", type=Path, help="folder; RUN/evaluate/SUITE/step_XXXXXXXX unless given")
-    parser.add_argument("--weights", choices=("ema", "live"), default="ema")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="which weights (default: ema)")
     arguments = parser.parse_args()
     end_with_torchrun()
-    checkpoint = Path(os.path.abspath(find_checkpoint(arguments.checkpoint)))
-    meta = read_meta(checkpoint)
     of_suite, of_config = split_overrides(arguments.overrides)
+    opened = open_checkpoint(Path(os.path.abspath(arguments.checkpoint)))
     name, suite = load_suite(arguments.suite, of_suite)
-    # However the run was sharded: here the ranks that there are share one copy of the weights.
-    trained = parse(meta["config"], f"the config of {checkpoint}", ["parallel.shard=0"])
-    config = suite.applied(trained, of_config)
-    step = f"step_{meta['step']:08d}" + ("" if arguments.weights == "ema" else "_live")
-    if arguments.output is None and checkpoint.parent.name not in ("checkpoints", "ema"):
-        raise ConfigError(f"--checkpoint {checkpoint} lies in no run's folder: give --output, a folder for the results")
-    folder = arguments.output or checkpoint.parent.parent / "evaluate" / name / step
-    world = init_world(resolve(config, world_size()).shard)
-    try:
-        model = build_inference(config, checkpoint, world, arguments.weights)
+    folder = arguments.output or default_folder(opened, name, arguments.weights)
+    evaluate(opened, suite.applied(opened.config, of_config), name, suite, arguments.weights, folder)
+    return 0
+
+
+def default_folder(opened: Opened, suite: str, weights: str) -> Path:
+    """Where the results of a checkpoint of a run belong."""
+    if opened.folder.parent.name not in ("checkpoints", "ema"):
+        raise ConfigError(
+            f"--checkpoint {opened.folder} lies in no run's folder: give --output, a folder for the results"
+        )
+    step = f"step_{opened.meta['step']:08d}" + ("" if weights == "ema" else "_live")
+    return opened.folder.parent.parent / "evaluate" / suite / step
+
+
+def evaluate(opened: Opened, config: TrainConfig, name: str, suite: SuiteConfig, weights: Any, folder: Path) -> None:
+    """Make the images that the folder lacks, measure all, write results.json."""
+    from trainer.build.inference import build_inference
+    from trainer.collectives import on_rank_0
+    from trainer.evaluate.evaluation import prepare
+    from trainer.evaluate.results import claim, describe, machine, make_images, measure_images
+    from trainer.parallel.mesh import open_world, world_size
+
+    with open_world(resolve(config, world_size()).shard) as world:
+        model = build_inference(config, opened.folder, world, weights)
         evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
         encoders = model.encoders.fingerprints()
         protocol = suite.protocol({**evaluation.contents, "vae": encoders["autoencoder"]})
@@ -69,20 +71,20 @@ def main() -> int:
             "protocol_hash": digest(protocol),
             "checkpoint": {
                 "run": config.run.name,
-                "step": meta["step"],
-                "weights": arguments.weights,
-                "ema_decay": config.ema.decays[0] if arguments.weights == "ema" else None,
-                "table_hash": meta["mup"]["sha256"],
-                "files_hash": digest(meta.get("files", {})),
+                "step": opened.meta["step"],
+                "weights": weights,
+                "ema_decay": config.ema.decays[0] if weights == "ema" else None,
+                "table_hash": opened.meta["mup"]["sha256"],
+                "files_hash": digest(opened.meta.get("files", {})),
                 "text_encoder": encoders.get("text_encoder"),
             },
         }
         lock = on_rank_0(world, lambda: lock_folder(folder, other="another --output"))
         on_rank_0(world, lambda: claim(folder, identity))
         began = time.monotonic()
-        made = make_images(evaluation, model, folder, world)
-        generated_s = time.monotonic() - began
-        figures = evaluation.measure(lambda batch: read_images(shard(folder, batch), evaluation.batches[batch]))
+        made = make_images(evaluation, model.generate, folder)
+        making_s = time.monotonic() - began
+        figures = measure_images(evaluation, folder)
         if world.rank == 0:
             results = {
                 **identity,
@@ -91,65 +93,25 @@ def main() -> int:
                 "protocol": protocol,
                 "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "commit": commit(),
-                "machine": {
-                    "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
-                    "processes": world.size,
-                    "torch": torch.__version__,
-                },
-                "seconds": {"images_made": made, "making": generated_s, "all": time.monotonic() - began},
+                "machine": machine(evaluation),
+                "seconds": {"images_made": made, "making": making_s, "all": time.monotonic() - began},
             }
             write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
-            report(results, folder)
+            print(describe(results, folder))
         del lock  # held until here
-    finally:
-        dist.destroy_process_group()
+
+
+def table(given: Sequence[str]) -> int:
+    """evaluate.py table."""
+    from trainer.evaluate import compare_runs
+
+    parser = command(compare_runs.__doc__, config=False, overrides=None, name="evaluate.py table")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the baseline first")
+    parser.add_argument("--output", type=Path, default=Path("runs/table"), help="folder of table.md, .json and .png")
+    parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="whose figures are compared")
+    arguments = parser.parse_args(given)
+    print(compare_runs.write_table(arguments.runs, arguments.output, arguments.weights))
     return 0
-
-
-def shard(folder: Path, batch: int) -> Path:
-    return folder / f"images-{batch:06d}.tar"
-
-
-def claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Begin or go on with an evaluation in a folder; DataError where it holds something else."""
-    file = folder / "evaluation.json"
-    if not file.is_file():
-        if any(folder.glob("*.tar")):
-            raise DataError(f"--output {folder} holds other files: choose another folder")
-        write_atomically(file, json.dumps(identity, indent=1) + "\n")
-    elif json.loads(file.read_text()) != identity:
-        raise DataError(
-            f"--output {folder} holds an evaluation of another checkpoint, or by another protocol: choose another "
-            "folder, or remove it"
-        )
-
-
-def make_images(evaluation: Evaluation, model: Inference, folder: Path, world: World) -> int:
-    """Make the batches that the folder lacks, shared out over the ranks; returns how many images were made."""
-    suite, batches = evaluation.suite, evaluation.batches
-    missing: list[Any] = [[batch for batch in range(len(batches)) if not shard(folder, batch).is_file()]]
-    dist.broadcast_object_list(missing, src=0, group=world.control)
-    rounds, began = -(-len(missing[0]) // world.size), time.monotonic()
-    for turn, (batch, counts) in enumerate(evaluation.turns(missing[0]), 1):
-        images = evaluation.make(model.generate, batch)
-        if counts:
-            numbers = batches[batch]
-            prompts = [evaluation.prompts[i] for i in numbers]
-            write_images(shard(folder, batch), numbers, images, prompts, suite.image_format, suite.jpeg_quality)
-        if world.rank == 0:
-            left_s = (time.monotonic() - began) / turn * (rounds - turn)
-            print(f"batch {turn} of {rounds} on each of {world.size} processes, {left_s:.0f} s left", flush=True)
-    dist.barrier(group=world.control)  # all are written before any is read
-    return sum(len(batches[batch]) for batch in missing[0])
-
-
-def report(results: dict[str, Any], folder: Path) -> None:
-    of = results["checkpoint"]
-    print(f"{results['suite']}: {of['run']}, step {of['step']}, {of['weights']} weights, {results['images']} images")
-    for key, score in results["metrics"].items():
-        error = "" if score["standard_error"] is None else f" ± {score['standard_error']:.2g}"
-        print(f"  {key:28} {score['value']:.4f}{error}")
-    print(f"  {folder / 'results.json'}")
 
 
 if __name__ == "__main__":

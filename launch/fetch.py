@@ -7,58 +7,20 @@ set are printed. Only what training reads is fetched: configs, tokenizers, *.saf
 accepted on the hub's page needs HF_TOKEN.
 """
 
-import argparse
 from pathlib import Path
 
-from transformers.utils.hub import snapshot_download
-
 from data.config import NONE, AutoencoderConfig, TextEncoderConfig
-from data.errors import DataError
-from launch.common import run
+from launch.common import command, run
 from trainer.config.load import load_config
-
-_READ = ("*.json", "*.safetensors", "*.model", "*.txt")
-
-
-def fetch(key: str, path: str, subfolder: str | None, to: Path | None) -> Path:
-    """Folder that holds the files which `path` has on the hub; DataError where they cannot be had."""
-    # A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3.
-    folders = (
-        [""]
-        if subfolder is None
-        else [f"{part}/" for part in (subfolder, subfolder.replace("text_encoder", "tokenizer"))]
-    )
-    try:
-        folder = Path(
-            snapshot_download(
-                path,
-                local_dir=None if to is None else to / path,
-                allow_patterns=[folder + pattern for folder in folders for pattern in _READ],
-                ignore_patterns=["*.fp16*"],  # a second copy
-            )
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"{key}: {path!r} is no local folder and cannot be had from the hub ({reason}); check the name, the "
-            "network, HF_HUB_OFFLINE, and HF_TOKEN for a licence that must be accepted"
-        ) from None
-    if not any((folder / folders[0]).glob("*.safetensors")):
-        raise DataError(
-            f"{key}: {path!r} has no *.safetensors{f' in {subfolder}' if subfolder else ''}, and other weights are not "
-            "read; of T5-v1.1-XXL stabilityai/stable-diffusion-3-medium-diffusers (subfolder text_encoder_3) and "
-            "PixArt-alpha/PixArt-XL-2-512x512 (subfolder text_encoder) have them"
-        )
-    return folder
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a path, or a name under configs/")
-    parser.add_argument("--to", type=Path, help="folder, instead of the cache")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
+    parser = command(__doc__)
+    parser.add_argument("--to", type=Path, help="a folder instead of the cache")
+    arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
+    from data.encoders.fetch import fetch
+
     named: dict[str, AutoencoderConfig | TextEncoderConfig] = {"autoencoder": config.autoencoder}
     if config.label_classes is None:
         named["text_encoder"] = config.text_encoder

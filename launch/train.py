@@ -13,16 +13,11 @@ import os
 import sys
 from typing import Any
 
-import torch.distributed as dist
-
-from launch.common import end_with_torchrun, run
-from trainer.build.run import build_run
+from launch.common import command, end_with_torchrun, run
 from trainer.config.help import describe_keys
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.errors import PeerError
-from trainer.loop import train
-from trainer.parallel.mesh import init_world, world_size
 
 
 class HelpConfig(argparse.Action):
@@ -36,8 +31,7 @@ class HelpConfig(argparse.Action):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a path, or a name under configs/")
+    parser = command(__doc__)
     parser.add_argument(
         "--help-config",
         action=HelpConfig,
@@ -45,24 +39,26 @@ def main() -> int:
         metavar="SECTION",
         help="explain the config's keys, or a section's",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     end_with_torchrun()
     config = load_config(arguments.config, arguments.overrides)
-    world = init_world(resolve(config, world_size()).shard)
-    try:
-        job = build_run(config, world)
+    # What is slow to import comes only now: --help and a wrong key are answered at once.
+    from trainer.build.run import build_run
+    from trainer.loop import train
+    from trainer.parallel.mesh import open_world, world_size
+
+    with open_world(resolve(config, world_size()).shard) as world:
         try:
-            outcome = train(job)
-        finally:
-            job.metrics.close()
-        job.metrics.say(f"{outcome} at step {job.state.step}: {job.folder}")
-    except PeerError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)  # groups that have lost a rank cannot be left in order: NCCL would wait for it
-    finally:
-        dist.destroy_process_group()
+            job = build_run(config, world)
+            try:
+                outcome = train(job)
+            finally:
+                job.metrics.close()
+            job.metrics.say(f"{outcome} at step {job.state.step}: {job.folder}")
+        except PeerError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)  # groups that have lost a rank cannot be left in order: NCCL would wait for it
     return 0
 
 

@@ -1,15 +1,11 @@
-"""Votes of a blind comparison in one SQLite file: each is on disk before it is answered. And what they add up to."""
+"""Votes of a blind comparison in one SQLite file: each is on the disk before it is answered."""
 
 import contextlib
 import json
-import math
 import random
 import sqlite3
-import statistics
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +16,6 @@ from data.files import temporary_beside
 QUESTIONS = {"alignment": "Which image follows the prompt better?", "looks": "Which image looks better?"}
 SIDES = ("left", "right")
 BOTH_BAD = "both_bad"
-_CONFIDENT = 1.96  # standard deviations: a 95 % interval
 _TABLES = """
 CREATE TABLE study (description TEXT NOT NULL);
 CREATE TABLE votes (
@@ -63,7 +58,7 @@ class Votes:
 
     @classmethod
     def create(cls, path: Path, study: dict[str, Any]) -> Self:
-        """study: what is compared, in a form for JSON."""
+        """study: what is compared, as JSON data."""
         with temporary_beside(path) as beside, contextlib.closing(sqlite3.connect(beside)) as file:
             file.executescript(_TABLES)
             with file:
@@ -85,7 +80,7 @@ class Votes:
         return [Vote(*row) for row in rows]
 
     def of(self, rater: str) -> set[tuple[int, str]]:
-        """(prompt, question) that a rater has answered."""
+        """(prompt, question) of all that a rater has answered."""
         return {(vote.prompt, vote.question) for vote in self.all() if vote.rater == rater}
 
 
@@ -96,70 +91,3 @@ def order(seed: int, rater: str, prompts: int) -> list[tuple[int, str]]:
     left = ["a", "b"] * (prompts // 2) + chance.sample(["a", "b"], 1) * (prompts % 2)
     chance.shuffle(left)
     return list(zip(numbers, left, strict=True))
-
-
-# --------------------------------------------------------------------------------------------------------- the result
-@dataclass(frozen=True)
-class Result:
-    """Of one question. win_rate: of b over a, None without a vote for either; low, high: its 95 % interval.
-
-    A prompt's share of votes for b, of those for either, is one observation: votes on one prompt are not independent.
-    kappa: Fleiss', on the prompts that at least two raters judged; None where it is not defined. left: the share of
-    votes for either that went to the left image, which says whether the raters had a habit.
-    """
-
-    votes: dict[str, int]
-    prompts: int
-    win_rate: float | None
-    low: float
-    high: float
-    kappa: float | None
-    shared_prompts: int
-    left: float | None
-
-
-def results(votes: Sequence[Vote]) -> dict[str, Result]:
-    return {question: _result([vote for vote in votes if vote.question == question]) for question in QUESTIONS}
-
-
-def _result(votes: Sequence[Vote]) -> Result:
-    by_prompt: dict[int, Counter[str]] = {}
-    for vote in votes:
-        by_prompt.setdefault(vote.prompt, Counter())[vote.choice] += 1
-    shares = [count["b"] / (count["a"] + count["b"]) for count in by_prompt.values() if count["a"] + count["b"]]
-    rate = statistics.fmean(shares) if shares else None
-    low, high = (0.0, 1.0) if rate is None else wilson(rate, len(shares))
-    decided = [vote for vote in votes if vote.choice != BOTH_BAD]
-    shared = [count for count in by_prompt.values() if count.total() > 1]
-    return Result(
-        votes={choice: sum(count[choice] for count in by_prompt.values()) for choice in ("a", "b", BOTH_BAD)},
-        prompts=len(by_prompt),
-        win_rate=rate,
-        low=low,
-        high=high,
-        kappa=fleiss_kappa(shared),
-        shared_prompts=len(shared),
-        left=sum(vote.choice == vote.left_was for vote in decided) / len(decided) if decided else None,
-    )
-
-
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a rate that n independent observations in [0, 1] have given."""
-    z2 = _CONFIDENT**2
-    middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = _CONFIDENT / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def fleiss_kappa(items: Sequence[Counter[str]]) -> float | None:
-    """Agreement above chance of items with at least two votes each: {choice: votes}.
-
-    Fleiss (1971), with each item's own number of raters. None without items, or where all votes are the same: chance
-    agrees then too.
-    """
-    total: Counter[str] = sum(items, Counter())
-    expected = sum((count / total.total()) ** 2 for count in total.values()) if items else 1.0
-    if expected == 1:
-        return None
-    pairs = [sum(c * (c - 1) for c in item.values()) / (item.total() * (item.total() - 1)) for item in items]
-    return (statistics.fmean(pairs) - expected) / (1 - expected)

@@ -66,7 +66,7 @@ class Faults:
             time.sleep(DELAY_S)
 
 
-build_run = launch.train.build_run
+build_run = trainer.build.run.build_run
 
 
 def faulty_run(config: TrainConfig, world: World) -> Run:
@@ -77,5 +77,5 @@ def faulty_run(config: TrainConfig, world: World) -> Run:
 
 
 if __name__ == "__main__":
-    launch.train.build_run = faulty_run
+    trainer.build.run.build_run = faulty_run
     run_command(launch.train.main)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from export.read import write_checkpoint
 from launch import export
 from models.backbone import build_model
 from trainer.build.engine import build_mup_table
@@ -40,7 +41,7 @@ def random_checkpoint(
     folder.mkdir(parents=True)
     live = {f"model/{name}": tensor for name, tensor in tensors.items()}
     average = {f"ema_{config.ema.decays[0]}/{name}": tensor / 2 for name, tensor in tensors.items()}
-    export.write_checkpoint(folder, config, table, live | average)
+    write_checkpoint(folder, config, table, live | average)
     return model, tensors
 
 

@@ -65,7 +65,8 @@ def _start_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
-        _CONTEXT.set_forkserver_preload(["launch.train", "launch.evaluate"])
+        # What the commands import once their arguments are right.
+        _CONTEXT.set_forkserver_preload(["trainer.build.run", "trainer.build.inference", "trainer.evaluate.results"])
         multiprocessing.forkserver.ensure_running()
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from data.encoders import fetch as fetching
 from data.errors import DataError
 from data.storage import read_rate
 from launch import fetch, ladder
 from tests.helpers.forked import environment
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
+from trainer.coord_check import ladder as rungs
 from trainer.errors import ConfigError
 from trainer.parallel.preflight import Measurement, judge
 
@@ -71,7 +73,7 @@ def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             (folder / part / "model.safetensors").touch()
         return str(folder)
 
-    monkeypatch.setattr(fetch, "snapshot_download", download)
+    monkeypatch.setattr(fetching, "snapshot_download", download)
     monkeypatch.setattr(sys, "argv", ["fetch.py", "--config", "mmdit_18b_mup.yaml", "--to", str(tmp_path)])
     assert fetch.main() == 0
     said = capsys.readouterr().out.splitlines()
@@ -89,13 +91,13 @@ def test_fetch_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     def refuse(path: str, **options: object) -> str:
         raise OSError("403: gated")
 
-    monkeypatch.setattr(fetch, "snapshot_download", lambda path, **options: str(tmp_path))
+    monkeypatch.setattr(fetching, "snapshot_download", lambda path, **options: str(tmp_path))
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(DataError, match=r"text_encoder\.path: 'google/t5' has no \*\.safetensors, .* text_encoder_3"):
-        fetch.fetch("text_encoder.path", "google/t5", None, None)
-    monkeypatch.setattr(fetch, "snapshot_download", refuse)
+        fetching.fetch("text_encoder.path", "google/t5", None, None)
+    monkeypatch.setattr(fetching, "snapshot_download", refuse)
     with pytest.raises(DataError, match=r"text_encoder\.path: 'a/b' .*403: gated.*HF_TOKEN"):
-        fetch.fetch("text_encoder.path", "a/b", None, None)
+        fetching.fetch("text_encoder.path", "a/b", None, None)
 
 
 def test_local_encoders_need_no_fetching(
@@ -110,18 +112,18 @@ def test_local_encoders_need_no_fetching(
 
 
 def test_ladder_verdict() -> None:
-    assert ladder.verdict(True, {64: 1.0, 128: 0.9, 256: 0.8}, 0.0)["passed"]
-    assert ladder.verdict(True, {64: 1.0, 128: 0.9, 256: 0.901}, 0.002)["passed"]
+    assert rungs.verdict(True, {64: 1.0, 128: 0.9, 256: 0.8}, 0.0)["passed"]
+    assert rungs.verdict(True, {64: 1.0, 128: 0.9, 256: 0.901}, 0.002)["passed"]
     for losses in ({64: 1.0, 128: 0.9, 256: 0.95}, {64: 1.0, 128: float("nan"), 256: 0.8}):
-        found = ladder.verdict(True, losses, 0.002)
+        found = rungs.verdict(True, losses, 0.002)
         assert not found["passed"]
         assert "Wider is not better: width" in found["reason"]
-    assert not ladder.verdict(False, {}, 0.0)["passed"]
+    assert not rungs.verdict(False, {}, 0.0)["passed"]
 
 
 def test_rungs_are_valid_and_short() -> None:
     config = load_config("mmdit_18b_mup.yaml")
-    rung = load_config("mmdit_18b_mup.yaml", ladder.rung(config, Path("runs/x_ladder"), 1024, 100, []))
+    rung = load_config("mmdit_18b_mup.yaml", rungs.rung(config, Path("runs/x_ladder"), 1024, 100, []))
     assert (rung.model.width, rung.train.steps, rung.optim.warmup_steps) == (1024, 100, 25)
     assert rung.optim.lr == config.optim.lr
 

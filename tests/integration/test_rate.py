@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from launch import rate
+from launch.rating import images
 from launch.rating.server import Rating
 from launch.rating.votes import Votes, order
 from tests.helpers.browser import why_not
@@ -256,7 +257,7 @@ def test_images_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = config_of("dit")
     random_checkpoint(tmp_path / "one", config)
     (tmp_path / "prompts.txt").write_text("\n".join("0123"))
-    monkeypatch.setattr(rate, "CHUNK", 2)
+    monkeypatch.setattr(images, "CHUNK", 2)
     out = tmp_path / "out"
     arguments = [str(tmp_path / "one")] * 2 + ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(out)]
     make([*arguments, "--port", "0"], monkeypatch)
@@ -267,7 +268,7 @@ def test_images_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert np.asarray(Image.open(out / "a" / "00000.png")).std() > 5
     (out / "a" / "00003.png").unlink()
     kept = (out / "a" / "00001.png").stat().st_mtime_ns
-    monkeypatch.setattr(rate, "CHUNK", 2)
+    monkeypatch.setattr(images, "CHUNK", 2)
     make([*arguments, "--port", "0"], monkeypatch)
     assert {path: path.read_bytes() for path in files} == files
     assert (out / "a" / "00001.png").stat().st_mtime_ns == kept

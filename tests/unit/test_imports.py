@@ -11,8 +11,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.helpers.paths import ROOT
+from trainer.provenance import rooms
 
-FOLDERS = ("models", "data", "trainer", "export", "launch")
+FOLDERS = tuple(rooms())
 
 # Decision 15, by import name.
 PACKAGES = (

@@ -1,12 +1,13 @@
-"""The plot of a coordinate check: one line a module or parameter over the width, muP beside its SP control."""
+"""The plot of a coordinate check: one line per module or parameter over the width, muP beside its SP control."""
 
 import math
 from pathlib import Path
-
-import matplotlib.figure
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING
 
 from .slopes import Kind, Report, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PANELS: dict[Kind, str] = {
     "activation": "rms of each output",
@@ -18,11 +19,13 @@ _COLOURS = {"passed": "#1a7f37", "failed": "#cf222e", "inconclusive": "#9a6700"}
 
 def plot(report: Report, parametrization: str, title: str, path: Path) -> None:
     """Lines are relative to their value at the smallest width, so that what does not depend on the width is flat."""
+    from matplotlib.figure import Figure
+
     checked = {"mup": "μP", "sp": "SP"}[parametrization]
     columns = [(checked, report.rows)]
     if parametrization != "sp":
         columns.append(("SP control (must fan out)", report.control))
-    figure = matplotlib.figure.Figure(figsize=(1.5 + 4.5 * len(columns), 9), layout="constrained")
+    figure = Figure(figsize=(1.5 + 4.5 * len(columns), 9), layout="constrained")
     grid = figure.subplots(len(_PANELS), len(columns), sharex=True, sharey="row", squeeze=False)
     for axes_row, (kind, label) in zip(grid, _PANELS.items(), strict=True):
         for axes, (name, rows) in zip(axes_row, columns, strict=True):
@@ -39,7 +42,7 @@ def plot(report: Report, parametrization: str, title: str, path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _panel(axes: Axes, rows: list[Row]) -> None:
+def _panel(axes: "Axes", rows: list[Row]) -> None:
     """Rows of the last step at which they were measured; the steepest stands out with its name."""
     last = max((row.figure.step for row in rows), default=0)
     lines = [(row, relative) for row in rows if row.figure.step == last and (relative := _relative(row))]

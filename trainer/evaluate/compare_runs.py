@@ -1,4 +1,4 @@
-"""Evaluations of several runs side by side: step x method x metric, each metric by step, and who is how much earlier.
+"""Evaluations of several runs side by side: each metric by step and run, and how much earlier a run gets there.
 
 python launch/evaluate.py table runs/BASELINE runs/OTHER ... [--output DIR]
 
@@ -6,7 +6,6 @@ Reads RUN/evaluate/SUITE/step_*/results.json of each run, the baseline first, an
 table.png. Values of different protocols are never put side by side.
 """
 
-import argparse
 import json
 import math
 import os
@@ -14,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from data.errors import DataError
 
@@ -48,7 +45,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a run with the baseline in one metric."""
+    """A run against the baseline, in one metric."""
 
     suite: str
     metric: str
@@ -59,27 +56,23 @@ class Comparison:
         return f"{self.suite} {self.metric}: {self.method} {self.reached}"
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the baseline first")
-    parser.add_argument("--output", type=Path, default=Path("runs/table"), help="folder of table.md, .json and .png")
-    parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="whose figures are compared")
-    given = parser.parse_args(arguments)
-    names = method_names(given.runs)
-    values, protocols = read_all(dict(zip(names, given.runs, strict=True)), given.weights)
+def write_table(runs: Sequence[Path], output: Path, weights: str = "ema") -> str:
+    """Write table.md, table.json and table.png to the folder `output`; returns the table as text, with their place.
+
+    runs: their folders, the baseline first. Raises DataError where the runs cannot be compared.
+    """
+    names = method_names(runs)
+    values, protocols = read_all(dict(zip(names, runs, strict=True)), weights)
     comparisons = compare_all(values, names)
     rows = table(values, names)
     lines = [str(comparison) for comparison in comparisons]
-    print("\n".join([*as_text(rows), "", *lines]))
-    given.output.mkdir(parents=True, exist_ok=True)
-    notes = [f"- {suite}: {given.weights} weights, protocol `{key}`" for suite, key in protocols.items()]
+    output.mkdir(parents=True, exist_ok=True)
+    notes = [f"- {suite}: {weights} weights, protocol `{key}`" for suite, key in protocols.items()]
     page = [*as_markdown(rows), "", *notes, *(f"- {line}" for line in lines), "", "![by step](table.png)", ""]
-    write_atomically(given.output / "table.md", "\n".join(page))
+    write_atomically(output / "table.md", "\n".join(page))
     found = {
         "baseline": names[0],
-        "weights": given.weights,
+        "weights": weights,
         "protocols": protocols,
         "values": [asdict(value) for value in values],
         "reached": [
@@ -93,10 +86,9 @@ def main(arguments: Sequence[str]) -> int:
             for c in comparisons
         ],
     }
-    write_atomically(given.output / "table.json", json.dumps(found, indent=1) + "\n")
-    plot(values, comparisons, given.output / "table.png")
-    print(f"\n{given.output / 'table.md'}")
-    return 0
+    write_atomically(output / "table.json", json.dumps(found, indent=1) + "\n")
+    plot(values, comparisons, output / "table.png")
+    return "\n".join([*as_text(rows), "", *lines, "", str(output / "table.md")])
 
 
 def method_names(runs: Sequence[Path]) -> list[str]:
@@ -187,7 +179,7 @@ def compare_all(values: Sequence[Value], methods: Sequence[str]) -> list[Compari
 
 # ----------------------------------------------------------------------------------------------------- table and figure
 def table(values: Sequence[Value], methods: Sequence[str]) -> list[list[str]]:
-    """Header, then a row a step and method: the methods of a step together. The best of a step has a star."""
+    """A header, then one row per step and method, sorted by step. The best value of a step has a star."""
     shown = columns(values)
     several = len({suite for suite, _ in shown}) > 1
     rows = [["step", "method", *(f"{suite} {metric}" if several else metric for suite, metric in shown)]]
@@ -219,7 +211,9 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(values: Sequence[Value], comparisons: Sequence[Comparison], path: Path) -> None:
-    """A panel a metric; the baseline's final value is a line, and where the others reach it a mark."""
+    """A panel per metric: the baseline's final value is a line, and where another run reaches it a star."""
+    from matplotlib.figure import Figure
+
     panels = columns(values)
     across = min(3, len(panels))
     down = -(-len(panels) // across)

@@ -2,6 +2,8 @@
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +54,16 @@ def init_world(shard: int) -> World:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
     return World(dist.get_rank(), size, device, mesh, control=_gloo_group(), checkpoint=_gloo_group())
+
+
+@contextmanager
+def open_world(shard: int) -> Iterator[World]:
+    """init_world for a block of code; its process groups end with the block."""
+    world = init_world(shard)
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
 
 
 def open_board(world: World) -> dist.Store:

@@ -4,6 +4,9 @@ import sys
 import time
 from collections import Counter
 
+from rich.live import Live
+from rich.text import Text
+
 from .space import as_overrides
 from .study import Study, Trial
 
@@ -12,15 +15,27 @@ ROWS = 24  # of the table on a terminal
 
 
 class Table:
-    """On a terminal it is drawn anew; elsewhere each change of a trial is one line."""
+    """On a terminal it is drawn anew while the block runs; elsewhere each change of a trial is one line."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
         self._states = {trial.number: trial.state for trial in study.trials()}
-        self._drawn_lines, self._drawn_at = 0, 0.0
+        self._live = Live(auto_refresh=False) if sys.stdout.isatty() else None
+        self._drawn_at = 0.0
+
+    def __enter__(self) -> "Table":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.show(last=True)
+        if self._live is not None:
+            self._live.stop()
 
     def show(self, last: bool = False) -> None:
-        if not sys.stdout.isatty():
+        """Draw what has changed, on a terminal at most every REDRAW_S seconds. last: the summary as well."""
+        if self._live is None:
             for trial in self._study.trials():
                 if self._states.get(trial.number) != trial.state:
                     self._states[trial.number] = trial.state
@@ -31,12 +46,11 @@ class Table:
             trials = [trial for trial in self._study.trials() if trial.state != "waiting"]
             shown = sorted(trials, key=lambda t: (t.state != "running", t.value is None, t.value))[:ROWS]
             lines = [*(self._line(trial) for trial in shown), self.summary()]
-            up = f"\x1b[{self._drawn_lines}A" if self._drawn_lines else ""
-            print(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J", end="", flush=True)
-            self._drawn_lines, self._drawn_at = len(lines), time.monotonic()
+            self._live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._drawn_at = time.monotonic()
 
     def summary(self) -> str:
-        """Counts of trials, and the best one."""
+        """How many trials are in which state, and the best one."""
         trials = self._study.trials()
         counts = Counter(trial.state for trial in trials)
         complete = [trial for trial in trials if trial.value is not None]

@@ -4,9 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from ..build.flops import image_flops
 from ..config.load import load_config
@@ -17,14 +15,18 @@ from .space import Dimension, Point, Value
 from .statistics import Estimate, best_region
 from .study import DIVERGED_AT, Study, Trial
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _COLOURS = {"complete": "#4c78a8", "halved": "#b0b0b0", "diverged": "#cf222e", "best": "#e4a11b"}
 
 
 @dataclass(frozen=True)
 class Key:
-    """What the study says of one key. edge: the largest value that was stable and the smallest one above which
-    every trial diverged, None where there is none. region: the optimum with its 95 % interval, None of too few trials.
-    Both need values that have an order."""
+    """What the study says of one key. edge: the largest value that was stable, and the smallest one above it, from
+    where every trial diverged; None where none did. region: the optimum with its 95 % interval, None where the trials
+    are too few. Both need values that have an order."""
 
     dimension: Dimension
     best: Value
@@ -42,7 +44,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Spent:
-    """By all trials, those that ended early with what they did."""
+    """By all trials; one that ended early counts with the steps that it took."""
 
     flops: float
     process_hours: float
@@ -52,7 +54,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Report:
+class StudyReport:
     study: Study
     trials: list[Trial]
     best: Trial
@@ -72,7 +74,7 @@ def completed(study: Study) -> list[Trial]:
     return [t for t in done if (t.value or 0.0) <= limit]
 
 
-def make_report(study: Study) -> Report:
+def make_report(study: Study) -> StudyReport:
     """Figures and PNGs of a study, in its folder's report/; raises ConfigError where no trial is finished."""
     done = completed(study)
     trials = study.trials()
@@ -93,7 +95,7 @@ def make_report(study: Study) -> Report:
     }
     if importance:
         pictures["importance"] = _plot_importance(importance, folder / "importance.png")
-    return Report(study, trials, done[0], keys, _spent(study, trials, planned), planned, pictures)
+    return StudyReport(study, trials, done[0], keys, _spent(study, trials, planned), planned, pictures)
 
 
 def _edge(dimension: Dimension, done: Sequence[Trial], diverged: Sequence[Trial]) -> tuple[float, float] | None:
@@ -153,10 +155,10 @@ def _spent(study: Study, trials: Sequence[Trial], planned: Cost | None) -> Spent
 
 
 def _plot_losses(keys: Sequence[Key], done: Sequence[Trial], diverged: Sequence[Trial], path: Path) -> Path:
-    """One panel a key, as the paper's Figure 4: every trial's loss; diverged ones as crosses at the top."""
+    """One panel per key, as the paper's Figure 4: the loss of every trial; diverged ones are crosses at the top."""
     columns = min(2, len(keys))
     rows = -(-len(keys) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * rows), layout="constrained")
+    figure = _figure(5.2 * columns, 3.6 * rows)
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axes, key in zip(panels, keys, strict=False):
         _panel(axes, key, done, diverged)
@@ -165,7 +167,7 @@ def _plot_losses(keys: Sequence[Key], done: Sequence[Trial], diverged: Sequence[
     return _save(figure, path)
 
 
-def _panel(axes: Axes, key: Key, done: Sequence[Trial], diverged: Sequence[Trial]) -> None:
+def _panel(axes: "Axes", key: Key, done: Sequence[Trial], diverged: Sequence[Trial]) -> None:
     dimension = key.dimension
     names = [str(v) for v in dimension.ends] if not dimension.numeric else None
 
@@ -198,8 +200,8 @@ def _panel(axes: Axes, key: Key, done: Sequence[Trial], diverged: Sequence[Trial
 
 
 def _plot_curves(study: Study, done: Sequence[Trial], path: Path) -> Path:
-    """Validation loss against the step, the better the darker; trials that ended early end early here, too."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """Validation loss against the step: the better, the darker. A trial that ended early ends early here, too."""
+    figure = _figure(7, 4)
     axes = figure.subplots()
     rank = {trial.number: place for place, trial in enumerate(done)}
     for trial in sorted(study.trials(), key=lambda t: -rank.get(t.number, len(rank))):
@@ -220,7 +222,7 @@ def _plot_curves(study: Study, done: Sequence[Trial], path: Path) -> Path:
 
 
 def _plot_importance(importance: dict[str, float], path: Path) -> Path:
-    figure = Figure(figsize=(7, 0.8 + 0.4 * len(importance)), layout="constrained")
+    figure = _figure(7, 0.8 + 0.4 * len(importance))
     axes = figure.subplots()
     keys = list(importance)[::-1]
     axes.barh(keys, [importance[key] for key in keys], color=_COLOURS["complete"])
@@ -228,6 +230,12 @@ def _plot_importance(importance: dict[str, float], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # only a report needs it, not a worker or a transfer
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> Path:
     figure.savefig(path, dpi=110, format="png")
     return path

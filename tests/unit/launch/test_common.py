@@ -1,12 +1,17 @@
-"""What every command does with a user's mistake and with a disk that fails."""
+"""What every command does with its arguments, with a user's mistake and with a disk that fails; how it starts."""
 
 import errno
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from data.errors import DataError
-from launch.common import run
+from launch.common import command, run
+from tests.helpers.paths import ROOT
+from trainer.errors import ConfigError
 
 
 def failing(error: Exception) -> int:
@@ -42,3 +47,68 @@ def test_a_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(FileNotFoundError):
         run(lambda: failing(FileNotFoundError(errno.ENOENT, "No such file", "x")))
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+def test_overrides_stand_anywhere() -> None:
+    parser = command("Words.", name="words")
+    parser.add_argument("run")
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--fast", action="store_true")
+    arguments = parser.parse_args(["--fast", "runs/a", "x.y=1", "--config", "c", "z={a: 1}", "--count", "2", "w=-1"])
+    assert (arguments.run, arguments.config, arguments.count, arguments.fast) == ("runs/a", "c", 2, True)
+    assert arguments.overrides == ["x.y=1", "z={a: 1}", "w=-1"]
+
+
+def test_a_key_is_given_once() -> None:
+    given = ["--config", "c", "data.shards=a-000.tar", "optim.lr=1", "data.shards=a-001.tar"]  # from a-{000,001}.tar
+    with pytest.raises(ConfigError, match=r"data\.shards is given.*(?s:.*)braces"):
+        command("Words.").parse_args(given)
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command("Words.", config=False).parse_args(["a=1", "--nope", "b=2"])
+    assert ended.value.code == 2
+    assert "--nope" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- the start
+STARTS = """
+import contextlib, io, json, runpy, sys
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, said, code = arguments, io.StringIO(), None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+    heavy = sorted({"torch", "numpy", "transformers", "diffusers", "optuna", "matplotlib"} & sys.modules.keys())
+    print(json.dumps([code, heavy, said.getvalue()]))
+"""
+COMMANDS = ("train", "sample", "evaluate", "export", "estimate", "coord_check", "ladder", "convert", "fetch", "rate",
+            "search", "submit")  # fmt: skip
+CLUSTER = ("--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--time", "1:0:0", "--dry-run")
+
+
+def test_help_a_wrong_key_and_a_job_wait_for_no_torch(tmp_path: Path) -> None:
+    """In one process: what one of them had imported, all after it would have."""
+    config = ("--config", "mmdit_debug_mup.yaml")
+    cases: list[tuple[int, str, tuple[str, ...]]] = [
+        *((0, "usage: ", (f"launch/{name}.py", "--help")) for name in COMMANDS),
+        *((0, "usage: ", ("launch/search.py", name, "--help")) for name in ("run", "report", "transfer", "cost")),
+        (2, 'optim.lrr: unknown key; did you mean "optim.lr"?', ("launch/train.py", *config, "optim.lrr=1")),
+        (2, "train.step: unknown key", ("launch/train.py", "train.step=1", *config)),
+        (2, "optim.lr is given", ("launch/train.py", "optim.lr=1", *config, "optim.lr=2")),
+        (2, "model.widht: unknown key", ("launch/estimate.py", *config, "--gpus", "8", "model.widht=64")),
+        (2, "trials is given", ("launch/search.py", "run", "--config", "search/demo.yaml", "trials=4", "trials=5")),
+        (2, "model.widht: unknown key", ("launch/submit.py", *config, *CLUSTER, "model.widht=64")),
+        (0, "#SBATCH --nodes=2", ("launch/submit.py", *config, *CLUSTER, f"run.dir={tmp_path}")),
+    ]
+    arguments = json.dumps([case for _, _, case in cases])
+    done = subprocess.run([sys.executable, "-c", STARTS, arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for (code, message, case), line in zip(cases, done.stdout.splitlines(), strict=True):
+        ended, heavy, said = json.loads(line)
+        assert (ended, heavy) == (code, []), case
+        assert message in said, case

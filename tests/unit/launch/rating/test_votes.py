@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from launch.rating.votes import QUESTIONS, Vote, fleiss_kappa, order, results, wilson
+from launch.rating.statistics import fleiss_kappa, results, wilson
+from launch.rating.votes import QUESTIONS, Vote, order
 
 
 def test_order() -> None:

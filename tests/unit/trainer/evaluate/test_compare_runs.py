@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 
 from data.errors import DataError
-from trainer.evaluate import compare_runs as evaluate_table
+from launch import evaluate
 from trainer.evaluate.curves import first_reached
 
 ORIGINAL = {400_000: 20.4, 800_000: 14.7, 1_200_000: 12.8, 1_600_000: 11.8, 2_000_000: 10.9, 2_400_000: 10.7,
@@ -48,7 +48,7 @@ def test_first_reached() -> None:
 
 def test_table(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     output = runs[0].parent / "table"
-    assert evaluate_table.main([*map(str, runs), "--output", str(output)]) == 0
+    assert evaluate.table([*map(str, runs), "--output", str(output)]) == 0
     text = capsys.readouterr().out
     # Between 2.0 M (9.7) and 2.4 M (9.4): 9.6 at a third of the way.
     assert "fid50k fid: mup reaches the baseline's final value 9.6 at step 2133333 (interpolated): 3.28 times" in text
@@ -71,7 +71,7 @@ def test_a_baseline_that_gets_worse(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name, values in (("one", {10: 38.4, 20: 35.0, 30: 36.7}), ("two", {10: 33.4, 20: 33.0, 30: 30.0})):
         for step, fid in values.items():
             write(tmp_path / name, step, fid)
-    assert evaluate_table.main([str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(tmp_path / "t")]) == 0
+    assert evaluate.table([str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(tmp_path / "t")]) == 0
     assert "two reaches the baseline's final value 36.7 at or before step 10: at least 1.50 times" in (
         capsys.readouterr().out
     )
@@ -82,12 +82,12 @@ def test_suites_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for parent in ("x", "y"):
         write(tmp_path / parent / "run", 10, 5.0)
     write(tmp_path / "x" / "run", 20, 4.0, suite="geneval", protocol_hash="other")
-    assert evaluate_table.main([str(tmp_path / p / "run") for p in "xy"] + ["--output", str(tmp_path / "t")]) == 0
+    assert evaluate.table([str(tmp_path / p / "run") for p in "xy"] + ["--output", str(tmp_path / "t")]) == 0
     text = capsys.readouterr().out
     assert "x/run" in text
     assert "y/run" in text
     assert "geneval fid" in text.splitlines()[0]
-    assert evaluate_table.main([str(tmp_path / "x" / "run"), "--output", str(tmp_path / "t")]) == 0
+    assert evaluate.table([str(tmp_path / "x" / "run"), "--output", str(tmp_path / "t")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -105,25 +105,25 @@ def test_suites_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_refused(runs: list[Path], results: dict[str, Any], message: str) -> None:
     write(runs[1], 900_000, 12.0, **results)
     with pytest.raises(DataError, match=message):
-        evaluate_table.main([*map(str, runs), "--output", str(runs[0].parent / "table")])
+        evaluate.table([*map(str, runs), "--output", str(runs[0].parent / "table")])
     assert not (runs[0].parent / "table").exists()
 
 
 def test_weights_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "run", 10, 5.0)
     with pytest.raises(DataError, match=r"results\.json of live weights: run .* --weights live first"):
-        evaluate_table.main([str(tmp_path / "run"), "--weights", "live", "--output", str(tmp_path / "t")])
+        evaluate.table([str(tmp_path / "run"), "--weights", "live", "--output", str(tmp_path / "t")])
     live = write(tmp_path / "run", 20, 7.0, checkpoint={"step": 10, "weights": "live"}).parent
     live.rename(live.with_name("step_00000010_live"))
     for weights, fid in (("ema", "5"), ("live", "7")):
         options = ["--weights", weights, "--output", str(tmp_path / "t")]
-        assert evaluate_table.main([str(tmp_path / "run"), *options]) == 0
+        assert evaluate.table([str(tmp_path / "run"), *options]) == 0
         assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["10", "run", fid]
         assert f"{weights} weights" in (tmp_path / "t/table.md").read_text()
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no evaluate/SUITE"):
-        evaluate_table.main([str(tmp_path)])
+        evaluate.table([str(tmp_path)])
     with pytest.raises(DataError, match=r"given twice"):
-        evaluate_table.main([str(tmp_path), str(tmp_path)])
+        evaluate.table([str(tmp_path), str(tmp_path)])

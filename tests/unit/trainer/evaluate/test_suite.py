@@ -22,12 +22,12 @@ from data.image_sets import (
     write_images,
 )
 from examples import coco_prompts
-from launch.evaluate import claim
 from models.flops import forward_flops
 from trainer.config.load import load_config
 from trainer.config.yaml_files import CONFIG_DIR
 from trainer.errors import ConfigError
 from trainer.evaluate.features import published_statistics
+from trainer.evaluate.results import claim
 from trainer.evaluate.suite import SuiteConfig, digest, load_suite, split_overrides
 
 MINIMAL: dict[str, Any] = {
