@@ -56,7 +56,7 @@ def sections() -> Iterator[SectionHelp]:
     """All sections of a TrainConfig; the keys that every kind of model has come once."""
     for name, key in keys_of(TrainConfig, MODEL_KINDS[DEFAULT_KIND]).items():
         if name == "model":
-            yield from _models()
+            yield from _models(class_at(key.field))
         elif key.section is not None:
             yield section_help(name, key.section, f"{name}.", class_at(key.field))
 
@@ -103,10 +103,10 @@ def _keys(section: type, prefix: str, above: KeyClass | None, model: type[ModelC
             yield from _keys(element, f"{prefix}{name}[].", found, model)
 
 
-def _models() -> Iterator[SectionHelp]:
+def _models(key_class: KeyClass | None) -> Iterator[SectionHelp]:
     """The keys that all kinds of model declare alike, then each kind's own."""
     kinds = {
-        kind: section_help(f"model, kind {kind}", model, "model.", "identity", model)
+        kind: section_help(f"model, kind {kind}", model, "model.", key_class, model)
         for kind, model in MODEL_KINDS.items()
     }
     tables = {kind: {key.name: key for key in section.keys} for kind, section in kinds.items()}

@@ -55,6 +55,7 @@ def validated(section: type[S], data: Mapping[str, Any], source: str) -> S:
 
 
 def refused(source: str, problems: Sequence[str]) -> ConfigError:
+    """The error that lists all problems of a config, one per line."""
     return ConfigError(f"{source}:\n  " + "\n  ".join(problems))
 
 
@@ -83,4 +84,5 @@ def _unknown_keys(
 
 
 def to_yaml(config: TrainConfig) -> str:
+    """The config as the run folder's config.yaml holds it."""
     return yaml.safe_dump(plain(config), sort_keys=False)

@@ -16,30 +16,44 @@ from .space import SAMPLERS, Dimension, Point, Sampler, as_overrides, check_grid
 
 @dataclass(frozen=True)
 class Published:
-    """Sizes as a paper rounds them, and what it leaves out: the second line of the cost account."""
+    """Sizes as a paper rounds them, for a second line of the cost account."""
 
     proxy_parameters: float
+    """Parameters of the proxy."""
     target_parameters: float
+    """Parameters of the target."""
     note: str = ""
+    """What the paper's account leaves out."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """name: of the study's folder below run.dir. config, overrides: the proxy. seeds: runs of every point, with equal
-    seeds in all trials. halving: {first_step, factor}: asynchronous successive halving. target: the config that the
-    cost is compared with."""
+    """The keys of a search file (configs/search)."""
 
     name: str
+    """Name of the study's folder below run.dir; the search file's name unless given."""
     config: str
+    """Config of the proxy."""
     overrides: tuple[str, ...]
+    """Overrides of the proxy's config."""
     space: tuple[Dimension, ...]
+    """Base hyperparameters that are searched, each with its range or choices."""
     trials: int
+    """Number of points that are tried."""
     sampler: Sampler = "random"
+    """How points are chosen: at random, on a grid, from a Sobol sequence (qmc), or by tree-structured Parzen estimators
+    (tpe)."""
     seed: int = 0
+    """Seed by which points are chosen."""
     seeds: int = 1
+    """Runs per point; the k-th run has the same train.seed in every trial."""
     halving: Mapping[str, int] | None = None
+    """Asynchronous successive halving: {first_step: step of the first comparison, factor: at each comparison one trial
+    in this many goes on}."""
     target: str | None = None
+    """Config of the target, with which the cost of the search is compared."""
     published: Published | None = None
+    """Sizes that a paper gives for the same search."""
 
     def proxy(self, point: Point | None = None, more: Sequence[str] = ()) -> TrainConfig:
         """The proxy's config at a point of the space."""
