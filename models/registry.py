@@ -6,6 +6,7 @@ configs/KIND_debug_mup.yaml is what tests train. docs/extending.md adds a backbo
 """
 
 import importlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .configs import ModelConfig
@@ -33,4 +34,17 @@ def class_of(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-MODEL_KINDS: dict[str, type[ModelConfig]] = {kind: class_of(entry.config) for kind, entry in BACKBONES.items()}
+class _ModelKinds(Mapping[str, type[ModelConfig]]):
+    """Kind -> class of its keys. Looked up when asked for, because a file with both classes imports this module."""
+
+    def __getitem__(self, kind: str) -> type[ModelConfig]:
+        return class_of(BACKBONES[kind].config)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(BACKBONES)
+
+    def __len__(self) -> int:
+        return len(BACKBONES)
+
+
+MODEL_KINDS = _ModelKinds()
