@@ -88,14 +88,16 @@ def test_the_folders_pipeline_samples_as_we_do(
 ) -> None:
     run_export(monkeypatch, "--checkpoint", checkpoints[kind], "--output", tmp_path / "out")
     prompts = CLASSES if kind == "dit" else CAPTIONS
-    made = inference_of(checkpoints[kind], world)
+    # In float64: float32's rounding grows over the steps of a sampler, on each processor another way.
+    made = inference_of(checkpoints[kind], world, "parallel.precision=fp64")
     ours = our_images(made, world, prompts, seed=5)
     assert ours.std() > 0.05
     shape = (3, 32, 32)
     _, noise = initial_noise(5, range(len(prompts)), shape, torch.device("cpu"))
-    pipeline = load(tmp_path / "out")
+    pipeline = load(tmp_path / "out").to(torch.float64)
     theirs = pipeline(prompts, latents=noise, output_type="np").images
-    assert np.abs(theirs - ours.numpy()).max() <= 1e-4
+    assert np.abs(theirs - ours.numpy()).max() <= 3e-5
+    pipeline.to(torch.float32)
     # The test would see the prompts in another order, and the live weights.
     assert (
         np.abs(pipeline([*prompts[1:], prompts[0]], latents=noise, output_type="np").images - ours.numpy()).max() > 1e-3
