@@ -28,13 +28,10 @@ from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.ema import EMA
 from trainer.errors import CheckpointError
-from trainer.parallel.fsdp import FSDP2Engine
+from trainer.parallel.engine import Engine
 from trainer.parallel.mesh import World, init_world, world_size
-from trainer.parallel.zero import ZeroEngine
 from trainer.recovery.skipped_ranges import FILE as JUMPS
 from trainer.state import TrainState
-
-AnEngine = FSDP2Engine | ZeroEngine
 
 
 def main() -> int:
@@ -98,7 +95,7 @@ def convert(checkpoint: Path, source: TrainConfig, target: TrainConfig, output: 
 
 
 @torch.no_grad()
-def copy_state(old: AnEngine, new: AnEngine) -> None:
+def copy_state(old: Engine, new: Engine) -> None:
     """Weights, moments and step counts, one parameter at a time."""
     theirs, ours = old.state(), new.state()
     for name, state in ours.items():

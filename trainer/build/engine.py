@@ -16,14 +16,16 @@ from ..diffusion.ddpm_sampling import DDPMSampler
 from ..diffusion.flow import RectifiedFlow
 from ..diffusion.repa import Alignment
 from ..diffusion.sampling import Euler, Sampler
-from ..input.encoding import Encoders, precision_of
+from ..input.encoding import Encoders
 from ..mup.apply import apply_multipliers, build_table, init_parameters, initial_value, param_groups
 from ..mup.rules import ROLES, Settings
 from ..mup.table import MuTable
 from ..parallel.activation_checkpointing import checkpoint_activations
 from ..parallel.compile import compile_units
+from ..parallel.engine import Engine
 from ..parallel.fsdp import FSDP2Engine, Sharding
 from ..parallel.mesh import World
+from ..parallel.precision import precision_of
 from ..parallel.zero import ZeroEngine
 
 
@@ -50,10 +52,10 @@ def build_mup_table(config: TrainConfig) -> MuTable:
     )
 
 
-def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine | ZeroEngine:
+def build_engine(config: TrainConfig, table: MuTable, world: World) -> Engine:
     """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
     optim, parallel = config.optim, config.parallel
-    if precision_of(config, world) != "bf16":
+    if precision_of(config.parallel.precision, world.device) != "bf16":
         torch.backends.cuda.enable_flash_sdp(True)  # on a CPU off since init_world, for the sake of bf16
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
@@ -69,7 +71,7 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
 
     common: dict[str, Any] = {
         "world": world,
-        "precision": precision_of(config, world),
+        "precision": precision_of(config.parallel.precision, world.device),
         "groups": lambda named: param_groups(named.items(), table, optim.lr, optim.weight_decay, optim.eps),
         "betas": optim.betas,
         "clip_norm": optim.clip_norm,
@@ -77,7 +79,9 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engi
     if parallel.engine == "zero":
         fill_buffers: Any = model.fill_buffers
         initial = partial(initial_value, table, seed=config.train.seed, device=world.device)
-        engine = ZeroEngine(model, stage=parallel.zero_stage, fill_buffers=fill_buffers, initial=initial, **common)
+        engine: Engine = ZeroEngine(
+            model, stage=parallel.zero_stage, fill_buffers=fill_buffers, initial=initial, **common
+        )
     else:
         sharding = Sharding(parallel.reshard_after_forward, parallel.prefetch, parallel.cpu_offload)
         engine = FSDP2Engine(model, units=units, sharding=sharding, initialise=initialise, **common)

@@ -32,7 +32,7 @@ from ..evaluate.metrics import MetricError
 from ..evaluate.suite import load_suite
 from ..evaluate.val_loss import validation
 from ..files import lock_folder, write_atomically
-from ..input.encoding import Encoders, precision_of
+from ..input.encoding import Encoders
 from ..input.training_data import TrainingData, is_debug, validation_bank
 from ..loop import restore
 from ..lr_schedule import lr_factor
@@ -42,6 +42,7 @@ from ..monitor.step_timer import StepTimer
 from ..mup.table import MuTable
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
+from ..parallel.precision import precision_of
 from ..provenance import commit
 from ..recovery.skipped_ranges import read_skipped_ranges
 from ..run import Plan, Run
@@ -215,7 +216,7 @@ def _evaluator(
     if frozen.without_images:
         raise DataError(f"train.evaluate_every needs images: {frozen.without_images}")
     _, suite = load_suite(config.train.evaluate_suite)
-    suite = suite.model_copy(update={"vae": None, "precision": precision_of(config, world)})
+    suite = suite.model_copy(update={"vae": None, "precision": precision_of(config.parallel.precision, world.device)})
     generate = image_generator(suite.applied(config), engine, frozen, resolved)
     evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
 

@@ -20,15 +20,10 @@ from models.layers import ClassCondition, SizedTextCondition, TextCondition
 from ..config.schema import TrainConfig
 from ..diffusion.random import normal
 from ..parallel.broadcast import spread
-from ..parallel.fsdp import Precision
 from ..parallel.mesh import World
+from ..parallel.precision import DTYPES, at_least_fp32, precision_of
 from ..run import Encoded
 from .prefetch import Prefetcher
-
-
-def precision_of(config: TrainConfig, world: World) -> Precision:
-    return config.parallel.precision or ("bf16" if world.device.type == "cuda" else "fp32")
-
 
 Batches = Callable[[int], Iterator[tuple[int, list[Batch]]]]
 OnRank0 = Callable[[Callable[[], TextEncoder]], TextEncoder | None]
@@ -66,9 +61,8 @@ class Encoders:
         dataset: Dataset | None = None,
         align: bool = False,
     ) -> None:
-        precision = precision_of(config, world)
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-        self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
+        precision = precision_of(config.parallel.precision, world.device)
+        dtype, self.x0_dtype = DTYPES[precision], at_least_fp32(precision)
         self.device = world.device
         self._dataset = dataset
         self._classes, self._sized = config.label_classes, config.model.micro_conditions
