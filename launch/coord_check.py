@@ -22,9 +22,9 @@ from trainer.coord_check.plot import plot
 from trainer.coord_check.slopes import (
     CONTROL,
     LIMITS,
+    FigureSlope,
+    Judgement,
     Measured,
-    Report,
-    Row,
     judge,
     measure,
     shows_faults,
@@ -102,8 +102,8 @@ def _widths(text: str) -> list[int]:
     return sorted({int(part) for part in text.split(",")})
 
 
-def to_json(report: Report, control: Row | None, settings: dict[str, Any]) -> dict[str, Any]:
-    def short(row: Row | None) -> dict[str, Any] | None:
+def to_json(report: Judgement, control: FigureSlope | None, settings: dict[str, Any]) -> dict[str, Any]:
+    def short(row: FigureSlope | None) -> dict[str, Any] | None:
         if row is None:
             return None
         return {"name": row.figure.name, "step": row.figure.step, "slope": row.slope, "note": row.note}
@@ -127,7 +127,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "values": values}
 
 
-def summary(report: Report, control: Row | None, parametrization: str) -> str:
+def summary(report: Judgement, control: FigureSlope | None, parametrization: str) -> str:
     lines = [f"coordinate check of {parametrization}: {report.verdict.upper()}"]
     for kind, row in report.worst.items():
         slope = row.note if row.slope is None else f"{row.slope:+.2f} ± {row.error:.2f}"

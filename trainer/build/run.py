@@ -37,7 +37,7 @@ from ..input.training_data import TrainingData, is_debug, validation_bank
 from ..loop import restore
 from ..lr_schedule import lr_factor
 from ..monitor.metrics import Metrics, peak_flops
-from ..monitor.mup_health import Health, Watched
+from ..monitor.mup_health import Health, WatchedParameter
 from ..monitor.step_timer import StepTimer
 from ..mup.table import MuTable
 from ..parallel.engine import Engine
@@ -141,7 +141,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
         engine=engine,
         ema=ema,
         health=Health(
-            {name: Watched(row.role, config.optim.eps * row.eps) for name, row in table.rows.items()},
+            {name: WatchedParameter(row.role, config.optim.eps * row.eps) for name, row in table.rows.items()},
             replicas=world.size // resolved.shard,
         ),
         timer=StepTimer(engine.model.shard_units(), world),  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -30,7 +30,7 @@ class EarlyEnd(Exception):
         self.reason = reason
 
 
-class Watched:
+class WatchedMetrics:
     """The metrics of a run, with a look at every line after it is written."""
 
     def __init__(self, metrics: Metrics, look: Callable[[Mapping[str, Any]], None]) -> None:
@@ -103,7 +103,7 @@ class Worker:
                 self._look(claim, number, seed, record)
 
             try:
-                outcome = train(dataclasses.replace(run, metrics=cast(Metrics, Watched(run.metrics, look))))
+                outcome = train(dataclasses.replace(run, metrics=cast(Metrics, WatchedMetrics(run.metrics, look))))
             finally:
                 run.metrics.close()
                 if run.lock is not None:
