@@ -39,14 +39,13 @@ from trainer.build.run import build_run
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
-from trainer.input.encoding import precision_of
 from trainer.loop import train_step
 from trainer.parallel.mesh import World, init_world
+from trainer.parallel.precision import DTYPES, precision_of
 from trainer.run import Run
 
 OURS, OURS_COMPILED, TWIN, TWIN_COMPILED = "ours", "ours_compiled", "diffusers", "diffusers_compiled"
 EAGER, ALL = (OURS, TWIN), (OURS_COMPILED, OURS, TWIN, TWIN_COMPILED)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 WARM_UP = 3
 
 
@@ -210,7 +209,7 @@ def measure(label: str, case: Case, rounds: int, overrides: list[str], traces: P
                 stack.enter_context(variant.run.lock)
             for _ in range(WARM_UP):
                 variant.step()
-        precision = precision_of(config, world)
+        precision = precision_of(config.parallel.precision, world.device)
         graphs, rates, chance = counters["stats"]["unique_graphs"], [], random.Random(0)
         for _ in range(rounds):
             for name in chance.sample(list(variants), len(variants)):

@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from export.diffusers_folder import TWINS, twin_config
 from models.layers import ClassCondition
 from trainer.config.schema import TrainConfig
-from trainer.input.encoding import precision_of
 from trainer.mup.table import MuTable
 from trainer.parallel.fsdp import FSDP2Engine, Sharding
 from trainer.parallel.mesh import World
+from trainer.parallel.precision import precision_of
 
 
 class Twin(nn.Module):
@@ -71,7 +71,7 @@ def build_twin(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine
         model,
         units=[],  # gathered whole, once a step: diffusers' DiT reads weights of its first block from outside of it
         world=world,
-        precision=precision_of(config, world),
+        precision=precision_of(config.parallel.precision, world.device),
         sharding=Sharding(),
         initialise=initialise,
         groups=groups,

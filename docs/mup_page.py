@@ -9,7 +9,7 @@ from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.config.yaml_files import CONFIG_DIR
-from trainer.mup.table import Row
+from trainer.mup.table import ParameterRow
 
 HEAD = """# What μP does to each weight
 
@@ -54,8 +54,8 @@ class Line(NamedTuple):
 class Documented(NamedTuple):
     name: str
     config: TrainConfig
-    target: dict[str, Row]
-    base: dict[str, Row]
+    target: dict[str, ParameterRow]
+    base: dict[str, ParameterRow]
 
     @property
     def lines(self) -> tuple[Line, ...]:

@@ -23,7 +23,7 @@ from trainer.config.schema import RunConfig, TrainConfig
 from trainer.diffusion.ddpm import BETA_RANGES
 
 from . import pipeline as export_pipeline
-from .names import Format
+from .names import Format, shipped
 
 Encoders = Literal["copy", "reference"]
 TWINS = {"mmdit": "SD3Transformer2DModel", "pixart": "PixArtTransformer2DModel", "dit": "DiTTransformer2DModel"}
@@ -41,7 +41,7 @@ def _tokenizer_name(tokenizer: Any) -> str:
 
 def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
     """Why a model of this config would not compute the same in the other code base: what that cannot express."""
-    model = config.model
+    model = shipped(config)
     if form == "diffusers":
         if model.kind not in TWINS:
             yield f"diffusers has no model like model.kind {model.kind}; --format official writes the official names"
@@ -75,7 +75,7 @@ def without_parts(config: TrainConfig) -> Iterator[str]:
 
 def twin_config(config: TrainConfig) -> dict[str, Any]:
     """Arguments of the twin of diffusers."""
-    model, channels = config.model, config.autoencoder.channels
+    model, channels = shipped(config), config.autoencoder.channels
     shared: dict[str, Any] = {
         "patch_size": model.patch_size,
         "in_channels": channels,
@@ -108,7 +108,7 @@ def twin_config(config: TrainConfig) -> dict[str, Any]:
 
 def position_table(config: TrainConfig) -> Tensor:
     """Sin-cos positions [1, n^2, D] float32 as the other code bases store them."""
-    model = config.model
+    model = shipped(config)
     assert model.kind != "uvit"
     largest = model.pos_embed_max_size if model.kind == "mmdit" else None
     base = config.latent_size // model.patch_size if model.kind == "dit" else model.pos_embed_base_size
@@ -135,7 +135,7 @@ def scheduler(config: TrainConfig) -> Any:
 
 def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]:
     """Why the stock pipeline would fail or sample otherwise than this model was trained."""
-    model = config.model
+    model = shipped(config)
     if model.kind not in _STOCK:
         yield "StableDiffusion3Pipeline wants two CLIP encoders and pads captions, which its transformer does not mask"
         return

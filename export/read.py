@@ -20,7 +20,7 @@ from trainer.files import write_atomically
 from trainer.mup.table import MuTable
 
 from .diffusers_folder import position_table, twin_config
-from .names import LAYOUTS, Format, Layout, fold
+from .names import LAYOUTS, Format, Layout, fold, shipped
 from .weight_files import PublishedWeights
 from .write import layout_of
 
@@ -51,7 +51,7 @@ def import_weights(config: TrainConfig, weights: Path, output: Path) -> str:
 def check_import(config: TrainConfig, form: Format, source: PublishedWeights) -> str:
     """Raise ConfigError where the config would compute something else with these weights than their own code does,
     as far as that can be seen; returns a note on what cannot."""
-    model = config.model
+    model = shipped(config)
     if (model.kind, form) not in LAYOUTS:
         raise ConfigError(f"{source.path} has the names of diffusers, which has no model like model.kind {model.kind}")
     problems = []

@@ -25,6 +25,7 @@ from launch.common import end_with_torchrun, run
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
+from trainer.parallel.precision import DTYPES, at_least_fp32, precision_of
 
 
 def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
@@ -36,11 +37,12 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
     index = open_index(config.data)
     if index.dataset is not None:
         raise DataError(f"data.shards: {index.dataset.where} was precomputed already; give shards of images")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
-    precision = config.parallel.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-    # As in training, the autoencoder computes in fp32 at least: its latents last for the whole run.
-    autoencoder = load_autoencoder(config.autoencoder, device, torch.float64 if precision == "fp64" else torch.float32)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    precision = precision_of(config.parallel.precision, device)
+    dtype = DTYPES[precision]
+    # As in training: the autoencoder in fp32 at least, whose latents last for the whole run.
+    autoencoder = load_autoencoder(config.autoencoder, device, at_least_fp32(precision))
     assert isinstance(autoencoder, Autoencoder)
     classes, objective = config.label_classes, config.objective
     align = config.projector is not None if arguments.repa_features is None else arguments.repa_features

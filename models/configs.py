@@ -304,6 +304,9 @@ class UViTConfig:
         return (self.depth + 1) * block + skips + n * patch * d * 2 + text + time + conv
 
 
+ShippedConfig = MMDiTConfig | DiTConfig | PixArtConfig | UViTConfig  # for code that knows the kinds one by one
+
+
 @dataclass(frozen=True)
 class ProjectorConfig:
     """Projector of representation alignment (models.repa). Neither number grows with the width."""

@@ -46,6 +46,13 @@ def on_rank_0(world: World, make: Callable[[], T]) -> T | None:
     return result
 
 
+def from_rank_0(world: World, make: Callable[[], T]) -> T:
+    """What make() returns on rank 0, on all ranks; its errors as in on_rank_0."""
+    result: list[Any] = [on_rank_0(world, make)]
+    dist.broadcast_object_list(result, src=0, group=world.control)
+    return result[0]
+
+
 def first_on_rank_0(world: World, make: Callable[[], T]) -> T:
     """make() on rank 0, then on the others, so that files are built once."""
     result = on_rank_0(world, make)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and folders that one process holds."""
+"""Files that are whole or absent, and locks that end with the process that holds them."""
 
 import fcntl
 import os
@@ -10,12 +10,16 @@ from typing import IO
 from .errors import CheckpointError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing, also after a crash of the machine, and whoever else writes it at the same time."""
+class NoLocksError(OSError):
+    """The file system has no locks."""
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The whole content or nothing, also after a crash of the machine, and whoever else writes it at the same time."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(beside, "w") as file:
-            file.write(text)
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -24,36 +28,52 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def lock_folder(folder: Path, wait_s: float = 30.0, other: str = "another run.name or run.dir") -> IO[str]:
-    """Hold a folder as long as the returned file is open; two runs in one folder would mix their lines.
+def try_lock(path: Path) -> IO[str] | None:
+    """The file, locked as long as it is open; None where another process holds the lock.
 
-    other: what a user can choose in its place.
-
-    Waits for a predecessor that is ending; raises CheckpointError where the folder stays in use. The system lets go
-    of the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, however it ends. Raises NoLocksError where the file system
+    has no locks, OSError where the file cannot be written.
     """
+    # Not by the package filelock: where flock is missing (ENOSYS) it falls back to a marker file, which stays behind
+    # after kill -9, so that a dead process would hold its folder for ever.
+    file = open(path, "w")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        file.close()
+        raise NoLocksError(*error.args) from None
+    return file
+
+
+def lock_folder(folder: Path, wait_s: float = 30.0, other: str = "another run.name or run.dir") -> IO[str]:
+    """Hold a folder as long as the returned file is open: two runs in one folder would mix their lines.
+
+    other: what a user can choose in its place, as the error messages say it.
+
+    Waits for a predecessor that is ending. Raises CheckpointError where the folder stays in use, or cannot be written.
+    On a file system without locks the folder is not protected.
+    """
+    path, deadline = folder / ".lock", time.monotonic() + wait_s
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
-    except OSError as error:
-        raise CheckpointError(f"the folder {folder} cannot be written ({error}): choose {other}") from None
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
+        while (file := try_lock(path)) is None:
             if time.monotonic() > deadline:
-                file.close()
                 raise CheckpointError(
                     f"{folder} is in use by another process that has not ended: stop it, or choose {other}"
-                ) from None
+                )
             time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return file
+        return file
+    except NoLocksError:
+        return open(path, "w")
+    except OSError as error:
+        raise CheckpointError(f"the folder {folder} cannot be written ({error}): choose {other}") from None
 
 
 def sync_folder(folder: Path) -> None:
+    """Make the names of a folder's files survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

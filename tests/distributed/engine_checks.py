@@ -32,10 +32,9 @@ from trainer.config.schema import TrainConfig
 from trainer.ema import EMA
 from trainer.input.encoding import Encoders
 from trainer.mup.apply import apply_multipliers, init_parameters
-from trainer.parallel.engine import Watch
+from trainer.parallel.engine import Engine, Watch
 from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.mesh import World, init_world
-from trainer.parallel.zero import ZeroEngine
 from trainer.step import micro_batch_losses
 
 OVERRIDES = (
@@ -63,7 +62,7 @@ def made(config: TrainConfig, world: World) -> FSDP2Engine:
 
 def run_steps(
     config: TrainConfig,
-    engine: FSDP2Engine | ZeroEngine,
+    engine: Engine,
     world: World,
     steps: int,
     spoil: int | None = None,
@@ -96,7 +95,7 @@ def run_steps(
     return result
 
 
-def whole(engine: FSDP2Engine | ZeroEngine) -> dict[str, Tensor]:
+def whole(engine: Engine) -> dict[str, Tensor]:
     return {name: engine.full(name).clone() for name in engine.master_shards()}
 
 
@@ -129,7 +128,7 @@ class Moves:
     """A Watch: how far a step ends, in units of lr, from where AdamW would end by the table's (lr, decay, epsilon), and
     from where it would with another lr, decay or epsilon; by this rank's own weights, moments and gradients."""
 
-    def __init__(self, config: TrainConfig, engine: FSDP2Engine | ZeroEngine) -> None:
+    def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self._optim, self._rows, self._engine = config.optim, build_mup_table(config).rows, engine
         self._ends: dict[str, list[Tensor]] = {}
         self._off: dict[str, list[float]] = {}
@@ -163,7 +162,7 @@ class Moves:
         return [name for name, (own, *others) in seen if own > 1e-3 or min(others) < 1e-2]
 
 
-def wrong_update(config: TrainConfig, engine: FSDP2Engine | ZeroEngine, world: World) -> list[str]:
+def wrong_update(config: TrainConfig, engine: Engine, world: World) -> list[str]:
     """Parameters that one step does not move as the table says; from weights of which none is zero."""
     generator, moves = torch.Generator().manual_seed(world.rank), Moves(config, engine)
     shards = engine.master_shards().items()

@@ -16,9 +16,9 @@ from trainer.build.engine import build_mup_table
 from trainer.config.schema import TrainConfig
 from trainer.config.yaml_files import CONFIG_DIR
 from trainer.coord_check import slopes as coord
-from trainer.coord_check.slopes import CONTROL, Figure, Kind, Measured, Report, judge, measure
+from trainer.coord_check.slopes import CONTROL, Figure, Judgement, Kind, Measured, judge, measure
 from trainer.coord_check.subject import build_subject, check_config
-from trainer.mup.table import Row
+from trainer.mup.table import ParameterRow
 from trainer.parallel.mesh import World, init_world
 
 BACKBONES = sorted(path.stem for path in CONFIG_DIR.glob("*_debug_mup.yaml"))
@@ -28,7 +28,7 @@ WIDTHS = (64, 128, 256, 512)
 LR = 2.0**-7
 STEPS = 5
 
-Fault = Callable[[str, Row, float], Row]
+Fault = Callable[[str, ParameterRow, float], ParameterRow]
 """(name, row, width / base width) -> the row with the fault."""
 
 
@@ -61,14 +61,14 @@ def sweep(
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
-def sound(request: pytest.FixtureRequest, world: World) -> tuple[str, Report]:
+def sound(request: pytest.FixtureRequest, world: World) -> tuple[str, Judgement]:
     """(backbone, report of the right table beside its SP control)."""
     backbone = request.param
     checked = sweep(world, backbone, seeds=2)
     return backbone, judge(checked, sweep(world, backbone, "mup.parametrization=sp"))
 
 
-def slopes(report: Report, kind: Kind) -> dict[str, float]:
+def slopes(report: Judgement, kind: Kind) -> dict[str, float]:
     """The largest |slope| of each name over the steps, of what is judged."""
     return {row.figure.name: row.size for row in coord.ranked(report.rows, kind)}
 
@@ -77,7 +77,7 @@ def test_a_debug_config_is_found() -> None:
     assert "mmdit_debug_mup" in BACKBONES
 
 
-def test_mup_does_not_depend_on_the_width(sound: tuple[str, Report]) -> None:
+def test_mup_does_not_depend_on_the_width(sound: tuple[str, Judgement]) -> None:
     """T7-T9 at their thresholds. The control is part of the verdict: SP must exceed 0.7."""
     backbone, report = sound
     assert report.verdict == "passed", report.reason
@@ -90,7 +90,7 @@ def test_mup_does_not_depend_on_the_width(sound: tuple[str, Report]) -> None:
     assert any(row.slope is not None and row.slope > CONTROL for row in report.control)
 
 
-def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Report], world: World) -> None:
+def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Judgement], world: World) -> None:
     """Judged by the same thresholds, the SP control is a failure that names hidden weights."""
     backbone, report = sound
     measured = sweep(world, backbone, "mup.parametrization=sp", widths=WIDTHS[:3])
@@ -104,23 +104,23 @@ def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Report], world: Wor
 # ------------------------------------------------------------------------------------------------------ planted faults
 
 
-def by_role(role: str, change: Callable[[Row, float], Row]) -> Fault:
+def by_role(role: str, change: Callable[[ParameterRow, float], ParameterRow]) -> Fault:
     return lambda name, row, m: change(row, m) if row.role == role else row
 
 
-def by_name(part: str, change: Callable[[Row, float], Row]) -> Fault:
+def by_name(part: str, change: Callable[[ParameterRow, float], ParameterRow]) -> Fault:
     return lambda name, row, m: change(row, m) if part in name and name.endswith(".weight") else row
 
 
-def as_hidden(row: Row, m: float) -> Row:
+def as_hidden(row: ParameterRow, m: float) -> ParameterRow:
     return replace(row, lr=1 / m, init_std=row.init_std * m**-0.5)
 
 
-def as_input(row: Row, m: float) -> Row:
+def as_input(row: ParameterRow, m: float) -> ParameterRow:
     return replace(row, lr=1.0, init_std=row.init_std * m**0.5)
 
 
-def is_(role: str) -> Callable[[str, Row], bool]:
+def is_(role: str) -> Callable[[str, ParameterRow], bool]:
     return lambda name, row: row.role == role
 
 
@@ -129,7 +129,7 @@ class Planted(NamedTuple):
 
     fault: Fault
     seen: set[Kind]
-    first: Callable[[str, Row], bool] | None = None
+    first: Callable[[str, ParameterRow], bool] | None = None
 
 
 FAULTS: dict[str, Planted] = {
@@ -201,7 +201,9 @@ def test_mup_with_repa_does_not_depend_on_the_width(backbone: str, world: World)
         (lambda r, m: replace(r, init_std=r.init_std * m**-0.5, multiplier=1.0), "update"),  # no rule: a fixed weight
     ],
 )
-def test_a_projector_without_its_rule_is_named(change: Callable[[Row, float], Row], seen: Kind, world: World) -> None:
+def test_a_projector_without_its_rule_is_named(
+    change: Callable[[ParameterRow, float], ParameterRow], seen: Kind, world: World
+) -> None:
     fault = by_name("projector.fc1", change)
     measured = sweep(world, "dit_debug_mup", *REPA, fault=fault, widths=NARROW)
     assert any("projector" in row.figure.name for row in judge(measured, measured).culprits[seen])

@@ -10,7 +10,7 @@ from mup import MuAdamW, MuReadout, set_base_shapes
 from torch import nn
 
 from trainer.mup.rules import Settings
-from trainer.mup.table import MuTable, Row
+from trainer.mup.table import MuTable, ParameterRow
 
 from .cases import BASE_WIDTH, CASES, HEAD_DIM, Case
 from .checks import LR, WEIGHT_DECAY, adamw, largest_difference, train
@@ -21,7 +21,7 @@ EPS = 1e-8  # large enough to matter, so that a wrong epsilon shows
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def changed(table: MuTable, change: Callable[[str, Row], Row]) -> MuTable:
+def changed(table: MuTable, change: Callable[[str, ParameterRow], ParameterRow]) -> MuTable:
     return replace(table, rows={name: change(name, row) for name, row in table.rows.items()})
 
 
@@ -106,7 +106,7 @@ def test_golden_against_microsoft_mup(case: Case, m: float) -> None:
     ],
     ids=["hidden lr", "hidden wd", "no multiplier", "double output rule", "eps"],
 )
-def test_golden_sees_a_fault(case: Case, fault: Callable[[str, Row], Row]) -> None:
+def test_golden_sees_a_fault(case: Case, fault: Callable[[str, ParameterRow], ParameterRow]) -> None:
     difference, _, _ = difference_to_mup(case, 2.5, changed(case.table(2.5, Settings(decay="all")), fault), steps=3)
     assert difference > 1e-7
 
@@ -114,7 +114,7 @@ def test_golden_sees_a_fault(case: Case, fault: Callable[[str, Row], Row]) -> No
 def absorbed(table: MuTable, theta: float) -> MuTable:
     """The multiplier 1 / theta moved into the weight: lr / theta, wd theta, eps theta (abc-symmetry)."""
 
-    def change(name: str, row: Row) -> Row:
+    def change(name: str, row: ParameterRow) -> ParameterRow:
         if row.role != "output":
             return row
         return replace(

@@ -10,7 +10,7 @@ from models.configs import ProjectorConfig
 from models.layers import Declaration, OutputLinear
 from trainer.mup.apply import build_table
 from trainer.mup.rules import Settings
-from trainer.mup.table import Row, TableError
+from trainer.mup.table import ParameterRow, TableError
 
 from .cases import BASE_WIDTH, CASES, CHANNELS, REPA_CASES, TEXT_WIDTH, Case
 from .checks import scale_of, wrong_decays, wrong_eps, wrong_init, wrong_multipliers, wrong_updates
@@ -60,7 +60,7 @@ def test_training_follows_the_rules(case: Case) -> None:
     assert wrong_eps(case, case.table(M, Settings(eps_rule="width")), M) == []
 
 
-def plain_output(row: Row) -> Row:
+def plain_output(row: ParameterRow) -> ParameterRow:
     return replace(row, init_std=row.init_std * M**-0.5)
 
 

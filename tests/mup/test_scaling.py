@@ -10,7 +10,7 @@ from torch import nn
 from models.layers import Declaration
 from trainer.mup.apply import build_table, init_parameters
 from trainer.mup.rules import Settings, WeightDecayRule
-from trainer.mup.table import MuTable, Row
+from trainer.mup.table import MuTable, ParameterRow
 
 from .cases import BASE_WIDTH, CASES, Case
 from .checks import decay_shares, wrong_decays, wrong_eps, wrong_init, wrong_multipliers, wrong_updates
@@ -120,11 +120,11 @@ def test_xavier_uniform(parametrization: str) -> None:
         assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.06)
 
 
-Fault = Callable[[str, Row], Row]
+Fault = Callable[[str, ParameterRow], ParameterRow]
 M = 4.0
 
 
-def on(names: set[str], fault: Callable[[Row], Row]) -> Fault:
+def on(names: set[str], fault: Callable[[ParameterRow], ParameterRow]) -> Fault:
     return lambda name, row: fault(row) if name in names else row
 
 

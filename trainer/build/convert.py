@@ -13,14 +13,11 @@ from ..collectives import on_rank_0
 from ..config.keys import plain
 from ..config.schema import TrainConfig
 from ..ema import EMA
-from ..parallel.fsdp import FSDP2Engine
+from ..parallel.engine import Engine
 from ..parallel.mesh import World
-from ..parallel.zero import ZeroEngine
 from ..recovery.skipped_ranges import FILE as JUMPS
 from ..state import TrainState
 from .engine import build_engine, build_mup_table
-
-AnEngine = FSDP2Engine | ZeroEngine
 
 
 def convert(checkpoint: Path, source: TrainConfig, target: TrainConfig, output: Path, world: World) -> None:
@@ -48,7 +45,7 @@ def convert(checkpoint: Path, source: TrainConfig, target: TrainConfig, output: 
 
 
 @torch.no_grad()
-def copy_state(old: AnEngine, new: AnEngine) -> None:
+def copy_state(old: Engine, new: Engine) -> None:
     """Weights, moments and step counts, one parameter at a time."""
     theirs, ours = old.state(), new.state()
     for name, state in ours.items():

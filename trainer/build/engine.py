@@ -17,7 +17,7 @@ from ..diffusion.ddpm_sampling import DDPMSampler
 from ..diffusion.flow import RectifiedFlow
 from ..diffusion.repa import Alignment
 from ..diffusion.sampling import Euler, Sampler
-from ..input.encoding import Encoders, precision_of
+from ..input.encoding import Encoders
 from ..mup.apply import apply_multipliers, build_table, init_parameters, initial_value, param_groups
 from ..mup.rules import ROLES, Settings
 from ..mup.table import MuTable
@@ -26,6 +26,7 @@ from ..parallel.compile import compile_units
 from ..parallel.engine import Engine
 from ..parallel.fsdp import FSDP2Engine, Sharding
 from ..parallel.mesh import World
+from ..parallel.precision import precision_of
 from ..parallel.zero import ZeroEngine
 
 
@@ -54,7 +55,7 @@ def build_mup_table(config: TrainConfig) -> MuTable:
 def build_engine(config: TrainConfig, table: MuTable, world: World) -> Engine:
     """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
     optim, parallel = config.optim, config.parallel
-    if precision_of(config, world) != "bf16":
+    if precision_of(config.parallel.precision, world.device) != "bf16":
         torch.backends.cuda.enable_flash_sdp(True)  # on a CPU off since init_world, for the sake of bf16
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
@@ -73,14 +74,14 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> Engine:
 
     common: dict[str, Any] = {
         "world": world,
-        "precision": precision_of(config, world),
+        "precision": precision_of(config.parallel.precision, world.device),
         "groups": groups,
         "betas": optim.betas,
         "clip_norm": optim.clip_norm,
     }
     if parallel.engine == "zero":
         initial = partial(initial_value, table, seed=config.train.seed, device=world.device)
-        engine = ZeroEngine(
+        engine: Engine = ZeroEngine(
             model, stage=parallel.zero_stage, fill_buffers=model.fill_buffers, initial=initial, **common
         )
     else:

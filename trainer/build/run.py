@@ -32,16 +32,17 @@ from ..evaluate.metrics import MetricError
 from ..evaluate.suite import load_suite
 from ..evaluate.val_loss import validation
 from ..files import lock_folder, write_atomically
-from ..input.encoding import Encoders, precision_of
+from ..input.encoding import Encoders
 from ..input.prefetch import prefetch
 from ..input.training_data import TrainingData, is_debug, validation_bank
 from ..lr_schedule import lr_factor
 from ..monitor.metrics import Metrics, peak_flops
-from ..monitor.mup_health import Health, Watched
+from ..monitor.mup_health import Health, WatchedParameter
 from ..monitor.step_timer import StepTimer
 from ..mup.table import MuTable
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
+from ..parallel.precision import precision_of
 from ..provenance import commit
 from ..recovery.skipped_ranges import follow, read_skipped_ranges
 from ..run import Intervals, Plan, Run
@@ -243,7 +244,7 @@ def _evaluator(
     if encoders.without_images:
         raise DataError(f"train.evaluate_every needs images: {encoders.without_images}")
     _, suite = load_suite(config.train.evaluate_suite)
-    suite = suite.model_copy(update={"vae": None, "precision": precision_of(config, world)})
+    suite = suite.model_copy(update={"vae": None, "precision": precision_of(config.parallel.precision, world.device)})
     generate = image_generator(suite.applied(config), engine, encoders, inputs.resolved)
     evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
 
@@ -281,7 +282,7 @@ def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) ->
 def _assemble(inputs: _Inputs, trained: _Trained, side_jobs: _SideJobs, metrics: Metrics, lock: IO[str] | None) -> Run:
     config, world, (engine, ema, state) = inputs.config, inputs.world, trained
     timer = StepTimer(units_of(engine), world)
-    watched = {name: Watched(row.role, config.optim.eps * row.eps) for name, row in inputs.table.rows.items()}
+    watched = {name: WatchedParameter(row.role, config.optim.eps * row.eps) for name, row in inputs.table.rows.items()}
 
     def sample(path: Path) -> None:
         with metrics.without_room(path):

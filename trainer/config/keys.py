@@ -27,9 +27,7 @@ class Key(NamedTuple):
 
 def keys_of(section: Any, model: type[ModelConfig]) -> dict[str, Key]:
     """The keys of a section by name; model: the kind that the section `model` is of."""
-    fields: dict[str, FieldInfo] = getattr(section, "__pydantic_fields__", None) or {
-        field.name: FieldInfo(annotation=field.type, default=field.default) for field in dataclasses.fields(section)
-    }
+    fields: dict[str, FieldInfo] = section.__pydantic_fields__
     keys = {name: Key(field, section_in(field.annotation)) for name, field in fields.items()}
     return keys | {"model": Key(fields["model"], model)} if section is TrainConfig else keys
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ..config.load import load_config
 from ..config.schema import TrainConfig
 from ..parallel.mesh import open_world
-from .slopes import Measured, Report, Row, judge, measure, shows_faults, strongest_control
+from .slopes import FigureSlope, Judgement, Measured, judge, measure, shows_faults, strongest_control
 from .subject import build_subject, check_config
 
 MOST_LR = 2.0**-5
@@ -29,8 +29,8 @@ class Settings:
 class Checked(NamedTuple):
     """control: the strongest row of the SP control. lr: the one that was used."""
 
-    report: Report
-    control: Row | None
+    report: Judgement
+    control: FigureSlope | None
     parametrization: str
     lr: float
 

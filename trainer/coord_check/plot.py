@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .slopes import Kind, Report, Row
+from .slopes import FigureSlope, Judgement, Kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ _PANELS: dict[Kind, str] = {
 _COLOURS = {"passed": "#1a7f37", "failed": "#cf222e", "inconclusive": "#9a6700"}
 
 
-def plot(report: Report, parametrization: str, title: str, path: Path) -> None:
+def plot(report: Judgement, parametrization: str, title: str, path: Path) -> None:
     """Lines are relative to their value at the smallest width, so that what does not depend on the width is flat."""
     from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ def plot(report: Report, parametrization: str, title: str, path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _panel(axes: "Axes", rows: list[Row]) -> None:
+def _panel(axes: "Axes", rows: list[FigureSlope]) -> None:
     """Rows of the last step at which they were measured; the steepest stands out with its name."""
     last = max((row.figure.step for row in rows), default=0)
     lines = [(row, relative) for row in rows if row.figure.step == last and (relative := _relative(row))]
@@ -66,7 +66,7 @@ def _panel(axes: "Axes", rows: list[Row]) -> None:
     axes.legend(loc="best", fontsize=8, title=f"steepest slope, step {last}", title_fontsize=8)
 
 
-def _relative(row: Row) -> list[float] | None:
+def _relative(row: FigureSlope) -> list[float] | None:
     """Geometric mean over seeds at each width, relative to the first; None where it has no logarithm."""
     values = [row.values[width] for width in sorted(row.values)]
     if not all(0 < v < math.inf for seeds in values for v in seeds):

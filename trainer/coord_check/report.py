@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from .slopes import CONTROL, Report, Row
+from .slopes import CONTROL, FigureSlope, Judgement
 
 
-def to_json(report: Report, control: Row | None, settings: dict[str, Any]) -> dict[str, Any]:
+def to_json(report: Judgement, control: FigureSlope | None, settings: dict[str, Any]) -> dict[str, Any]:
     """coord_check.json. control: the strongest row of the SP control."""
 
-    def short(row: Row | None) -> dict[str, Any] | None:
+    def short(row: FigureSlope | None) -> dict[str, Any] | None:
         if row is None:
             return None
         return {"name": row.figure.name, "step": row.figure.step, "slope": row.slope, "note": row.note}
@@ -32,7 +32,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "values": values}
 
 
-def describe(report: Report, control: Row | None, parametrization: str) -> str:
+def describe(report: Judgement, control: FigureSlope | None, parametrization: str) -> str:
     """The verdict and the worst slope of each kind, for a terminal."""
     lines = [f"coordinate check of {parametrization}: {report.verdict.upper()}"]
     for kind, row in report.worst.items():

@@ -70,7 +70,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureSlope:
     """One figure over the width. slope: None where it cannot be fitted; `note` then says why. error: standard error
     of the slope from the spread of the seeds, 0 for one seed."""
 
@@ -104,16 +104,16 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Judgement:
     verdict: Verdict
     reason: str
-    rows: tuple[Row, ...]
-    control: tuple[Row, ...]
-    culprits: Mapping[Kind, tuple[Row, ...]]
+    rows: tuple[FigureSlope, ...]
+    control: tuple[FigureSlope, ...]
+    culprits: Mapping[Kind, tuple[FigureSlope, ...]]
     """Rows over their limit, the worst first, one for each name."""
 
     @property
-    def worst(self) -> dict[Kind, Row]:
+    def worst(self) -> dict[Kind, FigureSlope]:
         return {kind: rows[0] for kind in LIMITS if (rows := ranked(self.rows, kind))}
 
 
@@ -277,7 +277,7 @@ def fit(values: Mapping[int, Sequence[float]]) -> Fit:
     return Fit(slope, math.sqrt(noise / spread), True, "")
 
 
-def rows_of(measured: Measured) -> tuple[Row, ...]:
+def rows_of(measured: Measured) -> tuple[FigureSlope, ...]:
     rows = []
     for figure, values in measured.values.items():
         slope, error, judged, note = fit(values)
@@ -287,19 +287,19 @@ def rows_of(measured: Measured) -> tuple[Row, ...]:
             judged, note = False, f"{role}: fan_in does not grow"
         elif figure.step > JUDGED_STEPS and slope is not None:
             judged, note = False, f"only the first {JUDGED_STEPS} steps are judged"
-        rows.append(Row(figure, slope, error, judged, note or role or "", values))
+        rows.append(FigureSlope(figure, slope, error, judged, note or role or "", values))
     return tuple(rows)
 
 
-def ranked(rows: Sequence[Row], kind: Kind) -> list[Row]:
+def ranked(rows: Sequence[FigureSlope], kind: Kind) -> list[FigureSlope]:
     """Judged rows of a kind, the steepest first, one for each name."""
-    best: dict[str, Row] = {}
+    best: dict[str, FigureSlope] = {}
     for row in sorted((r for r in rows if r.judged and r.figure.kind == kind), key=lambda r: -r.size):
         best.setdefault(row.figure.name, row)
     return list(best.values())
 
 
-def strongest_control(control: Measured) -> Row | None:
+def strongest_control(control: Measured) -> FigureSlope | None:
     """The activation that grows most. Changes alone do not count, and so no output that starts at zero: to first
     order they grow at any learning rate, even one that moves nothing."""
     rows = [r for r in rows_of(control) if r.figure.kind == "activation" and r.figure.name not in control.at_rest]
@@ -312,10 +312,10 @@ def shows_faults(control: Measured) -> bool:
     return strongest is not None and (strongest.slope is None or strongest.slope > CONTROL)
 
 
-def judge(measured: Measured, control: Measured) -> Report:
+def judge(measured: Measured, control: Measured) -> Judgement:
     """control: the same settings under SP."""
     rows = rows_of(measured)
-    culprits: dict[Kind, tuple[Row, ...]] = {
+    culprits: dict[Kind, tuple[FigureSlope, ...]] = {
         kind: tuple(row for row in ranked(rows, kind) if row.exceeds) for kind in LIMITS
     }
     strongest = strongest_control(control)
@@ -335,9 +335,9 @@ def judge(measured: Measured, control: Measured) -> Report:
         verdict, reason = "failed", "; ".join(_name(found[0]) for found in culprits.values() if found)
     else:
         verdict, reason = "passed", "; ".join(_name(found[0]) for k in LIMITS if (found := ranked(rows, k)))
-    return Report(verdict, reason, rows, rows_of(control), culprits)
+    return Judgement(verdict, reason, rows, rows_of(control), culprits)
 
 
-def _name(row: Row) -> str:
+def _name(row: FigureSlope) -> str:
     slope = row.note if row.slope is None else f"{row.slope:+.2f}"
     return f"{row.figure.kind} {slope} in {row.figure.name} (step {row.figure.step})"

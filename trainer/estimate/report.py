@@ -110,6 +110,47 @@ def traffic(config: TrainConfig, resolved: Resolved, step: Step, parameters: int
     return found
 
 
+def _timed(config: TrainConfig, cluster: Cluster, flops: int) -> dict[str, float]:
+    """Time and cost of the run's arithmetic at the cluster's MFU. flops: of an image."""
+    batch = config.train.global_batch_size
+    seconds = batch * flops / (cluster.gpus * cluster.peak_tflops * 1e12 * cluster.mfu)
+    hours = seconds * config.train.steps / 3600
+    dollars = hours * cluster.gpus * cluster.price
+    return {"step_s": seconds, "images_per_s": batch / seconds, "days": hours / 24, "dollars": dollars}
+
+
+def _placed(
+    config: TrainConfig, memory: Memory, cluster: Cluster, resolved: Resolved, accumulates: bool
+) -> dict[str, Any]:
+    """GiB of each GPU by part at the peak, and what would fit: micro-batches there, and fewest GPUs of each card."""
+    parts = memory.parts(resolved.shard, resolved.micro_batch_rows, accumulates)
+    total = sum(parts.values())
+    fewest = {f"{gb}_gb": smallest_count(config, memory, usable_bytes(gb)) for gb in CARDS_GB}
+    return {
+        **{part: size / GIB for part, size in parts.items()},
+        "total": total / GIB,
+        "usable": cluster.usable / GIB,
+        "fits": total <= cluster.usable,
+        "largest_micro_batch": memory.largest_rows(resolved.shard, cluster.usable, False),
+        "smallest_gpus": {
+            card: None if found is None else {"gpus": found[0], "micro_batch": found[1]}
+            for card, found in fewest.items()
+        },
+    }
+
+
+def _checkpoint_gib(config: TrainConfig, parameters: int) -> dict[str, float]:
+    """On the disk: weights, two moments and the averages in fp32; and the weights alone."""
+    weights = 4 * parameters / GIB
+    training = weights * (3 + len(config.ema.decays))
+    return {
+        "training": training,
+        "kept": training * config.run.keep_last,
+        "ema_weights": weights,
+        "bf16_weights": weights / 2,
+    }
+
+
 def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = None) -> dict[str, Any]:
     """Everything that is printed, as JSON. simulated: a profile of this config that is there already."""
     resolved = resolve(config, cluster.gpus)
@@ -126,33 +167,8 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     flops_per_image = image_flops(config)
     recompute = round(step.flops["recompute"] / step.rows)
     text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # 2 FLOPs a weight, 2 bytes a weight
-    batch, rate = config.train.global_batch_size, cluster.gpus * cluster.peak_tflops * 1e12 * cluster.mfu
     moved = traffic(config, resolved, step, 4 * parameters // resolved.shard, count)
     network_s = sum(entry["gib"] for entry in moved.values()) * GIB / (cluster.network_gb_s * 1e9)
-    full, weights = 4 * parameters * (3 + len(config.ema.decays)), 4 * parameters
-
-    def timed(flops: int) -> dict[str, float]:
-        seconds = batch * flops / rate
-        hours = seconds * config.train.steps / 3600
-        dollars = hours * cluster.gpus * cluster.price
-        return {"step_s": seconds, "images_per_s": batch / seconds, "days": hours / 24, "dollars": dollars}
-
-    def placed(memory: Memory) -> dict[str, Any]:
-        parts = memory.parts(resolved.shard, rows, count > 1)
-        total = sum(parts.values())
-        fewest = {f"{gb}_gb": smallest_count(config, memory, usable_bytes(gb)) for gb in CARDS_GB}
-        return {
-            **{part: size / GIB for part, size in parts.items()},
-            "total": total / GIB,
-            "usable": cluster.usable / GIB,
-            "fits": total <= cluster.usable,
-            "largest_micro_batch": memory.largest_rows(resolved.shard, cluster.usable, False),
-            "smallest_gpus": {
-                card: None if found is None else {"gpus": found[0], "micro_batch": found[1]}
-                for card, found in fewest.items()
-            },
-        }
-
     result = {
         "config": config.run.name,
         "gpus": cluster.gpus,
@@ -163,19 +179,14 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
         "micro_batch": rows,
         "micro_batches": count,
         "shard": resolved.shard,
-        "memory_gib": placed(online),
-        "memory_cached_gib": placed(cached),
+        "memory_gib": _placed(config, online, cluster, resolved, count > 1),
+        "memory_cached_gib": _placed(config, cached, cluster, resolved, count > 1),
         "host_gib": cached.host(resolved.shard, rows, count > 1) / GIB,
         "collectives": {**moved, "seconds_at_network_rate": network_s},
         "mfu": cluster.mfu,
-        "time": timed(flops_per_image + text_flops),
-        "time_cached": timed(flops_per_image),
-        "checkpoint_gib": {
-            "training": full / GIB,
-            "kept": full * config.run.keep_last / GIB,
-            "ema_weights": weights / GIB,
-            "bf16_weights": weights / 2 / GIB,
-        },
+        "time": _timed(config, cluster, flops_per_image + text_flops),
+        "time_cached": _timed(config, cluster, flops_per_image),
+        "checkpoint_gib": _checkpoint_gib(config, parameters),
     }
     result["advice"] = advice(config, cluster, result)
     return result

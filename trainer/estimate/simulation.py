@@ -29,7 +29,7 @@ from ..config.resolve import resolve
 from ..config.schema import TrainConfig
 from ..ema import EMA
 from ..input.encoding import Encoders
-from ..monitor.mup_health import Health, Watched
+from ..monitor.mup_health import Health, WatchedParameter
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
 from ..step import Objective, micro_batch_losses
@@ -245,7 +245,7 @@ def profile(config: TrainConfig, world_size: int, rank: int = 0) -> Profile:
         optimizer = account.live[STATE] - parameters - other
         ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
         averages = account.live[STATE] - optimizer - parameters - other
-        health = Health({name: Watched(row.role, config.optim.eps) for name, row in table.rows.items()}, 1)
+        health = Health({name: WatchedParameter(row.role, config.optim.eps) for name, row in table.rows.items()}, 1)
 
         def step(rows: int, micro_batches: int) -> Step:
             return _step(config, objective, account, world, engine, ema, health, rows, micro_batches)

@@ -1,5 +1,6 @@
 """Images from prompts: each a function of (seed, its number, prompt) alone; shared out over the ranks."""
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.order import position_keys
-from trainer.diffusion.random import normal
-from trainer.diffusion.sampling import Predict, Sampler, guided
+
+from ..diffusion.random import normal
+from ..diffusion.sampling import Predict, Sampler, guided
+from ..files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -112,4 +115,6 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, min_si
         large = image.repeat(enlarge, 0).repeat(enlarge, 1)
         grid[top : top + height * enlarge, left : left + width * enlarge] = large
     path.parent.mkdir(parents=True, exist_ok=True)
-    matplotlib.image.imsave(path, grid)
+    image = io.BytesIO()
+    matplotlib.image.imsave(image, grid, format="png")
+    write_atomically(path, image.getvalue())

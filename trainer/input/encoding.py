@@ -20,15 +20,10 @@ from ..collectives import on_rank_0
 from ..config.schema import TrainConfig
 from ..diffusion.random import normal
 from ..parallel.broadcast import spread
-from ..parallel.fsdp import Precision
 from ..parallel.mesh import World
+from ..parallel.precision import DTYPES, at_least_fp32, precision_of
 from ..step import Encoded
 from .prefetch import Background
-
-
-def precision_of(config: TrainConfig, world: World) -> Precision:
-    """parallel.precision, or its default on the world's device."""
-    return config.parallel.precision or ("bf16" if world.device.type == "cuda" else "fp32")
 
 
 def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype) -> TextEncoder:
@@ -56,9 +51,8 @@ class Encoders:
     """
 
     def __init__(self, config: TrainConfig, world: World, dataset: Dataset | None = None, align: bool = False) -> None:
-        precision = precision_of(config, world)
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-        self.x0_dtype = torch.float64 if precision == "fp64" else torch.float32
+        precision = precision_of(config.parallel.precision, world.device)
+        dtype, self.x0_dtype = DTYPES[precision], at_least_fp32(precision)
         self.device = world.device
         self._dataset = dataset
         self._classes, self._sized = config.label_classes, config.model.micro_conditions

@@ -17,7 +17,7 @@ _TINY = 10.0  # |gradient| below this many epsilons: Adam's step is shrunk by ep
 _SUMS = 4  # by role: squared update, squared weight, tiny gradients, gradients
 
 
-class Watched(NamedTuple):
+class WatchedParameter(NamedTuple):
     """What health must know of a parameter: its role, and the epsilon that Adam divides by."""
 
     role: str
@@ -46,7 +46,7 @@ class Health:
     settings: by parameter name. replicas: ranks that hold the same shard, which the sum over ranks counts twice.
     """
 
-    def __init__(self, settings: Mapping[str, Watched], replicas: int) -> None:
+    def __init__(self, settings: Mapping[str, WatchedParameter], replicas: int) -> None:
         self._settings = settings
         self._replicas = replicas
         self.roles = sorted({each.role for each in settings.values()})

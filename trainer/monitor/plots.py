@@ -1,10 +1,12 @@
 """Pictures of metrics.jsonl: the losses and the evaluation's metrics by step."""
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+
+from ..files import write_atomically
 
 VALIDATION = "val_"
 _LEVEL = "val_loss_ema_t"
@@ -47,6 +49,6 @@ def plot_evaluation(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=120, format="png")
-    os.replace(beside, path)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_atomically(path, image.getvalue())

@@ -51,7 +51,7 @@ class Declared(Protocol):
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterRow:
     """One parameter. lr, weight_decay and eps are factors on the base hyperparameters; init_std is absolute."""
 
     role: Role
@@ -114,12 +114,56 @@ def _role_from_shapes(infinite: list[int], info: ParameterInfo) -> tuple[Role | 
     return None, ("vector",), "a bare parameter grows in another dimension than its last"
 
 
+def _differing(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
+    """The dimensions in which two shapes of equal length differ."""
+    return [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
+
+
+def _decided_role(name: str, infinite: list[int], info: ParameterInfo, declared: Declared) -> tuple[Role, str]:
+    """(role, reason) by shapes and declaration. TableError where they contradict each other, or leave it open."""
+    role, allowed, why = _role_from_shapes(infinite, info)
+    if declared.role is not None:
+        if declared.role not in allowed:
+            raise TableError(f'{name}: declared as {declared.role} by "{declared.pattern}", but {why}')
+        role, why = declared.role, f"declared; {why}"
+    if role is None:
+        raise TableError(f"{name} {info.shape}: {why}")
+    if declared.inner and (role != "output" or declared.init == "zeros"):
+        raise TableError(f'{name}: "{declared.pattern}" is declared as inner, which an output not of zeros is')
+    return role, why
+
+
+def _row(
+    role: Role, why: str, info: ParameterInfo, base: ParameterInfo, declared: Declared, settings: Settings
+) -> ParameterRow:
+    """The row of a parameter (info: as it is trained; base: at the base width) that has this role."""
+    fan_in, fan_out = fans(info)
+    base_fan_in, base_fan_out = fans(base)
+    scale = factors(role, fan_in / base_fan_in, fan_out / base_fan_out, settings, declared.inner)
+    predicts = role == "output" and not declared.inner
+    # muP takes the init formula at the base shape; SP at the shape that is trained.
+    at_fans = (base_fan_in, base_fan_out) if settings.parametrization == "mup" else (fan_in, fan_out)
+    by_depth = settings.branch_scale if info.in_branch and settings.eps_rule == "width" else 1.0
+    return ParameterRow(
+        role=role,
+        shape=info.shape,
+        base_shape=base.shape,
+        init=declared.init,
+        init_std=init_std(declared.init, declared.std, *at_fans) * scale.init,
+        multiplier=scale.multiplier * (settings.output_multiplier if predicts else 1.0),
+        lr=scale.lr * settings.role_lr.get(role, 1.0),
+        weight_decay=scale.weight_decay if decays(role, len(info.shape), settings) else 0.0,
+        eps=scale.eps * by_depth,
+        why=why,
+    )
+
+
 @dataclass(frozen=True)
 class MuTable:
     """Rows by parameter name and the settings they were made with. Compare tables by `hash`."""
 
     settings: Settings
-    rows: Mapping[str, Row]
+    rows: Mapping[str, ParameterRow]
 
     @classmethod
     def build(
@@ -138,15 +182,14 @@ class MuTable:
                 names = sorted(base.keys() ^ other.keys())
                 raise TableError(f"base and {label} have different parameters: {', '.join(names[:5])}")
         used: set[int] = set()
-        rows: dict[str, Row] = {}
+        rows: dict[str, ParameterRow] = {}
         for name, info in target.items():
             base_shape, delta_shape = base[name].shape, delta[name].shape
             if not len(base_shape) == len(delta_shape) == len(info.shape):
                 problems.append(f"{name}: base, delta and target have different numbers of dimensions")
                 continue
-            infinite = [i for i, (a, b) in enumerate(zip(base_shape, delta_shape, strict=True)) if a != b]
-            moved = [i for i, (a, b) in enumerate(zip(base_shape, info.shape, strict=True)) if a != b]
-            if stuck := [i for i in moved if i not in infinite]:
+            infinite = _differing(base_shape, delta_shape)
+            if stuck := [i for i in _differing(base_shape, info.shape) if i not in infinite]:
                 problems.append(
                     f"{name}: dimension {stuck[0]} is {base_shape[stuck[0]]} in the base and "
                     f"{info.shape[stuck[0]]} in the target, but no width dimension: another problem, search again"
@@ -156,38 +199,12 @@ class MuTable:
                 problems.append(f"{name}: no declaration gives its init")
                 continue
             used.add(number)
-            declared = declarations[number]
-            role, allowed, why = _role_from_shapes(infinite, info)
-            if declared.role is not None:
-                if declared.role not in allowed:
-                    problems.append(f'{name}: declared as {declared.role} by "{declared.pattern}", but {why}')
-                    continue
-                role, why = declared.role, f"declared; {why}"
-            if role is None:
-                problems.append(f"{name} {info.shape}: {why}")
+            try:
+                role, why = _decided_role(name, infinite, info, declarations[number])
+            except TableError as error:
+                problems.append(str(error))
                 continue
-            if declared.inner and (role != "output" or declared.init == "zeros"):
-                problems.append(f'{name}: "{declared.pattern}" is declared as inner, which an output not of zeros is')
-                continue
-            fan_in, fan_out = fans(info)
-            base_fan_in, base_fan_out = fans(base[name])
-            scale = factors(role, fan_in / base_fan_in, fan_out / base_fan_out, settings, declared.inner)
-            predicts = role == "output" and not declared.inner
-            # muP takes the init formula at the base shape; SP at the shape that is trained.
-            by_depth = settings.branch_scale if info.in_branch and settings.eps_rule == "width" else 1.0
-            at_fans = (base_fan_in, base_fan_out) if settings.parametrization == "mup" else (fan_in, fan_out)
-            rows[name] = Row(
-                role=role,
-                shape=info.shape,
-                base_shape=base_shape,
-                init=declared.init,
-                init_std=init_std(declared.init, declared.std, *at_fans) * scale.init,
-                multiplier=scale.multiplier * (settings.output_multiplier if predicts else 1.0),
-                lr=scale.lr * settings.role_lr.get(role, 1.0),
-                weight_decay=scale.weight_decay if decays(role, len(info.shape), settings) else 0.0,
-                eps=scale.eps * by_depth,
-                why=why,
-            )
+            rows[name] = _row(role, why, info, base[name], declarations[number], settings)
         problems += [
             f'the declaration "{d.pattern}" decides no parameter: remove it or fix the pattern'
             for i, d in enumerate(declarations)

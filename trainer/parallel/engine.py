@@ -52,12 +52,29 @@ class Engine(Protocol):
         `max_norm` (a scalar on the device), changes nothing. watch: is shown the update."""
         ...
 
+    def optimizer_settings(self) -> dict[str, tuple[float, float, float]]:
+        """(lr, weight decay, epsilon) that the sharded optimizer uses for each parameter, by name."""
+        ...
+
     def master_shards(self) -> dict[str, Tensor]:
         """This rank's part of every master weight, by name (live: the optimizer writes into them)."""
         ...
 
     def full(self, name: str) -> Tensor:
         """One whole parameter, on every rank."""
+        ...
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's live shards of the weights ("model") and moments ("exp_avg", "exp_avg_sq"), and the count of
+        updates ("step"), by parameter name. The shards of one parameter have one shape, which is the engine's own."""
+        ...
+
+    def cut(self, name: str, full: Tensor) -> Tensor:
+        """This rank's shard of a whole tensor that has the shape of parameter `name`."""
+        ...
+
+    def whole(self, name: str, shard: Tensor) -> Tensor:
+        """The inverse of `cut`: the whole tensor, on every rank, of which each rank gives its shard."""
         ...
 
     def swapped(self, shards: Mapping[str, Tensor]) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch, exchange
 from .mesh import World
+from .precision import Precision
 
-Precision = Literal["bf16", "fp32", "fp64"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -136,7 +136,6 @@ class FSDP2Engine:
         return StepResult(norm.to(device), skipped.to(device), clipped.to(device))
 
     def optimizer_settings(self) -> dict[str, tuple[float, float, float]]:
-        """(lr, weight decay, epsilon) that the optimizer uses for each parameter, by name."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         return {
             names[id(parameter)]: (group["lr"], group["weight_decay"], group["eps"])
@@ -159,7 +158,6 @@ class FSDP2Engine:
         return _detached(self._parameters[name]).full_tensor()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """By parameter name this rank's live "model", "exp_avg", "exp_avg_sq" and "step"."""
         kept: dict[str, dict[str, Tensor]] = {}
         for name, shard in self.master_shards().items():
             state = self._optimizer.state[self._parameters[name]]
@@ -168,12 +166,10 @@ class FSDP2Engine:
         return kept
 
     def cut(self, name: str, full: Tensor) -> Tensor:
-        """This rank's part of a whole tensor of a parameter's shape."""
         parameter = self._parameters[name]
         return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
     def whole(self, name: str, shard: Tensor) -> Tensor:
-        """The tensor of a parameter's shape, on every rank, of which each rank gives its part."""
         return _like(shard, self._parameters[name]).full_tensor()
 
     @contextmanager

@@ -194,7 +194,6 @@ class ZeroEngine:
         return {name: gradient * scale for name, gradient in gradients.items()}
 
     def optimizer_settings(self) -> dict[str, tuple[float, float, float]]:
-        """(lr, weight decay, epsilon) of each parameter, by name, as the groups of the sharded optimizer have them."""
         settings = [(group["lr"], group["weight_decay"], group["eps"]) for group in self._adam.param_groups]
         return {name: settings[self._group_of[name]] for name in self._parameters}
 
@@ -202,7 +201,6 @@ class ZeroEngine:
         return {name: state["model"] for name, state in self.state().items()}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """By parameter name this rank's live "model", "exp_avg", "exp_avg_sq" (1-D) and "step"."""
         kept: dict[str, dict[str, Tensor]] = {}
         flats = [{"model": flat.detach(), **self._adam.state.get(flat, {})} for flat in self._flats]
         for name, (flat, offset, _, numel) in self._pieces.items():
@@ -213,12 +211,10 @@ class ZeroEngine:
         return kept
 
     def cut(self, name: str, full: Tensor) -> Tensor:
-        """This rank's part of a whole tensor of a parameter's shape."""
         _, _, start, numel = self._pieces[name]
         return full.flatten()[start : start + numel]
 
     def whole(self, name: str, shard: Tensor) -> Tensor:
-        """The tensor of a parameter's shape, on every rank, of which each rank gives its part."""
         parameter = self._parameters[name]
         full = torch.zeros(getattr(parameter, "ds_shape", parameter.shape), dtype=shard.dtype, device=shard.device)
         self.cut(name, full).copy_(shard)

@@ -6,7 +6,6 @@ process ends, however it ends, so that a trial which is running without a lock i
 """
 
 import dataclasses
-import fcntl
 import math
 import statistics
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ..config.keys import flatten, key_class, plain
 from ..config.load import parse
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
-from ..files import lock_folder
+from ..files import NoLocksError, lock_folder, try_lock
 from .definition import Published, Search
 from .space import Dimension, Point, point
 
@@ -197,15 +196,9 @@ class Study:
         """Hold a trial; None where another process does."""
         folder = self.folder / "locks"
         folder.mkdir(exist_ok=True)
-        file = open(folder / f"{number:04d}", "w")  # noqa: SIM115 (open as long as the trial)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            file.close()
-            return None
-        except OSError as error:
-            file.close()
+            return try_lock(folder / f"{number:04d}")
+        except NoLocksError as error:
             raise ConfigError(
                 f"{folder} is on a file system without locks ({error}): workers could not tell a dead trial from a "
                 "running one. Choose another run.dir, or mount it with flock."

@@ -5,13 +5,12 @@ import dataclasses
 import gc
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
 from ..build.run import build_run
-from ..collectives import on_rank_0
+from ..collectives import from_rank_0, on_rank_0
 from ..loop import train
 from ..monitor.metrics import Metrics, read_metrics
 from ..parallel.mesh import World
@@ -20,7 +19,6 @@ from .space import Point, as_overrides
 from .study import Claim, State, Study
 
 OBJECTIVE = "val_loss_ema"
-T = TypeVar("T")
 
 
 class EarlyEnd(Exception):
@@ -32,7 +30,7 @@ class EarlyEnd(Exception):
         self.reason = reason
 
 
-class Watched:
+class WatchedMetrics:
     """The metrics of a run, with a look at every line after it is written."""
 
     def __init__(self, metrics: Metrics, look: Callable[[Mapping[str, Any]], None]) -> None:
@@ -68,7 +66,7 @@ class Worker:
     def _claim(self) -> tuple[Claim | None, tuple[int, Point] | None]:
         """(the claim, on rank 0; number and point, on all ranks)."""
         claim = on_rank_0(self._world, lambda: self._study.claim() if self._study else None)
-        return claim, self._on_all(lambda: (claim.number, claim.point) if claim else None)
+        return claim, from_rank_0(self._world, lambda: (claim.number, claim.point) if claim else None)
 
     def _trial(self, claim: Claim | None, number: int, point: Point) -> str:
         """All seeds of a point; the outcome goes to the study."""
@@ -105,7 +103,7 @@ class Worker:
                 self._look(claim, number, seed, record)
 
             try:
-                outcome = train(dataclasses.replace(run, metrics=cast(Metrics, Watched(run.metrics, look))))
+                outcome = train(dataclasses.replace(run, metrics=cast(Metrics, WatchedMetrics(run.metrics, look))))
             finally:
                 run.metrics.close()
                 if run.lock is not None:
@@ -113,7 +111,7 @@ class Worker:
         folder = run.folder
         del run, look
         gc.collect()  # a sharded model holds itself in cycles, and with it its memory
-        return outcome, self._on_all(lambda: read_metrics(folder)[-1].get(OBJECTIVE, math.nan)), of_run
+        return outcome, from_rank_0(self._world, lambda: read_metrics(folder)[-1].get(OBJECTIVE, math.nan)), of_run
 
     def _look(self, claim: Claim | None, number: int, seed: int, record: Mapping[str, Any]) -> None:
         """End the trial, on all ranks alike, where a figure is not finite or the study's verdict is against it."""
@@ -128,7 +126,7 @@ class Worker:
         loss = record[OBJECTIVE]
         steps = self._search.proxy().train.steps
         self._tell(f"trial {number}  step {step}/{steps}  {OBJECTIVE} {loss:.4g}")
-        verdict = self._on_all(lambda: self._verdict(claim, seed, step, loss))
+        verdict = from_rank_0(self._world, lambda: self._verdict(claim, seed, step, loss))
         if verdict is not None:
             raise EarlyEnd(*verdict)
 
@@ -137,12 +135,6 @@ class Worker:
             return None
         # The study knows one curve a trial: that of its first seed.
         return self._study.diverged(claim.number, step, loss) if seed else self._study.report(claim, step, loss)
-
-    def _on_all(self, make: Callable[[], T]) -> T:
-        """make() on rank 0; what it returned, on all ranks."""
-        box = [on_rank_0(self._world, make)]
-        dist.broadcast_object_list(box, src=0, group=self._world.control)
-        return cast(T, box[0])
 
     def _tell(self, text: str) -> None:
         if self._world.rank == 0:

@@ -249,9 +249,10 @@ def test_the_kind_decides_the_keys_of_a_model() -> None:
 def test_a_model_without_a_kind_is_an_mmdit(kind: str) -> None:
     text = "model: {width: 144, head_dim: 72}\nmup: {base_width: 144}\nobjective: {kind: ddpm}\n"
     absent = parse(yaml.safe_load(text), "text")
-    assert absent.model == MODEL_KINDS["mmdit"](width=144, head_dim=72)
+    kinds: dict[str, Any] = dict(MODEL_KINDS)
+    assert absent.model == kinds["mmdit"](width=144, head_dim=72)
     named = parse(yaml.safe_load(text), "text", [f"model.kind={kind}"])
-    assert named.model == MODEL_KINDS[kind](width=144, head_dim=72)
+    assert named.model == kinds[kind](width=144, head_dim=72)
 
 
 def test_run_allow_change_knows_the_keys_of_this_kind() -> None:

@@ -27,7 +27,7 @@ from trainer.estimate.memory import Memory
 from trainer.estimate.report import Cluster
 from trainer.estimate.simulation import ACTIVATIONS, Profile, _batch, profile, simulated_config, simulated_world
 from trainer.input.encoding import Encoders
-from trainer.monitor.mup_health import Health, Watched
+from trainer.monitor.mup_health import Health, WatchedParameter
 from trainer.parallel.mesh import World, init_world
 from trainer.step import micro_batch_losses
 
@@ -57,7 +57,7 @@ def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, in
     engine = build_engine(config, build_mup_table(config), world)
     ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
     rows_of = build_mup_table(config).rows
-    health = Health({name: Watched(row.role, config.optim.eps) for name, row in rows_of.items()}, replicas=1)
+    health = Health({name: WatchedParameter(row.role, config.optim.eps) for name, row in rows_of.items()}, replicas=1)
     state = 4 * sum(p.numel() for p in engine.model.parameters()) * (3 + len(config.ema.decays))
 
     def one_step() -> None:

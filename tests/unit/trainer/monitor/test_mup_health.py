@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.distributed.runs import train
 from trainer.loop import train_step
 from trainer.monitor.metrics import _wandb_name
-from trainer.monitor.mup_health import BINS, Health, Watched, time_figures, time_sums
+from trainer.monitor.mup_health import BINS, Health, WatchedParameter, time_figures, time_sums
 from trainer.parallel.engine import StepResult
 from trainer.parallel.mesh import init_world
 from trainer.run import Intervals
@@ -29,7 +29,11 @@ def world() -> Iterator[None]:
 
 
 def test_figures_by_role() -> None:
-    settings = {"a": Watched("hidden", 1e-3), "b": Watched("hidden", 1e-6), "c": Watched("vector", 1e-3)}
+    settings = {
+        "a": WatchedParameter("hidden", 1e-3),
+        "b": WatchedParameter("hidden", 1e-6),
+        "c": WatchedParameter("vector", 1e-3),
+    }
     weights = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2), "c": torch.tensor([2.0])}
     gradients = {"a": torch.tensor([0.0099, -0.0101]), "b": torch.tensor([-0.009, 0.0])}  # c has none
     health = Health(settings, replicas=1)
@@ -51,7 +55,7 @@ def test_figures_by_role() -> None:
 
 
 def test_a_role_of_zeros_has_no_ratio() -> None:
-    health = Health({"a": Watched("fixed", 1e-3)}, replicas=1)
+    health = Health({"a": WatchedParameter("fixed", 1e-3)}, replicas=1)
     health.before({"a": torch.zeros(2)}, {"a": torch.ones(2)})
     health.after({"a": torch.zeros(2)})
     assert health.figures() == {"mup/fixed/weight_norm": 0.0, "mup/fixed/tiny_gradient_share": 0.0}
@@ -59,7 +63,7 @@ def test_a_role_of_zeros_has_no_ratio() -> None:
 
 def test_replicas_are_counted_once() -> None:
     """Two ranks with the same shard: the sum over ranks holds it twice (here: one rank, told that it is half)."""
-    health = Health({"a": Watched("input", 1.0)}, replicas=2)
+    health = Health({"a": WatchedParameter("input", 1.0)}, replicas=2)
     health.before({"a": torch.tensor([2.0])}, {"a": torch.ones(1)})
     health.after({"a": torch.tensor([4.0])})
     found = health.figures()
