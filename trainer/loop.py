@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from .errors import BadDataError, CheckpointError, RunError
 from .monitor.mup_health import BINS, time_figures, time_sums
-from .recovery.bad_data import OUTAGE, OutageDetector, bad_data, outage
+from .recovery.bad_data import OUTAGE, OutageDetector, bad_share_message, outage_message
 from .recovery.skipped_ranges import data_step, follow
 from .recovery.stop_signal import StopSignal
 from .recovery.watchdog import Watchdog
@@ -63,8 +63,8 @@ def _steps(run: Run, agreement: StopSignal, watchdog: Watchdog) -> tuple[str, st
         due = {key: _due(state.step, every, run.last_step) for key, every in _intervals(run).items()}
         holes, read = (now - then for now, then in zip(_reads(state), reads_before, strict=True))
         asked, holes, read = agreement.exchange(holes, read)
-        if (lost := losses.in_a_row(holes, read)) >= OUTAGE:
-            raise BadDataError(outage(lost, state.holes))
+        if (lost := losses.lost_in_a_row(holes, read)) >= OUTAGE:
+            raise BadDataError(outage_message(lost, state.holes))
         # Of what was read since this start, so that a run whose data were mended goes on; and of at least 1000: a few
         # bad samples in the first steps are no share yet.
         share = holes / max(1000, read)
@@ -90,7 +90,7 @@ def _steps(run: Run, agreement: StopSignal, watchdog: Watchdog) -> tuple[str, st
                 if due["checkpoint"] or last:
                     save(run, wait=last)
         if too_bad:
-            raise BadDataError(bad_data(state.step, share, plan.max_bad_share, state.holes))
+            raise BadDataError(bad_share_message(state.step, share, plan.max_bad_share, state.holes))
         if stopping:
             return "preempted", "asked to stop by a signal"
         if any(due.values()):
