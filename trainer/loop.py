@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from .errors import BadDataError, CheckpointError, RunError
 from .monitor.mup_health import time_figures
-from .recovery.bad_data import OUTAGE, OutageDetector, bad_data, outage
+from .recovery.bad_data import OUTAGE, OutageDetector, bad_share_message, outage_message
 from .recovery.stop_signal import StopSignal
 from .recovery.watchdog import Watchdog
 from .rollback import go_back
@@ -63,8 +63,8 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
         # Counted since this start, so that a run goes on whose data were mended.
         holes, read = (now - then for now, then in zip(_reads(state), reads_before, strict=True))
         asked, holes, read = stop_signal.exchange(holes, read)
-        if (lost := outages.in_a_row(holes, read)) >= OUTAGE:
-            raise BadDataError(outage(lost, state.holes))
+        if (lost := outages.lost_in_a_row(holes, read)) >= OUTAGE:
+            raise BadDataError(outage_message(lost, state.holes))
         bad_share = holes / max(1000, read)  # a few bad samples among the first ones are no share yet
         too_bad = "log" in due and bad_share > plan.max_bad_share
         record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
@@ -88,7 +88,7 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
                 if last or "checkpoint" in due:
                     save(run, wait=last)
         if too_bad:
-            raise BadDataError(bad_data(state.step, bad_share, plan.max_bad_share, state.holes))
+            raise BadDataError(bad_share_message(state.step, bad_share, plan.max_bad_share, state.holes))
         if stopping:
             return "preempted", "asked to stop by a signal"
         if due:

@@ -251,7 +251,7 @@ def _evaluator(
     def evaluate() -> dict[str, Any]:
         try:
             with with_averages():
-                images = {batch: evaluation.make(generate, batch) for batch, _ in evaluation.turns()}
+                images = {batch: evaluation.make(generate, batch) for batch, _ in evaluation.own_batches()}
             figures = evaluation.measure(lambda batch: evaluation.as_kept(images[batch]))
             return {f"val_{key}": score.value for key, score in figures.items()}
         except MetricError as error:  # constant images early, NaN after a divergence: no reason to stop

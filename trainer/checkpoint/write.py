@@ -34,8 +34,8 @@ class Checkpointer:
     A save copies the tensors and returns; a thread writes the copies while training goes on. At most one save is in
     flight, and meanwhile `group` belongs to its threads: a collective of the training thread would mix with theirs.
 
-    keep_last, keep_every: see checkpoint_files.superseded. asynchronous: False waits for every save. tell: is given
-    the warning that a save failed.
+    keep_last, keep_every: see checksums.superseded. asynchronous: False waits for every save. tell: called
+    with the warning that a save failed.
     """
 
     def __init__(

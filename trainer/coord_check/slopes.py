@@ -60,7 +60,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """values: figure -> width -> one number a seed. roles: of the parameters. at_rest: modules whose output is zero
+    """values: figure -> width -> one number per seed. roles: of the parameters. at_rest: modules whose output is zero
     at initialisation."""
 
     widths: tuple[int, ...]
@@ -250,6 +250,8 @@ def measure(build: Callable[[int, int], Subject], widths: Sequence[int], seeds: 
 
 # --------------------------------------------------------------------------------------------------------- judging
 class Fit(NamedTuple):
+    """slope: None where there is none, and `why`. counts: whether it is judged: a missing slope may be a fault."""
+
     slope: float | None
     error: float
     counts: bool

@@ -64,7 +64,8 @@ class DDPMSampler:
 
 
 def _generators(keys: Tensor, step: int) -> list[torch.Generator]:
-    """One a sample, seeded by (key, step): the noise is the same whatever the batch, rank, device and global generator.
+    """One generator per sample, seeded by (key, step): the noise does not depend on batch, rank, device or the global
+    generator.
 
     diffusers draws the noise inside `step` and takes no tensor for it, but a generator for each row. On the CPU,
     because a CPU's and a GPU's generators differ.

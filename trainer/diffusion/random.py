@@ -13,7 +13,7 @@ _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
-# One number a purpose (its first four letters), so that streams of one key are independent of each other.
+# One number per purpose (its first four letters), so that streams of one key are independent of each other.
 PURPOSES = {"time": 0x74696D65, "noise": 0x6E6F6973, "posterior": 0x706F7374, "features": 0x66656174}
 
 

@@ -23,7 +23,6 @@ from .simulation import (
     Profile,
 )
 
-# ------------------------------------------------------------------------------------------------- what follows from it
 _KINDS = (*SHARDED, ACTIVATIONS, GATHERED, ACCUMULATED)
 
 
@@ -39,7 +38,13 @@ class Memory:
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Bytes [moments, kinds] at no sample, those of a sample, and those of gradients that are kept."""
+        """Bytes [moments, kinds] of a step: at no sample, per sample, and of the gradients that accumulation keeps.
+
+        A moment is a point of the step, known by the bytes of the SHARDED kinds that are held there (see
+        simulation.Rank): they are the same whatever the micro-batch, so that moments of several steps can be paired.
+        """
+        # At each moment the bytes are base + rows x sample: two steps of unlike micro-batches give the line. The third
+        # step has the smaller micro-batch and another one before it: what it holds more are the gradients of that one.
         small, large = self.profile.steps
         kept = self.profile.accumulating
         common = sorted(small.peaks.keys() & large.peaks.keys() & kept.peaks.keys())
@@ -51,7 +56,7 @@ class Memory:
         return one - small.rows * sample, sample, more - one
 
     def parts(self, shard: int, rows: int, accumulates: bool) -> dict[str, int]:
-        """Bytes of the GPU at the moment when a step holds most, by part."""
+        """Bytes of a GPU by part, at the moment of the step that holds most."""
         p, held = self.profile, self._held(shard, rows, accumulates)
         state = 0.0 if self.parallel.cpu_offload else self._scale(shard)
         if self.parallel.cpu_offload:
@@ -90,7 +95,7 @@ class Memory:
         return {"parameters": masters + weights, "gradients": gradients, "gather_buffers": gathered}
 
     def _held(self, shard: int, rows: int, accumulates: bool) -> Tensor:
-        """Bytes [moments of a step, kinds]."""
+        """Bytes [moments of a step, kinds]. What is sharded grows or shrinks with this rank's part of the weights."""
         base, sample, kept = self._moments
         held = base + rows * sample + accumulates * kept
         held[:, : len(SHARDED)] *= self._scale(shard)

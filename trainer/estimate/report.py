@@ -79,6 +79,7 @@ def _stored_parameters(path: str, subfolder: str | None) -> int | None:
 
 
 def micro_batches(config: TrainConfig, gpus: int, rows: int) -> int:
+    """Micro-batches of a step on each GPU, at most `rows` samples each."""
     return math.ceil(math.ceil(config.train.global_batch_size / gpus) / rows)
 
 
@@ -152,7 +153,7 @@ def _checkpoint_gib(config: TrainConfig, parameters: int) -> dict[str, float]:
 
 
 def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = None) -> dict[str, Any]:
-    """Everything that is printed, as JSON. simulated: a profile of this config that is there already."""
+    """All figures of the page, as data for JSON. simulated: a profile of this config, where there is one already."""
     resolved = resolve(config, cluster.gpus)
     table = build_mup_table(config)
     simulated = simulated or profile(config, cluster.gpus)
@@ -166,7 +167,9 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
 
     flops_per_image = image_flops(config)
     recompute = round(step.flops["recompute"] / step.rows)
-    text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # 2 FLOPs a weight, 2 bytes a weight
+    text_flops = (
+        encoders.get("text_encoder", 0) * config.text_encoder.max_length
+    )  # 2 FLOPs per weight, which has 2 bytes
     moved = traffic(config, resolved, step, 4 * parameters // resolved.shard, count)
     network_s = sum(entry["gib"] for entry in moved.values()) * GIB / (cluster.network_gb_s * 1e9)
     result = {
@@ -218,12 +221,14 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
     seconds, network = found["time"]["step_s"], found["collectives"]["seconds_at_network_rate"]
     if network > seconds:
         said.append(
-            f"The network is the limit: {network:.2f} s a step at {cluster.network_gb_s:g} GB/s a GPU, {seconds:.2f} s "
-            "of arithmetic. A larger global batch or fewer GPUs would use them better; so does parallel.shard = the "
-            "GPUs of a few nodes, where memory allows."
+            f"The network is the limit: {network:.2f} s per step at {cluster.network_gb_s:g} GB/s per GPU, "
+            f"{seconds:.2f} s of arithmetic. A larger global batch or fewer GPUs would use them better; so does "
+            "parallel.shard = the GPUs of a few nodes, where memory allows."
         )
     elif network > 0.5 * seconds:
-        said.append(f"Traffic ({network:.2f} s a step) hides behind arithmetic ({seconds:.2f} s) only if it overlaps.")
+        said.append(
+            f"Traffic ({network:.2f} s per step) hides behind arithmetic ({seconds:.2f} s) only if it overlaps."
+        )
     if config.parallel.engine == "zero":
         said.append(
             f"Activations and traffic are those of parallel.engine=fsdp2; weights, gradients and buffers follow from "
@@ -235,17 +240,18 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
 
 
 def describe(found: dict[str, Any], cluster: Cluster) -> str:
+    """The page that a person reads, from what `estimate` returned."""
     parts = [part for part in found["memory_gib"] if part not in ("usable", "fits", "largest_micro_batch")][:-1]
     columns = ("memory_gib", "memory_cached_gib")
     lines = [
         f"{found['config']} on {found['gpus']} GPUs of {cluster.memory_gb:g} GB: "
         f"{found['parameters'] / 1e9:.2f} B parameters, sharded over {found['shard']}; micro-batch "
-        f"{found['micro_batch']} x {found['micro_batches']} a GPU",
-        f"FLOPs an image: {found['flops_per_image'] / 1e12:.2f} T (forward and backward), "
+        f"{found['micro_batch']} x {found['micro_batches']} per GPU",
+        f"FLOPs per image: {found['flops_per_image'] / 1e12:.2f} T (forward and backward), "
         f"+ {found['recompute_flops_per_image'] / 1e12:.2f} T recomputed, "
         f"+ {found['text_encoder_flops_per_image'] / 1e12:.2f} T text encoder when online",
         "",
-        f"{'GiB a GPU, at the peak':<28}{'online':>10}{'cached':>10}",
+        f"{'GiB per GPU, at the peak':<28}{'online':>10}{'cached':>10}",
         *(f"{part.replace('_', ' '):<28}" + "".join(f"{found[c][part]:10.2f}" for c in columns) for part in parts),
         f"{'usable':<28}" + "".join(f"{found[c]['usable']:10.2f}" for c in columns),
         f"{'largest micro-batch':<28}" + "".join(f"{found[c]['largest_micro_batch']:10d}" for c in columns),
@@ -259,12 +265,13 @@ def describe(found: dict[str, Any], cluster: Cluster) -> str:
     moved = {name: entry for name, entry in found["collectives"].items() if isinstance(entry, dict)}
     lines += [
         "",
-        "received a GPU and step: "
+        "received per GPU and step: "
         + ", ".join(f"{entry['gib']:.1f} GiB by {entry['calls']} {name}" for name, entry in moved.items())
         + f"; {found['collectives']['seconds_at_network_rate']:.2f} s at {cluster.network_gb_s:g} GB/s",
         *(
             f"at {cluster.mfu:.0%} MFU of {cluster.peak_tflops:g} TFLOP/s, encoders {name}: "
-            f"{t['step_s']:.2f} s a step, {t['images_per_s']:.0f} images/s, {t['days']:.1f} days, ${t['dollars']:,.0f}"
+            f"{t['step_s']:.2f} s per step, {t['images_per_s']:.0f} images/s, {t['days']:.1f} days, "
+            f"${t['dollars']:,.0f}"
             for name, t in (("online", found["time"]), ("cached", found["time_cached"]))
         ),
         "checkpoint: "

@@ -40,11 +40,11 @@ _CACHE = Path(".cache/evaluate")  # features of reference images
 
 @dataclass(frozen=True)
 class Evaluation:
-    """contents: fingerprints of what the suite's paths hold."""
+    """contents: fingerprints of what the suite's paths hold, by what they are ("prompts", "network", "reference")."""
 
     suite: SuiteConfig
     prompts: list[Prompt]
-    """One an image, whole."""
+    """One prompt per image, untruncated."""
     contents: Mapping[str, str]
     wanted: Wanted
     reference: SetFeatures
@@ -59,11 +59,12 @@ class Evaluation:
         """Numbers of the images that are made together."""
         return batches_of(len(self.prompts), self.suite.batch_size)
 
-    def turns(self, batches: Sequence[int] | None = None) -> Iterator[tuple[int, bool]]:
-        """(batch, whether it counts) for this rank, of some batches or of all: batch i of them falls to rank i mod W.
+    def own_batches(self, batches: Sequence[int] | None = None) -> Iterator[tuple[int, bool]]:
+        """(batch, whether it counts) for each batch that this rank makes. Batch i of `batches` (None: of all) falls to
+        rank i mod W.
 
-        Equally many on all ranks, because sharded weights are gathered together: a rank that has none left makes the
-        last one again, which does not count.
+        All ranks get equally many, because they gather sharded weights together: a rank that has no batch left makes
+        the last one again, which does not count.
         """
         batches = range(len(self.batches)) if batches is None else batches
         size = dist.get_world_size(self.group)
@@ -102,7 +103,7 @@ class Evaluation:
         tally = None if self.inception is None else Tally(self.inception, self.wanted, self.device)
         pairs: dict[int, torch.Tensor] = {}
         judged: dict[int, bool] = {}
-        for batch in (batch for batch, counts in self.turns() if counts):
+        for batch in (batch for batch, counts in self.own_batches() if counts):
             numbers = self.batches[batch]
             whole = filled_up(images_of(batch), self.suite.batch_size)
             if tally is not None:
@@ -202,7 +203,7 @@ def prepare(
 
 
 def _prompts(suite: SuiteConfig, classes: int | None) -> list[Prompt]:
-    """One an image: those of a prompt one after another."""
+    """One prompt per image; the images of a prompt follow one another."""
     if suite.prompts in (CLASSES, RANDOM_CLASSES):
         if classes is None:
             raise DataError("prompts: the checkpoint's model reads captions and knows no classes: give a prompt file")

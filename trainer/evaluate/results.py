@@ -44,7 +44,7 @@ def make_images(evaluation: Evaluation, generate: Generator, folder: Path) -> in
     missing: list[Any] = [[batch for batch in range(len(batches)) if not shard(folder, batch).is_file()]]
     dist.broadcast_object_list(missing, src=0, group=group)
     rounds, began = -(-len(missing[0]) // size), time.monotonic()
-    for turn, (batch, counts) in enumerate(evaluation.turns(missing[0]), 1):
+    for turn, (batch, counts) in enumerate(evaluation.own_batches(missing[0]), 1):
         images = evaluation.make(generate, batch)
         if counts:
             numbers = batches[batch]

@@ -61,7 +61,7 @@ def bank_losses(model: nn.Module, objective: DrawsAt, bank: Sequence[Banked]) ->
 
 
 def figures(name: str, losses: Sequence[float]) -> dict[str, float]:
-    """The mean and one value a level, as metrics names them."""
+    """The mean, and one value per level, under the names that metrics.jsonl has for them."""
     by_level = {f"{name}_t{t:.4f}": loss for t, loss in zip(levels(), losses, strict=True)}
     return {name: sum(losses) / len(losses), **by_level}
 

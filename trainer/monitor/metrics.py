@@ -1,5 +1,7 @@
-"""metrics.jsonl (always), the terminal, wandb (when configured), loss.png and evaluation.png. Names carry
-units."""
+"""metrics.jsonl (always), the terminal, wandb (when configured), loss.png and evaluation.png.
+
+Names carry their units.
+"""
 
 import contextlib
 import errno
@@ -110,7 +112,7 @@ class Metrics:
         self._wandb.define_metric("*", step_metric="step")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One JSON object a line, flushed; then the terminal and wandb."""
+        """One JSON object per line, flushed; then the terminal and wandb."""
         if not self._active:
             return
         self._unwritten += json.dumps(dict(record)).encode() + b"\n"
@@ -168,6 +170,8 @@ class Metrics:
             self._wandb.finish()
 
     def _print(self, record: Mapping[str, Any]) -> None:
+        """One line per log step. Not by rich's progress: outside a terminal (torchrun's redirected output, Slurm's log
+        files) it prints nothing until it ends, and every line here must stay in the log with its own figures."""
         step = record["step"]
         done = step / self._total
         width = 20 if sys.stdout.isatty() else 10

@@ -1,8 +1,7 @@
 """Live health of a run by muP role: what tells early that a width, a learning rate or Adam's epsilon is wrong.
 
-Everything is accumulated on the device. Losses by time and the share of clipped steps are sums over all
-steps since
-the last log line; figures by role are those of the logged step itself, since they need a copy of the weights.
+Everything is accumulated on the device. Losses by time and the share of clipped steps are sums over all steps since
+the last log line; figures by role are those of the logged step itself, because they need a copy of the weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,7 +66,7 @@ class Health:
 
     @torch.no_grad()
     def after(self, weights: Mapping[str, Tensor]) -> None:
-        """The same shards after the update; the copies are given back."""
+        """The same shards after the update; frees the copies."""
         assert self._sums is not None
         for role, shards in self._by_role(weights).items():
             row, moved = self._sums[self.roles.index(role)], self._kept.pop(role)

@@ -120,7 +120,7 @@ def _differing(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
 
 
 def _decided_role(name: str, infinite: list[int], info: ParameterInfo, declared: Declared) -> tuple[Role, str]:
-    """(role, reason) by shapes and declaration. TableError where they contradict each other, or leave it open."""
+    """(role, reason) by shapes and declaration. Raises TableError where they contradict each other or leave it open."""
     role, allowed, why = _role_from_shapes(infinite, info)
     if declared.role is not None:
         if declared.role not in allowed:

@@ -23,7 +23,7 @@ from ..errors import PeerError
 from ..monitor.metrics import write_status
 from ..parallel.mesh import World, open_board
 
-POLL_S = 1.0
+POLL_S = 1.0  # between two looks at the board
 LOST_S = 20.0  # a neighbour without a sign of life; torch may hold Python's lock for some seconds
 SUSPECT_S = 3.0  # the same once this rank's own training has failed
 ENDING_S = 6.0  # for the training thread to end by itself after a fault elsewhere

@@ -124,7 +124,7 @@ def refusal(key: str) -> str | None:
 
 
 def parse_space(data: Any, integer_keys: Sequence[str]) -> tuple[tuple[Dimension, ...], list[str]]:
-    """{key: {scale: values}} -> dimensions, and what is wrong, a line a problem."""
+    """{key: {scale: values}} -> dimensions, and the problems, one line each."""
     if not isinstance(data, Mapping) or not data:
         return (), ["space must name at least one key, as in `space: {optim.lr: {log_uniform: [1e-4, 1e-2]}}`"]
     dimensions, problems = [], []

@@ -50,7 +50,9 @@ def quadratic_minimum(x: Sequence[float], y: Sequence[float], window: int = WIND
     if len(near) < 3:
         return xs[best]
     px, py = [xs[i] - xs[best] for i in near], [ys[i] for i in near]
-    # y over 1, x and x^2: the bend is what is left of x^2, and of y, when 1 and x have explained their part.
+    # The least-squares fit of y on 1, x and x^2: the bend is the slope of y on what 1 and x leave of x^2. By hand,
+    # because numpy.polyfit finds a bend in points that have none (equal losses) by its rounding, and takes three times
+    # as long, which a thousand replicates feel.
     mean_x, mean_q, mean_y = statistics.fmean(px), statistics.fmean(v * v for v in px), statistics.fmean(py)
     sxx = sum((v - mean_x) ** 2 for v in px)
     of_q = sum((v - mean_x) * (v * v - mean_q) for v in px) / sxx
@@ -77,7 +79,8 @@ def interval(values: Sequence[float], value: float, share: float = 0.95) -> Esti
         position = q * (len(ordered) - 1)
         below = math.floor(position)
         above = min(below + 1, len(ordered) - 1)
-        if ordered[below] == ordered[above] or position == below:  # infinities have no difference
+        # As numpy.quantile, which gives NaN here: infinities have no difference.
+        if ordered[below] == ordered[above] or position == below:
             return ordered[below]
         return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
@@ -91,7 +94,7 @@ def interval(values: Sequence[float], value: float, share: float = 0.95) -> Esti
 class Transfer:
     """What a sweep of learning rate x width shows.
 
-    optima: log2 of the best learning rate by width. shift: its change in octaves a doubling of the width. regret: the
+    optima: log2 of the best learning rate by width. shift: its change in octaves per doubling of the width. regret: the
     loss that the narrowest one's best learning rate costs the widest model; gain: what that wins over the narrowest.
     wider_is_better: {log2 lr: largest rise of the mean loss from one width to the next, and the standard error of it},
     at the learning rates where no width diverges.

@@ -26,9 +26,9 @@ from .space import Dimension, Point, point
 
 JOURNAL = "study.journal"
 DIVERGED_AT = 1.5
-"""A loss above so many medians of the other trials has diverged."""
+"""A trial has diverged when its loss is above this many times the median of the other trials."""
 LEAST_PEERS = 4
-"""Trials that a median needs."""
+"""The fewest other trials whose median is trusted."""
 State = Literal["waiting", "running", "complete", "diverged", "halved"]
 
 
@@ -121,9 +121,8 @@ class Study:
             return Claim(trial, lock)
 
     def check_data(self, identity: dict[str, Any]) -> None:
-        """Losses of trials are compared: ConfigError unless data, validation bank and encoders have the
-        fingerprints
-        that they had in the trials before."""
+        """Raise ConfigError unless data, validation bank and encoders have the fingerprints that they had in the trials
+        before: their losses are compared."""
         with lock_folder(self.folder, wait_s=120):
             held = self._study.user_attrs.get("identity", {})
             if changed := [part for part in identity if part in held and held[part] != identity[part]]:

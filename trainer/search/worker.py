@@ -31,7 +31,7 @@ class EarlyEnd(Exception):
 
 
 class WatchedMetrics:
-    """The metrics of a run, with a look at every line after it is written."""
+    """The metrics of a run; `look` is shown every line after it is written."""
 
     def __init__(self, metrics: Metrics, look: Callable[[Mapping[str, Any]], None]) -> None:
         self._metrics, self._look = metrics, look
@@ -133,7 +133,7 @@ class Worker:
     def _verdict(self, claim: Claim | None, seed: int, step: int, loss: float) -> tuple[State, str] | None:
         if self._study is None or claim is None:
             return None
-        # The study knows one curve a trial: that of its first seed.
+        # The study knows one curve per trial: that of its first seed.
         return self._study.diverged(claim.number, step, loss) if seed else self._study.report(claim, step, loss)
 
     def _tell(self, text: str) -> None:

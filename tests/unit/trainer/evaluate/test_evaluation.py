@@ -209,6 +209,6 @@ def test_batches_fall_to_ranks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         for rank in range(4):
             monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
             monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
-            turns.append(list(made.turns(batches)))
+            turns.append(list(made.own_batches(batches)))
         assert len({len(turn) for turn in turns}) == 1
         assert sorted(batch for turn in turns for batch, counts in turn if counts) == list(batches or range(6))
