@@ -49,8 +49,8 @@ def import_weights(config: TrainConfig, weights: Path, output: Path) -> str:
 
 
 def check_import(config: TrainConfig, form: Format, source: PublishedWeights) -> str:
-    """Raise ConfigError where the config would compute something else with these weights than their own code does,
-    as far as that can be seen; returns a note on what cannot."""
+    """Raise ConfigError where the config would compute something else with these weights than their own code does, as
+    far as that can be seen. Returns a note on what cannot be seen."""
     model = config.model
     if (model.kind, form) not in LAYOUTS:
         raise ConfigError(f"{source.path} has the names of diffusers, which has no model like model.kind {model.kind}")
@@ -82,7 +82,7 @@ def check_import(config: TrainConfig, form: Format, source: PublishedWeights) ->
 
 
 def read_published(source: PublishedWeights, to: Layout, config: TrainConfig, table: MuTable) -> dict[str, Tensor]:
-    """Our parameters by name, unfolded; one CheckpointError names all that is missing, unknown or of another shape."""
+    """Our parameters by name, unfolded. One CheckpointError names all that is missing, unknown or of another shape."""
     problems = [
         f"missing: {name}" for name in dict.fromkeys(run.theirs for run in to.runs) if name not in source.shapes
     ]
@@ -117,7 +117,7 @@ def read_published(source: PublishedWeights, to: Layout, config: TrainConfig, ta
 
 
 def write_checkpoint(folder: Path, config: TrainConfig, table: MuTable, tensors: dict[str, Tensor]) -> None:
-    """Weights alone, under their full names ("model/final.weight"), as run.init_from reads them."""
+    """Write weights alone, under their full names ("model/final.weight"), as run.init_from reads them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it writes in one process, which is what is meant
         writer = dcp.FileSystemWriter(folder, sync_files=True)

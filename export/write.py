@@ -81,7 +81,7 @@ def write_weights(
     stem: str,
     limit: int,
 ) -> None:
-    """One parameter of ours at a time; no more than one is in memory."""
+    """Write the transformer's weights, one parameter at a time: no more than one is in memory."""
     dtype = next(iter(reader.entries(group).values()))[1]
     with SafetensorsWriter(folder, stem, to.shapes, dtype, limit) as writer:
         for name in to.ours:

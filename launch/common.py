@@ -93,8 +93,8 @@ class Opened(NamedTuple):
 
 
 def open_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Opened:
-    """path: a checkpoint, or a run folder, whose newest one is meant. However the run was sharded, the processes that
-    there are share one copy of the weights. Raises CheckpointError and ConfigError."""
+    """path: a checkpoint, or a run folder, of which the newest is taken. However the run was sharded, the processes of
+    this command share one copy of the weights. Raises CheckpointError and ConfigError."""
     from trainer.checkpoint.find import find_checkpoint, read_meta
     from trainer.config.load import parse
 
@@ -107,7 +107,7 @@ def open_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Opened:
 def inference(
     checkpoint: Path, config: "TrainConfig", weights: Literal["ema", "live"] = "ema"
 ) -> "Iterator[Inference]":
-    """The weights of a checkpoint on the processes that there are, while the block runs."""
+    """The weights of a checkpoint on the processes of this command, for a block of code."""
     from trainer.build.inference import build_inference
     from trainer.config.resolve import resolve
     from trainer.parallel.mesh import open_world, world_size

@@ -1,4 +1,4 @@
-"""The end of a Slurm job: requeue it where the run was preempted, or where a machine failed it, by its status.json.
+"""The end of a Slurm job: requeue it if its status.json says that the run was preempted, or that a machine failed.
 
 Called by launch/slurm/train.sbatch. A worker's exit code does not survive torchrun, the status file does. The file's
 time counts too: a start that died before it wrote anything must not be repeated for ever. Nor must a machine's failure:
@@ -51,8 +51,8 @@ def state_since(status: Path, since: float) -> tuple[str | None, str]:
 
 
 def failed_by_a_machine(state: str | None, reason: str) -> bool:
-    """Whether another start may do better: a rank or its host that is gone, a hang, a GPU's error; not what a user must
-    mend. A run that was killed still says that it runs."""
+    """Whether another start may do better: after a lost rank or host, a hang, or a GPU's error, not after what a user
+    must mend. The status of a run that was killed still says "running"."""
     return state == "running" or (state == "failed" and _MACHINE.search(reason) is not None)
 
 
