@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# mudit train ...: a process for each GPU of this node. mudit NAME ...: launch/NAME.py. Anything else is run as it is.
+# mudit train ... starts one process per GPU of this node, mudit NAME ... runs launch/NAME.py; anything else runs as it is.
 set -eu
 export TOKENIZERS_PARALLELISM=false
 code=$(cd "$(dirname "$0")/.." && pwd)

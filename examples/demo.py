@@ -194,7 +194,7 @@ def caption_checks(model: Inference) -> list[Check]:
 
 # ------------------------------------------------------------------------------------------------------------- report
 def write_report(folder: Path, model: Inference, checks: list[Check], minutes: float) -> None:
-    """report.html: one page that needs no other file."""
+    """Write report.html, one page that needs no other file."""
     records = read_metrics(folder)
     grids = sorted((folder / "samples").glob("step_*.png"))
     prompts = folder / "samples" / "prompts.txt"

@@ -1,4 +1,5 @@
-"""What stands around exported weights: the twin's config, what it cannot express, scheduler, encoders, pipeline."""
+"""The folder around exported weights: the config of the same model in diffusers (its twin), what that cannot express,
+scheduler, encoders, pipeline and model card."""
 
 import json
 import shutil
@@ -34,13 +35,13 @@ _STOCK_SIZES = (32, 64, 128)  # latents that PixArtAlphaPipeline has sizes for; 
 
 
 def _tokenizer_name(tokenizer: Any) -> str:
-    """The class that reads tokenizer.json, the only file that transformers 5 writes, under transformers 4 as well."""
+    """The class that reads tokenizer.json, which transformers 5 writes alone, under transformers 4 as well."""
     name = type(tokenizer).__name__
     return f"{name}Fast" if hasattr(transformers, f"{name}Fast") else name
 
 
 def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
-    """Why a model of this config would not compute the same in the other code base: what that cannot express."""
+    """Why a model of this config would not compute the same in the other code base, one reason each."""
     model = shipped(config)
     if form == "diffusers":
         if model.kind not in TWINS:
@@ -66,7 +67,7 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
 
 
 def without_parts(config: TrainConfig) -> Iterator[str]:
-    """Why no pipeline can be made: the config names no encoders."""
+    """Why no pipeline can be made: which encoders the config does not name."""
     if config.label_classes is None and config.text_encoder.path == NONE:
         yield "text_encoder.path is none: add text_encoder.path=FOLDER to the command"
     if config.autoencoder.path == NONE and config.autoencoder.downsample != 1:
@@ -74,7 +75,7 @@ def without_parts(config: TrainConfig) -> Iterator[str]:
 
 
 def twin_config(config: TrainConfig) -> dict[str, Any]:
-    """Arguments of the twin of diffusers."""
+    """The arguments of the twin, the class of diffusers that TWINS names."""
     model, channels = shipped(config), config.autoencoder.channels
     shared: dict[str, Any] = {
         "patch_size": model.patch_size,
@@ -107,7 +108,7 @@ def twin_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def position_table(config: TrainConfig) -> Tensor:
-    """Sin-cos positions [1, n^2, D] float32 as the other code bases store them."""
+    """Sin-cos positions [1, n^2, D], float32, as the other code bases store them."""
     model = shipped(config)
     assert model.kind != "uvit"
     largest = model.pos_embed_max_size if model.kind == "mmdit" else None
@@ -122,7 +123,7 @@ def position_table(config: TrainConfig) -> Tensor:
 
 
 def scheduler(config: TrainConfig) -> Any:
-    """The scheduler of diffusers that samples as the config does; its file holds ranges, not tables."""
+    """The scheduler of diffusers that samples as the config does. Its file holds the range of betas, not a table."""
     resolved = resolve(config, 1)
     if config.sampler == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=resolved.time_shift)
@@ -134,7 +135,7 @@ def scheduler(config: TrainConfig) -> Any:
 
 
 def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]:
-    """Why the stock pipeline would fail or sample otherwise than this model was trained."""
+    """Why the stock pipeline would fail, or sample otherwise than the model was trained, one reason each."""
     model = shipped(config)
     if model.kind not in _STOCK:
         yield "StableDiffusion3Pipeline wants two CLIP encoders and pads captions, which its transformer does not mask"
@@ -166,8 +167,10 @@ def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]
 
 
 def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: bool) -> list[str]:
-    """Everything of a diffusers folder but the transformer's weights and the card; returns why the pipeline is our own,
-    an empty list where it is diffusers' stock one. own: write ours in any case."""
+    """Write everything of a diffusers folder but the transformer's weights and the card.
+
+    own: write our pipeline in any case. Returns why the pipeline is our own; an empty list where it is the stock one.
+    """
     transformer = {"_class_name": TWINS[config.model.kind], "_diffusers_version": version("diffusers")}
     (folder / "transformer").mkdir()
     _write_json(folder / "transformer" / "config.json", transformer | twin_config(config))
@@ -206,7 +209,7 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
 def _write_encoders(
     config: TrainConfig, folder: Path, vae: Autoencoder | None, encoders: Encoders
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({part: [library, class]} of model_index.json, where the parts that are not copied come from)."""
+    """Write the encoders, or note where they lie: ({part: [library, class]} of model_index.json, the notes)."""
     parts: dict[str, Any] = {part: [None, None] for part in ("vae", "text_encoder", "tokenizer")}
     sources: dict[str, Any] = {}
     if vae is not None:
@@ -229,7 +232,7 @@ def _write_encoders(
 
 
 def _text_encoder(config: TrainConfig) -> TextEncoder:
-    """As it is stored, save that T5 in float16 overflows."""
+    """In the precision in which it is stored, but never in float16, where T5 overflows."""
     _, stored = stored_text_encoder(config.text_encoder)
     return load_text_encoder(config.text_encoder, "cpu", torch.bfloat16 if stored == torch.float16 else stored)
 
@@ -268,7 +271,7 @@ Steps of time count from 0 to 999, as in the official code of DiT; U-ViT counts 
 def card(
     config: TrainConfig, meta: Mapping[str, Any], form: Format, weights: str, reasons: list[str], encoders: Encoders
 ) -> str:
-    """README.md: how to sample, what was folded, where the weights come from. reasons: of the own pipeline."""
+    """README.md: how to sample, what was folded, where the weights come from. reasons: why the pipeline is our own."""
     text = config.label_classes is None
     prompt = '"a red apple"' if text else "[7]"
     if form == "official":

@@ -1,9 +1,9 @@
 """Our parameters under the names that diffusers and the official repositories give them, as plain correspondences.
 
-A layout lists the tensors of the other code base and which numbers in them are ours: a Run says that `size` numbers of
-our parameter, in memory's order, are those of theirs. So a fused qkv is three runs, a patch embedding is one (a
-convolution's weight is ours with another shape), and a tensor that is stored in every block has a run for each copy.
-Numbers of theirs without a run are zeros to us: a bias of the key, which softmax ignores, and what nothing reads.
+A layout lists the tensors of the other code base and which numbers in them are ours: a TensorSlice says that `size`
+numbers of our parameter, in memory's order, are those of theirs. So a fused qkv is three slices, a patch embedding is
+one (a convolution's weight is ours with another shape), and a tensor that is stored in every block has a slice for each
+copy. Numbers of theirs without a slice are zeros to us: a bias of the key, which softmax ignores, and what nothing reads.
 """
 
 import math
@@ -33,7 +33,7 @@ def fold(table: MuTable, name: str) -> float:
     return table.rows[name].multiplier
 
 
-class Run(NamedTuple):
+class TensorSlice(NamedTuple):
     """`size` numbers of our parameter from `ours_at` on, which are those of `theirs` from `at` on."""
 
     ours: str
@@ -51,7 +51,7 @@ class Layout:
         """ours: shapes of our parameters; kernel: [C, P, P] of a patch."""
         self.ours = dict(ours)
         self.shapes: dict[str, Shape] = {}
-        self.runs: list[Run] = []
+        self.slices: list[TensorSlice] = []
         self.tables: list[str] = []
         self.unread: list[str] = []
         self._kernel = kernel
@@ -59,13 +59,13 @@ class Layout:
     def tensor(self, ours: str, theirs: str, shape: Shape | None = None) -> None:
         """One whole tensor."""
         self.shapes[theirs] = shape or self.ours[ours]
-        self.runs.append(Run(ours, 0, theirs, 0, math.prod(self.ours[ours])))
+        self.slices.append(TensorSlice(ours, 0, theirs, 0, math.prod(self.ours[ours])))
 
     def rows(self, ours: str, theirs: str, pairs: Sequence[tuple[int, int, int]], shape: Shape) -> None:
         """Blocks of rows (first of ours, first of theirs, how many) of a tensor of that shape."""
         width = math.prod(self.ours[ours][1:])
         self.shapes[theirs] = shape
-        self.runs += [Run(ours, a * width, theirs, b * width, n * width) for a, b, n in pairs]
+        self.slices += [TensorSlice(ours, a * width, theirs, b * width, n * width) for a, b, n in pairs]
 
     def layer(self, ours: str, *theirs: str) -> None:
         """Weight and bias; our rows are dealt evenly to the layers `theirs`."""
@@ -122,7 +122,7 @@ def layout(config: Any, channels: int, ours: Mapping[str, Shape], form: Format, 
     """
     made = Layout(ours, (channels, config.patch_size, config.patch_size))
     LAYOUTS[config.kind, form](made, config, tokens)
-    lost = made.ours.keys() - {run.ours for run in made.runs}
+    lost = made.ours.keys() - {piece.ours for piece in made.slices}
     assert not lost, f"no place for {', '.join(sorted(lost)[:5])}"
     return made
 

@@ -4,8 +4,8 @@
     pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
     pipe("a red apple").images[0].save("apple.png")
 
-It samples as muDiT itself does: captions at their true length, conditional and unconditional apart, the schedule of
-training, and pixels where the model has no autoencoder. It needs diffusers, transformers and torch alone.
+It samples as muDiT itself does: captions at their true length, the conditional and the unconditional prediction apart,
+the schedule of training, and pixels where the model has no autoencoder. It imports diffusers, transformers and torch.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ class MuDiTPipeline(DiffusionPipeline):
     """transformer: SD3Transformer2DModel, PixArtTransformer2DModel or DiTTransformer2DModel.
 
     vae: None for a model of pixels. text_encoder, tokenizer: None for a model of classes.
-    latent_size: rows of a latent by default. pixels_per_latent: pixels a row of a latent, for size conditions.
-    max_length: tokens a caption. steps, guidance: as the model was sampled in training. guidance_channels: how many
-    channels are guided, None for all. vae_source: [path or id, subfolder], text_encoder_source: [class of transformers,
-    path or id, subfolder, the tokenizer's subfolder], of parts that lie elsewhere.
+    latent_size: rows of a latent by default. pixels_per_latent: pixels per row of a latent, for size conditions.
+    max_length: the most tokens per caption. steps, guidance: as the model was sampled in training. guidance_channels:
+    how many channels are guided, None for all. vae_source: [path or id, subfolder] and text_encoder_source: [class of
+    transformers, path or id, subfolder, the tokenizer's subfolder] name parts that lie elsewhere.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -94,10 +94,10 @@ class MuDiTPipeline(DiffusionPipeline):
         config, channels = self._settings, self.transformer.config.in_channels
         guidance = config.guidance if guidance_scale is None else guidance_scale
         device = self._execution_device
-        cell = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        rows, columns = ((side // cell if side else config.latent_size) for side in (height, width))
+        downsample = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        rows, columns = ((side // downsample if side else config.latent_size) for side in (height, width))
         if self._class() == "DiTTransformer2DModel" and (rows, columns) != (config.latent_size,) * 2:
-            raise ValueError(f"this model knows one size: {config.latent_size * cell} pixels a side")
+            raise ValueError(f"this model knows one size: {config.latent_size * downsample} pixels per side")
         if latents is None:
             shape = (len(prompts), channels, rows, columns)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -147,7 +147,7 @@ class MuDiTPipeline(DiffusionPipeline):
         return type(self.transformer).__name__
 
     def _predictor(self, prompts: list[Any]) -> Predict:
-        """The transformer under these prompts; None is no condition."""
+        """The transformer conditioned on these prompts; None is the absent condition."""
         kind = self._class()
         if kind == "DiTTransformer2DModel":
             return self._of_classes(prompts)

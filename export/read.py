@@ -49,8 +49,8 @@ def import_weights(config: TrainConfig, weights: Path, output: Path) -> str:
 
 
 def check_import(config: TrainConfig, form: Format, source: PublishedWeights) -> str:
-    """Raise ConfigError where the config would compute something else with these weights than their own code does,
-    as far as that can be seen; returns a note on what cannot."""
+    """Raise ConfigError where the config would compute something else with these weights than their own code does, as
+    far as that can be seen. Returns a note on what cannot be seen."""
     model = shipped(config)
     if (model.kind, form) not in LAYOUTS:
         raise ConfigError(f"{source.path} has the names of diffusers, which has no model like model.kind {model.kind}")
@@ -82,9 +82,9 @@ def check_import(config: TrainConfig, form: Format, source: PublishedWeights) ->
 
 
 def read_published(source: PublishedWeights, to: Layout, config: TrainConfig, table: MuTable) -> dict[str, Tensor]:
-    """Our parameters by name, unfolded; one CheckpointError names all that is missing, unknown or of another shape."""
+    """Our parameters by name, unfolded. One CheckpointError names all that is missing, unknown or of another shape."""
     problems = [
-        f"missing: {name}" for name in dict.fromkeys(run.theirs for run in to.runs) if name not in source.shapes
+        f"missing: {name}" for name in dict.fromkeys(piece.theirs for piece in to.slices) if name not in source.shapes
     ]
     for name, shape in source.shapes.items():
         if name not in to.shapes:
@@ -105,19 +105,19 @@ def read_published(source: PublishedWeights, to: Layout, config: TrainConfig, ta
                 "model.pos_embed_base_size and what else model.pos_embed_* there is"
             )
         values = values.reshape(-1)
-        for part in to.runs:
-            if part.theirs != name:
+        for piece in to.slices:
+            if piece.theirs != name:
                 continue
-            ours, own = tensors[part.ours][part.ours_at :][: part.size], values[part.at :][: part.size]
-            if (part.ours, part.ours_at) in filled and not torch.equal(ours, own):
+            ours, own = tensors[piece.ours][piece.ours_at :][: piece.size], values[piece.at :][: piece.size]
+            if (piece.ours, piece.ours_at) in filled and not torch.equal(ours, own):
                 raise CheckpointError(f"{source.path}: {name} differs between blocks, where this model has one of it")
             ours.copy_(own)
-            filled.add((part.ours, part.ours_at))
+            filled.add((piece.ours, piece.ours_at))
     return {name: (tensor / fold(table, name)).reshape(to.ours[name]) for name, tensor in tensors.items()}
 
 
 def write_checkpoint(folder: Path, config: TrainConfig, table: MuTable, tensors: dict[str, Tensor]) -> None:
-    """Weights alone, under their full names ("model/final.weight"), as run.init_from reads them."""
+    """Write weights alone, under their full names ("model/final.weight"), as run.init_from reads them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it writes in one process, which is what is meant
         writer = dcp.FileSystemWriter(folder, sync_files=True)

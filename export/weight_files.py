@@ -1,7 +1,8 @@
-"""Weights in files, a tensor at a time: safetensors written at any place in any order, and published weights read.
+"""Files of weights, one tensor at a time: safetensors written in any order, and published weights read.
 
-The format (https://github.com/huggingface/safetensors) is a header of JSON with the place of each tensor, then the
-tensors' bytes. All places are known from the shapes, so nothing is collected in memory before it is written.
+The format (https://github.com/huggingface/safetensors) is a JSON header with the place of each tensor, then the bytes
+of the tensors. All places follow from the shapes, so nothing has to be collected in memory before it is written:
+safetensors.save_file would need the whole model there.
 """
 
 import json
@@ -31,8 +32,8 @@ class _Place(NamedTuple):
 
 
 class SafetensorsWriter:
-    """`stem`.safetensors in a folder, or numbered files of at most `max_bytes` with their index (one tensor at least in
-    each). Numbers that are never written are zeros. Use as a context manager; shapes by name, all of one dtype."""
+    """Writes `stem`.safetensors to a folder, or numbered files of at most `max_bytes` (but at least one tensor) and
+    their index. shapes: by name, all of one dtype. Elements that are never written are zeros. A context manager."""
 
     def __init__(
         self, folder: Path, stem: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int
@@ -76,7 +77,7 @@ class SafetensorsWriter:
             (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, at: int, values: Tensor) -> None:
-        """Numbers `at`, at + 1, ... of a tensor; values: 1-D and contiguous."""
+        """Write elements `at`, at + 1, ... of a tensor. values: 1-D and contiguous."""
         assert values.dtype == self._dtype, f"{name} is {values.dtype}, the file {self._dtype}"
         place = self._places[name]
         file = self._files[place.file]
@@ -93,8 +94,8 @@ class SafetensorsWriter:
 class PublishedWeights:
     """Tensors of a published model: the safetensors files of a folder (or of its transformer/), or one file.
 
-    shapes: by name. config: of config.json beside the files, empty where there is none. A file of torch is read without
-    arbitrary pickles. Raises CheckpointError for what is no such file.
+    shapes: by name. config: config.json beside the files, empty where there is none. A file of torch is unpickled with
+    weights_only, so that it runs no code. Raises CheckpointError where the files cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,6 +119,7 @@ class PublishedWeights:
             raise CheckpointError(f"{path} cannot be read: {reason}; expected safetensors, or weights alone") from None
 
     def read(self, name: str) -> Tensor:
+        """A tensor in the dtype of its file."""
         name = name if name in self._opened else _PREFIX + name
         handle = self._opened[name]
         return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
@@ -138,7 +140,7 @@ def _weight_files(path: Path) -> list[Path]:
 def _unpickle(file: Path) -> dict[str, Tensor]:
     try:
         data = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # what is no archive of torch ends in many types
+    except Exception as error:  # a file that is no archive of torch raises errors of many types
         raise ValueError(str(error) or type(error).__name__) from None
     for key in ("ema", "state_dict", "model"):  # training checkpoints of the official repositories
         if isinstance(data, dict) and isinstance(data.get(key), dict):

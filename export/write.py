@@ -81,15 +81,15 @@ def write_weights(
     stem: str,
     limit: int,
 ) -> None:
-    """One parameter of ours at a time; no more than one is in memory."""
+    """Write the transformer's weights, one parameter at a time: no more than one is in memory."""
     dtype = next(iter(reader.entries(group).values()))[1]
     with SafetensorsWriter(folder, stem, to.shapes, dtype, limit) as writer:
         for name in to.ours:
             values = reader.read(f"{group}/{name}").reshape(-1)
             if (factor := fold(table, name)) != 1.0:
                 values *= factor
-            for part in to.runs:
-                if part.ours == name:
-                    writer.write(part.theirs, part.at, values[part.ours_at :][: part.size])
+            for piece in to.slices:
+                if piece.ours == name:
+                    writer.write(piece.theirs, piece.at, values[piece.ours_at :][: piece.size])
         for name in to.tables:
             writer.write(name, 0, position_table(config).to(dtype).reshape(-1))

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from trainer.build.inference import Inference
     from trainer.config.schema import TrainConfig
 
+# A command is started by its path, which puts launch/ first on the path of modules. There export.py would hide the room
+# export/; the root of the checkout takes its place.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(_HERE.parent) if Path(entry or ".").resolve() == _HERE else entry for entry in sys.path]
+
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -93,8 +98,8 @@ class Opened(NamedTuple):
 
 
 def open_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Opened:
-    """path: a checkpoint, or a run folder, whose newest one is meant. However the run was sharded, the processes that
-    there are share one copy of the weights. Raises CheckpointError and ConfigError."""
+    """path: a checkpoint, or a run folder, of which the newest is taken. However the run was sharded, the processes of
+    this command share one copy of the weights. Raises CheckpointError and ConfigError."""
     from trainer.checkpoint.find import find_checkpoint, read_meta
     from trainer.config.load import parse
 
@@ -107,7 +112,7 @@ def open_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Opened:
 def inference(
     checkpoint: Path, config: "TrainConfig", weights: Literal["ema", "live"] = "ema"
 ) -> "Iterator[Inference]":
-    """The weights of a checkpoint on the processes that there are, while the block runs."""
+    """The weights of a checkpoint on the processes of this command, for a block of code."""
     from trainer.build.inference import build_inference
     from trainer.config.resolve import resolve
     from trainer.parallel.mesh import open_world, world_size

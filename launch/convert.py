@@ -4,7 +4,7 @@ torchrun --nproc-per-node 8 launch/convert.py --checkpoint runs/a --output runs/
 torchrun --nproc-per-node 8 launch/convert.py --checkpoint runs/b --output runs/c --engine zero --zero-stage 2
 torchrun --nproc-per-node 8 launch/train.py --config NAME run.name=c parallel.engine=zero parallel.zero_stage=2
 
-The number of processes is that of the zero side; both engines are in memory at once. DeepSpeed's files are pickles,
+The number of processes is that of the zero side. Both engines are in memory at once. DeepSpeed's files are pickles,
 which run code when they are read: convert none but your own.
 """
 

@@ -1,10 +1,10 @@
-"""Coordinate check: is what a few training steps do independent of the width? With an SP control at equal settings.
+"""Coordinate check: is what a few training steps do independent of the width? An SP control has equal settings.
 
 python launch/coord_check.py --config mmdit_debug_mup.yaml --widths 64,128,256,512 --steps 5 --seeds 2 --output DIR
 
-Goes through the trainer's own composition (muP table, FSDP2, fused AdamW), at a constant learning rate, on a fixed
-batch of synthetic data that is the same at every width. Writes coord_check.json and coord_check.png; exits 0 where
-muP passes, 1 where it fails or where the control shows that the settings could not have shown a fault.
+The models are built as in training (muP table, FSDP2, fused AdamW) and train at a constant learning rate on one fixed
+batch of synthetic data, the same at every width. Writes coord_check.json and coord_check.png. Exits 0 where muP passes,
+1 where it fails, or where the control says that these settings could not have shown a fault.
 """
 
 import json

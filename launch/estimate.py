@@ -2,8 +2,8 @@
 
 python launch/estimate.py --config mmdit_18b_mup.yaml --gpus 256 [--json] [section.key=value ...]
 
-Exits 0 where the run fits into the GPU's memory, 1 where it does not. Measured on no GPU are: what CUDA, NCCL and the
-allocator hold beside the tensors (RESERVED_GIB), and the encoders' own working memory before a step.
+Exits 0 where the run fits into the GPU's memory, 1 where it does not. Two things were measured on no GPU: what CUDA,
+NCCL and the allocator hold beside the tensors (3 GiB are reserved), and the encoders' working memory before a step.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Measure a checkpoint by a suite of configs/evaluate/: images made and measured on all ranks, results.json.
+"""Measure a checkpoint by a suite of configs/evaluate/: all ranks make and measure images, results.json is written.
 
 torchrun --nproc-per-node 8 launch/evaluate.py --checkpoint runs/xl --suite imagenet_fid50k reference=FILE network=FILE
 python launch/evaluate.py --checkpoint runs/demo --suite demo
 python launch/evaluate.py table runs/BASELINE runs/OTHER ...     # side by side
 
-The same command again goes on where it was stopped. Overrides are keys of the suite, and those of the checkpoint's
+The same command again goes on where it was stopped. Overrides are keys of the suite, or those keys of the checkpoint's
 config that say where its encoders lie and how the model runs on the machine.
 """
 
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def default_folder(opened: Opened, suite: str, weights: str) -> Path:
-    """Where the results of a checkpoint of a run belong."""
+    """The folder for the results of a run's checkpoint; ConfigError where it is in no run folder."""
     if opened.folder.parent.name not in ("checkpoints", "ema"):
         raise ConfigError(
             f"--checkpoint {opened.folder} lies in no run's folder: give --output, a folder for the results"
@@ -54,7 +54,7 @@ def default_folder(opened: Opened, suite: str, weights: str) -> Path:
 
 
 def evaluate(opened: Opened, config: TrainConfig, name: str, suite: SuiteConfig, weights: Any, folder: Path) -> None:
-    """Make the images that the folder lacks, measure all, write results.json."""
+    """Make the images that the folder lacks, measure all images, write results.json."""
     from trainer.build.inference import build_inference
     from trainer.collectives import on_rank_0
     from trainer.evaluate.evaluation import prepare

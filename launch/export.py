@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that diffusers loads (or under official names), and published weights as a checkpoint.
+"""Export a checkpoint as a folder that diffusers loads (or under official names); import published weights.
 
 python launch/export.py --checkpoint runs/demo --output exported
 python launch/export.py --import DiT-XL-2-256x256.pt --config dit_xl_2_mup.yaml --output imported

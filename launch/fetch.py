@@ -1,10 +1,10 @@
-"""Bring the encoders that a config names, on a node with a network; jobs then run with HF_HUB_OFFLINE=1.
+"""Download the encoders that a config names, on a node with a network; jobs then run with HF_HUB_OFFLINE=1.
 
 python launch/fetch.py --config mmdit_18b_mup.yaml [--to FOLDER] [section.key=value ...]
 
-They go into the Hugging Face cache (HF_HOME), which all nodes must share, or into --to FOLDER, and then the paths to
-set are printed. Only what training reads is fetched: configs, tokenizers, *.safetensors. A licence that must be
-accepted on the hub's page needs HF_TOKEN.
+They go into the Hugging Face cache (HF_HOME), which all nodes must share, or into --to FOLDER; then the overrides to
+use are printed. Only what training reads is fetched: configs, tokenizers, *.safetensors. Weights whose licence must be
+accepted on the hub's page need HF_TOKEN.
 """
 
 from pathlib import Path

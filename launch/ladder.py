@@ -1,10 +1,10 @@
-"""Climb to a target: the coordinate check on its config, then short runs at growing widths; wider must be better.
+"""Climb to a target: the coordinate check of its config, then short runs at growing widths; wider must be better.
 
 python launch/ladder.py --config mmdit_18b_mup.yaml --widths 512,1024,2048 --steps 1000 [--processes 8] [key=value ...]
 
 Leaves runs/NAME_ladder with ladder.json, ladder.png, the coordinate check and a run folder for each width; the same
 command again goes on where it stopped. Exits 0 where the check passes and each wider model has the lower validation
-loss at the same step (within --tolerance), 1 where not. launch/submit.py warns of a target without one.
+loss at the same step (within --tolerance), else 1. launch/submit.py warns of a target without one.
 """
 
 import json
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def call(command: list[str], overrides: Sequence[str]) -> int:
-    """Run a command to its end, and end it where this one ends before; returns its exit code."""
+    """Run a command and return its exit code. It is killed where this process ends first."""
     process = subprocess.Popen([*command, *overrides])
     try:
         return process.wait()

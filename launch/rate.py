@@ -3,7 +3,7 @@
 python launch/rate.py runs/A runs/B --prompts prompts.txt [section.key=value ...]
 python launch/rate.py report runs/rate/A_B/votes.db [--json]
 
-The images are made beforehand from the EMA weights, with equal seeds, and kept in the output folder: the same command
+The images are made first, from the EMA weights and with equal seeds, and kept in the output folder: the same command
 again goes on with them and with the votes. A run may also be a checkpoint, or a folder of images named by the number of
 their prompt from 0 (0.png, 00001.jpg). The file has one prompt per line. Keys: left, right, down (both bad), Backspace.
 """
@@ -68,6 +68,7 @@ def main() -> int:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
     except OSError as error:
@@ -75,7 +76,7 @@ def is_loopback(host: str) -> bool:
 
 
 def report(arguments: Sequence[str]) -> int:
-    """rate.py report."""
+    """The command `rate.py report`."""
     parser = command("What the votes of a rating say.", config=False, overrides=None, name="rate.py report")
     parser.add_argument("votes", type=Path, metavar="votes.db")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")

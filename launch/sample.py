@@ -1,4 +1,4 @@
-"""Images from the EMA weights of a checkpoint (or of a run folder's newest one), or of a snapshot in RUN/ema.
+"""Sample images from the EMA weights of a checkpoint (of a run folder: its newest), or of a snapshot in RUN/ema.
 
 python launch/sample.py --checkpoint runs/demo --prompt "a red apple on a teal background" --output apple.png
 """

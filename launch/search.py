@@ -1,11 +1,11 @@
 """Tune base hyperparameters on a proxy and give them to the target.
 
-python launch/search.py run --config search/demo.yaml --workers 2      (again: goes on where it stopped)
+python launch/search.py run --config search/demo.yaml --workers 2      (given again, it goes on where it stopped)
 python launch/search.py report --study demo_search
 python launch/search.py transfer --study demo_search --to mmdit_demo_mup.yaml --output found.yaml
 python launch/search.py cost --config search/mmdit_0.18b.yaml --to mmdit_18b_mup.yaml
 
-Overrides after `run` and `cost`: section.key=value is the proxy's (train.steps=100), key=value the search's (trials=4).
+Overrides of `run` and `cost`: section.key=value changes the proxy (train.steps=100), key=value the search (trials=4).
 `torchrun --nproc-per-node 8 launch/search.py run ...` trains each trial on eight devices.
 """
 

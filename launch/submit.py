@@ -1,12 +1,12 @@
-"""Submit a run to Slurm: check the config, freeze code and config into the run folder, write the job, sbatch it.
+"""Submit a run to Slurm: check the config, freeze code and config in the run folder, write the job, call sbatch.
 
 python launch/submit.py --config mmdit_18b_mup.yaml --nodes 32 --gpus-per-node 8 --partition gpu --time 24:00:00 \\
     [--account A] [--qos Q] [--container IMAGE | --apptainer IMAGE.sif] [--mount /data] [--chain N] [--dry-run] \\
     [key=value ...]
 
-A job that is told to stop (by its time limit, or `scancel --batch --signal=USR1 JOB`) saves and requeues itself. Where
-a cluster forbids that, --chain N submits N jobs, each after the one before it. The same command again goes on with
-the run; what is frozen lies in runs/NAME/jobs/NNN. --dry-run prints the script and writes nothing.
+A job that is told to stop (by its time limit, or by `scancel --batch --signal=USR1 JOB`) saves and requeues itself.
+Where a cluster forbids that, --chain N submits N jobs, each of which starts after the one before. The same command
+again goes on with the run. What is frozen lies in runs/NAME/jobs/NNN. --dry-run prints the script and writes nothing.
 """
 
 import json
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def warn_without_ladder(config: TrainConfig) -> None:
-    """A large model whose shape has climbed no ladder may be wrong in a way that small ones would have shown."""
+    """Warn of a wide model that has climbed no ladder: it may be wrong in a way that narrower ones would have shown."""
     name = str(config.run.name)
     width, base = config.model.width, config.mup.base_width
     path = Path(config.run.dir) / f"{name}_ladder" / "ladder.json"

@@ -12,7 +12,7 @@ from data.images import IMAGE_EXTENSIONS, image_size, load_rgb
 from launch.common import inference, open_checkpoint
 from trainer.checkpoint.find import find_checkpoint
 
-CHUNK = 32  # images that are made together, and between which the making can stop and go on
+CHUNK = 32  # images that are made together; a stop loses no whole chunk
 _MOST_PIXELS = 2**26
 
 
@@ -35,8 +35,8 @@ def numbered_images(folder: Path) -> dict[int, Path]:
 def make_images(source: Path, study: dict[str, Any], folder: Path) -> None:
     """Write folder/00000.png ..., an image per prompt: those that are not there yet.
 
-    All are written anew, so that neither name nor format tells where an image is from. A chunk's noise comes from
-    (study's seed + its first number): the same for both runs, wherever the making was stopped.
+    All are encoded anew, so that neither name nor format tells where an image is from. The noise of a chunk comes from
+    the study's seed plus the chunk's first number: it is the same for both runs, and after a stop.
     """
     prompts: list[str] = study["prompts"]
     folder.mkdir(exist_ok=True)
@@ -65,7 +65,7 @@ def make_images(source: Path, study: dict[str, Any], folder: Path) -> None:
 
 
 def write_image(pixels: np.ndarray, path: Path) -> None:
-    """uint8 [H, W, 3]; whole or not at all."""
+    """Write a PNG, whole or not at all. pixels: uint8 [H, W, 3]."""
     with temporary_beside(path) as beside:
         Image.fromarray(pixels).save(beside, format="PNG")
 

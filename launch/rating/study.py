@@ -1,4 +1,4 @@
-"""What a rating compares: its prompts and runs, settled when it is begun."""
+"""What a rating compares: its prompts and runs, which are fixed when it is begun."""
 
 import secrets
 from pathlib import Path
@@ -11,7 +11,7 @@ from trainer.errors import ConfigError
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of the file; blank lines at its end do not count."""
+    """The lines of the file, without blank lines at its end. DataError where another line is blank."""
     try:
         prompts = path.read_text(encoding="utf-8").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -23,9 +23,9 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def settle(path: Path, study: dict[str, Any]) -> Votes:
-    """The votes of a new study, or of the one that was begun there, with its checkpoints and its token.
+    """The votes of a new study, or of the one that was begun at this path, with its checkpoints and its token.
 
-    Raises ConfigError where that one compares something else: its votes are on other images.
+    Raises ConfigError where that study compares something else: its votes are on other images.
     """
     if not path.is_file():
         sources = {name: str(find_source(Path(study[name]))) for name in ("a", "b")}

@@ -1,4 +1,4 @@
-"""What a rater is asked: one pair of images and one question at a time, in an order and on sides of its own."""
+"""What a rater is asked: one pair of images and one question at a time, in an order that is the rater's own."""
 
 from pathlib import Path
 from typing import Any

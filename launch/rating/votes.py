@@ -40,7 +40,7 @@ class Vote:
 
 
 class Votes:
-    """The file. Threads of this process may share it; the last vote on a question is the one that counts."""
+    """The file of votes, which threads of this process may share. A rater's last vote on a question counts."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -85,7 +85,7 @@ class Votes:
 
 
 def order(seed: int, rater: str, prompts: int) -> list[tuple[int, str]]:
-    """(prompt, run on the left) in the order in which a rater sees them; each run is left half of the time."""
+    """(prompt, run on the left) in the order in which a rater sees them; each run is on the left half of the time."""
     chance = random.Random(f"{seed}/{rater}")
     numbers = chance.sample(range(prompts), prompts)
     left = ["a", "b"] * (prompts // 2) + chance.sample(["a", "b"], 1) * (prompts % 2)

@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("train.sbatch")
 
 
 def new_folder(config: TrainConfig) -> Path:
-    """The next of runs/NAME/jobs/001, 002, ..., which is not made yet."""
+    """The first of runs/NAME/jobs/001, 002, ... that does not exist; it is not made here."""
     jobs = Path(config.run.dir) / str(config.run.name) / "jobs"
     return jobs / f"{1 + len(list(jobs.glob('[0-9]*'))):03d}"
 
@@ -54,7 +54,7 @@ def settings_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> dic
 
 
 def job_script(options: Sequence[str], settings: dict[str, str]) -> str:
-    """train.sbatch with these options in the place of its own, and these settings."""
+    """train.sbatch with these options in place of its own, and with these environment variables."""
     shebang, *lines = TEMPLATE.read_text().splitlines()
     body = [line for line in lines if not line.startswith("#")]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]
@@ -62,7 +62,7 @@ def job_script(options: Sequence[str], settings: dict[str, str]) -> str:
 
 
 def freeze(config: TrainConfig, folder: Path, script: str) -> None:
-    """Code, config and script, so that a job that starts in a week runs what was checked today."""
+    """Copy code, config and script there, so that a job that starts in a week runs what was checked today."""
     code = folder / "code"
     for room in (*rooms(), "configs"):
         shutil.copytree(ROOT / room, code / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -72,7 +72,7 @@ def freeze(config: TrainConfig, folder: Path, script: str) -> None:
 
 
 def submit(folder: Path, after: int | None) -> int:
-    """sbatch; returns the job's number. after: a job that must end first."""
+    """Hand the job to sbatch; returns its number. after: the job that must end first."""
     command = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     try:
         done = subprocess.run(

@@ -1,11 +1,10 @@
-"""The end of a Slurm job: requeue it where the run was preempted, or where a machine failed it, by its status.json.
+"""The end of a Slurm job: requeue it if its status.json says that the run was preempted, or that a machine failed.
 
-Called by launch/slurm/train.sbatch. A worker's exit code does not survive torchrun, the status file does. Its time is
-looked at too: a start that died before it wrote anything must not be repeated for ever. Nor must a machine's failure:
-the job is requeued after it only if this start got as far as a checkpoint.
+Called by launch/slurm/train.sbatch. A worker's exit code does not survive torchrun, the status file does. The file's
+time counts too: a start that died before it wrote anything must not be repeated for ever. Nor must a machine's failure:
+the job is requeued after one only if this start got as far as a checkpoint.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -13,21 +12,19 @@ import re
 import subprocess
 from pathlib import Path
 
-from launch.common import run
-from trainer.checkpoint.checksums import META
-from trainer.checkpoint.find import complete_checkpoints
+from launch.common import command, run
 from trainer.config.load import load_config
 
 _MACHINE = re.compile(r"rank \d+ is lost|store is gone|^watchdog: |CUDA error|NCCL|ECC")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
+    parser = command(__doc__)
     parser.add_argument("--since", type=float, required=True, help="when the job started, seconds since 1970")
-    parser.add_argument("--exit-code", type=int, default=0, help="of srun, which this command ends with otherwise")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument(
+        "--exit-code", type=int, default=0, help="of srun; this command ends with it where it requeues nothing"
+    )
+    arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
     assert config.run.name is not None
     folder = Path(config.run.dir) / config.run.name
@@ -54,12 +51,16 @@ def state_since(status: Path, since: float) -> tuple[str | None, str]:
 
 
 def failed_by_a_machine(state: str | None, reason: str) -> bool:
-    """Whether another start may do better: a rank or its host that is gone, a hang, a GPU's error; not what a user must
-    mend. A run that was killed still says that it runs."""
+    """Whether another start may do better: after a lost rank or host, a hang, or a GPU's error, not after what a user
+    must mend. The status of a run that was killed still says "running"."""
     return state == "running" or (state == "failed" and _MACHINE.search(reason) is not None)
 
 
 def has_saved(folder: Path, since: float) -> bool:
+    """Whether a checkpoint of the run was completed after `since`."""
+    from trainer.checkpoint.checksums import META
+    from trainer.checkpoint.find import complete_checkpoints
+
     return any(_written_since(path / META, since) for path in complete_checkpoints(folder / "checkpoints"))
 
 

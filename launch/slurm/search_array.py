@@ -40,7 +40,7 @@ exit "$ended"
 
 
 def array_script(search: Search, arguments: argparse.Namespace) -> str:
-    """The batch script. The study must be reachable under the same path from all nodes."""
+    """The batch script. All nodes must reach the study under the same path."""
     gpus = arguments.gpus_per_node
     more = [f"#SBATCH --partition={arguments.partition}"] if arguments.partition else []
     more += [f"#SBATCH --gpus-per-node={gpus}"] if gpus else []

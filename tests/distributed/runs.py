@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.common import kill_tree
-from tests.helpers.forked import environment, finished
+from tests.helpers.forked import environment, finished, once
 from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
 from trainer.monitor.metrics import read_metrics
@@ -30,7 +30,7 @@ def command(processes: int, *arguments: str, config: str = "mmdit_debug_mup.yaml
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, "launch/train.py", "--config", config, *arguments]
+    return [*launcher, "launch/train.py", "--config", config, *once(arguments)]
 
 
 def train(processes: int, folder: Path, *arguments: str, config: str = "mmdit_debug_mup.yaml") -> list[dict[str, Any]]:

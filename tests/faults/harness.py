@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.common import kill_tree
-from tests.helpers.forked import environment
+from tests.helpers.forked import environment, once
 from tests.helpers.paths import ROOT
 
 STANDALONE = ("--standalone", "--nproc-per-node", "2")
@@ -53,7 +53,7 @@ def job(
     variables = {**environment(), "FAULTS": json.dumps(faults), **(more_environment or {})}
     with open(output, "wb") as file:
         process = subprocess.Popen(
-            [*command, f"run.dir={folder.parent}", f"run.name={folder.name}", *arguments],
+            [*command, *once([f"run.dir={folder.parent}", f"run.name={folder.name}", *arguments])],
             cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:

@@ -30,12 +30,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def once(arguments: Sequence[str]) -> list[str]:
+    """Without the key=value that a later one of the same key replaces: a command takes each key once, and what tests
+    share is a list to which each adds its own."""
+    last = {text.partition("=")[0]: at for at, text in enumerate(arguments) if not text.startswith("-")}
+    return [text for at, text in enumerate(arguments) if "=" not in text or at >= last.get(text.partition("=")[0], at)]
+
+
 def finished(*command: str | Path, processes: int = 1, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
     """launch/NAME.py ... or -m MODULE ..., run to its end; the output of its ranks one after another.
 
     The first rank that fails ends the others; its code is that of the command.
     """
-    arguments = [str(part) for part in command]
+    arguments = once([str(part) for part in command])
     _start_server()
     # Held here as torchrun's agent holds it: no port has to be guessed.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if processes > 1 else None

@@ -13,6 +13,7 @@ from launch import fetch, ladder
 from tests.helpers.forked import environment
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
+from trainer.config.yaml_files import refuse_duplicates
 from trainer.coord_check import ladder as rungs
 from trainer.errors import ConfigError
 from trainer.parallel.preflight import Measurement, judge
@@ -126,6 +127,9 @@ def test_rungs_are_valid_and_short() -> None:
     rung = load_config("mmdit_18b_mup.yaml", rungs.rung(config, Path("runs/x_ladder"), 1024, 100, []))
     assert (rung.model.width, rung.train.steps, rung.optim.warmup_steps) == (1024, 100, 25)
     assert rung.optim.lr == config.optim.lr
+    own = rungs.rung(config, Path("runs/x_ladder"), 1024, 100, ["train.steps=7", "optim.eps=1e-9"])
+    refuse_duplicates(own)  # a command would not take them
+    assert {"train.steps=100", "optim.eps=1e-9"} <= {*own}
 
 
 def test_ladder_refuses_bad_widths_before_it_climbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

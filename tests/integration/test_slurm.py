@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.runs import exact, last_step, train
-from tests.helpers.forked import environment
+from tests.helpers.forked import environment, once
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 from trainer.monitor.metrics import read_metrics
@@ -136,6 +136,7 @@ def test_an_array_saves_its_trial_and_is_queued_again(cluster: Slurm, tmp_path: 
         "trials=1", *(word.replace("{page}", str(tmp_path)) for word in OVERRIDES),
         "train.steps=300", "train.checkpoint_every=1000", "train.log_every=1",
     ]  # fmt: skip
+    command = once(command)
     done = subprocess.run(command, cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     number = int(re.findall(r"batch job (\d+)", done.stdout)[0])
@@ -210,7 +211,7 @@ def test_commands_of_the_page(
         for option, word in zip(["", *words], words, strict=False)
     ]
     command = [word.replace("18b", "debug") for word in command]
-    command = [word.replace("{page}", str(page)) for word in (*command, *ADDED.get(name, OVERRIDES))]
+    command = once([word.replace("{page}", str(page)) for word in (*command, *ADDED.get(name, OVERRIDES))])
     for key, value in variables(cluster).items():
         monkeypatch.setenv(key, value)
     if command[0] == "python":  # in this process, which has imported torch already

@@ -18,7 +18,7 @@ _COLOURS = {"passed": "#1a7f37", "failed": "#cf222e", "inconclusive": "#9a6700"}
 
 
 def plot(report: Judgement, parametrization: str, title: str, path: Path) -> None:
-    """Lines are relative to their value at the smallest width, so that what does not depend on the width is flat."""
+    """Write the PNG. Lines are relative to their value at the smallest width: flat is what does not depend on it."""
     from matplotlib.figure import Figure
 
     checked = {"mup": "μP", "sp": "SP"}[parametrization]
@@ -43,7 +43,7 @@ def plot(report: Judgement, parametrization: str, title: str, path: Path) -> Non
 
 
 def _panel(axes: "Axes", rows: list[FigureSlope]) -> None:
-    """Rows of the last step at which they were measured; the steepest stands out with its name."""
+    """Draw the rows of the last step at which they were measured; the steepest one stands out, with its name."""
     last = max((row.figure.step for row in rows), default=0)
     lines = [(row, relative) for row in rows if row.figure.step == last and (relative := _relative(row))]
     if not lines:
@@ -67,7 +67,7 @@ def _panel(axes: "Axes", rows: list[FigureSlope]) -> None:
 
 
 def _relative(row: FigureSlope) -> list[float] | None:
-    """Geometric mean over seeds at each width, relative to the first; None where it has no logarithm."""
+    """Geometric mean over the seeds at each width, relative to the first; None where a value has no logarithm."""
     values = [row.values[width] for width in sorted(row.values)]
     if not all(0 < v < math.inf for seeds in values for v in seeds):
         return None

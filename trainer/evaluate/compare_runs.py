@@ -92,7 +92,7 @@ def write_table(runs: Sequence[Path], output: Path, weights: str = "ema") -> str
 
 
 def method_names(runs: Sequence[Path]) -> list[str]:
-    """Folder names, with as much of the path as tells them apart."""
+    """The folders' names, with as much of the path as tells them apart."""
     paths = [path.resolve() for path in runs]
     if len(set(paths)) < len(paths):
         raise DataError("the same run is given twice")
@@ -104,7 +104,7 @@ def method_names(runs: Sequence[Path]) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------------- the results
 def read_all(runs: dict[str, Path], weights: str = "ema") -> tuple[list[Value], dict[str, str]]:
-    """(values of these weights of all runs, {suite: protocol's hash}); runs: {method: folder}.
+    """(values of these weights of all runs, {suite: hash of its protocol}). runs: {method: folder}.
 
     Raises DataError where a file is damaged, and where two of a suite were made by different protocols.
     """
@@ -134,7 +134,7 @@ def read_all(runs: dict[str, Path], weights: str = "ema") -> tuple[list[Value], 
 
 
 def read(file: Path, method: str) -> tuple[str, str, str, list[Value]]:
-    """(suite, protocol's hash, weights, its values)."""
+    """(suite, hash of the protocol, weights, values) of a results.json."""
     try:
         results: dict[str, Any] = json.loads(file.read_text())
         suite, checkpoint = str(results["suite"]), results["checkpoint"]
@@ -158,7 +158,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def curve(values: Iterable[Value], method: str, column: Column) -> dict[int, float]:
-    """{step: value}."""
+    """{step: value} of one run in one metric."""
     return {v.step: v.value for v in values if v.method == method and v.column == column}
 
 

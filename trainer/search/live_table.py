@@ -4,6 +4,7 @@ import sys
 import time
 from collections import Counter
 
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
@@ -45,8 +46,8 @@ class Table:
         elif last or time.monotonic() - self._drawn_at > REDRAW_S:
             trials = [trial for trial in self._study.trials() if trial.state != "waiting"]
             shown = sorted(trials, key=lambda t: (t.state != "running", t.value is None, t.value))[:ROWS]
-            lines = [*(self._line(trial) for trial in shown), self.summary()]
-            self._live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
+            rows = Text("\n".join(map(self._line, shown)), no_wrap=True, overflow="ellipsis")
+            self._live.update(Group(rows, Text(self.summary())), refresh=True)
             self._drawn_at = time.monotonic()
 
     def summary(self) -> str:

@@ -13,7 +13,7 @@ SHOWN_TRIALS = 10
 
 
 def write_page(report: StudyReport) -> Path:
-    """report/index.html in the study's folder."""
+    """Write report/index.html in the study's folder; returns its path."""
     ranked = sorted(report.trials, key=lambda t: (t.value is None, t.value or 0.0, t.state == "waiting", t.number))
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)

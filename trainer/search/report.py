@@ -1,4 +1,4 @@
-"""What a study found, as figures and pictures: losses by key, importance, stability edge, best region, cost."""
+"""What a study found, as figures and plots: losses by key, importance, edge of stability, best region, cost."""
 
 import math
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Spent:
     process_hours: float
     device: str
     share: float | None
-    """Of the target's FLOPs."""
+    """As a share of the target's FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class StudyReport:
 
 
 def completed(study: Study) -> list[Trial]:
-    """Trials with an objective, best first; one that the early checks let pass and that ended above the same limit is
-    no longer among them. ConfigError where there is none."""
+    """Trials with an objective, best first, without those that ended above the limit of divergence although no early
+    check had stopped them. ConfigError where there is none."""
     done = sorted((t for t in study.trials() if t.value is not None), key=lambda t: t.value or 0.0)
     if not done:
         raise ConfigError(f"{study.folder} has no finished trial yet: launch/search.py run goes on with it")
@@ -108,7 +108,7 @@ def _edge(dimension: Dimension, done: Sequence[Trial], diverged: Sequence[Trial]
 
 
 def _scaled(dimension: Dimension, value: Value) -> float:
-    """Where a value lies between the ends, 0 to 1."""
+    """Where a value lies between the ends of its range, as a number from 0 to 1."""
     low, high = (float(v or 0) for v in dimension.ends)
     x = float(value or 0)
     if dimension.log:
@@ -136,7 +136,7 @@ def _regions(space: Sequence[Dimension], done: Sequence[Trial]) -> dict[str, Est
 
 
 def _spent(study: Study, trials: Sequence[Trial], planned: Cost | None) -> Spent:
-    """From the runs' own metrics. Steps that were lost to a kill and done again are not counted."""
+    """What the runs' metrics say. Steps that were lost to a kill and done again are not counted."""
     steps, hours, device = 0, 0.0, "not started"
     for trial in trials:
         for seed in range(study.search.seeds):

@@ -158,9 +158,9 @@ def published(config: TrainConfig, form: Any, ours: dict[str, Tensor]) -> dict[s
     shapes = {name: row.shape for name, row in table.rows.items()}
     to = layout(config.model, config.autoencoder.channels, shapes, form, tokens)
     theirs = {name: torch.zeros(shape).reshape(-1) for name, shape in to.shapes.items()}
-    for run in to.runs:
-        values = ours[run.ours].reshape(-1) * fold(table, run.ours)
-        theirs[run.theirs][run.at :][: run.size] = values[run.ours_at :][: run.size]
+    for piece in to.slices:
+        values = ours[piece.ours].reshape(-1) * fold(table, piece.ours)
+        theirs[piece.theirs][piece.at :][: piece.size] = values[piece.ours_at :][: piece.size]
     for name in to.tables:
         theirs[name] = position_table(config)
     return {name: values.reshape(to.shapes[name]) for name, values in theirs.items()}
