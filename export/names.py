@@ -3,7 +3,8 @@
 A layout lists the tensors of the other code base and which numbers in them are ours: a TensorSlice says that `size`
 numbers of our parameter, in memory's order, are those of theirs. So a fused qkv is three slices, a patch embedding is
 one (a convolution's weight is ours with another shape), and a tensor that is stored in every block has a slice for each
-copy. Numbers of theirs without a slice are zeros to us: a bias of the key, which softmax ignores, and what nothing reads.
+copy. Numbers of theirs without a slice are zeros to us: a bias of the key, which softmax ignores, and what nothing
+reads.
 """
 
 import math
