@@ -1,4 +1,4 @@
-"""The memory of a step as a function of shard count and micro-batch, fitted to simulated steps."""
+"""The memory of a step as a function of shard count and micro-batch size, from simulated steps."""
 
 import math
 from bisect import bisect_right
@@ -23,14 +23,15 @@ from .simulation import (
     Profile,
 )
 
-# ------------------------------------------------------------------------------------------------- what follows from it
 _KINDS = (*SHARDED, ACTIVATIONS, GATHERED, ACCUMULATED)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank for any shard count and micro-batch, from a profile. encoders: bytes of the frozen ones.
-    parallel: the engine, and where the state lives."""
+    """Bytes of a rank for any shard count and micro-batch size, from a profile of one shard count and two sizes.
+
+    encoders: bytes of the encoders' weights. parallel: the engine, and where the state lives.
+    """
 
     profile: Profile
     table: MuTable
@@ -39,7 +40,14 @@ class Memory:
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Bytes [moments, kinds] at no sample, those of a sample, and those of gradients that are kept."""
+        """Bytes [moments, kinds] with no sample, what each sample adds, and what kept gradients add.
+
+        A moment of a step is known by how many bytes of the sharded kinds are held at it, which do not depend on the
+        number of samples: gradients come one by one in the backward pass, the update's copies after it. A profile has
+        the peak of each moment (Rank.peaks). At the same moment the other kinds grow by the same bytes with each
+        sample, so that two sizes of the micro-batch give a line. Moments that one of the three steps does not have are
+        left out.
+        """
         small, large = self.profile.steps
         kept = self.profile.accumulating
         common = sorted(small.peaks.keys() & large.peaks.keys() & kept.peaks.keys())
@@ -51,7 +59,7 @@ class Memory:
         return one - small.rows * sample, sample, more - one
 
     def parts(self, shard: int, rows: int, accumulates: bool) -> dict[str, int]:
-        """Bytes of the GPU at the moment when a step holds most, by part."""
+        """Bytes of the GPU by part, at the moment of a step at which it holds most."""
         p, held = self.profile, self._held(shard, rows, accumulates)
         state = 0.0 if self.parallel.cpu_offload else self._scale(shard)
         if self.parallel.cpu_offload:
@@ -71,7 +79,7 @@ class Memory:
         return {part: round(size) for part, size in parts.items()}
 
     def host(self, shard: int, rows: int, accumulates: bool) -> int:
-        """Bytes in the host's memory for each GPU: under cpu_offload the state, the gradients and their update."""
+        """Bytes of the host's memory per GPU: under cpu_offload the state, the gradients and their update."""
         if not self.parallel.cpu_offload:
             return 0
         p, held = self.profile, self._held(shard, rows, accumulates)
@@ -79,9 +87,9 @@ class Memory:
         return round(state + float(held[:, : len(SHARDED)].sum(1).max()))
 
     def _zero_parts(self, masters: float, shard: int) -> dict[str, float]:
-        """What DeepSpeed's ZeRO holds differently, by its rules and not by simulation: weights in the compute type
-        beside the fp32 masters (stage 3: a part of them), and gradients in fp32 (stage 1: whole, and once more in the
-        compute type), in buffers of its own."""
+        """What DeepSpeed's ZeRO holds in another way, by its rules and not by simulation: weights in the compute type
+        beside the fp32 masters (in stage 3 a part of them), and gradients in fp32 (in stage 1 whole, and once more in
+        the compute type), with buffers of its own."""
         numbers, stage = self._shard_bytes(1) // 4, self.parallel.zero_stage
         width = 4 if self.parallel.precision == "fp32" else 2
         weights = numbers * width / (shard if stage == 3 else 1)
@@ -90,7 +98,7 @@ class Memory:
         return {"parameters": masters + weights, "gradients": gradients, "gather_buffers": gathered}
 
     def _held(self, shard: int, rows: int, accumulates: bool) -> Tensor:
-        """Bytes [moments of a step, kinds]."""
+        """Bytes [moments, kinds] of a step. The sharded kinds shrink as a rank's shard of the weights does."""
         base, sample, kept = self._moments
         held = base + rows * sample + accumulates * kept
         held[:, : len(SHARDED)] *= self._scale(shard)
@@ -100,7 +108,8 @@ class Memory:
         return self._shard_bytes(shard) / self._shard_bytes(self.profile.shard)
 
     def _shard_bytes(self, shard: int) -> int:
-        """fp32 weights of a rank: each parameter's first dimension is cut into `shard` chunks of equal, padded size."""
+        """Bytes of a rank's fp32 weights: each parameter's first dimension is cut into `shard` chunks, padded to equal
+        sizes."""
         return sum(4 * math.ceil(row.shape[0] / shard) * math.prod(row.shape[1:]) for row in self.table.rows.values())
 
     def largest_rows(self, shard: int, limit: int, accumulates: bool) -> int:
@@ -108,4 +117,5 @@ class Memory:
         return bisect_right(range(1, MOST_ROWS + 1), limit, key=lambda rows: self.total(shard, rows, accumulates))
 
     def total(self, shard: int, rows: int, accumulates: bool) -> int:
+        """Bytes of the GPU at that moment."""
         return sum(self.parts(shard, rows, accumulates).values())

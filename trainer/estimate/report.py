@@ -15,9 +15,9 @@ from .memory import Memory
 from .simulation import Profile, Step, profile
 
 GIB = 2**30
-RESERVED_GIB = 3.0  # CUDA context, NCCL's buffers, fragmentation
+RESERVED_GIB = 3.0  # for the CUDA context, NCCL's buffers and fragmentation
 CARDS_GB = (80, 141)  # H100, H200
-NODE = 8  # GPUs that a node of the smallest cluster has; below a node any number will do
+NODE = 8  # GPUs per node; a run takes whole nodes, or any number of GPUs of one
 # Parameters of T5-v1.1's encoders by width, and of Stable Diffusion's autoencoders: the files need not be here.
 T5_PARAMETERS = {512: 35.3e6, 768: 109.6e6, 1024: 341.2e6, 2048: 1.22e9, 4096: 4.76e9}
 AUTOENCODER_PARAMETERS = 83.7e6
@@ -26,15 +26,17 @@ DINOV2_PARAMETERS = {384: 22.1e6, 768: 86.6e6, 1024: 304e6, 1536: 1136e6}  # by 
 
 @dataclass(frozen=True)
 class Cluster:
+    """The GPUs that a run is to have."""
+
     gpus: int
     memory_gb: float
     """As sold: 1e9 bytes each, a little less than what the device has."""
     peak_tflops: float
     mfu: float
     price: float
-    """Of a GPU-hour, in dollars."""
+    """Dollars per GPU-hour."""
     network_gb_s: float
-    """Of a GPU to the other nodes."""
+    """What one GPU exchanges with other nodes, in GB/s."""
 
     @property
     def usable(self) -> int:
@@ -42,6 +44,7 @@ class Cluster:
 
 
 def usable_bytes(memory_gb: float) -> int:
+    """What a GPU that is sold with so much memory leaves to tensors."""
     return round(memory_gb * 1e9 - RESERVED_GIB * GIB)
 
 
@@ -68,7 +71,7 @@ def encoder_bytes(config: TrainConfig) -> dict[str, int]:
 
 
 def _stored_parameters(path: str, subfolder: str | None) -> int | None:
-    """Numbers in the safetensors files of a local folder, from their headers; None where there are none."""
+    """How many parameters the safetensors files of a local folder hold, by their headers; None without such files."""
     files = sorted((Path(path) / (subfolder or "")).glob("*.safetensors"))
     total = 0
     for each in files:
@@ -79,12 +82,13 @@ def _stored_parameters(path: str, subfolder: str | None) -> int | None:
 
 
 def micro_batches(config: TrainConfig, gpus: int, rows: int) -> int:
+    """Micro-batches per step and GPU. rows: samples of one."""
     return math.ceil(math.ceil(config.train.global_batch_size / gpus) / rows)
 
 
 def smallest_count(config: TrainConfig, memory: Memory, usable: int) -> tuple[int, int] | None:
-    """(fewest GPUs that hold the run, samples of a micro-batch there): whole nodes above one node, the weights sharded
-    over all. None where the global batch does not feed enough of them."""
+    """(the fewest GPUs that hold the run, samples per micro-batch there): whole nodes above one node, and the weights
+    sharded over all. None where as many GPUs as the global batch has samples are too few."""
     batch = config.train.global_batch_size
     for gpus in (*range(1, NODE), *range(NODE, batch + 1, NODE)):
         share = -(-batch // gpus)
@@ -97,7 +101,8 @@ def smallest_count(config: TrainConfig, memory: Memory, usable: int) -> tuple[in
 
 
 def traffic(config: TrainConfig, resolved: Resolved, step: Step, parameters: int, count: int) -> dict[str, Any]:
-    """Collectives of a step and the bytes that a GPU receives by them; weights are gathered in every micro-batch."""
+    """Collectives of a step, and the GiB that a GPU receives by them. parameters: bytes of a shard of the weights.
+    count: micro-batches per step, in each of which the weights are gathered."""
     found = {}
     for name, factor in (("_allgather_base_", count), ("_reduce_scatter_base_", 1)):
         if name in step.traffic:
@@ -111,7 +116,10 @@ def traffic(config: TrainConfig, resolved: Resolved, step: Step, parameters: int
 
 
 def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = None) -> dict[str, Any]:
-    """Everything that is printed, as JSON. simulated: a profile of this config that is there already."""
+    """Everything that is printed, as JSON. simulated: a profile of this config that is there already.
+
+    Raises ConfigError where the config does not fit the cluster, or an encoder's size is not known.
+    """
     resolved = resolve(config, cluster.gpus)
     table = build_mup_table(config)
     simulated = simulated or profile(config, cluster.gpus)
@@ -122,54 +130,28 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     count = micro_batches(config, cluster.gpus, rows)
     step = simulated.steps[1]
     parameters = sum(math.prod(row.shape) for row in table.rows.values())
-
     flops_per_image = image_flops(config)
-    recompute = round(step.flops["recompute"] / step.rows)
-    text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # 2 FLOPs a weight, 2 bytes a weight
-    batch, rate = config.train.global_batch_size, cluster.gpus * cluster.peak_tflops * 1e12 * cluster.mfu
+    text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # each weight: 2 FLOPs, 2 bytes
     moved = traffic(config, resolved, step, 4 * parameters // resolved.shard, count)
     network_s = sum(entry["gib"] for entry in moved.values()) * GIB / (cluster.network_gb_s * 1e9)
     full, weights = 4 * parameters * (3 + len(config.ema.decays)), 4 * parameters
-
-    def timed(flops: int) -> dict[str, float]:
-        seconds = batch * flops / rate
-        hours = seconds * config.train.steps / 3600
-        dollars = hours * cluster.gpus * cluster.price
-        return {"step_s": seconds, "images_per_s": batch / seconds, "days": hours / 24, "dollars": dollars}
-
-    def placed(memory: Memory) -> dict[str, Any]:
-        parts = memory.parts(resolved.shard, rows, count > 1)
-        total = sum(parts.values())
-        fewest = {f"{gb}_gb": smallest_count(config, memory, usable_bytes(gb)) for gb in CARDS_GB}
-        return {
-            **{part: size / GIB for part, size in parts.items()},
-            "total": total / GIB,
-            "usable": cluster.usable / GIB,
-            "fits": total <= cluster.usable,
-            "largest_micro_batch": memory.largest_rows(resolved.shard, cluster.usable, False),
-            "smallest_gpus": {
-                card: None if found is None else {"gpus": found[0], "micro_batch": found[1]}
-                for card, found in fewest.items()
-            },
-        }
-
     result = {
         "config": config.run.name,
         "gpus": cluster.gpus,
         "parameters": parameters,
         "flops_per_image": flops_per_image,
-        "recompute_flops_per_image": recompute,
+        "recompute_flops_per_image": round(step.flops["recompute"] / step.rows),
         "text_encoder_flops_per_image": text_flops,
         "micro_batch": rows,
         "micro_batches": count,
         "shard": resolved.shard,
-        "memory_gib": placed(online),
-        "memory_cached_gib": placed(cached),
+        "memory_gib": _memory_figures(config, cluster, resolved, online),
+        "memory_cached_gib": _memory_figures(config, cluster, resolved, cached),
         "host_gib": cached.host(resolved.shard, rows, count > 1) / GIB,
         "collectives": {**moved, "seconds_at_network_rate": network_s},
         "mfu": cluster.mfu,
-        "time": timed(flops_per_image + text_flops),
-        "time_cached": timed(flops_per_image),
+        "time": _time_figures(config, cluster, flops_per_image + text_flops),
+        "time_cached": _time_figures(config, cluster, flops_per_image),
         "checkpoint_gib": {
             "training": full / GIB,
             "kept": full * config.run.keep_last / GIB,
@@ -181,8 +163,36 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     return result
 
 
+def _memory_figures(config: TrainConfig, cluster: Cluster, resolved: Resolved, memory: Memory) -> dict[str, Any]:
+    """GiB of a GPU by part, whether they fit, and what else would."""
+    rows = resolved.micro_batch_rows
+    parts = memory.parts(resolved.shard, rows, micro_batches(config, cluster.gpus, rows) > 1)
+    total = sum(parts.values())
+    fewest = {f"{gb}_gb": smallest_count(config, memory, usable_bytes(gb)) for gb in CARDS_GB}
+    return {
+        **{part: size / GIB for part, size in parts.items()},
+        "total": total / GIB,
+        "usable": cluster.usable / GIB,
+        "fits": total <= cluster.usable,
+        "largest_micro_batch": memory.largest_rows(resolved.shard, cluster.usable, False),
+        "smallest_gpus": {
+            card: None if found is None else {"gpus": found[0], "micro_batch": found[1]}
+            for card, found in fewest.items()
+        },
+    }
+
+
+def _time_figures(config: TrainConfig, cluster: Cluster, flops: int) -> dict[str, float]:
+    """Time and cost of the run at the cluster's MFU. flops: of one image."""
+    batch, rate = config.train.global_batch_size, cluster.gpus * cluster.peak_tflops * 1e12 * cluster.mfu
+    seconds = batch * flops / rate
+    hours = seconds * config.train.steps / 3600
+    dollars = hours * cluster.gpus * cluster.price
+    return {"step_s": seconds, "images_per_s": batch / seconds, "days": hours / 24, "dollars": dollars}
+
+
 def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list[str]:
-    """What to do, in words."""
+    """Whether the run fits, what limits it, and what could be changed, in sentences."""
     online, cached = found["memory_gib"], found["memory_cached_gib"]
     checkpointing = config.parallel.activation_checkpointing
     said = []
@@ -207,12 +217,14 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
     seconds, network = found["time"]["step_s"], found["collectives"]["seconds_at_network_rate"]
     if network > seconds:
         said.append(
-            f"The network is the limit: {network:.2f} s a step at {cluster.network_gb_s:g} GB/s a GPU, {seconds:.2f} s "
-            "of arithmetic. A larger global batch or fewer GPUs would use them better; so does parallel.shard = the "
-            "GPUs of a few nodes, where memory allows."
+            f"The network is the limit: {network:.2f} s per step at {cluster.network_gb_s:g} GB/s per GPU, "
+            f"{seconds:.2f} s of arithmetic. A larger global batch or fewer GPUs would use them better; so does "
+            "parallel.shard = the GPUs of a few nodes, where memory allows."
         )
     elif network > 0.5 * seconds:
-        said.append(f"Traffic ({network:.2f} s a step) hides behind arithmetic ({seconds:.2f} s) only if it overlaps.")
+        said.append(
+            f"Traffic ({network:.2f} s per step) hides behind arithmetic ({seconds:.2f} s) only if it overlaps."
+        )
     if config.parallel.engine == "zero":
         said.append(
             f"Activations and traffic are those of parallel.engine=fsdp2; weights, gradients and buffers follow from "
@@ -224,17 +236,18 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
 
 
 def describe(found: dict[str, Any], cluster: Cluster) -> str:
+    """The estimate as text."""
     parts = [part for part in found["memory_gib"] if part not in ("usable", "fits", "largest_micro_batch")][:-1]
     columns = ("memory_gib", "memory_cached_gib")
     lines = [
         f"{found['config']} on {found['gpus']} GPUs of {cluster.memory_gb:g} GB: "
         f"{found['parameters'] / 1e9:.2f} B parameters, sharded over {found['shard']}; micro-batch "
-        f"{found['micro_batch']} x {found['micro_batches']} a GPU",
-        f"FLOPs an image: {found['flops_per_image'] / 1e12:.2f} T (forward and backward), "
+        f"{found['micro_batch']} x {found['micro_batches']} per GPU",
+        f"FLOPs per image: {found['flops_per_image'] / 1e12:.2f} T (forward and backward), "
         f"+ {found['recompute_flops_per_image'] / 1e12:.2f} T recomputed, "
         f"+ {found['text_encoder_flops_per_image'] / 1e12:.2f} T text encoder when online",
         "",
-        f"{'GiB a GPU, at the peak':<28}{'online':>10}{'cached':>10}",
+        f"{'GiB per GPU, at the peak':<28}{'online':>10}{'cached':>10}",
         *(f"{part.replace('_', ' '):<28}" + "".join(f"{found[c][part]:10.2f}" for c in columns) for part in parts),
         f"{'usable':<28}" + "".join(f"{found[c]['usable']:10.2f}" for c in columns),
         f"{'largest micro-batch':<28}" + "".join(f"{found[c]['largest_micro_batch']:10d}" for c in columns),
@@ -244,16 +257,17 @@ def describe(found: dict[str, Any], cluster: Cluster) -> str:
         texts = ["none" if f is None else f"{f['gpus']} (x {f['micro_batch']})" for f in fewest]
         lines.append(f"{'fewest GPUs of ' + card.replace('_gb', ' GB'):<28}" + "".join(f"{t:>10}" for t in texts))
     if found["host_gib"]:
-        lines.append(f"{'in the host, for each GPU':<28}{found['host_gib']:10.2f}{found['host_gib']:10.2f}")
+        lines.append(f"{'in the host, per GPU':<28}{found['host_gib']:10.2f}{found['host_gib']:10.2f}")
     moved = {name: entry for name, entry in found["collectives"].items() if isinstance(entry, dict)}
     lines += [
         "",
-        "received a GPU and step: "
+        "received per GPU and step: "
         + ", ".join(f"{entry['gib']:.1f} GiB by {entry['calls']} {name}" for name, entry in moved.items())
         + f"; {found['collectives']['seconds_at_network_rate']:.2f} s at {cluster.network_gb_s:g} GB/s",
         *(
             f"at {cluster.mfu:.0%} MFU of {cluster.peak_tflops:g} TFLOP/s, encoders {name}: "
-            f"{t['step_s']:.2f} s a step, {t['images_per_s']:.0f} images/s, {t['days']:.1f} days, ${t['dollars']:,.0f}"
+            f"{t['step_s']:.2f} s per step, {t['images_per_s']:.0f} images/s, {t['days']:.1f} days, "
+            f"${t['dollars']:,.0f}"
             for name, t in (("online", found["time"]), ("cached", found["time_cached"]))
         ),
         "checkpoint: "
