@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 class EMA:
-    """Averages of `shards` (live tensors by name), which start as copies of them."""
+    """Averages of `shards`, the live weights of this rank by name, from which they start. They are kept in
+    `shards[decay][name]`."""
 
     def __init__(self, shards: Mapping[str, Tensor], decays: Sequence[float], warmup: bool) -> None:
         self.decays = tuple(decays)
@@ -16,26 +17,27 @@ class EMA:
         self.shards = {decay: {name: shard.clone() for name, shard in shards.items()} for decay in self.decays}
 
     def decay_at(self, decay: float, step: int) -> float:
-        """Decay of update `step` (from 0). Warm-up: over a short run 0.9999 would still be the initial weights."""
+        """Decay of update `step` (from 0). With warm-up it begins small: over a short run an average with decay 0.9999
+        would still consist of the initial weights."""
         return min(decay, (1 + step) / (10 + step)) if self._warmup else decay
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:
-        """average += (1 - decay) x (weight - average), except where `skipped` (0 or 1, on the device) is 1."""
+        """average += (1 - decay) x (weight - average); nothing if `skipped`, 0 or 1 on the device, is 1."""
         for decay, shards in self.shards.items():
             rate = (1 - self.decay_at(decay, step)) * (1 - skipped)
             averages = [shards[name] for name in self._live]
-            # A rate for each tensor, because only then may it lie on the device (no host sync for `skipped`).
+            # One rate per tensor: only as a list of tensors may rates lie on the device, where `skipped` is known.
             rates = [rate.to(averages[0])] * len(averages)
             torch._foreach_lerp_(averages, list(self._live.values()), rates)
 
     def reset(self, decays: Sequence[float]) -> None:
-        """Start these averages again from the live weights."""
+        """Start the averages of some decays again from the live weights."""
         for decay in decays:
             for name, shard in self.shards[decay].items():
                 shard.copy_(self._live[name])
 
     def tensors(self, decays: Sequence[float] | None = None) -> dict[str, Tensor]:
-        """The averages (of some decays) as a checkpoint names them."""
+        """The averages of some decays, or of all, as a checkpoint names them."""
         wanted = self.decays if decays is None else decays
         return {f"ema_{decay}/{name}": t for decay in wanted for name, t in self.shards[decay].items()}

@@ -7,9 +7,9 @@ Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 
 def lr_factor(step: int, schedule: Schedule, warmup_steps: int, decay_steps: int, total_steps: int) -> float:
-    """Factor of the update number `step` (from 0): a linear warm-up, then the schedule.
+    """Factor of update `step` (from 0): a linear warm-up, then the schedule.
 
-    linear and cosine fall to 0 over the whole run, wsd (warm-up, stable, decay) over its last decay_steps.
+    linear and cosine fall to 0 over the whole run, wsd (warm-up, stable, decay) over its last decay_steps steps.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -119,7 +119,7 @@ def test_killed_after_the_rollback_it_goes_on_the_same_way(rolled_back: Path, tm
 
 
 def test_a_run_of_one_epoch_ends_where_its_data_end(tmp_path: Path) -> None:
-    """16 steps of data, 4 of which a rollback skipped_ranges over: 12 are left."""
+    """The data hold 16 steps, 4 of which a rollback skips: 12 are left."""
     run, alone = tmp_path / "run", ("--standalone", "--nproc-per-node", "1")
     settings = (*ROLLBACK, "train.global_batch_size=32", "data.epochs=1")
     for said in ("finished at step 12", "has finished its 12 steps"):

@@ -167,9 +167,7 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
 
     flops_per_image = image_flops(config)
     recompute = round(step.flops["recompute"] / step.rows)
-    text_flops = (
-        encoders.get("text_encoder", 0) * config.text_encoder.max_length
-    )  # 2 FLOPs per weight, which has 2 bytes
+    text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # each weight: 2 FLOPs, 2 bytes
     moved = traffic(config, resolved, step, 4 * parameters // resolved.shard, count)
     network_s = sum(entry["gib"] for entry in moved.values()) * GIB / (cluster.network_gb_s * 1e9)
     result = {

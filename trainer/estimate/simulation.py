@@ -1,7 +1,8 @@
-"""What a step needs, before a job is queued: the real engine takes one in a simulated world, on fake tensors.
+"""What a step needs, known before a job is queued: the real engine takes a step on fake tensors in a simulated world.
 
-The process group answers at once and moves nothing, and fake tensors have shapes but no memory, so one CPU stands for
-a rank among hundreds. Every operation of that rank is seen: bytes that live, FLOPs, bytes over the network.
+The process group answers at once and moves nothing, and fake tensors have shapes but no memory, so that one CPU can
+stand for a rank among hundreds. Every operation of that rank is seen: bytes that are held, FLOPs, bytes received over
+the network. (torch's FSDPMemTracker is no more public than what is used here, and knows one number of ranks at a time.)
 """
 
 import weakref
@@ -37,8 +38,8 @@ from ..step import Objective, micro_batch_losses
 STATE, GRADIENTS, UPDATE = "state", "gradients", "update"
 ACTIVATIONS, GATHERED, ACCUMULATED = "activations", "gather buffers", "accumulated gradients"
 SHARDED = (GRADIENTS, UPDATE)  # kinds that shrink with the number of ranks, beside the state
-MOST_ROWS = 4096  # samples of a micro-batch that are thought of
-# DeepSpeed's defaults, in numbers: gradients reduced at once, and weights that stage 3 keeps gathered.
+MOST_ROWS = 4096  # the largest micro-batch that is considered
+# DeepSpeed's defaults, as counts of numbers: gradients reduced at once, and weights that stage 3 keeps gathered.
 ZERO_BUCKET, ZERO_GATHERED = 500_000_000, 1_000_000_000
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -51,10 +52,11 @@ class Traffic(NamedTuple):
 
 
 class Rank(FakeTensorMode):
-    """Fake tensors, and the account of what is done with them.
+    """Fake tensors, and an account of what is done with them.
 
-    live: bytes that are held now, by kind. peaks: for each amount of bytes of the SHARDED kinds, what was held when
-    the rest was largest. So the peak can be told for another number of ranks, where those shrink and the rest does not.
+    live: bytes that are held now, by kind. peaks: for each amount of bytes of the SHARDED kinds, what was held when the
+    other kinds were largest. The peak for another number of ranks follows from them: there the sharded kinds have
+    shrunk, and the others have not.
     """
 
     def __init__(self) -> None:
@@ -66,13 +68,13 @@ class Rank(FakeTensorMode):
         self.reset()
 
     def reset(self) -> None:
-        """Forget peaks, FLOPs and traffic; what is held stays."""
+        """Forget peaks, FLOPs and traffic; what is held stays in the account."""
         self.peaks: dict[int, Counter[str]] = {}
         self.flops: Counter[str] = Counter()
         self.traffic: dict[str, Traffic] = {}
 
     def __enter__(self) -> "Rank":
-        # DTensor works out the shapes of whole tensors by entering this mode again: those exist on no rank.
+        # DTensor enters this mode again to work out the shapes of whole tensors, which exist on no rank.
         self._depth += 1
         super().__enter__()
         return self
@@ -85,7 +87,7 @@ class Rank(FakeTensorMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if _on_meta(kwargs.get("device"), tensors):
-            # These have no memory as they are, and FSDP could not move a parameter that was faked already.
+            # They have no memory anyway, and FSDP could not move a parameter that was faked already.
             return func(*args, **kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if out is NotImplemented or self._depth > 1:
@@ -98,13 +100,13 @@ class Rank(FakeTensorMode):
             self._count_collective(packet._qualified_op_name.partition("::")[2], tensors, made)
         elif packet in flop_registry or packet in _ATTENTION_FLOPS:
             count = _ATTENTION_FLOPS.get(packet) or flop_registry[packet]
-            # In a backward pass gradients are recorded only while a checkpointed block is computed again.
+            # In a backward pass autograd records only while a checkpointed block is computed again.
             phase = ("recompute" if torch.is_grad_enabled() else "backward") if _in_backward() else "forward"
             self.flops[phase] += count(*args, **kwargs, out_val=out)
         return out
 
     def see(self, storage: torch.UntypedStorage, kind: str | None = None) -> None:
-        """Account for a storage that is new, or has another size or kind now."""
+        """Account for a storage that is new, or whose size or kind has changed."""
         key = weakref.ref(storage, self._drop)
         old_kind, old_size = self._storages.pop(key, (self.kind, 0))
         kind, size = kind or old_kind, storage.nbytes()
@@ -121,7 +123,7 @@ class Rank(FakeTensorMode):
         self.live[kind] -= size
 
     def relabel(self, old: str, new: str) -> None:
-        """What is held of one kind is of another from now on."""
+        """Whatever is held of kind `old` counts as kind `new` from now on."""
         self._storages = {k: (new if kind == old else kind, size) for k, (kind, size) in self._storages.items()}
         self.live[new] += self.live.pop(old, 0)
 
@@ -157,7 +159,7 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 _ATTENTION_FLOPS = {
     _ATTENTION: _attention,
-    # Four products; the scores that the kernel computes again are not counted, as nowhere in true FLOPs.
+    # Four products. True FLOPs leave out the scores, which the kernel computes a second time.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *rest, **kwargs: (
         2 * _attention(*rest, **kwargs)
     ),
@@ -165,8 +167,8 @@ _ATTENTION_FLOPS = {
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """As a GPU's kernel, which keeps its input and a number a row; on the CPU's device the norm would be taken apart
-    into operations that keep three copies in fp32."""
+    """As a GPU's kernel does it, which keeps its input and one number per row. On the CPU the norm is taken apart into
+    operations that keep three copies in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -181,13 +183,13 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 @contextmanager
 def simulated_world(size: int, shard: int, rank: int = 0) -> Iterator[tuple[World, Rank]]:
-    """One rank of a world that is not there; every tensor that is made inside has a shape and no memory."""
+    """One rank of a world that does not exist; every tensor that is made in this context has a shape and no memory."""
     account, resize, rms_norm = Rank(), torch.UntypedStorage.resize_, F.rms_norm
     flash = torch.backends.cuda.flash_sdp_enabled()
 
     def resized(storage: torch.UntypedStorage, nbytes: int) -> Any:
         result = resize(storage, nbytes)
-        account.see(storage, GATHERED)  # so FSDP2 takes and frees the memory of gathered weights
+        account.see(storage, GATHERED)  # by resizing, FSDP2 takes and frees the memory of gathered weights
         return result
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
@@ -209,7 +211,8 @@ def simulated_world(size: int, shard: int, rank: int = 0) -> Iterator[tuple[Worl
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of a rank. Bytes, and FLOPs of a micro-batch by phase (forward, backward, recompute)."""
+    """What one optimizer step of a rank has shown. rows: samples per micro-batch. flops: of one micro-batch, by phase
+    (forward, backward, recompute). peaks, traffic: see Rank."""
 
     rows: int
     peaks: dict[int, Counter[str]]
@@ -219,8 +222,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Profile:
-    """A rank of `shard` simulated: bytes of its state, and its steps at two sizes of the micro-batch; `accumulating`:
-    at the smaller size with a micro-batch before it whose gradients are kept."""
+    """One of `shard` ranks, simulated: bytes of its state, its steps at two sizes of the micro-batch, and a step of two
+    micro-batches of the smaller size, which keeps the first one's gradients (`accumulating`)."""
 
     shard: int
     parameters: int
@@ -232,11 +235,12 @@ class Profile:
 
 
 def profile(config: TrainConfig, world_size: int, rank: int = 0) -> Profile:
-    """Simulate; a second or two for small models, half a minute for 18B. Raises ConfigError as resolve does."""
+    """Simulate a rank: a second or two for small models, half a minute for 18B. Raises ConfigError where the world size
+    does not fit the config."""
     config = simulated_config(config)
     resolved = resolve(config, world_size)
     table, objective = build_mup_table(config), build_objective(config, resolved)
-    # Tables that an objective makes once for the whole process must be real ones.
+    # An objective makes some tables once per process: they must not be made of fake tensors.
     objective.draw(torch.zeros(1, config.autoencoder.channels, 1, 1), torch.zeros(1, dtype=torch.int64))
     with simulated_world(world_size, resolved.shard, rank) as (world, account):
         engine = build_engine(config, table, world)
@@ -252,13 +256,13 @@ def profile(config: TrainConfig, world_size: int, rank: int = 0) -> Profile:
 
         rows = resolved.micro_batch_rows
         small, large = (rows // 2, rows) if rows > 1 else (1, 2)
-        accumulating = step(small, 2)  # first: its first micro-batch makes what is made once and kept
+        accumulating = step(small, 2)  # comes first, because its first micro-batch makes what is made once and kept
         steps = step(small, 1), step(large, 1)
         return Profile(resolved.shard, parameters, optimizer, averages, other, steps, accumulating)
 
 
 def simulated_config(config: TrainConfig) -> TrainConfig:
-    """The config as a GPU would run it, on data that need no file: bf16 unless it says otherwise."""
+    """The config as a GPU would run it, in bf16 unless it says otherwise, on data that need no file."""
     parallel = config.parallel.model_copy(
         update={"engine": "fsdp2", "precision": config.parallel.precision or "bf16", "compile": False}
     )
@@ -294,7 +298,7 @@ def _step(
     result = engine.step(config.optim.lr, health)
     ema.update(0, result.skipped)
     del result
-    account.relabel(UPDATE, STATE)  # the few sums that stay until the next step, so that all steps begin alike
+    account.relabel(UPDATE, STATE)  # a few sums stay until the next step: so all steps begin with the same account
     return Step(rows, account.peaks, account.flops, account.traffic)
 
 
@@ -313,5 +317,5 @@ def _batch(config: TrainConfig, rows: int) -> Batch:
 
 
 def _nbytes(tensors: Any) -> int:
-    """Of the tensors' storages: a shard may lie in a padded one."""
+    """Bytes of the tensors' storages: a shard may lie in a padded one."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

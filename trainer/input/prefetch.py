@@ -83,7 +83,7 @@ def prefetch(batches: Batches, begin: Callable[[Batch], Callable[[], Encoded]], 
             for step, micro_batches in batches(first_step):
                 begun.append((step, [MicroBatch(batch, begin(batch)) for batch in micro_batches]))
                 if len(begun) > ahead:
-                    yield begun.popleft()  # out of the queue, which would keep its memory during the step
+                    yield begun.popleft()
         finally:
             # Steps that nobody wants any more. They are waited for, because whoever closes this stream to read
             # elsewhere starts reader processes next, and a process must not be forked while a thread computes.

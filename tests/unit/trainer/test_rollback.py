@@ -106,7 +106,7 @@ def test_in_vain(world: World, metrics: Metrics, tmp_path: Path) -> None:
 
 
 def test_killed_after_going_back_the_row_is_over_as_well(world: World) -> None:
-    """The checkpoint was saved in a row of bad steps, and does not know the skipped_range that leaves from it."""
+    """The checkpoint was saved in a row of bad steps, and does not know the skipped range that begins at it."""
     meta = {"step": 8, "reads": [[{}, 0]], "jumps": [[4, 2, "NaN"]]}
     for skipped_ranges, row in (
         ((SkippedRange(4, 2, "NaN"),), 2),

@@ -1,5 +1,4 @@
-"""Rollback as arithmetic: where the data of a training step are, and what skipped_ranges leave of data that have an
-end."""
+"""Rollback as arithmetic: where the data of a training step are, and what skipped ranges leave of data that end."""
 
 import json
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ def test_a_later_jump_comes_on_top() -> None:
 
 
 def test_back_over_an_earlier_jump() -> None:
-    """Its checkpoint is gone: nothing that was read before is read again, and the skipped_range is not made twice."""
+    """Its checkpoint is gone: nothing that was read before is read again, and no range is skipped twice."""
     first = skip_back((), 9, 8, "")
     skipped_ranges = skip_back(first, 10, 4, "")  # training steps 8 and 9 have read data 9 and 10
     assert [skipped_range.at_step for skipped_range in skipped_ranges] == [4]
