@@ -156,9 +156,8 @@ class ImageTextIndex:
         if packed is not None and packed.is_dir():
             yield packed
         else:
-            with tempfile.TemporaryDirectory(
-                prefix="mudit-index-"
-            ) as unnamed:  # files that are open outlive their names
+            # Files that are open outlive their names.
+            with tempfile.TemporaryDirectory(prefix="mudit-index-") as unnamed:
                 self._pack(sources, Path(unnamed), cache, retry)
                 yield Path(unnamed)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.files import temporary_beside
 from data.image_sets import image_files
 from launch.common import run
-from trainer.files import write_atomically
 
 
 def first_captions(annotations: Path) -> dict[int, str]:
@@ -47,8 +47,8 @@ def main() -> int:
             raise DataError(f"--images: {path} has no caption in {arguments.annotations}: its name must end in the "
                             "number of an image there")  # fmt: skip
         lines.append(json.dumps({"caption": captions[int(number[1])], "image": path.name}, ensure_ascii=False) + "\n")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.output, "".join(lines))
+    with temporary_beside(arguments.output) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
     print(f"{arguments.output}: {len(lines)} captions")
     return 0
 
