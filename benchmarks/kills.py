@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.distributed.runs import exact, last_step, train, weights
 from tests.faults.harness import Job, job, kill, saving, status, wait_until, workers
 from trainer.checkpoint.find import complete_checkpoints

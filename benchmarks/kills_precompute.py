@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from benchmarks.machine import write
 from data.debug import ensure_debug_assets
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.helpers.forked import environment
 from tests.helpers.paths import ROOT
 

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.machine import write
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.distributed.runs import command, last_step
 from tests.helpers.forked import environment
 from tests.helpers.paths import ROOT

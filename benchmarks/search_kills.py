@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.machine import write
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.helpers.forked import environment
 from tests.helpers.paths import ROOT
 from tests.integration import slurm

@@ -18,7 +18,8 @@ from data.index import ImageTextIndex
 from data.reader import validation_batches
 from data.storage import open_shards
 from examples.palette import PALETTE
-from launch.common import command, kill_tree, run
+from launch.common import command, run
+from launch.processes import kill_tree
 from trainer.build.inference import Inference, build_inference
 from trainer.checkpoint.find import find_checkpoint
 from trainer.config.load import load_config

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.common import command, kill_tree, run
+from launch.common import command, run
+from launch.processes import kill_tree
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
 from trainer.files import write_atomically

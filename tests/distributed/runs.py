@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.helpers.forked import environment, finished, once
 from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint

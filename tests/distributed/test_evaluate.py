@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.distributed.runs import exact, train
 from tests.helpers.forked import environment, finished
 from tests.helpers.paths import ROOT

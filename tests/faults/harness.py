@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.helpers.forked import environment, once
 from tests.helpers.paths import ROOT
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.distributed.runs import command, exact, last_step, train
 from tests.helpers.forked import environment
 from tests.helpers.paths import ROOT

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from launch.common import kill_tree
+from launch.processes import kill_tree
 
 from .browser import _OPTIONS, browser, why_not
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.helpers.paths import ROOT
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from launch.common import kill_tree
+from launch.processes import kill_tree
 from tests.faults.harness import lives
 from trainer.build.engine import build_mup_table
 from trainer.checkpoint.compatible import check_same_model
