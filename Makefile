@@ -78,6 +78,7 @@ lint: .venv/ready
 schema: .venv/ready
 	$(BIN)/python -m trainer.config.schema > configs/schema.json
 	$(BIN)/python -m docs.config_page > docs/config.md
+	$(BIN)/python -m docs.internals_page > docs/internals.md
 
 # ------------------------------------------------------------------------------------------------ long, and on a GPU
 

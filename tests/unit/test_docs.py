@@ -1,6 +1,11 @@
 """Generated pages are what the code says today."""
 
-from docs import config_page
+import re
+from pathlib import Path
+
+import pytest
+
+from docs import config_page, internals_page
 from docs.mup_page import document
 from tests.helpers.paths import ROOT
 from trainer.config.yaml_files import CONFIG_DIR
@@ -27,3 +32,25 @@ def test_the_readme_is_short_and_the_index_has_every_page() -> None:
 def test_config_page_is_current() -> None:
     page = (ROOT / "docs" / "config.md").read_text()
     assert page == config_page.document(), "run: make schema"
+
+
+def test_internals_page_is_current() -> None:
+    page = (ROOT / "docs" / "internals.md").read_text()
+    assert page == internals_page.document(), "run: make schema"
+
+
+# The change log names files that are gone.
+PAGES = [*(page for page in ROOT.glob("*.md") if page.name != "CHANGELOG.md"), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_exist(page: Path) -> None:
+    """Relative links, and files that are named in backticks with their folder."""
+    text = page.read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    named = re.findall(
+        r"`((?:models|data|trainer|export|launch|configs|examples|docs|tests|docker)/[\w./-]+\.\w+)`", text
+    )
+    missing = [link for link in links if link and not (page.parent / link).exists()]
+    missing += [path for path in named if not (ROOT / path).exists() and "NAME" not in path and "KIND" not in path]
+    assert not missing

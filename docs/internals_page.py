@@ -1,0 +1,132 @@
+"""docs/internals.md, a map of the code from the docstrings of its files: see the head of the page."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+HEAD = """# Internals
+
+Where everything is, and the two ways through the code that are asked for most. Written by
+`python -m docs.internals_page > docs/internals.md`; a test holds it current. Words are explained in
+[glossary.md](glossary.md), reasons for the larger decisions stand at the head of the files.
+
+## The rooms
+
+```
+launch/   what a person runs: a parser and a call
+   |
+export/   checkpoints <-> weights of diffusers and of the official repositories
+   |
+trainer/  build (the composition root) puts together:
+   |        config      what the run is told            mup        what each parameter is trained with, by name
+   |        input       samples become tensors          parallel   how the model is sharded
+   |        diffusion   what is learned                 checkpoint, recovery, monitor
+   |      loop calls step; search, estimate, coord_check and evaluate use the same parts
+   |
+data/     samples, in an order that is arithmetic       models/    what is computed, on one device
+```
+
+Arrows go down: a room imports rooms below it, never above, and `models/` and `data/` know neither each other nor the
+trainer. `tests/unit/test_imports.py` holds the table of who may import whom, that there is no circle of imports, and
+how long a file (500 lines) and a function (60) may be. `models.configs`, `data.config` and `trainer.config` import no
+torch, so that a wrong key is answered at once.
+
+## The way of a learning rate: from YAML to the update
+
+```
+configs/NAME.yaml: optim.lr
+  -> trainer/config/load.py      file, `extends:` and overrides become a TrainConfig (keys declared in schema.py)
+  -> trainer/build/engine.py     build_mup_table, then build_engine
+       trainer/mup/table.py      one row per parameter NAME; its factor on the lr comes from
+       trainer/mup/rules.py      the rules of its role, which comes from its shapes at two widths and from
+       models/mmdit.py           the declarations of the backbone
+       trainer/mup/apply.py      param_groups: parameters with equal factors form a group, lr_scale is the factor
+  -> trainer/parallel/fsdp.py    AdamW, made after sharding; build_engine compares each group with the table
+each step:
+     trainer/loop.py             engine.step(run.lr(step))
+     trainer/lr_schedule.py      warm-up and decay: a factor on the base rate (run.lr is put together in build/run.py)
+     trainer/parallel/fsdp.py    group lr = base lr x factor x lr_scale; clip, AdamW, skip of a bad step
+```
+
+## The way of a sample: from the shard to the loss
+
+```
+at the start, once:
+     data/index.py               rows of all samples (offset, size, width, height, caption length) from shard_index.py,
+                                 for shards that storage.py finds
+each step:
+     data/buckets.py             which bucket the step reads
+  -> data/order.py               which sample each slot of the global batch reads: arithmetic on (seed, index, step)
+  -> data/reader.py              this rank's slots, cut into micro-batches, in worker processes
+  -> data/samples.py             bytes of the samples, a chunk at a time; URLs are read ahead
+  -> data/decode.py              image (images.py), caption (captions.py), drop, flip and crop by the sample's key;
+                                 what cannot be used becomes a hole: it keeps its place with weight 0
+  -> data/batch.py               the rows of a Batch
+  -> trainer/input/prefetch.py   the encoding of the next step begins
+  -> trainer/input/encoding.py   data/encoders: autoencoder and text encoder; x0 and condition on the device
+  -> trainer/recovery/skipped_ranges.py   a run that went back leaves samples out
+  -> trainer/loop.py             train_step: the micro-batches of a step
+  -> trainer/step.py             draw (diffusion/flow.py), model (models/mmdit.py), loss per sample
+```
+
+## Where is ...?
+
+| | |
+|---|---|
+| gradient clipping, skipped steps, AdamW | `step` in `trainer/parallel/fsdp.py`; under DeepSpeed in `zero.py` |
+| the threshold of a spike | `trainer/recovery/spikes.py` |
+| initialisation | `declarations` of the backbone and `trainer/mup/rules.py`; `trainer/mup/apply.py` does it |
+| the choice and the drop of a caption | `data/captions.py` and `data/decode.py` |
+| SIGTERM | `trainer/recovery/stop_signal.py`; the loop then saves |
+| a hung or lost rank | `trainer/recovery/watchdog.py` |
+| which checkpoint a run resumes | `trainer/checkpoint/resume.py`, and `find.py` for damaged ones |
+| what may change on resume | each key's class in `trainer/config/schema.py`, compared in `trainer/config/resume.py` |
+| activation checkpointing, compilation | `trainer/parallel/activation_checkpointing.py`, `compile.py` |
+| classifier-free guidance | `trainer/diffusion/sampling.py` |
+| the EMA | `trainer/ema.py` |
+| the line on the terminal, metrics.jsonl, wandb | `trainer/monitor/metrics.py` |
+| FLOPs and MFU | `multiply_adds` in `models/configs.py`, `trainer/build/flops.py`, `trainer/loop.py` |
+| the price of a run before it is queued | `trainer/estimate/report.py` |
+| the Slurm script | `launch/slurm/train.sbatch`, filled in by `launch/slurm/job.py` |
+
+## Every file
+"""
+
+ROOMS = {
+    "models": "What is computed, on one device. No file here knows the data, the trainer or other processes.",
+    "data": "Where batches come from. Rank and world size arrive as integers.",
+    "trainer": "How it is trained.",
+    "export": "Models in and out of diffusers and of the official repositories.",
+    "launch": "What a person runs: a parser and a call.",
+    "examples": "The demo and its data; CIFAR-10.",
+    "docs": "Pages that are made from the code.",
+}
+
+
+def summary(path: Path) -> str:
+    """The first paragraph of a file's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(docstring.partition("\n\n")[0].split()).replace("|", "\\|")
+
+
+def folders(room: str) -> Iterator[tuple[str, list[Path]]]:
+    """Each folder of a room that has files, with them."""
+    paths = sorted(path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py")
+    for folder in sorted({path.parent for path in paths}):
+        yield folder.relative_to(ROOT).as_posix(), [path for path in paths if path.parent == folder]
+
+
+def document() -> str:
+    """The page."""
+    lines = [HEAD]
+    for room, sentence in ROOMS.items():
+        lines += [f"### {room}/", "", sentence, ""]
+        for folder, paths in folders(room):
+            lines += [f"| {folder}/ | |", "|---|---|", *(f"| `{path.name}` | {summary(path)} |" for path in paths), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(document(), end="")
