@@ -20,7 +20,8 @@ class Backbone(nn.Module, ABC):
     """
 
     projector: nn.Module
-    """Applied to the tokens that forward returns as features: the identity, or REPA's projector."""
+    """Applied to the tokens that forward returns as features: the identity, or REPA's projector. A backbone that lacks
+    it cannot be trained with REPA."""
 
     @abstractmethod
     def forward(
@@ -51,8 +52,9 @@ def build_model(
 ) -> Backbone:
     """The backbone of `config` on the current default device (use `torch.device("meta")` for shapes only).
 
-    projector: the features that forward gives (features_at) are projected. It is a part of the backbone, because an
-    engine that shards weights has the root's own whole only during its forward pass.
+    projector: of REPA, which projects the features that forward returns (features_at). It is a part of the backbone
+    because an engine that shards weights gathers those outside the blocks during the forward pass alone. Raises
+    TypeError where the backbone has no place for it.
     """
     model: Backbone = class_of(BACKBONES[config.kind].backbone)(config, in_channels, text_width)
     if projector is not None:

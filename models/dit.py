@@ -27,7 +27,7 @@ from .layers import (
 class Block(nn.Module):
     """Attention, then MLP, both modulated before and gated after."""
 
-    branch_scale: float = 1.0  # on what a block adds to the residual stream; see mup.base_depth
+    branch_scale: float = 1.0  # multiplies what a block adds to the residual stream; see mup.base_depth
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

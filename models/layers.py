@@ -20,7 +20,7 @@ class Declaration(NamedTuple):
     init: "zeros", "ones", "normal" (standard deviation `std`), "fan_in" (std / sqrt(fan_in)) or "xavier_uniform"
         (uniform with standard deviation std x sqrt(2 / (fan_in + fan_out))).
     role: only where the shape cannot tell (an output weight and an embedding table look alike).
-    inner: an output weight that more layers follow, so that what it gives must not shrink with the width at init.
+    inner: an output weight that more layers follow, so that its output must not shrink with the width at init.
     """
 
     pattern: str
@@ -52,7 +52,7 @@ class ClassCondition(NamedTuple):
 
 
 class OutputLinear(nn.Linear):
-    """Linear layer from width to a fixed size; muP multiplies its input by `multiplier` = 1 / m, not its bias."""
+    """Linear layer from the width to a fixed size. muP multiplies its input, not its bias, by `multiplier` = 1 / m."""
 
     multiplier: float = 1.0
 
@@ -78,7 +78,7 @@ class QKVLinear(nn.Linear):
 
     For attention without QK-norm. A bias of the key adds the same number to all scores of a query, which softmax
     ignores, so its true gradient is zero; Adam with a tiny epsilon would turn the rounding noise in its place into
-    full steps. There is none, then; in a checkpoint of another code base it is zero.
+    full steps. So there is none here; in checkpoints of other code bases it is set to zero.
     """
 
     def __init__(self, fan_in: int, width: int, query: bool = True, bias: bool = True) -> None:
@@ -112,7 +112,7 @@ def split_heads(x: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
     """A fused projection [B, N, parts D] -> its parts, each [B, N, H, K].
 
     The heads stay behind the tokens until `attend`: norms and concatenations then run over whole rows of memory, and
-    the gradients of the parts are laid into that of x by one copy.
+    one copy writes the parts' gradients into that of x.
     """
     return x.unflatten(-1, (parts, -1, head_dim)).unbind(2)
 
@@ -125,7 +125,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without gains, then scale and shift a sample: x [B, N, D], shift and scale [B, D] -> [B, N, D]."""
+    """LayerNorm without gains, then each sample's scale and shift: x [B, N, D], shift and scale [B, D] -> [B, N, D]."""
     x = F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)
     return x * (1 + scale[:, None]) + shift[:, None]
 
@@ -143,7 +143,7 @@ def time_sinusoids(t: Tensor, freq_shift: float = 0.0, features: int = TIME_FEAT
     """Sinusoids of 1000 t: t [B] in [0, 1] -> [B, features], always float32.
 
     bfloat16 would round 900.1 and 901.2 to one value, so neither t nor the table is ever cast. The discrete step n
-    of a schedule with 1000 steps is t = n / 1000: float32 gives n back to 6e-5.
+    of a schedule with 1000 steps is t = n / 1000, from which float32 recovers n to within 6e-5.
     """
     return sinusoids(1000.0 * t.float(), features, freq_shift)
 

@@ -6,6 +6,8 @@ scales, shifts and gates each stream (adaLN). The last block has no text output,
 Shapes: B batch, N image tokens, L text tokens, D width, H heads, K head_dim, C channels, P patch size, E text width.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,17 @@ from .layers import (
 )
 
 
+class Modulation(NamedTuple):
+    """What the conditioning vector does to one stream of a block, each [B, D]: to the attention, then to the MLP."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
 class Stream(nn.Module):
     """One stream's weights in a block: modulation, qkv with QK-RMSNorm, output projection, MLP."""
 
@@ -44,18 +57,18 @@ class Stream(nn.Module):
         self.out = nn.Linear(d, d)
         self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"))
 
-    def before_attention(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """x [B, N, D], c [B, D] (after SiLU) -> q, k, v [B, N, H, K] and what `after_attention` needs."""
-        shift, scale, gate, *rest = self.modulation(c).chunk(6, dim=-1)  # 6 x [B, D]
-        qkv = self.qkv(modulate(x, shift, scale))  # [B, N, 3 D]
+    def before_attention(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Modulation]:
+        """x [B, N, D], c [B, D] (after SiLU) -> q, k, v [B, N, H, K] and the modulation for `after_attention`."""
+        mod = Modulation(*self.modulation(c).chunk(6, dim=-1))  # 6 x [B, D]
+        qkv = self.qkv(modulate(x, mod.shift, mod.scale))  # [B, N, 3 D]
         q, k, v = split_heads(qkv, 3, self.head_dim)  # 3 x [B, N, H, K]
-        return self.norm_q(q), self.norm_k(k), v, (gate, *rest)
+        return self.norm_q(q), self.norm_k(k), v, mod
 
-    def after_attention(self, x: Tensor, attended: Tensor, gates: tuple[Tensor, ...], branch_scale: float) -> Tensor:
-        """x, attended [B, N, D] -> [B, N, D]; branch_scale: on what is added to x."""
-        gate_attention, shift, scale, gate_mlp = gates  # 4 x [B, D]
-        x = x + branch_scale * gate_attention[:, None] * self.out(attended)  # [B, N, D]
-        return x + branch_scale * gate_mlp[:, None] * self.mlp(modulate(x, shift, scale))  # [B, N, D]
+    def after_attention(self, x: Tensor, attended: Tensor, mod: Modulation, branch_scale: float) -> Tensor:
+        """x, attended [B, N, D] -> [B, N, D]; branch_scale multiplies what is added to x."""
+        x = x + branch_scale * mod.gate[:, None] * self.out(attended)  # [B, N, D]
+        modulated = modulate(x, mod.shift_mlp, mod.scale_mlp)  # [B, N, D]
+        return x + branch_scale * mod.gate_mlp[:, None] * self.mlp(modulated)  # [B, N, D]
 
 
 class LastTextStream(nn.Module):
@@ -80,7 +93,7 @@ class LastTextStream(nn.Module):
 class Block(nn.Module):
     """Joint attention of both streams, then an MLP in each."""
 
-    branch_scale: float = 1.0  # on what a block adds to the residual stream; see mup.base_depth
+    branch_scale: float = 1.0  # multiplies what a block adds to the residual stream; see mup.base_depth
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -89,12 +102,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, c: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, N, D], y [B, L, D], c [B, D], mask [B, 1, 1, N + L] -> x, y."""
-        q_x, k_x, v_x, gates_x = self.image.before_attention(x, c)
-        q_y, k_y, v_y, gates_y = self.text.before_attention(y, c)
+        q_x, k_x, v_x, mod_x = self.image.before_attention(x, c)
+        q_y, k_y, v_y, mod_y = self.text.before_attention(y, c)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))  # [B, N + L, H, K]
         attended_x, attended_y = attend(q, k, v, mask).split([x.shape[1], y.shape[1]], dim=1)  # [B, N, D], [B, L, D]
-        x = self.image.after_attention(x, attended_x, gates_x, self.branch_scale)  # [B, N, D]
-        y = self.text.after_attention(y, attended_y, gates_y, self.branch_scale)  # [B, L, D]
+        x = self.image.after_attention(x, attended_x, mod_x, self.branch_scale)  # [B, N, D]
+        y = self.text.after_attention(y, attended_y, mod_y, self.branch_scale)  # [B, L, D]
         return x, y
 
 
@@ -109,11 +122,11 @@ class LastBlock(nn.Module):
         self.text = LastTextStream(config)
 
     def forward(self, x: Tensor, y: Tensor, c: Tensor, mask: Tensor) -> tuple[Tensor, None]:
-        """As Block, without a text output."""
-        q, k_x, v_x, gates = self.image.before_attention(x, c)  # [B, N, H, K]
+        """As Block.forward, without a text output."""
+        q, k_x, v_x, mod = self.image.before_attention(x, c)  # [B, N, H, K]
         k_y, v_y = self.text(y, c)  # [B, L, H, K]
         k, v = torch.cat([k_x, k_y], dim=1), torch.cat([v_x, v_y], dim=1)  # [B, N + L, H, K]
-        return self.image.after_attention(x, attend(q, k, v, mask), gates, self.branch_scale), None
+        return self.image.after_attention(x, attend(q, k, v, mask), mod, self.branch_scale), None
 
 
 class MMDiT(Backbone):

@@ -53,7 +53,7 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention and MLP, modulated and gated by time; between them cross-attention, which is neither."""
 
-    branch_scale: float = 1.0  # on what a block adds to the residual stream; see mup.base_depth
+    branch_scale: float = 1.0  # multiplies what a block adds to the residual stream; see mup.base_depth
 
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
@@ -105,7 +105,8 @@ class PixArt(Backbone):
     def declarations(config: PixArtConfig) -> tuple[Declaration, ...]:
         """Init of each parameter at the base width, and the roles that its shape cannot tell.
 
-        The tables' std does not depend on the width (the original's randn / sqrt(width) does): they are vectors.
+        The std of the scale-shift tables does not depend on the width, because they are vectors; the original's does
+        (randn / sqrt(width)).
         """
         small = ["time_*.weight", "text_embed.*.weight"]  # time MLP and adaLN-single; caption MLP
         small += ["size_embed.*.weight", "aspect_embed.*.weight"] if config.micro_conditions else []
@@ -151,7 +152,7 @@ class PixArt(Backbone):
         modulation = self.time_modulation(F.silu(c)).unflatten(-1, (6, -1))  # [B, 6, D]
         y = self.text_embed(condition.states.to(dtype))  # [B, L, D]
         mask = condition.mask
-        # Softmax over nothing is NaN, which weight 0 does not undo: a row without tokens reads its padding.
+        # Softmax over nothing is NaN, which a weight of 0 does not undo: a row without tokens attends to its padding.
         mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
 
         features = None

@@ -1,6 +1,6 @@
 """Projector of representation alignment (REPA, Yu et al., arXiv 2410.06940): image tokens -> features of an encoder.
 
-A backbone that is trained with it has one as `projector` in the place of its identity; nothing else reads it.
+A backbone that is trained with REPA has one as its `projector`, in place of the identity; nothing else uses it.
 """
 
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .configs import ProjectorConfig
 from .layers import Declaration, OutputLinear
 
-# Never zeros: the cosine of a zero vector has no gradient that means anything.
+# Never zeros: the cosine of a zero vector has no meaningful gradient.
 DECLARATIONS = (
     Declaration("projector.fc1.weight", "fan_in", role="output", inner=True),
     Declaration("projector.*.bias", "zeros"),
@@ -28,5 +28,5 @@ class Projector(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = F.silu(self.fc1(tokens))  # [B, N, hidden]
-        # A copy: what a linear layer gives is a view, and FSDP2 warns of views among the root's outputs.
+        # A copy: a linear layer returns a view, and FSDP2 warns of views among the root's outputs.
         return self.fc3(F.silu(self.fc2(hidden))).clone()  # [B, N, features]
