@@ -23,7 +23,8 @@ trainer/  build (the composition root) puts together:
    |        config      what the run is told            mup        what each parameter is trained with, by name
    |        input       samples become tensors          parallel   how the model is sharded
    |        diffusion   what is learned                 checkpoint, recovery, monitor
-   |      loop calls step; search, estimate, coord_check and evaluate use the same parts
+   |      loop.py calls step.py (the losses), then engine.step (the update);
+   |      search, estimate, coord_check and evaluate use the same parts
    |
 data/     samples, in an order that is arithmetic       models/    what is computed, on one device
 ```
@@ -39,15 +40,15 @@ torch, so that a wrong key is answered at once.
 configs/NAME.yaml: optim.lr
   -> trainer/config/load.py      file, `extends:` and overrides become a TrainConfig (keys declared in schema.py)
   -> trainer/build/engine.py     build_mup_table, then build_engine
-       trainer/mup/table.py      one row per parameter NAME; its factor on the lr comes from
-       trainer/mup/rules.py      the rules of its role, which comes from its shapes at two widths and from
-       models/mmdit.py           the declarations of the backbone
-       trainer/mup/apply.py      param_groups: parameters with equal factors form a group, lr_scale is the factor
+       models/mmdit.py           declares what the shapes of two widths cannot tell about a parameter's role
+       trainer/mup/rules.py      role -> factors on lr, weight decay and epsilon, init, multiplier
+       trainer/mup/table.py      one row per parameter NAME with these factors
+       trainer/mup/apply.py      param_groups: parameters with equal factors form a group; lr_scale is its muP factor
   -> trainer/parallel/fsdp.py    AdamW, made after sharding; build_engine compares each group with the table
 each step:
      trainer/loop.py             engine.step(run.lr(step))
      trainer/lr_schedule.py      warm-up and decay: a factor on the base rate (run.lr is put together in build/run.py)
-     trainer/parallel/fsdp.py    group lr = base lr x factor x lr_scale; clip, AdamW, skip of a bad step
+     trainer/parallel/fsdp.py    group lr = base lr x schedule x lr_scale; clip, AdamW, skip of a bad step
 ```
 
 ## The way of a sample: from the shard to the loss
@@ -61,12 +62,12 @@ each step:
   -> data/order.py               which sample each slot of the global batch reads: arithmetic on (seed, index, step)
   -> data/reader.py              this rank's slots, cut into micro-batches, in worker processes
   -> data/samples.py             bytes of the samples, a chunk at a time; URLs are read ahead
-  -> data/decode.py              image (images.py), caption (captions.py), drop, flip and crop by the sample's key;
-                                 what cannot be used becomes a hole: it keeps its place with weight 0
+  -> data/decode.py              image (images.py) and caption (captions.py); flip, crop, the choice of a caption and
+                                 its drop are drawn from the sample's key; an unreadable sample becomes a hole
   -> data/batch.py               the rows of a Batch
   -> trainer/input/prefetch.py   the encoding of the next step begins
   -> trainer/input/encoding.py   data/encoders: autoencoder and text encoder; x0 and condition on the device
-  -> trainer/recovery/skipped_ranges.py   a run that went back leaves samples out
+  -> trainer/recovery/skipped_ranges.py   after a rollback the reader seeks past the samples that were bad
   -> trainer/loop.py             train_step: the micro-batches of a step
   -> trainer/step.py             draw (diffusion/flow.py), model (models/mmdit.py), loss per sample
 ```
@@ -78,7 +79,7 @@ each step:
 | gradient clipping, skipped steps, AdamW | `step` in `trainer/parallel/fsdp.py`; under DeepSpeed in `zero.py` |
 | the threshold of a spike | `trainer/recovery/spikes.py` |
 | initialisation | `declarations` of the backbone and `trainer/mup/rules.py`; `trainer/mup/apply.py` does it |
-| the choice and the drop of a caption | `data/captions.py` and `data/decode.py` |
+| which of its captions a sample gets | `pick` in `data/captions.py`; `data/decode.py` draws it, and the drop |
 | SIGTERM | `trainer/recovery/stop_signal.py`; the loop then saves |
 | a hung or lost rank | `trainer/recovery/watchdog.py` |
 | which checkpoint a run resumes | `trainer/checkpoint/resume.py`, and `find.py` for damaged ones |
@@ -87,7 +88,8 @@ each step:
 | classifier-free guidance | `trainer/diffusion/sampling.py` |
 | the EMA | `trainer/ema.py` |
 | the line on the terminal, metrics.jsonl, wandb | `trainer/monitor/metrics.py` |
-| FLOPs and MFU | `multiply_adds` in `models/configs.py`, `trainer/build/flops.py`, `trainer/loop.py` |
+| FLOPs | of a backbone: `multiply_adds` in `models/configs.py`; of a training step: `trainer/build/flops.py` |
+| MFU | `trainer/loop.py` |
 | the price of a run before it is queued | `trainer/estimate/report.py` |
 | the Slurm script | `launch/slurm/train.sbatch`, filled in by `launch/slurm/job.py` |
 

@@ -19,7 +19,6 @@ FOLDERS = tuple(rooms())
 PACKAGES = (
     "torch", "deepspeed", "accelerate", "webdataset", "transformers", "wandb", "diffusers", "pydantic", "yaml",
     "optuna", "safetensors", "fsspec", "pyarrow", "numpy", "PIL", "sentencepiece", "jinja2", "matplotlib", "rich",
-    "filelock",
 )  # fmt: skip
 OPTIONAL = ("wandb", "matplotlib", "optuna", "deepspeed")  # may be imported inside a function
 
@@ -32,9 +31,7 @@ class Room(NamedTuple):
     never: tuple[str, ...] = ()
 
 
-DATA_PACKAGES = (
-    "torch", "numpy", "PIL", "fsspec", "pyarrow", "webdataset", "transformers", "diffusers", "filelock",
-)  # fmt: skip
+DATA_PACKAGES = ("torch", "numpy", "PIL", "fsspec", "pyarrow", "webdataset", "transformers", "diffusers")
 # What a run is made of, and what advances: it knows neither models nor data nor config files.
 RUN = (
     "trainer.step", "trainer.state", "trainer.run", "trainer.ema", "trainer.rollback", "trainer.checkpoint",
@@ -60,7 +57,7 @@ ROOMS: dict[str, Room] = {
     "trainer.mup.apply": Room(("torch",), ("trainer.mup",)),
     "trainer.diffusion": Room(("torch", "diffusers"), ("trainer.diffusion",)),
     "trainer.parallel": Room(("torch", "accelerate", "deepspeed"), ("trainer.parallel", "trainer.errors")),
-    "trainer.files": Room(("filelock",), ("trainer.errors",)),
+    "trainer.files": Room((), ("trainer.errors",)),
     "trainer.provenance": Room((), ()),
     "trainer.lr_schedule": Room((), ()),
     **dict.fromkeys(
