@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.paths import ROOT
-
 # The models are so small that a second thread costs more than it gives, and tests run side by side.
 torch.set_num_threads(1)
 
-_FAST = (ROOT / "tests/unit", ROOT / "tests/mup")
 _STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
 _running: list[pytest.Item] = []  # the fast test that runs now, if one does
 
@@ -27,8 +24,8 @@ sys.addaudithook(_refuse)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Holds `make test-fast` to its word: a unit test that is not marked slow starts no process."""
-    if any(item.path.is_relative_to(folder) for folder in _FAST) and item.get_closest_marker("slow") is None:
+    """Holds `make test-fast` to its word: what it runs starts no process."""
+    if "not slow" in item.config.option.markexpr:
         _running.append(item)
     try:
         return (yield)
