@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
 
 # A command is started by its path, which puts launch/ first on the path of modules. There export.py would hide the room
-# export/; the root of the checkout takes its place.
+# export/: it goes, and the root of the checkout comes last.
 _HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(_HERE.parent) if Path(entry or ".").resolve() == _HERE else entry for entry in sys.path]
+sys.path[:] = [*(entry for entry in sys.path if Path(entry or ".").resolve() != _HERE), str(_HERE.parent)]
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
