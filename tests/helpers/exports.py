@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from export.read import write_checkpoint
 from launch import export
 from models.backbone import build_model
+from tests.helpers.forked import once
 from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
@@ -46,7 +47,7 @@ def random_checkpoint(
 
 
 def run_export(patch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    patch.setattr(sys, "argv", ["launch/export.py", *map(str, arguments)])
+    patch.setattr(sys, "argv", ["launch/export.py", *once([*map(str, arguments)])])
     assert export.main() == 0
 
 
