@@ -87,7 +87,7 @@ def test_the_image_runs_its_code(tmp_path: Path) -> None:
         return done.stdout.strip()
 
     assert say("python", "-c", "import torch; print(torch.__file__)").startswith(str(tmp_path / "base"))
-    assert say(str(code / "docker/entrypoint.sh"), "python", "-c", IMPORT) == str(code / "trainer" / "config" / "load.py")
+    assert say(str(code / "docker/entrypoint.sh"), "python", "-c", IMPORT) == str(code / "trainer/config/load.py")
     assert (tmp_path / "asked").read_text().splitlines() == [
         "useradd --non-unique --uid 1000 --create-home mudit",
         f"install -d -o 1000 {tmp_path}/work/runs {tmp_path}/work/cache",
