@@ -7,30 +7,25 @@ skipped after a rollback are skipped here too.
 python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-step 0 --to-step 10
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 
-import torch.distributed as dist
-
-from launch.common import run
+from launch.common import command, run
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.input.training_data import TrainingData
-from trainer.parallel.mesh import init_world
+from trainer.parallel.mesh import open_world
 from trainer.recovery.skipped_ranges import data_step, follow, read_skipped_ranges
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a path, or a name under configs/")
+    parser = command(__doc__)
     parser.add_argument(
         "--world-size", type=int, default=1, help="number of processes of the run that is asked about (default: 1)"
     )
     parser.add_argument("--from-step", type=int, default=0, help="first step that is shown (default: 0)")
     parser.add_argument("--to-step", type=int, required=True, help="first step that is not shown")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     first, last, size = arguments.from_step, arguments.to_step, arguments.world_size
     if size < 1 or not 0 <= first <= last:
@@ -41,8 +36,7 @@ def main() -> int:
     config = config.model_copy(update={"data": data})
     resolved = resolve(config, size)
     skipped_ranges, step = read_skipped_ranges(Path(config.run.dir) / str(config.run.name)), first
-    world = init_world(1)
-    try:
+    with open_world(1) as world:
         source = TrainingData(config, resolved, world)
         readers = [
             follow(source.reader(rank, size).batches, lambda: data_step(step, skipped_ranges)) for rank in range(size)
@@ -53,8 +47,6 @@ def main() -> int:
             keys = [name for batch in batches for name in batch.names if name]
             bucket = batches[0].bucket
             print(json.dumps({"step": step, "keys": keys} | ({"bucket": bucket._asdict()} if bucket else {})))
-    finally:
-        dist.destroy_process_group()
     return 0
 
 

@@ -21,7 +21,7 @@ from data.encoders.text import load_text_encoder
 from data.errors import DataError
 from data.index import open_index
 from data.precomputed_write import Precompute
-from launch.common import end_with_torchrun, run
+from launch.common import command, end_with_torchrun, run
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
@@ -65,8 +65,7 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a path, or a name under configs/")
+    parser = command(__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="PREFIX-000000.tar, ...")
     parser.add_argument("--dry-run", action="store_true", help="print what the whole set takes and write nothing")
     parser.add_argument("--images-per-s", type=float, help="rate per process for --dry-run; measured unless given")
@@ -87,7 +86,6 @@ def main() -> int:
     parser.add_argument(
         "--batch-size", type=int, default=32, help="images, and captions, that are encoded together (default: 32)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     for name in ("samples_per_shard", "batch_size", "images_per_s"):
         if (value := getattr(arguments, name)) is not None and value <= 0:

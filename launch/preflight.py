@@ -7,7 +7,6 @@ Every node reduces with two others, so that a bad link and a bad node can be tol
 where a rate is below --least of the median, a clock is more than --clock-s off, or versions differ.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,15 +14,14 @@ import subprocess
 import torch.distributed as dist
 
 from data.storage import open_shards, read_rate
-from launch.common import run
+from launch.common import command, run
 from trainer.config.load import load_config
-from trainer.parallel.mesh import init_world
+from trainer.parallel.mesh import open_world
 from trainer.parallel.preflight import describe, judge, measure
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a path, or a name under configs/; its shards are read")
+    parser = command(__doc__)
     parser.add_argument(
         "--least",
         type=float,
@@ -37,12 +35,10 @@ def main() -> int:
         "--process-nodes", action="store_true", help="take every process for a node of its own (on one machine)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
     under_srun()
-    world = init_world(1)
-    try:
+    with open_world(1) as world:
         data = config.data
         read = None if data.synthetic else read_rate(open_shards(data.all_sources()[0].shards), world.rank)
         found = measure(world, read, arguments.process_nodes)
@@ -51,8 +47,6 @@ def main() -> int:
             written = {"passed": not problems, "problems": problems, "processes": [each._asdict() for each in found]}
             print(json.dumps(written, indent=1) if arguments.json else describe(found, problems), flush=True)
         dist.barrier(group=world.control)  # a launcher ends all processes as soon as one exits with 1
-    finally:
-        dist.destroy_process_group()
     return 1 if problems else 0
 
 

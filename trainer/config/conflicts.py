@@ -42,10 +42,8 @@ def _model_conflicts(c: TrainConfig) -> Iterator[str]:
     else:
         try:
             dataclasses.replace(c.model, width=c.mup.base_width)
-        except ValueError as error:
-            problems = [str(error)]
-            if isinstance(error, ValidationError):
-                problems = [sentence for _, sentence in explain(error, type(c.model), type(c.model), "model.")]
+        except ValidationError as error:
+            problems = [sentence for _, sentence in explain(error, type(c.model), type(c.model), "model.")]
             yield f"mup.base_width {c.mup.base_width} makes no model: {'; '.join(problems)}"
     if c.mup.base_depth is not None and not c.model.residual:
         yield (
