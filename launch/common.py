@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from data.errors import DataError
+from data.redaction import message, redact_logs_and_tracebacks
 from trainer.config.yaml_files import refuse_duplicates
 from trainer.errors import CheckpointError, CompileError, ConfigError, RunError
 
@@ -35,6 +36,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit: 0 success, 1 a check falls short, 2 bad input."""
+    redact_logs_and_tracebacks()
     try:
         code = main() or 0
     except (ConfigError, DataError, CheckpointError, CompileError) as error:
@@ -52,12 +54,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def _report(message: str, code: int, alike: bool = True) -> int:
-    """Print the message on stderr and return the code. alike: all ranks have much the same to say."""
+def _report(text: str, code: int, alike: bool = True) -> int:
+    """Print a message on stderr and return the code. alike: all ranks have much the same to say."""
     if alike and os.environ.get("RANK", "0") != "0":
         # Rank 0 nearly always has the same message; torchrun ends this process before it would repeat it.
         time.sleep(15)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message(text)}", file=sys.stderr, flush=True)
     return code
 
 

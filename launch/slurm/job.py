@@ -1,6 +1,7 @@
 """The job of a run: its script from train.sbatch, and code, config and script frozen in the run folder."""
 
 import argparse
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.redaction import quote
 from trainer.config.load import to_yaml
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
@@ -25,17 +27,48 @@ def new_folder(config: TrainConfig) -> Path:
 def options_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> list[str]:
     """sbatch's options. a: the arguments of launch/submit.py."""
     return [
-        f"--job-name={config.run.name}", f"--nodes={a.nodes}", "--ntasks-per-node=1", f"--partition={a.partition}",
-        f"--time={a.time}", *([f"--gpus-per-node={a.gpus_per_node}"] if a.gpus_per_node else []),
-        *(f"--{key}={value}" for key in ("account", "qos") if (value := getattr(a, key))),
-        "--requeue" if a.chain == 1 else "--no-requeue", "--open-mode=append", f"--output={folder}/slurm-%j.out",
+        option("job-name", config.run.name), f"--nodes={a.nodes}", "--ntasks-per-node=1",
+        option("partition", a.partition), option("time", a.time),
+        *([f"--gpus-per-node={a.gpus_per_node}"] if a.gpus_per_node else []),
+        *(option(key, value) for key in ("account", "qos") if (value := getattr(a, key))),
+        "--requeue" if a.chain == 1 else "--no-requeue", "--open-mode=append",
+        option("output", f"{literal(folder)}/slurm-%j.out"),
         f"--signal=B:USR1@{a.signal_seconds}", *a.sbatch,
     ]  # fmt: skip
+
+
+def option(name: str, value: object) -> str:
+    """An option of sbatch with a value of one word, which Slurm takes apart as a shell does."""
+    return f"--{name}={shlex.quote(str(value))}"
+
+
+def literal(path: Path) -> str:
+    """A path in which Slurm replaces nothing."""
+    return str(path).replace("%", "%%")
+
+
+def directives(options: Sequence[str]) -> str:
+    """The lines of a script that give sbatch its options. Raises ConfigError where one is more than a line."""
+    for each in options:
+        if not each.startswith("-") or not each.isprintable():
+            raise ConfigError(f"sbatch: {quote(each)} is no option; expected --NAME=VALUE on one line")
+    return "\n".join(f"#SBATCH {each}" for each in options)
+
+
+def _one_word(value: object) -> str:
+    """For what the script's shell takes apart at spaces. Raises ConfigError where it would come out as more."""
+    text = str(value)
+    if not text.isprintable() or re.search(r"[\s*?\[]", text):
+        raise ConfigError(
+            f"a container: {quote(text)} holds spaces or wildcards; expected an image or path of one word"
+        )
+    return text
 
 
 def settings_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> dict[str, str]:
     """The environment that train.sbatch reads. a: the arguments of launch/submit.py."""
     mounts = ",".join(m if ":" in m else f"{m}:{m}" for m in [str(Path.cwd()), config.run.dir, *a.mount])
+    here = Path.cwd()
     settings = {
         "MUDIT_CODE": str(folder / "code"),
         "MUDIT_PYTHON": "python" if a.container or a.apptainer else sys.executable,
@@ -45,11 +78,14 @@ def settings_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> dic
     }
     if a.container:
         settings["MUDIT_SRUN"] = (
-            f"--container-image={a.container} --container-mounts={mounts} --container-workdir={Path.cwd()}"
+            f"--container-image={_one_word(a.container)} --container-mounts={_one_word(mounts)}"
+            f" --container-workdir={_one_word(here)}"
             " --container-env=HF_HOME,HF_HUB_OFFLINE,OMP_NUM_THREADS,PYTHONPATH"  # else the image's own win
         )
     if a.apptainer:
-        settings["MUDIT_INSIDE"] = f"apptainer exec --nv --bind {mounts} --pwd {Path.cwd()} {a.apptainer}"
+        settings["MUDIT_INSIDE"] = (
+            f"apptainer exec --nv --bind {_one_word(mounts)} --pwd {_one_word(here)} {_one_word(a.apptainer)}"
+        )
     return settings
 
 
@@ -58,7 +94,7 @@ def job_script(options: Sequence[str], settings: dict[str, str]) -> str:
     shebang, *lines = TEMPLATE.read_text().splitlines()
     body = [line for line in lines if not line.startswith("#")]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]
-    return "\n".join([shebang, *(f"#SBATCH {option}" for option in options), *exports, *body]) + "\n"
+    return "\n".join([shebang, directives(options), *exports, *body]) + "\n"
 
 
 def freeze(config: TrainConfig, folder: Path, script: str) -> None:

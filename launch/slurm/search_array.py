@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launch.slurm.job import directives, literal, option
 from trainer.errors import ConfigError
 from trainer.files import write_atomically
 from trainer.search.definition import Search
@@ -14,16 +15,7 @@ from trainer.search.study import Study
 SEARCH = Path(__file__).resolve().parents[1] / "search.py"
 NOTICE_S = 300  # before the time limit: to save and be queued again
 _SCRIPT = """#!/bin/bash
-#SBATCH --job-name=search-{name}
-#SBATCH --array=0-{last}
-#SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --time={time}
-#SBATCH --output={folder}/logs/array_%a.log
-#SBATCH --open-mode=append
-#SBATCH --requeue
-#SBATCH --signal=B:USR1@{notice}
-{more}
+{directives}
 cd {here}
 # srun without this has one CPU, whatever the job has.
 [ -n "${{SLURM_CPUS_PER_TASK:-}}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
@@ -42,9 +34,13 @@ exit "$ended"
 def array_script(search: Search, arguments: argparse.Namespace) -> str:
     """The batch script. All nodes must reach the study under the same path."""
     gpus = arguments.gpus_per_node
-    more = [f"#SBATCH --partition={arguments.partition}"] if arguments.partition else []
-    more += [f"#SBATCH --gpus-per-node={gpus}"] if gpus else []
-    more += [f"#SBATCH {option}" for option in arguments.sbatch]
+    options = [
+        option("job-name", f"search-{search.name}"), f"--array=0-{arguments.array - 1}", "--nodes=1", "--ntasks=1",
+        option("time", arguments.time), option("output", f"{literal(search.folder.resolve())}/logs/array_%a.log"),
+        "--open-mode=append", "--requeue", f"--signal=B:USR1@{NOTICE_S}",
+        *([option("partition", arguments.partition)] if arguments.partition else []),
+        *([f"--gpus-per-node={gpus}"] if gpus else []), *arguments.sbatch,
+    ]  # fmt: skip
     launcher = [sys.executable]
     if gpus > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
@@ -53,12 +49,7 @@ def array_script(search: Search, arguments: argparse.Namespace) -> str:
         launcher += ["--shutdown-timeout", str(NOTICE_S // 2)]
     command = [*launcher, str(SEARCH), "run", "--config", arguments.config, *arguments.overrides]
     return _SCRIPT.format(
-        name=search.name,
-        last=arguments.array - 1,
-        time=arguments.time,
-        folder=search.folder.resolve(),
-        notice=NOTICE_S,
-        more="\n".join(more),
+        directives=directives(options),
         here=shlex.quote(str(Path.cwd())),
         command=shlex.join(command),
     )

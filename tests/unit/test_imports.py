@@ -36,11 +36,14 @@ DATA_PACKAGES = ("torch", "numpy", "PIL", "fsspec", "pyarrow", "webdataset", "tr
 RUN = (
     "trainer.step", "trainer.state", "trainer.run", "trainer.ema", "trainer.rollback", "trainer.checkpoint",
     "trainer.recovery", "trainer.monitor", "trainer.mup", "trainer.parallel", "trainer.errors", "trainer.files",
-    "trainer.collectives", "data.errors",
+    "trainer.collectives", "data.errors", "data.redaction",
 )  # fmt: skip
 RUN_ROOM = Room(("torch",), RUN)
 SUBJECT = Room(("torch", "numpy", "optuna", "matplotlib", "jinja2", "rich"), ("models.flops", "trainer", "data"))
-CONFIG = ("models.configs", "models.registry", "data.config", "data.errors", "trainer.config", "trainer.errors")
+CONFIG = (
+    "models.configs", "models.registry", "data.config", "data.errors", "data.redaction", "trainer.config",
+    "trainer.errors",
+)  # fmt: skip
 
 # The longest prefix of a module's name is its room; a module of trainer/ without one must be added here.
 # trainer.build, the one composition root, stands only in the lists of those that may import it.
@@ -49,8 +52,9 @@ ROOMS: dict[str, Room] = {
     "models.configs": Room(("pydantic",), ()),
     "models.registry": Room((), ("models.configs",)),
     "data": Room(DATA_PACKAGES, ("data",), ("torch.distributed",)),
-    "data.config": Room(("pydantic",), ("data.errors",)),
+    "data.config": Room(("pydantic",), ("data.errors", "data.redaction")),
     "data.errors": Room((), ()),
+    "data.redaction": Room((), ()),
     "trainer.errors": Room((), ()),
     "trainer.config": Room(("pydantic", "yaml"), CONFIG),
     "trainer.mup": Room((), ("trainer.mup.rules", "trainer.mup.table")),
@@ -98,7 +102,7 @@ ROOMS: dict[str, Room] = {
     "trainer.build": Room(PACKAGES, ("models", "data", "trainer")),
     "export": Room(
         ("torch", "safetensors", "diffusers", "transformers"),
-        ("models", "data.encoders", "data.config", "data.files", "data.errors", "trainer", "export"),
+        ("models", "data.encoders", "data.config", "data.files", "data.errors", "data.redaction", "trainer", "export"),
     ),
     "launch": Room(PACKAGES, ("trainer", "data", "export", "launch")),
 }
@@ -108,6 +112,7 @@ NO_TORCH = (
     "models.registry",
     "data.config",
     "data.errors",
+    "data.redaction",
     "trainer.errors",
     "trainer.config.load",
     "trainer.evaluate.suite",

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from data.redaction import quote
 from models.configs import ModelConfig
 from models.registry import DEFAULT_KIND, MODEL_KINDS
 
@@ -18,7 +19,7 @@ from ..errors import ConfigError
 from .conflicts import conflicts
 from .keys import keys_of, leaf_keys, plain
 from .messages import explain
-from .schema import Section, TrainConfig
+from .schema import NAME_FORM, Section, TrainConfig, is_name
 from .yaml_files import find_config, nearest, override, read
 
 S = TypeVar("S", bound=Section)
@@ -28,7 +29,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a config by path or name, apply `section.key=value` overrides, validate; raises ConfigError."""
     path = find_config(name)
     config = parse(read(path), path.name, overrides)
-    run = config.run.model_copy(update={"name": config.run.name or path.stem})
+    name = config.run.name or path.stem
+    # Asked of runs that are to start, not of checkpoints, which may be older than this rule.
+    if not is_name(name):
+        raise refused(path.name, [f"run.name: {quote(name)} names no folder; expected {NAME_FORM}: give run.name=..."])
+    run = config.run.model_copy(update={"name": name})
     return config.model_copy(update={"run": run})
 
 

@@ -7,6 +7,7 @@ runtime     the change is free. Paths are runtime: what lies there is compared b
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -26,11 +27,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def is_name(text: str) -> bool:
+    """Whether a text may name a folder and a job: it is no path, no option, and one word in any script."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,:+=@-]{0,99}", text) is not None
+
+
+NAME_FORM = "letters, digits and _ . , : + = @ - (100 at most, the first one a letter, a digit or _)"
+
+
 class RunConfig(Section):
     """The run folder: its name, what it starts from, and which checkpoints it keeps."""
 
     name: str | None = None
-    """Name of the run folder; null takes the name of the config file."""
+    """Name of the run folder: letters, digits and _ . , : + = @ -; null takes the name of the config file."""
     dir: str = "runs"
     """Folder that holds the run folders."""
     resume: bool = True

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.redaction import quote
+
 from ..config.keys import flatten, plain
 from ..config.load import load_config
-from ..config.schema import TrainConfig
+from ..config.schema import NAME_FORM, TrainConfig, is_name
 from ..config.yaml_files import find_config, nearest, override, read
 from ..errors import ConfigError
 from .space import SAMPLERS, Dimension, Point, Sampler, as_overrides, check_grid, grid_size, parse_space, refusal
@@ -95,7 +97,7 @@ def parse_search(data: Mapping[str, Any], source: str, name: str, overrides: Seq
     values = {"name": name, **{key: data[key] for key in _KEYS if key in data}}
     problems += [f"{key} is missing" for key in ("config", "space") if key not in values]
     problems += [
-        f"{key} must be {what}, got {values[key]!r}"
+        f"{key} must be {what}, got {quote(values[key])}"
         for key, (what, fits) in _CHECKS.items()
         if values.get(key) is not None and not fits(values[key])
     ]
@@ -136,7 +138,7 @@ def _fits_published(value: Any) -> bool:
 
 
 _CHECKS: dict[str, tuple[str, Any]] = {
-    "name": ("a folder's name", lambda v: isinstance(v, str) and v and "/" not in v),
+    "name": (f"a folder's name of {NAME_FORM}", lambda v: isinstance(v, str) and is_name(v)),
     "config": ("the name of a config", lambda v: isinstance(v, str)),
     "target": ("the name of a config", lambda v: isinstance(v, str)),
     "overrides": (

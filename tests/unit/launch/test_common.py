@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,25 @@ def test_one_message_and_no_traceback(error: Exception, said: str, capsys: pytes
         run(lambda: failing(error))
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_foreign_text_neither_steers_the_terminal_nor_tells_secrets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    told = "shard \x1b]0;x\x07 of https://me:hunter2@host/a\u202e.tar"
+    with pytest.raises(SystemExit):
+        run(lambda: failing(DataError(told)))
+    with pytest.raises(KeyError) as uncaught:
+        run(lambda: failing(KeyError(told)))
+    sys.excepthook(uncaught.type, uncaught.value, uncaught.tb)
+    assert logging.lastResort is not None
+    logging.lastResort.handle(logging.LogRecord("data.any", logging.WARNING, "", 0, "%s", (told,), None))
+    said = capsys.readouterr().err
+    assert r"error: shard \x1b]0;x\x07 of https://***@host/a\u202e.tar" in said
+    assert said.count("https://***@host/a") >= 3
+    assert "hunter2" not in said
+    assert not {"\x1b", "\x07", "\u202e"} & set(said)
 
 
 def test_a_full_disk(capsys: pytest.CaptureFixture[str]) -> None:

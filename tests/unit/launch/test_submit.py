@@ -67,6 +67,32 @@ def test_bad_input(
         submitted(monkeypatch, tmp_path, *arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run.name='a\\ntouch hacked'",), ("run.name=../up",), ("run.name=-rf",), ("run.name='a b'",),
+        ("--account", "me\ntouch hacked"), ("--qos", "a\n#SBATCH --uid=root"), ("--partition", "gpu\nid"),
+        ("--time", "1:00\nid"), ("--sbatch", "id"), ("--sbatch=--mem=0\nid",), ("--container", "image --privileged"),
+        ("--apptainer", "a\nb"), ("--container", "image", "--mount", "/data *"),
+    ],
+)  # fmt: skip
+def test_nothing_given_becomes_a_line_of_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError, match=r"expected") as error:
+        submitted(monkeypatch, tmp_path, "--dry-run", *arguments)
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_values_of_sbatch_are_one_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submitted(monkeypatch, tmp_path / "50% here", "--dry-run", "--account", "a --uid=0 # b") == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --account='a --uid=0 # b'\n" in script
+    assert "/50%% here/mmdit_debug_mup/jobs/001/slurm-%j.out'\n" in script
+
+
 def test_no_sbatch_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="login node"):

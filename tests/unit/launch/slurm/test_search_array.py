@@ -44,6 +44,12 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(Study.load(str(wanted.folder)).trials()) == 12, "stored before a job starts"
 
 
+def test_no_line_is_slipped_in(tmp_path: Path) -> None:
+    for changes in ({"time": "1:00\nid"}, {"partition": "gpu\nid"}, {"sbatch": ["--mem=0\nid"]}):
+        with pytest.raises(ConfigError, match="on one line"):
+            submit_array(search(tmp_path), arguments(**changes))
+
+
 def test_one_device_needs_no_torchrun(tmp_path: Path) -> None:
     wanted = search(tmp_path)
     submit_array(wanted, arguments(gpus_per_node=0, partition=None))

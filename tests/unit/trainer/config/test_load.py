@@ -328,6 +328,12 @@ def test_run_name_defaults_to_the_file(override: str) -> None:
     assert load_config(DEBUG, [override]).run.name == DEBUG
 
 
+def test_a_file_whose_name_names_no_run(tmp_path: Path) -> None:
+    path = written(tmp_path, **{"a b": f"extends: {DEBUG}\n"})
+    assert "run.name: 'a b' names no folder; expected letters" in message(name=path)
+    assert load_config(path, ["run.name=a_b"]).run.name == "a_b"
+
+
 # ---------------------------------------------------------------------------------------------------------- conflicts
 @pytest.mark.parametrize(
     ("overrides", "problem"),
