@@ -56,8 +56,12 @@ class MuDiTPipeline(DiffusionPipeline):
             vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder)
         if text_encoder is None and text_encoder_source is not None:
             class_name, path, subfolder, tokenizer_subfolder = text_encoder_source
-            text_encoder = getattr(transformers, str(class_name)).from_pretrained(path, subfolder=subfolder or "")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=tokenizer_subfolder or "")
+            text_encoder = getattr(transformers, str(class_name)).from_pretrained(
+                path, subfolder=subfolder or "", trust_remote_code=False
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                path, subfolder=tokenizer_subfolder or "", trust_remote_code=False
+            )
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )

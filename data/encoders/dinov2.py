@@ -61,10 +61,12 @@ def load_feature_encoder(path: str, width: int, device: torch.device | str, dtyp
         raise DataError("objective.repa_encoder is none: REPA needs the folder or hub id of a DINOv2")
     quieten()
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type not in ("dinov2", "dinov2_with_registers"):
             raise DataError(f"objective.repa_encoder: {path!r} is a {config.model_type}; expected a DINOv2")
-        model = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        model = AutoModel.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False
+        )
     except DataError:
         raise
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -100,7 +100,9 @@ def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
     """(the class of transformers that loads the encoder, the dtype of its stored weights), from its config alone.
     Raises DataError where that cannot be read."""
     try:
-        config = AutoConfig.from_pretrained(cfg.path, **({"subfolder": cfg.subfolder} if cfg.subfolder else {}))
+        config = AutoConfig.from_pretrained(
+            cfg.path, trust_remote_code=False, **({"subfolder": cfg.subfolder} if cfg.subfolder else {})
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
     return _ENCODERS.get(config.model_type, AutoModel).__name__, getattr(config, "dtype", None) or torch.float32
@@ -126,7 +128,7 @@ def load_text_encoder(
     where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
     tokenizer_where = {"subfolder": folder} if (folder := tokenizer_subfolder(cfg)) else {}
     try:
-        config = AutoConfig.from_pretrained(cfg.path, **where)
+        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False, **where)
         width = getattr(config, "hidden_size", None)
         if width is None:
             raise DataError(
@@ -139,10 +141,15 @@ def load_text_encoder(
         if shapes_only:
             device = "meta"
             with torch.device(device):
-                model = getattr(model_class, "_from_config", AutoModel.from_config)(config, **kind)
+                if model_class is AutoModel:
+                    model = AutoModel.from_config(config, trust_remote_code=False, **kind)
+                else:
+                    model = model_class._from_config(config, **kind)
         else:
-            model = model_class.from_pretrained(cfg.path, use_safetensors=True, **kind, **where)
-        tokenizer = AutoTokenizer.from_pretrained(cfg.path, **tokenizer_where)
+            model = model_class.from_pretrained(
+                cfg.path, use_safetensors=True, trust_remote_code=False, **kind, **where
+            )
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=False, **tokenizer_where)
     except DataError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:

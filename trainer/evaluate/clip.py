@@ -24,8 +24,10 @@ class Clip:
         quieten()
         try:
             # ViT-B/32 is published as pytorch_model.bin alone, which transformers reads without running what is in it.
-            self._model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32)
-            self._tokenizer = AutoTokenizer.from_pretrained(path)
+            self._model: Any = CLIPModel.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
+            self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise DataError(

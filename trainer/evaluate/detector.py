@@ -52,7 +52,9 @@ class Detector:
     def __init__(self, path: str, clip: Clip, device: torch.device | str = "cpu") -> None:
         quieten()
         try:
-            model: Any = Segmenter.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+            model: Any = Segmenter.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise DataError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import math
 import shutil
@@ -16,12 +18,16 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from data.config import AutoencoderConfig, TextEncoderConfig
 from data.debug import ensure_debug_assets
 from data.encoders.autoencoder import Autoencoder, PixelAutoencoder, load_autoencoder
+from data.encoders.dinov2 import load_feature_encoder
 from data.encoders.text import TextEncoder, load_text_encoder
 from data.errors import DataError
 from data.index import ImageTextIndex
 from data.storage import open_shards
+from tests.helpers.paths import ROOT
 from trainer.config.load import parse
 from trainer.errors import ConfigError
+from trainer.evaluate.clip import Clip
+from trainer.provenance import rooms
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +129,42 @@ def test_text_encoder_errors_name_key_and_remedy(assets: Path, tmp_path: Path) -
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"\*\.safetensors"):
         t5(assets, path=str(tmp_path / "pickled"))
+
+
+@pytest.mark.parametrize("name", ["AutoConfig", "AutoTokenizer", "known config"])
+def test_code_beside_the_weights_never_runs(
+    name: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where transformers would ask on standard input, and the answer is yes."""
+    folder, ran = tmp_path / "t5", tmp_path / "ran"
+    shutil.copytree(assets / "t5", folder)
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    every = {"AutoConfig": "evil.A", "AutoModel": "evil.B", "AutoTokenizer": ["evil.C", None]}
+    kind = {} if name == "known config" else {"model_type": "unknown"}
+    for file in ("config.json", "tokenizer_config.json"):
+        path = folder / file
+        stored = json.loads(path.read_text()) | {"auto_map": every} | ({} if name == "AutoTokenizer" else kind)
+        path.write_text(json.dumps(stored | ({"tokenizer_class": "Unknown"} if name == "AutoTokenizer" else {})))
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    if name == "known config":
+        t5(assets, path=str(folder))
+    else:
+        with pytest.raises(DataError, match=r"text_encoder.path: .* cannot be loaded"):
+            t5(assets, path=str(folder))
+    with pytest.raises(DataError):
+        load_feature_encoder(str(folder), 64, "cpu", torch.float32)
+    with contextlib.suppress(DataError):
+        Clip(str(folder))
+    assert not ran.exists()
+
+
+def test_no_call_of_transformers_lets_code_run() -> None:
+    for path in sorted(p for room in rooms() for p in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and (call := ast.unparse(node)).partition("(")[0].endswith("from_pretrained"):
+                asked = "trust_remote_code=False" in call or call.startswith("AutoencoderKL.")
+                assert asked, f"{path}:{node.lineno}: {call}"
 
 
 def vae_folder(folder: Path, drop: str | None = None, **options: Any) -> Path:
