@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .files import lock, temporary_beside
+from .files import lock, open_plain, temporary_beside
 
 BLOCK_BYTES = 8 << 20
 _FULL, _AFTER = 7 / 8, 3 / 4  # shares of the limit at which removal begins and ends
@@ -61,7 +61,7 @@ class BlockCache:
 
     def _make_room(self) -> None:
         """Remove the blocks that were not read for longest. One process at a time does it; the others go on."""
-        with contextlib.suppress(OSError), open(self._folder / ".lock", "w") as lock_file:
+        with contextlib.suppress(OSError), open_plain(self._folder / ".lock", "a") as lock_file:
             lock(lock_file, wait=False)
             blocks = []
             for path in self._folder.glob("*/*"):

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from .errors import DataError
 
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """The path of a temporary file in the folder of `path`: renamed to `path` on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _name_beside(path)
+    temporary.touch(exist_ok=False)  # with the rights that umask leaves; tempfile's functions do not ask it
     try:
         yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,10 +35,10 @@ def folder_once(folder: Path) -> Iterator[Path]:
     Where another process was quicker and `folder` exists by then, the temporary one is dropped.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    temporary = _name_beside(folder)
+    temporary.mkdir()
     try:
         yield temporary
-        os.chmod(temporary, 0o755)
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -45,6 +46,42 @@ def folder_once(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_beside(path: Path) -> Path:
+    """A name that nobody can foresee and put a link at."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def open_plain(path: Path, mode: str) -> Any:
+    """As open(path, mode), but never through a link: in a folder from elsewhere it may lead to any file of the user's.
+
+    Raises DataError where the path is a link.
+    """
+    try:
+        return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise DataError(f"{path} is a link, through which nothing is opened: remove it") from None
+
+
+def refuse_links(folder: Path, inside: Collection[str] = (), may_be_links: Collection[str] = ()) -> None:
+    """Raise DataError where a folder that is to be written holds a link, a pipe or a device: what is written there by
+    its name would go elsewhere, or wait for ever.
+
+    inside: folders in it that are looked into as well. may_be_links: folders in it that may lie elsewhere.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name in inside:
+                    refuse_links(Path(entry.path))
+            elif not entry.is_file(follow_symlinks=False) and not (entry.name in may_be_links and entry.is_dir()):
+                raise DataError(
+                    f"{entry.path} is a link, a pipe or a device; expected files and folders alone: remove it, or put "
+                    "what it leads to in its place"
+                )
 
 
 def lock(file: IO[Any], wait: bool = True) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from .captions import CaptionFile
 from .config import DataConfig
 from .errors import DataError
-from .files import folder_once, lock, temporary_beside
+from .files import folder_once, lock, open_plain, temporary_beside
 from .order import Source
 from .precomputed_format import Dataset, open_dataset
 from .shard_index import ABSENT, ShardIndex, load_index
@@ -146,7 +146,9 @@ class ImageTextIndex:
         if packed is not None and not packed.is_dir():
             try:
                 packed.parent.mkdir(parents=True, exist_ok=True)
-                with open(packed.with_suffix(".lock"), "w") as lock_file:  # a machine's processes come all at once
+                with open_plain(
+                    packed.with_suffix(".lock"), "a"
+                ) as lock_file:  # a machine's processes come all at once
                     lock(lock_file)
                     if not packed.is_dir():
                         with folder_once(packed) as temporary:

@@ -30,7 +30,7 @@ from .encoders.autoencoder import Autoencoder
 from .encoders.dinov2 import FeatureEncoder
 from .encoders.text import TextEncoder
 from .errors import DataError, SampleError, StoreError
-from .files import lock, temporary_beside
+from .files import lock, open_plain, temporary_beside
 from .images import decode_image
 from .index import ImageTextIndex
 from .order import END_OF_DATA, Chunk
@@ -180,7 +180,7 @@ class Precompute:
     def _locked(self) -> Iterator[None]:
         """Hold the lock of the set's own files (all but the shards), and remove what killed processes left of them."""
         folder = self.prefix.parent
-        with open(folder / ".lock", "w") as lock_file:
+        with open_plain(folder / ".lock", "a") as lock_file:
             with contextlib.suppress(OSError):  # a file system without locks
                 lock(lock_file)
             for name in (DATASET, _UNFINISHED, EMPTY_CAPTION):
@@ -224,7 +224,7 @@ class Precompute:
         holes: Counter[str] = Counter()
         # Always the same name, not temporary_beside's: so it can be locked, and what a kill left is overwritten.
         beside = path.with_name(f".{path.name}.tmp")
-        with open(beside, "ab") as file:
+        with open_plain(beside, "ab") as file:
             try:
                 lock(file, wait=False)
             except BlockingIOError:

@@ -7,7 +7,13 @@ import time
 from pathlib import Path
 from typing import IO
 
+from data.files import open_plain, refuse_links
+
 from .errors import CheckpointError
+
+# Of a run, a study and an evaluation: in these files are written by their names; in the others, whole folders are made.
+_FOLDERS = ("jobs", "locks", "logs", "report", "samples", "stacks")
+_MAY_LIE_ELSEWHERE = ("checkpoints", "ema")
 
 
 class NoLocksError(OSError):
@@ -18,7 +24,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """The whole content or nothing, also after a crash of the machine, and whoever else writes it at the same time."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(beside, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -36,7 +42,7 @@ def try_lock(path: Path) -> IO[str] | None:
     """
     # Not by the package filelock: where flock is missing (ENOSYS) it falls back to a marker file, which stays behind
     # after kill -9, so that a dead process would hold its folder for ever.
-    file = open(path, "w")  # noqa: SIM115 (open as long as the lock is held)
+    file = open_plain(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -53,12 +59,14 @@ def lock_folder(folder: Path, wait_s: float = 30.0, other: str = "another run.na
 
     other: what a user can choose in its place, as the error messages say it.
 
-    Waits for a predecessor that is ending. Raises CheckpointError where the folder stays in use, or cannot be written.
+    Waits for a predecessor that is ending. Raises CheckpointError where the folder stays in use, or cannot be written,
+    DataError where it holds links.
     On a file system without locks the folder is not protected.
     """
     path, deadline = folder / ".lock", time.monotonic() + wait_s
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder, _FOLDERS, _MAY_LIE_ELSEWHERE)
         while (file := try_lock(path)) is None:
             if time.monotonic() > deadline:
                 raise CheckpointError(
@@ -67,7 +75,7 @@ def lock_folder(folder: Path, wait_s: float = 30.0, other: str = "another run.na
             time.sleep(0.2)
         return file
     except NoLocksError:
-        return open(path, "w")
+        return open_plain(path, "a")
     except OSError as error:
         raise CheckpointError(f"the folder {folder} cannot be written ({error}): choose {other}") from None
 

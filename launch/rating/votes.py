@@ -43,7 +43,7 @@ class Votes:
     """The file of votes, which threads of this process may share. A rater's last vote on a question counts."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
+        if not path.is_file() or path.is_symlink():
             raise DataError(f"{path} does not exist: expected the votes.db that rate.py writes")
         self._lock = threading.Lock()
         try:
@@ -60,10 +60,10 @@ class Votes:
     def create(cls, path: Path, study: dict[str, Any]) -> Self:
         """study: what is compared, as JSON data."""
         with temporary_beside(path) as beside, contextlib.closing(sqlite3.connect(beside)) as file:
+            beside.chmod(0o600)  # it holds the token
             file.executescript(_TABLES)
             with file:
                 file.execute("INSERT INTO study VALUES (?)", (json.dumps(study),))
-        path.chmod(0o600)  # it holds the token
         return cls(path)
 
     def close(self) -> None:

@@ -6,9 +6,9 @@ Reads RUN/evaluate/SUITE/step_*/results.json of each run, the baseline first, an
 table.png. Values of different protocols are never put side by side.
 """
 
+import io
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -237,6 +237,6 @@ def plot(values: Sequence[Value], comparisons: Sequence[Comparison], path: Path)
         axes.legend(fontsize=8)
     for axes in spare[len(panels) :]:
         axes.set_visible(False)
-    beside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(beside, dpi=120, format="png")
-    os.replace(beside, path)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_atomically(path, image.getvalue())

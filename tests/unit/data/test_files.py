@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from data.files import folder_once, lock, temporary_beside
+from data.errors import DataError
+from data.files import folder_once, lock, open_plain, temporary_beside
 
 
 def test_a_file_is_complete_or_absent(tmp_path: Path) -> None:
@@ -34,6 +37,31 @@ def test_of_two_folders_the_first_stays(tmp_path: Path) -> None:
             (quicker / "who").write_text("the quicker one")
     assert (tmp_path / "folder" / "who").read_text() == "the quicker one"
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_umask_is_honoured(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with temporary_beside(tmp_path / "file"):
+            pass
+        with folder_once(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~umask
+
+
+def test_nothing_is_opened_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    for mode in ("a", "w", "r"):
+        with pytest.raises(DataError, match=f"{tmp_path}/link is a link"):
+            open_plain(tmp_path / "link", mode)
+    assert (tmp_path / "precious").read_text() == "precious"
+    with open_plain(tmp_path / "precious", "r") as file:
+        assert file.read() == "precious"
 
 
 def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:

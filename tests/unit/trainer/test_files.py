@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data.errors import DataError
 from trainer.errors import CheckpointError
 from trainer.files import NoLocksError, lock_folder, try_lock, write_atomically
 
@@ -40,6 +41,32 @@ def test_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         try_lock(tmp_path / "lock")
     with lock_folder(tmp_path, wait_s=0), lock_folder(tmp_path, wait_s=0):
         pass
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "metrics.jsonl", "wandb_id.txt", "samples", "samples/prompts.txt", "logs/0000_rank0.log", "pipe"]
+)
+def test_nothing_is_written_through_what_a_foreign_run_folder_holds(name: str, tmp_path: Path) -> None:
+    precious, run = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("precious")
+    (run / name).parent.mkdir(parents=True)
+    if name == "pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to(tmp_path if name == "samples" else precious)
+    with pytest.raises(DataError, match=f"{run / name} is a link, a pipe or a device; expected"):
+        lock_folder(run, wait_s=0)
+    assert precious.read_text() == "precious"
+    (run / "other").symlink_to(precious)
+    with pytest.raises(DataError, match="is a link, through which nothing is opened"):
+        try_lock(run / "other")
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    lock_folder(tmp_path / "run", wait_s=0).close()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
