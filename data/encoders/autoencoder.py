@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from ..config import NONE, AutoencoderConfig
 from ..errors import DataError
 from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, unit_range
+from .weights import check_found
 
 _VAE_FIELDS = (
     "in_channels",
@@ -114,11 +115,15 @@ def load_autoencoder(
         where: dict[str, Any] = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
         try:
             # The file itself is read: the model's config would replace a missing scaling_factor by that of SD 1.
-            stored = AutoencoderKL.load_config(cfg.path, **where)
-            model = AutoencoderKL.from_pretrained(cfg.path, torch_dtype=dtype, use_safetensors=True, **where)
+            stored: Any = AutoencoderKL.load_config(cfg.path, **where)
+            _check_kind(cfg.path, stored)
+            loading: Any = AutoencoderKL.from_pretrained(
+                cfg.path, torch_dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+            )
+            model, found = loading
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise load_error("autoencoder.path", cfg.path, cfg.subfolder, error) from error
-        assert isinstance(stored, dict)
+        check_found(found, cfg.path, "autoencoder.path")
         if "scaling_factor" not in stored and _is_of_sd1(stored):
             stored = {**stored, "scaling_factor": _SD1_SCALE}
         scale, shift = stored.get("scaling_factor"), stored.get("shift_factor")
@@ -140,6 +145,16 @@ def load_autoencoder(
                 f"set it to {found}"
             )
     return loaded
+
+
+def _check_kind(path: str, stored: Mapping[str, Any]) -> None:
+    """Raise DataError where a config.json is that of another kind of autoencoder, or of a pipeline."""
+    kind = stored.get("_class_name", AutoencoderKL.__name__)
+    if kind != AutoencoderKL.__name__:
+        raise DataError(
+            f"autoencoder.path: {path!r} is a {kind}; only AutoencoderKL is supported, the kind of SD 1, SDXL, SD 3 "
+            "and FLUX.1 (of a pipeline name the folder vae: autoencoder.subfolder=vae)"
+        )
 
 
 def _is_of_sd1(stored: Mapping[str, Any]) -> bool:

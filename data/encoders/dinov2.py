@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel
 from ..config import NONE
 from ..errors import DataError
 from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten
+from .weights import load_whole
 
 _DINO_FIELDS = (
     "model_type",
@@ -64,8 +65,13 @@ def load_feature_encoder(path: str, width: int, device: torch.device | str, dtyp
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type not in ("dinov2", "dinov2_with_registers"):
             raise DataError(f"objective.repa_encoder: {path!r} is a {config.model_type}; expected a DINOv2")
-        model = AutoModel.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False
+        model = load_whole(
+            AutoModel,
+            path,
+            "objective.repa_encoder",
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
         )
     except DataError:
         raise

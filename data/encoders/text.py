@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from ..config import NONE, TextEncoderConfig
 from ..errors import DataError
 from .loading import fingerprint_of, freeze, load_error, quieten
+from .weights import load_whole
 
 # Of an encoder-decoder only the encoder is loaded; every other kind of model is loaded whole by AutoModel.
 _ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
@@ -25,6 +26,8 @@ _TEXT_FIELDS = (
     "max_position_embeddings", "layer_norm_epsilon", "layer_norm_eps",
 )
 # fmt: on
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "vocab.txt")
+_CAPTIONS = ("a red apple on a table", "two dogs running through snow", "the old city at night, seen from the river")
 _PROBE_TEXT = "The 2 quick brown foxes; \u00b5 'caf\u00e9' \u732b"  # tells tokenizers apart
 
 
@@ -126,7 +129,6 @@ def load_text_encoder(
         raise DataError("text_encoder.path is 'none': give the folder or hub id of a text encoder")
     quieten()
     where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
-    tokenizer_where = {"subfolder": folder} if (folder := tokenizer_subfolder(cfg)) else {}
     try:
         config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False, **where)
         width = getattr(config, "hidden_size", None)
@@ -135,21 +137,9 @@ def load_text_encoder(
                 f"text_encoder.path: {cfg.path!r} is a {config.model_type}, not a text encoder alone: name the folder "
                 "of one (its config.json has a hidden_size)"
             )
-        model_class = _ENCODERS.get(config.model_type, AutoModel)
-        ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _mask_unseen)
-        kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
-        if shapes_only:
-            device = "meta"
-            with torch.device(device):
-                if model_class is AutoModel:
-                    model = AutoModel.from_config(config, trust_remote_code=False, **kind)
-                else:
-                    model = model_class._from_config(config, **kind)
-        else:
-            model = model_class.from_pretrained(
-                cfg.path, use_safetensors=True, trust_remote_code=False, **kind, **where
-            )
-        tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=False, **tokenizer_where)
+        model = _load_model(cfg, config, dtype, shapes_only)
+        tokenizer_path, tokenizer_where = _tokenizer_place(cfg)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False, **tokenizer_where)
     except DataError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -162,7 +152,63 @@ def load_text_encoder(
         raise DataError(
             f"text_encoder.max_length is {cfg.max_length}, but {cfg.path!r} has {longest} positions: set at most that"
         )
-    freeze(model, device)
+    _check_tokens(cfg, tokenizer)
+    freeze(model, "meta" if shapes_only else device)
     probe = tokenizer(_PROBE_TEXT)["input_ids"]
     fingerprint = "" if shapes_only else fingerprint_of(config.to_dict(), _TEXT_FIELDS, model, probe)
-    return TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
+    encoder = TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
+    if not shapes_only:
+        _check_states(cfg, encoder)
+    return encoder
+
+
+def _load_model(cfg: TextEncoderConfig, config: Any, dtype: torch.dtype, shapes_only: bool) -> Any:
+    """The model of transformers. config: its own."""
+    model_class = _ENCODERS.get(config.model_type, AutoModel)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _mask_unseen)
+    kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
+    if not shapes_only:
+        where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
+        return load_whole(model_class, cfg.path, "text_encoder.path", use_safetensors=True, **kind, **where)
+    with torch.device("meta"):
+        if model_class is AutoModel:
+            return AutoModel.from_config(config, trust_remote_code=False, **kind)
+        return model_class._from_config(config, **kind)
+
+
+def _tokenizer_place(cfg: TextEncoderConfig) -> tuple[str, dict[str, str]]:
+    """(path, options) of the tokenizer. A folder text_encoder of a pipeline, named without the pipeline, has its
+    tokenizer beside it."""
+    if subfolder := tokenizer_subfolder(cfg):
+        return cfg.path, {"subfolder": subfolder}
+    folder = Path(cfg.path)
+    beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES) and beside.is_dir():
+        return str(beside), {}
+    return cfg.path, {}
+
+
+def _check_tokens(cfg: TextEncoderConfig, tokenizer: Any) -> None:
+    """Raise DataError where the tokenizer does not tell captions apart: without its files transformers makes one that
+    knows no word, and says nothing."""
+    ids = [tokenizer(caption)["input_ids"] for caption in _CAPTIONS]
+    flat = [number for row in ids for number in row]
+    unknown = 0 if tokenizer.unk_token_id is None else flat.count(tokenizer.unk_token_id)
+    if len({tuple(row) for row in ids}) < len(ids) or 4 * unknown > len(flat):
+        path, where = _tokenizer_place(cfg)
+        raise DataError(
+            f"text_encoder.path: the tokenizer at {'/'.join([path, *where.values()])!r} knows {len(flat) - unknown} of "
+            f"{len(flat)} tokens of plain English captions: put the tokenizer's files there (a pipeline keeps those of "
+            "its folder text_encoder_3 in tokenizer_3)"
+        )
+
+
+def _check_states(cfg: TextEncoderConfig, encoder: TextEncoder) -> None:
+    """Raise DataError where the states of captions are not finite, or do not tell them apart."""
+    states, mask = encoder._encode(list(_CAPTIONS), 32)  # not encode, which would keep the empty caption's
+    means = (states.double() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # [3, D]
+    if not means.isfinite().all() or len(means.unique(dim=0)) < len(means):
+        raise DataError(
+            f"text_encoder.path: {cfg.path!r} gives states that are not finite, or the same for different captions, in "
+            f"{encoder.model.dtype}: its weights are damaged, or need another parallel.precision"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from data.encoders.loading import model_fingerprint, quieten
+from data.encoders.weights import load_whole
 from data.errors import DataError
 
 from .inception import full_float32
@@ -24,8 +25,12 @@ class Clip:
         quieten()
         try:
             # ViT-B/32 is published as pytorch_model.bin alone, which transformers reads without running what is in it.
-            self._model: Any = CLIPModel.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            self._model: Any = load_whole(
+                CLIPModel,
+                path,
+                "clip",
+                dtype=torch.float32,
+                attn_implementation="sdpa",
             )
             self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerModel
 
 from data.encoders.loading import model_fingerprint, quieten
+from data.encoders.weights import load_whole
 from data.errors import DataError
 
 from .clip import Clip
@@ -52,8 +53,12 @@ class Detector:
     def __init__(self, path: str, clip: Clip, device: torch.device | str = "cpu") -> None:
         quieten()
         try:
-            model: Any = Segmenter.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            model: Any = load_whole(
+                Segmenter,
+                path,
+                "detector",
+                dtype=torch.float32,
+                use_safetensors=True,
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().partition("\n")[0]
