@@ -1,6 +1,6 @@
 """Captions: as the members of a shard hold them, and as a file beside the shards gives them by the image's name.
 
-A file of (image, caption) is joined to the samples in one pass. Meanwhile 24 bytes per caption stay in memory; the
+A file of (image, caption) is joined to the samples in one pass. Meanwhile 33 bytes per caption stay in memory; the
 texts go to a file.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +21,16 @@ import pyarrow.parquet as pq
 from .errors import DataError, SampleError
 
 KEY_FIELDS = ("key", "image_id", "image", "__key__")
-_TEXT_FIELDS = ("caption", "txt")  # the latter where a WebDataset was turned into parquet, whose columns are extensions
+_TEXT_FIELDS = (
+    "caption",
+    "captions",
+    "txt",
+)  # the last where a WebDataset was turned into parquet, whose columns are extensions
 _MAX_WEIGHT = 1e9
-_ROW = np.dtype([("hash", "<u8"), ("offset", "<i8"), ("size", "<i4"), ("length", "<i4")])
-_ABSENT = (0, -1, 0, -1)
+_ROW = np.dtype(
+    [("path", "<u8"), ("name", "<u8"), ("offset", "<i8"), ("size", "<i4"), ("length", "<i4"), ("is_json", "?")]
+)  # path, name: hashes of an image's path, and of its last part
+_ABSENT = (0, 0, -1, 0, -1, False)
 _BLOCK = 1 << 16  # captions that are read together
 
 
@@ -86,12 +93,16 @@ def captions_from_bytes(data: bytes, is_json: bool) -> CaptionChoice:
 # --------------------------------------------------------------------------------------------- files beside the shards
 
 
-def image_name(value: str | int) -> str:
-    """What a caption's image and a sample's key are compared by: the name without folder and extension; the number 17
-    is SA-1B's sa_17."""
+def image_path(value: str | int) -> str:
+    """What a caption's image and a sample's key are compared by: the path without extension; the number 17 is SA-1B's
+    sa_17."""
     if isinstance(value, int):
         return f"sa_{value}"
-    return re.sub(r"\.[^./]*$", "", value.rpartition("/")[2])
+    return re.sub(r"\.[^./]*$", "", value.removeprefix("./"))
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _hash(name: str) -> int:
@@ -129,28 +140,89 @@ def _lines(path: Path) -> Iterator[tuple[object, object]]:
 
 
 class CaptionFile:
-    """The captions of a file by image name; their texts are appended to `texts`. DataError where it is unreadable."""
+    """The captions of a file by image; their texts are appended to `texts`, a file that is open for reading as well.
+
+    Several captions of one image are all kept. Raises DataError where the file is unreadable.
+    """
 
     def __init__(self, path: Path, texts: IO[bytes]) -> None:
+        self._path = path
         blocks, rows = [], []
-        for image, caption in _lines(path):
-            if not isinstance(image, str | int) or not isinstance(caption, str) or not caption.strip():
-                continue  # without a caption its image becomes a hole
-            data = caption.strip().encode("utf-8", "replace")
-            rows.append((_hash(image_name(image)), texts.tell(), len(data), len(caption.strip())))
-            texts.write(data)
-            if len(rows) == _BLOCK:
+        for image, value in _lines(path):
+            captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+            for caption in filter(None, (text.strip() for text in captions)):
+                if isinstance(image, str | int):  # without a caption its image becomes a hole
+                    name, data = image_path(image), caption.encode("utf-8", "replace")
+                    rows.append((_hash(name), _hash(_name(name)), texts.tell(), len(data), len(caption), False))
+                    texts.write(data)
+            if len(rows) >= _BLOCK:
                 blocks.append(np.array(rows, _ROW))
                 rows = []
         table = np.concatenate([*blocks, np.array([*rows, _ABSENT], _ROW)])
-        self._table = table[np.argsort(table["hash"], kind="stable")]
-        self._hashes = np.ascontiguousarray(self._table["hash"])
+        self._table = _one_row_an_image(table[np.argsort(table["path"], kind="stable")], texts)
+        self._by_name = np.argsort(self._table["name"], kind="stable")
+        self._names = self._table["name"][self._by_name]
+        self._taken = np.zeros(len(self._table), np.uint64)  # by which key's hash
 
     def find(self, keys: list[str]) -> np.ndarray:
-        """For each sample, by its key, the first caption of its image in the file: a row of its offset and size in the
-        texts (bytes) and its length in characters; offset -1, size 0, length -1 where there is none."""
-        wanted = np.array([_hash(image_name(key)) for key in keys], np.uint64)
-        at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
+        """For each sample, by its key, the captions of its image in the file: a row of their offset and size in the
+        texts (bytes), and the length of the longest in characters; offset -1, size 0, length -1 where there are none.
+
+        Key and image have the same path, or, where no image has the key's path, the same last part of it. Raises
+        DataError where several images have that last part, or several keys come to one image by it.
+        """
+        paths = [image_path(key) for key in keys]
+        wanted = np.array([_hash(path) for path in paths], np.uint64)
+        at = np.minimum(np.searchsorted(self._table["path"], wanted), len(self._table) - 1)
+        found = self._table["path"][at] == wanted
+        by_name = np.flatnonzero(~found)
+        names = np.array([_hash(_name(paths[row])) for row in by_name], np.uint64)
+        first, end = (np.searchsorted(self._names, names, side=side) for side in ("left", "right"))
+        for row in by_name[end - first > 1][:1]:
+            images = [
+                str(i)
+                for i, _ in _lines(self._path)
+                if isinstance(i, str | int) and _name(image_path(i)) == _name(paths[row])
+            ]
+            raise DataError(
+                f"captions {self._path}: sample {keys[row]!r} may be {' or '.join(map(repr, images[:2]))}: give the "
+                "images of the file the path that the samples have in their shards"
+            )
+        at[by_name] = self._by_name[np.minimum(first, len(self._names) - 1)]
+        found[by_name] = end > first
+        self._take(at[found], wanted[found], [key for key, one in zip(keys, found, strict=True) if one])
         rows = self._table[at]
-        rows[rows["hash"] != wanted] = _ABSENT
+        rows[~found] = _ABSENT
         return rows
+
+    def _take(self, at: np.ndarray, wanted: np.ndarray, keys: list[str]) -> None:
+        """Note which key takes which row; DataError where it is another's."""
+        before = self._taken[at]
+        self._taken[at] = wanted
+        for one in np.flatnonzero(((before != 0) & (before != wanted)) | (self._taken[at] != wanted))[:1]:
+            others = [key for key, row in zip(keys, at, strict=True) if row == at[one] and key != keys[one]]
+            other = repr(others[0]) if others else "one of another folder"
+            raise DataError(
+                f"captions {self._path}: samples {keys[one]!r} and {other} have the same last part, and the file has "
+                "one image for both: give its images the path that the samples have in their shards"
+            )
+
+
+def _one_row_an_image(table: np.ndarray, texts: IO[bytes]) -> np.ndarray:
+    """_ROW [captions], sorted by path -> _ROW [images]: where an image has several different captions, they are
+    appended to the texts as a .json member holds them."""
+    first = np.flatnonzero(np.concatenate([[True], table["path"][1:] != table["path"][:-1]]))
+    counts = np.diff(np.append(first, len(table)))
+    images = table[first]
+    for image in np.flatnonzero(counts > 1):
+        captions: dict[str, None] = {}
+        for row in table[first[image] : first[image] + counts[image]]:
+            texts.seek(row["offset"])
+            captions[texts.read(row["size"]).decode()] = None
+        if len(captions) > 1:
+            data = json.dumps({"captions": list(captions)}).encode()
+            offset, longest = texts.seek(0, os.SEEK_END), max(map(len, captions))
+            images[image] = (*table[first[image]].tolist()[:2], offset, len(data), longest, True)
+            texts.write(data)
+    texts.seek(0, os.SEEK_END)
+    return images

@@ -171,7 +171,7 @@ class ImageTextIndex:
         with (
             open(folder / "rows.bin", "wb") as rows,
             open(folder / "keys.bin", "wb") as keys,
-            open(folder / "captions.bin", "wb") as texts,
+            open(folder / "captions.bin", "w+b") as texts,
         ):
             for source in sources:
                 captions = CaptionFile(source.captions, texts) if source.captions else None
@@ -285,8 +285,8 @@ def _pack_rows(index: ShardIndex, keys_before: int, captions: CaptionFile | None
     if captions is not None:
         found = captions.find(names)
         packed["caption_offset"], packed["caption_size"] = found["offset"], found["size"]
-        packed["caption_length"] = found["length"]
-        packed["caption_is_json"], packed["caption_beside"] = False, True
+        packed["caption_length"], packed["caption_is_json"] = found["length"], found["is_json"]
+        packed["caption_beside"] = True
     return packed, names
 
 

@@ -84,7 +84,7 @@ def captions_of(index: ImageTextIndex, sample: RawSample) -> CaptionChoice:
     """The captions of a sample, from its own member or from the file beside the shards. Raises SampleError where there
     are none."""
     if sample.row["caption_beside"] and sample.row["caption_offset"] != ABSENT:
-        return captions_from_bytes(index.caption_beside(sample.row), is_json=False)
+        return captions_from_bytes(index.caption_beside(sample.row), bool(sample.row["caption_is_json"]))
     return captions_from_bytes(sample.member("caption"), bool(sample.row["caption_is_json"]))
 
 
