@@ -25,7 +25,8 @@ def main() -> int:
     arguments = parser.parse_args()
     from trainer.build.convert import convert
     from trainer.checkpoint.compatible import convert_command, engine_of
-    from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
+    from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
+    from trainer.checkpoint.meta import read_meta
     from trainer.parallel.mesh import open_world, world_size
 
     checkpoint = find_checkpoint(arguments.checkpoint)

@@ -9,7 +9,8 @@ from ..errors import CheckpointError, ConfigError
 from ..mup.table import MuTable
 from ..parallel.mesh import World
 from .compatible import check_same_engine, check_same_model
-from .find import newest_good, read_meta
+from .find import newest_good
+from .meta import read_meta
 
 
 def engine_identity(config: TrainConfig, world: World) -> dict[str, Any]:

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from launch.processes import kill_tree
 from tests.faults.harness import lives
+from tests.helpers.checkpoints import meta_of
 from trainer.build.engine import build_mup_table
 from trainer.checkpoint.compatible import check_same_model
-from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
+from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
+from trainer.checkpoint.meta import read_meta
 from trainer.checkpoint.write import Checkpointer
 from trainer.config.keys import plain
 from trainer.config.load import load_config
@@ -77,7 +79,7 @@ def checkpointer(
 def save(folder: Path, world: World, step: int, keep_last: int = 2) -> None:
     """A checkpoint whose weight is its step."""
     tensors = {"totals": torch.arange(5, dtype=torch.float64)}
-    checkpointer(folder, world, OneTensor(world, step), keep_last).save(step, tensors, {"step": step}, wait=True)
+    checkpointer(folder, world, OneTensor(world, step), keep_last).save(step, tensors, meta_of(step), wait=True)
 
 
 def names(folder: Path) -> list[str]:
@@ -136,12 +138,12 @@ def test_incomplete_does_not_count_as_kept(world: World, tmp_path: Path) -> None
 
 def test_saving_a_step_again_replaces_it(world: World, tmp_path: Path) -> None:
     save(tmp_path, world, 5)
-    checkpointer(tmp_path, world, OneTensor(world, 42.0)).save(5, {}, {"step": 5, "again": True}, wait=True)
+    checkpointer(tmp_path, world, OneTensor(world, 42.0)).save(5, {}, meta_of(5, commit="again"), wait=True)
     assert names(tmp_path) == ["step_00000005"]
     engine = OneTensor(world)
     engine.load(find_checkpoint(tmp_path), {})
     assert engine.weight.tolist() == [42.0] * 4
-    assert read_meta(find_checkpoint(tmp_path))["again"]
+    assert read_meta(find_checkpoint(tmp_path))["commit"] == "again"
 
 
 def test_find_checkpoint(world: World, tmp_path: Path) -> None:
