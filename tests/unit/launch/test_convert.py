@@ -9,7 +9,7 @@ import pytest
 
 from launch import convert
 from tests.helpers.paths import ROOT
-from trainer.checkpoint.compatible import check_same_engine, check_weights_readable
+from trainer.checkpoint.compatible import check_pickles, check_same_engine, check_weights_readable
 from trainer.errors import CheckpointError
 
 FSDP2: dict[str, Any] = {"name": "fsdp2"}
@@ -62,3 +62,15 @@ def test_a_damaged_checkpoint_is_not_converted(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["launch/convert.py", *map(str, arguments)])
     with pytest.raises(CheckpointError, match="is damaged: its SHA-256 is"):
         convert.main()
+
+
+def test_pickles_of_another_user_are_read_only_if_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system's word for who made them; fsdp2's files run no code, whoever made them."""
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "states.pt").touch()
+    check_pickles({"engine": zero(2, 4)}, tmp_path, False, "--trust-pickles")
+    monkeypatch.setattr("os.geteuid", lambda: -1)
+    with pytest.raises(CheckpointError, match=r"is not a file of this user, .* add --trust-pickles"):
+        check_pickles({"engine": zero(2, 4)}, tmp_path, False, "--trust-pickles")
+    check_pickles({"engine": zero(2, 4)}, tmp_path, True, "--trust-pickles")
+    check_pickles({"engine": FSDP2}, tmp_path, False, "--trust-pickles")
