@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
@@ -223,7 +223,7 @@ def _bytes(shard: Shard, retry: RetryPolicy, most: int) -> bytes:
     return shard.read_bytes() if isinstance(shard, Path) else read_remote(shard.url, 0, size, retry, 0)
 
 
-def _is_declared(said: Any) -> bool:
+def _is_declared(said: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a dataset.json has the keys that are read of it, each of its kind."""
     if not isinstance(said, dict) or said.get("layout") != LAYOUT or any(key not in said for key in _SHARED):
         return False
