@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ..config import NONE, AutoencoderConfig
 from ..errors import DataError
-from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, unit_range
+from .loading import at_least_float32, fingerprint_of, freeze, load_error, load_whole, quieten, unit_range
 
 _VAE_FIELDS = (
     "in_channels",
@@ -115,10 +115,12 @@ def load_autoencoder(
         try:
             # The file itself is read: the model's config would replace a missing scaling_factor by that of SD 1.
             stored = AutoencoderKL.load_config(cfg.path, **where)
-            model = AutoencoderKL.from_pretrained(cfg.path, torch_dtype=dtype, use_safetensors=True, **where)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            if not isinstance(stored, dict):
+                raise ValueError("config.json holds no object")
+        except Exception as error:  # a config.json of wrong types raises errors of the library's own
             raise load_error("autoencoder.path", cfg.path, cfg.subfolder, error) from error
-        assert isinstance(stored, dict)
+        kind: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
+        model = load_whole(AutoencoderKL, "autoencoder.path", cfg.path, cfg.subfolder, **kind)
         if "scaling_factor" not in stored and _is_of_sd1(stored):
             stored = {**stored, "scaling_factor": _SD1_SCALE}
         scale, shift = stored.get("scaling_factor"), stored.get("shift_factor")

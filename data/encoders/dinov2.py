@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from ..config import NONE
 from ..errors import DataError
-from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten
+from .loading import at_least_float32, fingerprint_of, freeze, load_error, load_whole, quieten
 
 _DINO_FIELDS = (
     "model_type",
@@ -64,11 +64,11 @@ def load_feature_encoder(path: str, width: int, device: torch.device | str, dtyp
         config = AutoConfig.from_pretrained(path)
         if config.model_type not in ("dinov2", "dinov2_with_registers"):
             raise DataError(f"objective.repa_encoder: {path!r} is a {config.model_type}; expected a DINOv2")
-        model = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except DataError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # a config.json of wrong types raises errors of the library's own
         raise load_error("objective.repa_encoder", path, None, error) from error
+    model = load_whole(AutoModel, "objective.repa_encoder", path, dtype=dtype, use_safetensors=True)
     if config.hidden_size != width:
         raise DataError(
             f"objective.repa_width is {width}, but {path!r} has {config.hidden_size} features: "

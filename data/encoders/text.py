@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from ..config import NONE, TextEncoderConfig
 from ..errors import DataError
-from .loading import fingerprint_of, freeze, load_error, quieten
+from .loading import fingerprint_of, freeze, load_error, load_whole, quieten
 
 # Of an encoder-decoder only the encoder is loaded; every other kind of model is loaded whole by AutoModel.
 _ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
@@ -101,7 +101,7 @@ def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
     Raises DataError where that cannot be read."""
     try:
         config = AutoConfig.from_pretrained(cfg.path, **({"subfolder": cfg.subfolder} if cfg.subfolder else {}))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a config.json of wrong types raises errors of the library's own
         raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
     return _ENCODERS.get(config.model_type, AutoModel).__name__, getattr(config, "dtype", None) or torch.float32
 
@@ -141,11 +141,11 @@ def load_text_encoder(
             with torch.device(device):
                 model = getattr(model_class, "_from_config", AutoModel.from_config)(config, **kind)
         else:
-            model = model_class.from_pretrained(cfg.path, use_safetensors=True, **kind, **where)
+            model = load_whole(model_class, "text_encoder.path", cfg.path, cfg.subfolder, use_safetensors=True, **kind)
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, **tokenizer_where)
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a config.json or a tokenizer that is damaged raises errors of any kind
         raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
 
     if width != cfg.width:
