@@ -34,7 +34,7 @@ from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained
 from data.files import temporary_beside
 from data.image_sets import open_image_set
 from trainer.build.inference import build_inference
-from trainer.checkpoint.find import complete_checkpoints
+from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.evaluate.curves import Curve, Reached, compare
@@ -183,7 +183,7 @@ def image_measures(
         step = int(snapshot.name.removeprefix("step_"))
         if step * 8 // study.steps not in study.eighths:
             continue
-        model = build_inference(config, snapshot, world)
+        model = build_inference(config, find_checkpoint(snapshot), world)
         made = features(torch.from_numpy(model.images(prompts(study, config), 0)))
         try:
             curves["fid"][step] = fid(statistics_of(made), real_statistics)

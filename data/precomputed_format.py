@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
@@ -31,6 +31,8 @@ from .storage import Remote, RetryPolicy, Shard, file_version, read_remote
 DATASET, EMPTY_CAPTION = "dataset.json", "empty_caption.npy"
 LAYOUT = 1
 HEADER = 128  # bytes of a .npy file before its array
+_MOST_BYTES = 1 << 20  # of dataset.json
+_DIGEST, _EMPTY_DIGEST = "digest", "empty_caption_sha256"  # of the other keys, and of EMPTY_CAPTION; not in older sets
 _SHARED = ("layout", "autoencoder", "text_encoder", "resolution", "flips")  # keys that several sets must agree on
 _REPA = "repa_encoder"  # they must agree on this key too, which sets without features lack
 
@@ -183,8 +185,28 @@ def open_dataset(shards: Sequence[Shard], retry: RetryPolicy) -> Dataset:
 
 
 def dataset_digest(declared: dict[str, Any]) -> str:
-    """What identifies the content of a dataset.json."""
-    return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
+    """What identifies the content of a dataset.json, with digests or without."""
+    said = {key: value for key, value in declared.items() if key not in (_DIGEST, _EMPTY_DIGEST)}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(declared: dict[str, Any], empty_caption: bytes | None) -> str:
+    """The text of dataset.json, with digests of itself and of the file of the empty caption."""
+    empty = hashlib.sha256(empty_caption).hexdigest() if empty_caption is not None else None
+    return json.dumps({**declared, _EMPTY_DIGEST: empty, _DIGEST: dataset_digest(declared)}, indent=1) + "\n"
+
+
+def empty_caption_of(data: bytes, declared: dict[str, Any]) -> np.ndarray:
+    """uint16 [T, D] from the bytes of EMPTY_CAPTION. declared: the content of the dataset.json beside it. Raises
+    ValueError where they are damaged."""
+    text_encoder = declared["text_encoder"]
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    tokens, width = array.shape if array.ndim == 2 else (0, 0)
+    if array.dtype != np.uint16 or width != text_encoder["width"] or not 0 < tokens <= text_encoder["max_length"]:
+        raise ValueError(f"it holds {array.dtype} {list(array.shape)}")
+    if declared.get(_EMPTY_DIGEST) not in (None, hashlib.sha256(data).hexdigest()):
+        raise ValueError("its SHA-256 is another")
+    return array
 
 
 def _beside(shard: Shard, name: str) -> Shard:
@@ -194,34 +216,54 @@ def _beside(shard: Shard, name: str) -> Shard:
     return Remote(urlunsplit(url._replace(path=f"{url.path.rpartition('/')[0]}/{name}")))
 
 
-def _bytes(shard: Shard, retry: RetryPolicy) -> bytes:
-    if isinstance(shard, Path):
-        return shard.read_bytes()
-    return read_remote(shard.url, 0, file_version(shard, retry).size, retry, 0)
+def _bytes(shard: Shard, retry: RetryPolicy, most: int) -> bytes:
+    size = file_version(shard, retry).size
+    if size > most:
+        raise DataError(f"{shard} has {size} bytes, more than {most}")
+    return shard.read_bytes() if isinstance(shard, Path) else read_remote(shard.url, 0, size, retry, 0)
+
+
+def _is_declared(said: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a dataset.json has the keys that are read of it, each of its kind."""
+    if not isinstance(said, dict) or said.get("layout") != LAYOUT or any(key not in said for key in _SHARED):
+        return False
+    parts = {"autoencoder": ("channels", "downsample"), "text_encoder": ("width", "max_length")}
+    parts[_REPA] = ("width", "tokens_a_side")
+    for part, numbers in parts.items():
+        one = said.get(part)
+        if one is None and part != "autoencoder":
+            continue
+        if not isinstance(one, dict) or not isinstance(one.get("fingerprint"), str):
+            return False
+        if not all(type(one.get(key)) is int and 0 < one[key] < 1 << 20 for key in numbers):
+            return False
+    return type(said["resolution"]) is int and 0 < said["resolution"] < 1 << 20 and isinstance(said["flips"], bool)
 
 
 def _read(shard: Shard, path: Shard, retry: RetryPolicy) -> Dataset:
     try:
-        declared = json.loads(_bytes(path, retry))
+        declared = json.loads(_bytes(path, retry, _MOST_BYTES))
     except (OSError, SampleError, DataError):
         raise DataError(
             f"{shard} holds precomputed samples, but {path} cannot be read: finish launch/precompute.py by running it "
             "again, and keep that file beside the shards"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         declared = None
-    if (
-        not isinstance(declared, dict)
-        or declared.get("layout") != LAYOUT
-        or any(key not in declared for key in _SHARED)
-    ):
+    if not _is_declared(declared):
         raise DataError(f"{path} is no dataset.json of layout {LAYOUT}: precompute the shards anew")
+    if declared.get(_DIGEST, dataset_digest(declared)) != dataset_digest(declared):
+        raise DataError(f"{path} is damaged: it does not have its digest; restore it, or precompute the shards anew")
     empty = None
     if declared["text_encoder"] is not None:
         beside = _beside(shard, EMPTY_CAPTION)
+        text = declared["text_encoder"]
         try:
-            data = _bytes(beside, retry)
-            empty = np.frombuffer(data[HEADER:], np.uint16).reshape(-1, declared["text_encoder"]["width"])
-        except (OSError, SampleError, DataError, ValueError):
-            raise DataError(f"{beside} cannot be read: precompute writes it beside the shards, keep it there") from None
+            data = _bytes(beside, retry, HEADER + 2 * text["max_length"] * text["width"])
+            empty = empty_caption_of(data, declared)
+        except (OSError, SampleError, DataError, ValueError, EOFError) as error:
+            raise DataError(
+                f"{beside} is missing or damaged ({error}): restore it, or run launch/precompute.py again, which makes "
+                "it anew beside the shards"
+            ) from None
     return Dataset(str(path), declared, dataset_digest(declared), empty)

@@ -34,7 +34,7 @@ from .files import lock, open_plain, temporary_beside
 from .images import decode_image
 from .index import ImageTextIndex
 from .order import END_OF_DATA, Chunk
-from .precomputed_format import DATASET, EMPTY_CAPTION, LAYOUT, npy
+from .precomputed_format import DATASET, EMPTY_CAPTION, LAYOUT, empty_caption_of, npy, sealed
 from .samples import RawSample, SampleFiles, captions_of
 from .shard_index import ABSENT, FEATURES, HOLE, LATENTS, TEXT, index_path, load_index
 
@@ -204,20 +204,31 @@ class Precompute:
                         f"{folder / name}: the set there has {key} {there.get(key)}, this one {wanted[key]}: choose "
                         "another folder for --output, or remove that set"
                     )
+            self._make_empty_caption(there)
             return
         if shards := sorted(folder.glob("*.tar")):
             raise DataError(
                 f"{shards[0]} is there: a precomputed set needs a folder of its own, choose another --output"
             )
-        if self.text_encoder is not None:
-            states, mask = self.text_encoder.encode([""])
-            with temporary_beside(folder / EMPTY_CAPTION) as temporary:
-                temporary.write_bytes(npy(_bits(states[0][mask[0]])))
+        self._make_empty_caption(wanted)
         self._write_declared(_UNFINISHED)
 
+    def _make_empty_caption(self, declared: dict[str, Any]) -> None:
+        """Write the file of the empty caption where it is missing or damaged, by what dataset.json says."""
+        path = self.prefix.parent / EMPTY_CAPTION
+        if self.text_encoder is None:
+            return
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            empty_caption_of(path.read_bytes(), declared)
+            return
+        states, mask = self.text_encoder.encode([""])
+        with temporary_beside(path) as temporary:
+            temporary.write_bytes(npy(_bits(states[0][mask[0]])))
+
     def _write_declared(self, name: str) -> None:
+        empty = None if self.text_encoder is None else (self.prefix.parent / EMPTY_CAPTION).read_bytes()
         with temporary_beside(self.prefix.parent / name) as temporary:
-            temporary.write_text(json.dumps(self.declared(), indent=1) + "\n")
+            temporary.write_text(sealed(self.declared(), empty))
 
     def _write_shard(self, path: Path, samples: Samples) -> Counter[str]:
         """Write one output shard and rename it when it is complete. -> its holes by reason."""

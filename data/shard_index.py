@@ -227,14 +227,15 @@ def load_index(
     known_version: of the shard, where it was asked for already, maybe by another process. Raises DataError where the
     shard cannot be read, or the index must be built and the shard has another version by now, or in this process.
     """
-    current = (known_version or file_version(shard, retry)).version
+    size, current = known_version or file_version(shard, retry)
     beside = [] if isinstance(shard, Remote) else [index_path(shard)]
     places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
     for path in places if not rebuild else ():
         with contextlib.suppress(OSError, pa.ArrowException):  # missing or damaged: the tar itself is the truth
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             metadata = table.schema.metadata or {}
-            if metadata.get(_FORMAT_KEY) == _FORMAT and metadata.get(_SHARD_KEY) == current.encode():
+            known = metadata.get(_FORMAT_KEY) == _FORMAT and metadata.get(_SHARD_KEY) == current.encode()
+            if known and _lies_within(table, size):
                 return ShardIndex(shard, table, current)
     if known_version is not None and file_version(shard, retry) != known_version:
         raise DataError(
@@ -246,11 +247,26 @@ def load_index(
     for path in places:
         try:
             with temporary_beside(path) as temporary:
-                pq.write_table(stored, temporary)
+                pq.write_table(stored, temporary, write_page_checksum=True)
             break
         except OSError as error:
             logger.info("index of %s cannot be stored in %s: %s", shard, path.parent, error)
     return ShardIndex(shard, table, current)
+
+
+def _lies_within(table: pa.Table, size: int) -> bool:
+    """Whether a stored index has the columns of SCHEMA, and rows whose members lie within a tar of `size` bytes. The
+    last row may go beyond: that of a tar which ends early does."""
+    if not table.schema.remove_metadata().equals(SCHEMA) or any(column.null_count for column in table.columns):
+        return False
+    for member in ("image", "caption", "text", "features"):
+        offset, length = (table.column(f"{member}_{what}").to_numpy() for what in ("offset", "size"))
+        if (offset < ABSENT).any() or (offset > size).any() or (length < 0).any() or (length[:-1] > size).any():
+            return False
+        if (offset + length)[:-1].max(initial=0) > size:
+            return False
+    numbers = {"width": 0, "height": 0, "caption_length": ABSENT, "label": UNREADABLE}
+    return all((table.column(name).to_numpy() >= least).all() for name, least in numbers.items())
 
 
 def rebuild_indexes(shards: Sequence[Shard], cache: Path, workers: int) -> Iterator[tuple[str, bool]]:

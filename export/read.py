@@ -1,6 +1,5 @@
 """Published weights become a checkpoint that a run starts from."""
 
-import json
 import warnings
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from data.files import folder_once
 from trainer.build.engine import build_mup_table
-from trainer.checkpoint.checksums import META
+from trainer.checkpoint.checksums import META, digest_files
+from trainer.checkpoint.meta import seal
 from trainer.config.keys import plain
 from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError, ConfigError
@@ -130,5 +130,6 @@ def write_checkpoint(folder: Path, config: TrainConfig, table: MuTable, tensors:
         "commit": "",
         "step": 0,
         "reads": [],
+        "files": digest_files(folder),
     }
-    write_atomically(folder / META, json.dumps(meta))
+    write_atomically(folder / META, seal(meta))

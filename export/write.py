@@ -44,12 +44,16 @@ def export_checkpoint(
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
     group = "model" if weights == "live" else f"ema_{config.ema.decays[0]}"
     reader = TensorReader(checkpoint)
-    missing = sorted(set(lasting(table.rows)) - reader.entries(group).keys())
+    found = reader.entries(group)
+    missing = sorted(set(lasting(table.rows)) - found.keys())
     if missing:
         raise CheckpointError(
             f"{checkpoint} has no {weights} weights of {missing[0]} ({len(missing)} are missing): "
             "try --weights ema or live, or another checkpoint"
         )
+    for name in lasting(table.rows):
+        if (shape := found[name][0]) != tuple(table.rows[name].shape):
+            raise CheckpointError(f"{checkpoint}: {name} has the shape {shape}, by its table {table.rows[name].shape}")
     with folder_once(output) as folder:
         own: list[str] = []
         if form == "diffusers":

@@ -102,7 +102,8 @@ class Opened(NamedTuple):
 def open_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Opened:
     """path: a checkpoint, or a run folder, of which the newest is taken. However the run was sharded, the processes of
     this command share one copy of the weights. Raises CheckpointError and ConfigError."""
-    from trainer.checkpoint.find import find_checkpoint, read_meta
+    from trainer.checkpoint.find import find_checkpoint
+    from trainer.checkpoint.meta import read_meta
     from trainer.config.load import parse
 
     folder = find_checkpoint(path)

@@ -5,7 +5,7 @@ torchrun --nproc-per-node 8 launch/convert.py --checkpoint runs/b --output runs/
 torchrun --nproc-per-node 8 launch/train.py --config NAME run.name=c parallel.engine=zero parallel.zero_stage=2
 
 The number of processes is that of the zero side. Both engines are in memory at once. DeepSpeed's files are pickles,
-which run code when they are read: convert none but your own.
+which run code when they are read: convert none but your own. One with files of another user needs --trust-pickles.
 """
 
 from pathlib import Path
@@ -22,15 +22,18 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="the new run folder")
     parser.add_argument("--engine", choices=("fsdp2", "zero"), required=True, help="to convert to")
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2, help="of --engine zero (default: 2)")
+    parser.add_argument("--trust-pickles", action="store_true", help="read one of zero that another user may have made")
     arguments = parser.parse_args()
     from trainer.build.convert import convert
-    from trainer.checkpoint.compatible import convert_command, engine_of
-    from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
+    from trainer.checkpoint.compatible import check_pickles, convert_command, engine_of
+    from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
+    from trainer.checkpoint.meta import read_meta
     from trainer.parallel.mesh import open_world, world_size
 
     checkpoint = find_checkpoint(arguments.checkpoint)
     meta = read_meta(checkpoint)
     written = engine_of(meta)
+    check_pickles(meta, checkpoint, arguments.trust_pickles, "--trust-pickles")
     if written["name"] == arguments.engine:
         raise CheckpointError(f"{checkpoint} was written by parallel.engine {arguments.engine} already")
     if written["name"] == "zero" and written["world_size"] != world_size():

@@ -33,7 +33,7 @@ def go_back(run: Run, row: int) -> None:
         # A damaged checkpoint that stays would count among those to keep, and the good one would be deleted.
         for path, damage in damaged.items():
             run.metrics.say(f"warning: {damage}; renamed to .corrupt and passed over")
-            set_aside(path)
+            set_aside(path, damage)
         write_skipped_ranges(run.folder, skipped_ranges)
     dist.barrier(group=run.world.control)
     run.checkpointer.load(checkpoint, {**run.ema.tensors(), **state.tensors()})

@@ -166,9 +166,9 @@ class TrainState:
         written. The counts of samples are per rank; where the world size has changed rank 0 goes on with their sums.
         """
         self.step = meta["step"]
-        if [list(each) for each in self.skipped_ranges if each.at_step <= self.step] != meta["jumps"]:
+        if [list(each) for each in self.skipped_ranges if each.at_step <= self.step] != meta.get("jumps", []):
             self.spikes.forget_rows()
-        reads = meta["reads"]
+        reads = meta.get("reads", [])
         if len(reads) == dist.get_world_size():
             reads = [reads[rank]]
         elif rank != 0:

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from ..config import NONE, AutoencoderConfig
 from ..errors import DataError
 from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, unit_range
-from .weights import check_found
+from .weights import check_whole
 
 _VAE_FIELDS = (
     "in_channels",
@@ -116,14 +116,19 @@ def load_autoencoder(
         try:
             # The file itself is read: the model's config would replace a missing scaling_factor by that of SD 1.
             stored: Any = AutoencoderKL.load_config(cfg.path, **where)
+            if not isinstance(stored, dict):
+                raise ValueError("config.json holds no object")
             _check_kind(cfg.path, stored)
+            told = {"output_loading_info": True, "ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}
             loading: Any = AutoencoderKL.from_pretrained(
-                cfg.path, torch_dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+                cfg.path, torch_dtype=dtype, use_safetensors=True, **told, **where
             )
             model, found = loading
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except DataError:
+            raise
+        except Exception as error:  # damaged files raise errors of the library's own
             raise load_error("autoencoder.path", cfg.path, cfg.subfolder, error) from error
-        check_found(found, cfg.path, "autoencoder.path")
+        check_whole(model, found, "autoencoder.path", cfg.path)
         if "scaling_factor" not in stored and _is_of_sd1(stored):
             stored = {**stored, "scaling_factor": _SD1_SCALE}
         scale, shift = stored.get("scaling_factor"), stored.get("shift_factor")

@@ -65,18 +65,13 @@ def load_feature_encoder(path: str, width: int, device: torch.device | str, dtyp
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type not in ("dinov2", "dinov2_with_registers"):
             raise DataError(f"objective.repa_encoder: {path!r} is a {config.model_type}; expected a DINOv2")
-        model = load_whole(
-            AutoModel,
-            path,
-            "objective.repa_encoder",
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-        )
     except DataError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # a config.json of wrong types raises errors of the library's own
         raise load_error("objective.repa_encoder", path, None, error) from error
+    model = load_whole(
+        AutoModel, "objective.repa_encoder", path, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+    )
     if config.hidden_size != width:
         raise DataError(
             f"objective.repa_width is {width}, but {path!r} has {config.hidden_size} features: "

@@ -16,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import DataError
 
+_MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, as its format has it
+
 
 def quieten() -> None:
     """Have transformers and diffusers load without progress bars and advice."""
@@ -31,13 +33,30 @@ def load_error(key: str, path: str, subfolder: str | None, error: Exception) -> 
     """The DataError to raise where an encoder cannot be loaded. key: of the config, which names it."""
     where = f"{path}/{subfolder}" if subfolder else path
     if Path(path).is_dir():
-        detail = str(error).strip().splitlines()[0]
+        detail = str(error).strip().partition("\n")[0][:300]
+        if (damaged := _first_damaged(Path(where))) is not None:
+            return DataError(f"{key}: {str(damaged)!r} is damaged ({detail}): fetch it again")
         return DataError(f"{key}: {where!r} cannot be loaded ({detail}); expected config.json and *.safetensors there")
     detail = str(error).strip().partition("\n")[0]
     return DataError(
         f"{key}: there is no folder {where!r}, and no model of that name can be had from the hub ({detail}); give a "
         "local folder with config.json and *.safetensors, or a hub id that this machine can reach and may read"
     )
+
+
+def _first_damaged(folder: Path) -> Path | None:
+    """The first of a folder's safetensors files whose header does not describe it."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(min(length, _MOST_HEADER_BYTES)))
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            if 8 + length + max(ends, default=0) != path.stat().st_size:
+                return path
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return path
+    return None
 
 
 def fingerprint_of(config: Mapping[str, Any], names: Sequence[str], module: nn.Module, extra: object) -> str:

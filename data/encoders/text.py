@@ -106,7 +106,7 @@ def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
         config = AutoConfig.from_pretrained(
             cfg.path, trust_remote_code=False, **({"subfolder": cfg.subfolder} if cfg.subfolder else {})
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a config.json of wrong types raises errors of the library's own
         raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
     return _ENCODERS.get(config.model_type, AutoModel).__name__, getattr(config, "dtype", None) or torch.float32
 
@@ -142,7 +142,7 @@ def load_text_encoder(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False, **tokenizer_where)
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a config.json or a tokenizer that is damaged raises errors of any kind
         raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
 
     if width != cfg.width:
@@ -168,8 +168,7 @@ def _load_model(cfg: TextEncoderConfig, config: Any, dtype: torch.dtype, shapes_
     ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _mask_unseen)
     kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     if not shapes_only:
-        where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
-        return load_whole(model_class, cfg.path, "text_encoder.path", use_safetensors=True, **kind, **where)
+        return load_whole(model_class, "text_encoder.path", cfg.path, cfg.subfolder, use_safetensors=True, **kind)
     with torch.device("meta"):
         if model_class is AutoModel:
             return AutoModel.from_config(config, trust_remote_code=False, **kind)

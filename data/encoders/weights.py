@@ -6,10 +6,14 @@ The libraries fill what is missing with random numbers and leave out what they d
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..errors import DataError
+from .loading import load_error
 
 # Of a model's weights that are in the file, but not in the part of it that is used: heads of what it was trained for,
 # the image's half of CLIP, and buffers that older versions stored.
@@ -21,40 +25,48 @@ SPARE = (
 ABSENT = (r"(.*\.)?pooler\.", r"embeddings\.mask_token$")
 
 
-def load_whole(model_class: Any, path: str, key: str, **options: Any) -> Any:
-    """model_class.from_pretrained(path, **options) of transformers, where every weight finds its place.
+def load_whole(model_class: Any, key: str, path: str, subfolder: str | None = None, **options: Any) -> Any:
+    """model_class.from_pretrained of transformers, where every weight finds its place and is a finite number.
 
     Names may stand behind a prefix that the file adds (a wrapper's "module." or "_orig_mod.", ComfyUI's) or lacks (a
     module that was saved without the one that holds it). key: of the config, which names the path. Raises DataError
-    where weights are missing, unexpected, or of other shapes; and what from_pretrained raises.
+    where the files cannot be read, or weights are missing, unexpected, of other shapes or not finite.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = model_class.from_pretrained(path, trust_remote_code=False, **options)
-    if renaming := _renaming(found["missing_keys"], found["unexpected_keys"]):
-        model, found = model_class.from_pretrained(path, trust_remote_code=False, key_mapping=renaming, **options)
-    check_found(found, path, key)
+    options |= {"subfolder": subfolder} if subfolder else {}
+    try:
+        model, found = model_class.from_pretrained(path, trust_remote_code=False, **options)
+        if renaming := _renaming(found["missing_keys"], found["unexpected_keys"]):
+            model, found = model_class.from_pretrained(path, trust_remote_code=False, key_mapping=renaming, **options)
+    except Exception as error:  # the libraries raise errors of any kind where a file is damaged
+        raise load_error(key, path, subfolder, error) from error
+    check_whole(model, found, key, str(Path(path, subfolder or "")))
     return model
 
 
-def check_found(found: dict[str, Any], path: str, key: str) -> None:
-    """Raise DataError where the information of a library's loading tells of weights without a place."""
+def check_whole(model: nn.Module, found: Mapping[str, Any], key: str, path: str) -> None:
+    """Raise DataError where weights of a model have no place or are not finite. found: what its library tells of
+    loading it from `path`."""
     missing = _without(found["missing_keys"], ABSENT)
     unexpected = _without(found["unexpected_keys"], SPARE)
     # (name, shape of the file, shape of the model)
     shapes = [f"{name} is {list(file)} and not {list(model)}" for name, file, model in found["mismatched_keys"]]
+    whole = not (missing or shapes)
+    infinite = [n for n, weight in model.named_parameters() if whole and not bool(weight.isfinite().all())]
     problems = [
         f"{len(names)} weights {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         for names, what in (
             (missing, "of the model are not there"),
             (unexpected, "there are not the model's"),
             (shapes, "have another shape"),
+            (infinite, "are not finite numbers"),
         )
         if names
     ]
     if problems:
         raise DataError(
-            f"{key}: the weights at {path!r} are not those of its config.json ({'; '.join(problems)}): take both files "
-            "from one place, of one model, under the names that the library gives them"
+            f"{key}: the weights in {path!r} are not those of its config.json, or are damaged ({'; '.join(problems)}): "
+            "take both files from one place, of one model, under the names that the library gives them"
         )
 
 

@@ -4,21 +4,17 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.processes import kill_tree
 from tests.helpers.forked import environment, finished, once
 from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
 from trainer.monitor.metrics import read_metrics
-from trainer.parallel.dcp import SafeReader
+from trainer.parallel.dcp import TensorReader
 
 TIMING = (
     "images_per_s", "model_tflops_per_s", "mfu", "step_time_s", "checkpoint_blocked_s", "checkpoint_write_s",
@@ -87,17 +83,8 @@ def _timed(key: str) -> bool:
 
 def weights(folder: Path, group: str = "model") -> dict[str, Tensor]:
     """The whole weights of a run's newest checkpoint, read without a process group."""
-    checkpoint = find_checkpoint(folder)
-    metadata = SafeReader(checkpoint).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if name.startswith(f"{group}/") and isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that it reads in one process, which is what is meant
-        dcp.load(dict(tensors), storage_reader=SafeReader(checkpoint), no_dist=True)
-    return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
+    reader = TensorReader(find_checkpoint(folder))
+    return {name: reader.read(f"{group}/{name}") for name in reader.entries(group)}
 
 
 def _in(folder: Path) -> list[str]:

@@ -7,7 +7,8 @@ import socket
 from pathlib import Path
 
 from tests.distributed.runs import assert_close, train
-from trainer.checkpoint.find import find_checkpoint, read_meta
+from trainer.checkpoint.find import find_checkpoint
+from trainer.checkpoint.meta import read_meta
 from trainer.monitor.metrics import read_metrics
 
 from .harness import job, status

@@ -23,7 +23,8 @@ from data.samples import SampleFiles
 from data.storage import open_shards
 from tests.helpers.forked import environment, finished
 from tests.helpers.paths import ROOT
-from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
+from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
+from trainer.checkpoint.meta import read_meta
 from trainer.config.load import load_config
 from trainer.monitor.metrics import read_metrics
 

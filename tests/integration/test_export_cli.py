@@ -18,7 +18,8 @@ from tests.helpers.exports import config_of, random_checkpoint, run_export
 from trainer.build.engine import build_sampler
 from trainer.build.inference import Inference, build_inference
 from trainer.build.run import build_run
-from trainer.checkpoint.find import find_checkpoint, read_meta
+from trainer.checkpoint.find import find_checkpoint
+from trainer.checkpoint.meta import read_meta
 from trainer.config.load import parse
 from trainer.config.resolve import resolve
 from trainer.evaluate.generate import images_from_prompts, initial_noise

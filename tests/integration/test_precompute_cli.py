@@ -7,7 +7,8 @@ import pytest
 from benchmarks.kills_precompute import contents, finish, run, settings, small_autoencoder, start
 from data.debug import ensure_debug_assets
 from tests.distributed.runs import train
-from trainer.checkpoint.find import find_checkpoint, read_meta
+from trainer.checkpoint.find import find_checkpoint
+from trainer.checkpoint.meta import read_meta
 
 
 def test_two_kills_lose_nothing(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.compatible import check_same_engine, check_same_model
-from ..checkpoint.find import read_meta
+from ..checkpoint.meta import read_meta
 from ..checkpoint.resume import engine_identity
 from ..checkpoint.write import Checkpointer
 from ..collectives import on_rank_0

@@ -17,7 +17,8 @@ from data.debug import ensure_debug_assets
 from data.errors import DataError
 
 from ..checkpoint.compatible import check_same_model, check_weights_readable, lasting
-from ..checkpoint.find import find_checkpoint, read_meta, set_aside, verify, weights_of
+from ..checkpoint.find import find_checkpoint, set_aside, weights_of
+from ..checkpoint.meta import read_meta
 from ..checkpoint.resume import Resumed, engine_identity, find_resumed
 from ..checkpoint.write import Checkpointer
 from ..collectives import first_on_rank_0, on_rank_0
@@ -147,8 +148,7 @@ def _find_start(inputs: _Inputs) -> _Start:
     resumed = find_resumed(config, inputs.folder, table, inputs.fingerprints, world)
     if resumed is not None or config.run.init_from is None:
         return _Start(resumed, None)
-    initial = find_checkpoint(Path(config.run.init_from))
-    verify(initial, world.control)
+    initial = find_checkpoint(Path(config.run.init_from), world.control)
     check_same_model(read_meta(initial), table.to_json(), initial, rules=False)
     check_weights_readable(read_meta(initial), initial)
     return _Start(None, initial)
@@ -269,8 +269,8 @@ def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) ->
     if inputs.world.rank == 0:
         write_atomically(folder / "config.yaml", to_yaml(config))
         write_atomically(folder / "mup.json", json.dumps(inputs.table.to_json(), indent=1))
-        for checkpoint in start.resumed.damaged if start.resumed is not None else ():
-            set_aside(checkpoint)
+        for checkpoint, damage in start.resumed.damaged.items() if start.resumed is not None else ():
+            set_aside(checkpoint, damage)
     metrics = Metrics(folder, inputs.world.rank == 0, config.train.steps, step)
     if config.wandb.project is not None:
         metrics.start_wandb(config.wandb.project, config.wandb.mode, str(config.run.name), plain(config))

@@ -1,5 +1,6 @@
 """Whether a checkpoint may be used by a config, a muP table and an engine."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,21 @@ def check_weights_readable(meta: Mapping[str, Any], checkpoint: Path) -> None:
             f"{checkpoint} was written by {_described(engine_of(meta))}, whose files only a resumed run reads: convert "
             f"it first: {convert_command(meta, {'name': 'fsdp2'}, checkpoint)} --engine fsdp2"
         )
+
+
+def check_pickles(meta: Mapping[str, Any], checkpoint: Path, trusted: bool, flag: str) -> None:
+    """Raise CheckpointError for a checkpoint of pickles that another user may have made, unless it is `trusted`.
+
+    flag: by which a user says so. Files that the user has copied or unpacked belong to the user: there the docs warn.
+    """
+    if trusted or engine_of(meta)["name"] != "zero":
+        return
+    for path in (checkpoint, *checkpoint.rglob("*")):
+        if path.lstat().st_uid != os.geteuid():
+            raise CheckpointError(
+                f"{path} is not a file of this user, and a checkpoint of parallel.engine zero is DeepSpeed's pickles, "
+                f"which can run any code when they are read: if you trust who made it, add {flag}"
+            )
 
 
 def engine_of(meta: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,9 +1,9 @@
 """Complete checkpoints of a run folder: found, verified, set aside."""
 
-import json
-import re
+import contextlib
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +11,38 @@ import torch.distributed as dist
 
 from ..collectives import together
 from ..errors import CheckpointError
+from ..files import write_atomically
+from ..parallel.mesh import rank
 from .checksums import META, verify_files
+from .meta import NAME, read_meta
 
-_NAME = re.compile(r"step_(\d{8,})")
+logger = logging.getLogger(__name__)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a `checkpoints` folder, oldest first."""
-    found = [p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and (p / META).is_file()]
+    found = [p for p in folder.glob("step_*") if NAME.fullmatch(p.name) and (p / META).is_file()]
     return sorted(found, key=step_of)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means: the folder itself, or the newest one of a run folder."""
+def find_checkpoint(path: Path, group: dist.ProcessGroup | None = None) -> Path:
+    """The checkpoint that a user means: the folder itself, or the newest undamaged one of a run folder.
+
+    It is verified (see verify), and newer ones that are damaged are told and left as they are: a run may be training in
+    this folder. Raises CheckpointError where there is none.
+    """
     if (path / META).is_file():
+        verify(path, group)
         return path
     found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
-    if not found:
-        raise CheckpointError(f'no complete checkpoint in "{path}": expected step_*/{META} there or in checkpoints/')
-    return found[-1]
-
-
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((checkpoint / META).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / META} cannot be read: {error}") from None
-    if not isinstance(meta, dict):
-        raise CheckpointError(f"{checkpoint / META} cannot be read: expected a JSON object")
-    return meta
+    checkpoint, damaged = _newest_good(found, group)
+    if checkpoint is not None:
+        for damage in damaged.values() if rank() == 0 else ():
+            logger.warning("warning: %s; passed over, %s is taken", damage, checkpoint)
+        return checkpoint
+    if damaged:
+        raise CheckpointError(f"no checkpoint of {path} is undamaged: {'; '.join(damaged.values())}")
+    raise CheckpointError(f'no complete checkpoint in "{path}": expected step_*/{META} there or in checkpoints/')
 
 
 def weights_of(meta: Mapping[str, Any]) -> str:
@@ -47,22 +50,43 @@ def weights_of(meta: Mapping[str, Any]) -> str:
     return f"ema_{meta['config']['ema']['decays'][0]}" if meta.get("averages_only") else "model"
 
 
-def verify(checkpoint: Path, group: dist.ProcessGroup) -> None:
-    """Compare every file with its checksum, each rank a share; the same on all ranks.
+def verify(checkpoint: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Check meta.json and compare every file with its checksum. Whatever is read of a checkpoint was verified by this.
 
-    Raises CheckpointError that names a damaged or missing file. Checkpoints from before there were checksums pass.
+    group: of ranks that each take a share, with one outcome for all; None: of this process alone. Raises
+    CheckpointError that names a damaged or missing file. In checkpoints from before there were checksums meta.json
+    alone is checked.
     """
     if damage := _damage_of(checkpoint, group):
         raise CheckpointError(f"{damage}; use another checkpoint, or copy this one again")
 
 
-def _damage_of(checkpoint: Path, group: dist.ProcessGroup) -> str | None:
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+def _damage_of(checkpoint: Path, group: dist.ProcessGroup | None) -> str | None:
+    number, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+    def check() -> None:
+        if (files := read_meta(checkpoint).get("files")) is not None:
+            verify_files(checkpoint, files, number, size)
+
     try:
-        together(lambda: verify_files(checkpoint, read_meta(checkpoint).get("files", {}), rank, size), group)
-    except CheckpointError as error:
+        together(check, group) if group is not None else check()
+    except (CheckpointError, OSError) as error:
         return str(error)
     return None
+
+
+def _newest_good(checkpoints: Sequence[Path], group: dist.ProcessGroup | None) -> tuple[Path | None, dict[Path, str]]:
+    """(the last of `checkpoints` that verifies, or None; what is wrong with each after it), on all ranks."""
+    found: list[Any] = [list(checkpoints)]
+    if group is not None:
+        dist.broadcast_object_list(found, src=0, group=group)
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(found[0]):
+        damage = _damage_of(checkpoint, group)
+        if damage is None:
+            return checkpoint, damaged
+        damaged[checkpoint] = damage
+    return None, damaged
 
 
 def newest_good(folder: Path, group: dist.ProcessGroup) -> tuple[Path | None, dict[Path, str]]:
@@ -70,14 +94,9 @@ def newest_good(folder: Path, group: dist.ProcessGroup) -> tuple[Path | None, di
 
     None where there is no checkpoint; raises CheckpointError where there are some and all are damaged.
     """
-    found: list[Any] = [complete_checkpoints(folder / "checkpoints")]
-    dist.broadcast_object_list(found, src=0, group=group)
-    damaged: dict[Path, str] = {}
-    for checkpoint in reversed(found[0]):
-        damage = _damage_of(checkpoint, group)
-        if damage is None:
-            return checkpoint, damaged
-        damaged[checkpoint] = damage
+    checkpoint, damaged = _newest_good(complete_checkpoints(folder / "checkpoints"), group)
+    if checkpoint is not None:
+        return checkpoint, damaged
     if damaged:
         raise CheckpointError(
             f"no checkpoint of {folder} is undamaged: {'; '.join(damaged.values())}. Restore one from a copy, or use "
@@ -86,11 +105,14 @@ def newest_good(folder: Path, group: dist.ProcessGroup) -> tuple[Path | None, di
     return None, {}
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Rename a damaged checkpoint, so that it is neither resumed from nor counted among those to keep."""
+def set_aside(checkpoint: Path, reason: str) -> None:
+    """Rename a damaged checkpoint, so that it is neither resumed from nor counted among those to keep; its reason.txt
+    says why."""
     aside = checkpoint.with_name(f"{checkpoint.name}.corrupt")
     shutil.rmtree(aside, ignore_errors=True)  # of this step, set aside before
     checkpoint.rename(aside)
+    with contextlib.suppress(OSError):  # without room for it the checkpoint is set aside all the same
+        write_atomically(aside / "reason.txt", f"{reason}\n")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -8,8 +8,9 @@ from ..config.schema import TrainConfig
 from ..errors import CheckpointError, ConfigError
 from ..mup.table import MuTable
 from ..parallel.mesh import World
-from .compatible import check_same_engine, check_same_model
-from .find import newest_good, read_meta
+from .compatible import check_pickles, check_same_engine, check_same_model
+from .find import newest_good
+from .meta import read_meta
 
 
 def engine_identity(config: TrainConfig, world: World) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def find_resumed(
         raise ConfigError(f"run.resume is false, but {folder} has checkpoints: use another run.name or remove them")
     meta = read_meta(checkpoint)
     check_same_engine(meta, engine_identity(config, world), checkpoint)
+    check_pickles(meta, checkpoint, config.run.trust_pickles, "run.trust_pickles=true")
     changes = check_resume(meta["config"], config)
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
     for part, fingerprint in fingerprints.items():

@@ -1,11 +1,10 @@
 """Checkpoints that are complete or absent: written beside, flushed, renamed. Found again by the same command.
 
 A checkpoint is a folder `step_00001000` with the tensors (torch's distributed checkpoint) and `meta.json`: step,
-config, muP table and its hash, fingerprints of data and encoders, versions, size and SHA-256 of each file. No classes,
-no pickled objects. A snapshot is the same with the EMA weights alone.
+config, muP table and its hash, fingerprints of data and encoders, versions, size and SHA-256 of each file, and a digest
+of all that. No classes, no pickled objects. A snapshot is the same with the EMA weights alone.
 """
 
-import json
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from ..files import sync_folder, write_atomically
 from ..parallel.engine import Engine
 from .checksums import META, digest_files, superseded
 from .find import complete_checkpoints, step_of
+from .meta import seal
 
 _MOST_FAILURES = 3
 T = TypeVar("T")
@@ -141,7 +141,7 @@ class Checkpointer:
     def _publish(self, beside: Path, meta: dict[str, Any]) -> None:
         folder, name = beside.parent, beside.name[1 : -len(".tmp")]
         final = folder / name
-        write_atomically(beside / META, json.dumps(meta))
+        write_atomically(beside / META, seal(meta))
         sync_folder(beside)
         if final.exists():  # a run that was reset to an earlier checkpoint writes this step again
             old = folder / f".{name}.old"

@@ -52,6 +52,9 @@ class RunConfig(Section):
     """Number of newest checkpoints that are kept; the disk holds one more while the next is written."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints at multiples of this many steps are kept as well; 0 keeps none of them."""
+    trust_pickles: bool = False
+    """Resume a checkpoint of parallel.engine zero, whose files are pickles and can run code, also if another user owns
+    any of them."""
 
 
 class TrainSection(Section):

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from data.encoders.loading import model_fingerprint, quieten
+from data.encoders.loading import load_error, model_fingerprint, quieten
 from data.encoders.weights import load_whole
-from data.errors import DataError
 
 from .inception import full_float32
 
@@ -23,22 +22,12 @@ class Clip:
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
         quieten()
+        # ViT-B/32 is published as pytorch_model.bin alone, which transformers reads without running what is in it.
+        self._model: Any = load_whole(CLIPModel, "clip", path, dtype=torch.float32, attn_implementation="sdpa")
         try:
-            # ViT-B/32 is published as pytorch_model.bin alone, which transformers reads without running what is in it.
-            self._model: Any = load_whole(
-                CLIPModel,
-                path,
-                "clip",
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-            )
             self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise DataError(
-                f"clip: {path!r} cannot be loaded ({reason}); give a folder with config.json, tokenizer and "
-                "weights of a CLIP model, or a hub id that this machine can reach"
-            ) from None
+        except Exception as error:  # damaged files raise errors of any kind
+            raise load_error("clip", path, None, error) from None
         self._model.eval().requires_grad_(False).to(device)
         self._device = torch.device(device)
         config: Any = self._model.config

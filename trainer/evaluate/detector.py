@@ -52,20 +52,7 @@ class Detector:
 
     def __init__(self, path: str, clip: Clip, device: torch.device | str = "cpu") -> None:
         quieten()
-        try:
-            model: Any = load_whole(
-                Segmenter,
-                path,
-                "detector",
-                dtype=torch.float32,
-                use_safetensors=True,
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise DataError(
-                f"detector: {path!r} cannot be loaded ({reason}); give a folder with config.json and *.safetensors of "
-                "a Mask2Former, or a hub id that this machine can reach"
-            ) from None
+        model: Any = load_whole(Segmenter, "detector", path, dtype=torch.float32, use_safetensors=True)
         self._model = model.eval().requires_grad_(False).to(device)
         self._device, self._clip = torch.device(device), clip
         labels = model.config.id2label

@@ -1,65 +1,54 @@
-"""torch's distributed checkpoint without arbitrary pickles: its index file is unpickled from a list of types."""
+"""torch's distributed checkpoint (DCP): written by a thread, and read without a pickle that could run code."""
 
-import io
-import pickle
+import itertools
 import shutil
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..errors import CheckpointError
+from .dcp_index import Chunk, read_index
+from .dcp_tensors import read_chunk
 
-# The types that torch.distributed.checkpoint itself puts into `.metadata`, each by its full name: a module that is
-# trusted as a whole hands out what it imports ("filesystem", "os.system" is a valid reference of a pickle).
-_DCP = "torch.distributed.checkpoint"
-_SAFE = {
-    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
-    *((f"{_DCP}.metadata", f"{name}StorageMetadata") for name in ("Chunk", "Tensor", "Bytes")),
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    (f"{_DCP}.filesystem", "_StoragePrefix"),
-    ("builtins", "set"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("torch._utils", "_rebuild_device"),
-}
 _WRAPPING_BYTES = 4096  # of a tensor in its file and of its entry in the index, at most
 _MARGIN = 1.02
 _MAKE_ROOM = "free space there, lower run.keep_last, or use another run.dir"
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in _SAFE or is_dtype:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
+class _UnreadableError(BaseException):
+    """A CheckpointError on its way through DCP, which answers an Exception with a traceback and a second try."""
 
 
 class SafeReader(dcp.FileSystemReader):
-    """FileSystemReader (whose tensors are already read with weights_only) with a restricted index."""
+    """FileSystemReader that reads tensors and nothing else, and runs no pickle: index and tensors are read as data."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _Unpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+    def read_metadata(self) -> Metadata:  # pyright: ignore[reportIncompatibleMethodOverride] (DCP looks which it takes)
+        try:
+            return read_index(Path(self.path))
+        except CheckpointError as error:
+            raise _UnreadableError(str(error)) from None
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        items = sorted(plan.items, key=lambda item: self.storage_data[item.storage_index][:2])  # by file and offset
+        for name, group in itertools.groupby(items, key=lambda item: self.storage_data[item.storage_index].file):
+            with open(Path(self.path) / name, "rb") as file:
+                for item in group:
+                    chunk = read_chunk(file, self.storage_data[item.storage_index])
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(_part(chunk, item.storage_offsets, item.lengths))
+                    planner.commit_tensor(item, target)
+        done: torch.futures.Future[None] = torch.futures.Future()
+        done.set_result(None)
+        return done
 
 
 class AsyncSaver:
@@ -139,6 +128,12 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
         ) from None
 
 
+def _part(tensor: Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> Tensor:
+    for dimension, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dimension, offset, length)
+    return tensor
+
+
 def _first_reason(error: CheckpointException) -> BaseException:
     return next(iter(error.failures.values()))[0]
 
@@ -152,10 +147,7 @@ class TensorReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        try:
-            self._index = SafeReader(folder).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{folder} has no readable index of tensors: {error}") from None
+        self._index = read_index(folder)
 
     def entries(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type by name of the tensors of "model", or of an average such as "ema_0.9999"."""
@@ -170,13 +162,11 @@ class TensorReader:
         entry = self._index.state_dict_metadata[name]
         assert isinstance(entry, TensorStorageMetadata), name
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        reader = SafeReader(self._folder)
-        reader.read_metadata = lambda *_, **__: self._index  # the index is the same for all
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it reads in one process, which is what is meant
+        for number, place in enumerate(entry.chunks):
+            chunk: Chunk = self._index.storage_data[MetadataIndex(name, place.offsets, number)]
             try:
-                dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
-            except CheckpointException as error:
-                reason = next(iter(error.failures.values()))[0]
-                raise CheckpointError(f"{self._folder} cannot be read: {reason}; use another checkpoint") from None
+                with open(self._folder / chunk.file, "rb") as file:
+                    _part(tensor, place.offsets, place.sizes).copy_(read_chunk(file, chunk))
+            except (OSError, CheckpointError) as error:
+                raise CheckpointError(f"{self._folder} cannot be read: {error}; use another checkpoint") from None
         return tensor

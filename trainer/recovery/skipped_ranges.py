@@ -6,12 +6,14 @@ holds the ranges. It is written before anything is undone: a run that is killed 
 with the same ranges.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from ..checkpoint.find import complete_checkpoints, read_meta
+from ..checkpoint.find import complete_checkpoints
+from ..checkpoint.meta import read_meta
 from ..errors import CheckpointError
 from ..files import write_atomically
 
@@ -54,7 +56,8 @@ def skip_back(
 
 
 def read_skipped_ranges(folder: Path) -> tuple[SkippedRange, ...]:
-    """The skipped ranges of a run folder: those of its jumps.json, else those that its newest checkpoint knows.
+    """The skipped ranges of a run folder: those of its jumps.json, else those that its newest checkpoint knows, of
+    those that can be read.
 
     Raises CheckpointError where jumps.json cannot be read.
     """
@@ -67,10 +70,10 @@ def read_skipped_ranges(folder: Path) -> tuple[SkippedRange, ...]:
             f'{path} cannot be read ({error}): expected [{{"at_step": ..., "steps": ..., "reason": ...}}], or no such '
             "file; then the skipped ranges are those that the newest checkpoint knows"
         ) from None
-    if entries is None:
-        checkpoints = complete_checkpoints(folder / "checkpoints")
-        entries = [SkippedRange(*entry) for entry in read_meta(checkpoints[-1]).get("jumps", [])] if checkpoints else []
-    return tuple(entries)
+    for checkpoint in reversed(complete_checkpoints(folder / "checkpoints")) if entries is None else ():
+        with contextlib.suppress(CheckpointError):  # a damaged one is passed over, as a resume does
+            return tuple(SkippedRange(*entry) for entry in read_meta(checkpoint).get("jumps", []))
+    return tuple(entries or ())
 
 
 def write_skipped_ranges(folder: Path, skipped_ranges: Sequence[SkippedRange]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from data.config import AutoencoderConfig, TextEncoderConfig
 from data.debug import ensure_debug_assets
@@ -226,6 +228,63 @@ def test_autoencoder_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"autoencoder\.path: there is no folder"):
         vae(tmp_path / "gone")
     assert vae(vae_folder(tmp_path / "unshifted", drop="shift_factor")).shift == 0.0
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _rewritten(change: Callable[[dict[str, torch.Tensor], str], object]) -> Callable[[Path], None]:
+    def damage(file: Path) -> None:
+        tensors = load_file(file)
+        change(tensors, max(tensors, key=lambda name: tensors[name].numel()))
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return damage
+
+
+DAMAGES = [
+    pytest.param(_cut, r"model\.safetensors' is damaged", id="cut"),
+    pytest.param(lambda file: file.write_bytes(b"\xff" * 5000), r"model\.safetensors' is damaged", id="garbage"),
+    pytest.param(
+        _rewritten(lambda tensors, name: tensors.pop(name)),
+        "weights (of the model are not there|have another shape)",
+        id="absent",
+    ),
+    pytest.param(
+        _rewritten(lambda tensors, name: tensors.update({name: torch.cat([tensors[name]] * 2)})),
+        "weights (of the model are not there|have another shape)",
+        id="shape",
+    ),
+    pytest.param(
+        _rewritten(lambda tensors, name: tensors[name].fill_(math.nan)), "weights are not finite numbers", id="nan"
+    ),
+    pytest.param(
+        lambda file: file.with_name("config.json").write_text("[1]"),
+        r"config\.json and \*\.safetensors|config\.json holds no",
+        id="config",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damaged_files_give_one_message(
+    damage: Callable[[Path], object], message: str, assets: Path, tmp_path: Path
+) -> None:
+    """The libraries fill up what is missing with random numbers, or end in errors of their own."""
+    vae_folder(tmp_path / "vae", scaling_factor=1.0)
+    for part in ("t5", "dinov2"):
+        shutil.copytree(assets / part, tmp_path / part)
+    loads = {
+        "t5": lambda: t5(assets, path=str(tmp_path / "t5")),
+        "vae": lambda: vae(tmp_path / "vae"),
+        "dinov2": lambda: load_feature_encoder(str(tmp_path / "dinov2"), 32, "cpu", torch.float32),
+    }
+    for part, load in loads.items():
+        load()
+        damage(next((tmp_path / part).glob("*.safetensors")))
+        with pytest.raises(DataError, match=message):
+            load()
 
 
 def test_the_scale_of_files_older_than_its_field(tmp_path: Path) -> None:

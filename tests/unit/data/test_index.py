@@ -10,6 +10,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
@@ -115,6 +117,36 @@ def test_a_stale_or_damaged_index_is_built_again(tmp_path: Path) -> None:
     index_path(path).write_bytes(b"PAR1 nonsense")
     assert load_index(path).table.column("key").to_pylist() == ["b"]
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("image_size", 1 << 30), ("image_offset", 1 << 40), ("image_offset", -2), ("caption_size", -1),
+        ("text_size", 1 << 62), ("width", -1), ("label", -3), ("key", None), ("caption_offset", None),
+    ],
+)  # fmt: skip
+def test_an_index_that_lies_is_built_again(column: str, value: int | None, tmp_path: Path) -> None:
+    """Rows lie within the tar: a stored one that says otherwise would have a reader allocate what it claims."""
+    path = write_tar(tmp_path / "s.tar", {f"{key}.{end}": png() for key in "abc" for end in ("png", "txt")})
+    genuine = load_index(path).table
+    stored = pq.read_table(index_path(path))
+    values = [value, *stored.column(column).to_pylist()[1:]]
+    number = stored.schema.get_field_index(column)
+    lying = stored.set_column(number, stored.schema.field(number), pa.array(values, stored.schema.field(number).type))
+    pq.write_table(lying, index_path(path))
+    assert load_index(path).table.equals(genuine)
+    assert pq.read_table(index_path(path)).equals(stored), "and stored anew"
+
+
+def test_a_flipped_bit_of_an_index_is_found(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", {f"{n:04d}.{end}": png() for n in range(50) for end in ("png", "txt")})
+    genuine, content = load_index(path).table, index_path(path).read_bytes()
+    for at in range(100, len(content), len(content) // 40):
+        flipped = bytearray(content)
+        flipped[at] ^= 4
+        index_path(path).write_bytes(flipped)
+        assert load_index(path).table.equals(genuine), at
 
 
 def test_an_index_that_cannot_be_stored_is_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

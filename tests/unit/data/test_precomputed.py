@@ -25,7 +25,7 @@ from data.encoders.dinov2 import load_feature_encoder
 from data.encoders.text import load_text_encoder
 from data.errors import DataError
 from data.index import ImageTextIndex
-from data.precomputed_format import Dataset, check_images, check_same_kind
+from data.precomputed_format import Dataset, check_images, check_same_kind, npy
 from data.precomputed_write import Precompute, bytes_in_tar
 from data.reader import ImageTextReader, validation_batches
 from data.shard_index import load_index
@@ -409,3 +409,44 @@ def test_classes_need_no_text(made: Made, tmp_path: Path) -> None:
 def test_the_index_of_a_precomputed_shard_is_rebuilt_alike(made: Made) -> None:
     path = made.index.paths[1]
     assert load_index(path, rebuild=True).table.equals(load_index(path).table)
+
+
+def test_damage_of_what_lies_beside_the_shards_is_named(made: Made, tmp_path: Path) -> None:
+    """An empty caption without tokens would train every dropped caption on nothing. Precompute makes it anew."""
+    folder = tmp_path / "copy"
+    shutil.copytree(made.task.prefix.parent, folder)
+    genuine, said = (folder / "empty_caption.npy").read_bytes(), (folder / "dataset.json").read_text()
+    flipped = bytearray(genuine)
+    flipped[-1] ^= 64
+
+    def opened() -> Dataset | None:
+        return ImageTextIndex(open_shards(str(folder))).dataset
+
+    array = np.load(io.BytesIO(genuine))
+    for content in (b"", genuine[:128], genuine[:-1], bytes(flipped), npy(array[:0]), npy(array.repeat(99, 0))):
+        (folder / "empty_caption.npy").write_bytes(content)
+        with pytest.raises(
+            DataError, match=r"empty_caption\.npy is missing or damaged .*run launch/precompute\.py again"
+        ):
+            opened()
+    for content in (genuine[:128], bytes(flipped)):
+        (folder / "empty_caption.npy").write_bytes(content)
+        dataclasses.replace(made.task, prefix=folder / "train").run(0, 1, lambda _: None)
+        assert (folder / "empty_caption.npy").read_bytes() == genuine
+    for content, match in (
+        (said.replace('"precision": "fp32"', '"precision": "bf16"'), "is damaged: it does not have its digest"),
+        (said.replace('"width": 64', '"width": "64"'), "is no dataset.json"),
+        (said.replace('"resolution": 32', '"resolution": -32'), "is no dataset.json"),
+        ("[" * 100_000, "is no dataset.json"),
+        (said + " " * (1 << 20), "cannot be read"),
+    ):
+        assert content != said
+        (folder / "dataset.json").write_text(content)
+        with pytest.raises(DataError, match=match):
+            opened()
+    older = {key: value for key, value in json.loads(said).items() if key not in ("digest", "empty_caption_sha256")}
+    (folder / "dataset.json").write_text(json.dumps(older))
+    assert made.index.dataset is not None
+    dataset = opened()
+    assert dataset is not None
+    assert dataset.digest == made.index.dataset.digest, "the identity that checkpoints have stored"

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.helpers.checkpoints import meta_of
 from trainer.errors import RunError
 from trainer.monitor.metrics import Metrics, read_metrics
 from trainer.parallel.mesh import World, init_world
@@ -54,7 +55,7 @@ def a_run(folder: Path, world: World, metrics: Metrics, *checkpoints: int) -> An
     for step in checkpoints:
         path = folder / "checkpoints" / f"step_{step:08d}"
         path.mkdir(parents=True)
-        (path / "meta.json").write_text("{}")
+        (path / "meta.json").write_text(json.dumps(meta_of(step)))
     state = TrainState.start(torch.device("cpu"))
     state.step = 12
     return SimpleNamespace(
@@ -98,7 +99,7 @@ def test_in_vain(world: World, metrics: Metrics, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"step_00000008 3 times already"):
         go_back(run, 3)
     (tmp_path / "checkpoints" / "step_00000012").mkdir()
-    (tmp_path / "checkpoints" / "step_00000012" / "meta.json").write_text("{}")
+    (tmp_path / "checkpoints" / "step_00000012" / "meta.json").write_text(json.dumps(meta_of(12)))
     run.state.step = 16
     go_back(run, 3)
     assert run.state.step == 12, "a new checkpoint starts the count anew"

@@ -80,7 +80,7 @@ def test_weights_without_a_place_are_refused(
     folder = edited(assets / kind, tmp_path / kind, edit)
     load = {"text_encoder.path": t5, "objective.repa_encoder": dinov2}
     key = {"t5": "text_encoder.path", "dinov2": "objective.repa_encoder"}[kind]
-    with pytest.raises(DataError, match=rf"{key}: the weights at .*{message}"):
+    with pytest.raises(DataError, match=rf"{key}: the weights in .*{message}"):
         load[key](folder)
 
 
@@ -112,7 +112,7 @@ def test_an_encoder_without_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_states_that_are_not_finite_are_refused(assets: Path, tmp_path: Path) -> None:
     folder = edited(assets / "t5", tmp_path / "t5", lambda w: {name: tensor * torch.nan for name, tensor in w.items()})
-    with pytest.raises(DataError, match="states that are not finite"):
+    with pytest.raises(DataError, match="weights are not finite numbers"):
         t5(folder)
 
 

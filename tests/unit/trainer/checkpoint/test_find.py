@@ -2,10 +2,8 @@
 
 import contextlib
 import errno
-import io
 import json
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -19,15 +17,15 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.processes import kill_tree
 from tests.faults.harness import lives
+from tests.helpers.checkpoints import meta_of
 from trainer.build.engine import build_mup_table
 from trainer.checkpoint.compatible import check_same_model
-from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta
+from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
+from trainer.checkpoint.meta import read_meta
 from trainer.checkpoint.write import Checkpointer
 from trainer.config.keys import plain
 from trainer.config.load import load_config
@@ -35,7 +33,7 @@ from trainer.errors import CheckpointError
 from trainer.files import lock_folder, write_atomically
 from trainer.monitor.metrics import Metrics, peak_flops, read_metrics
 from trainer.monitor.plots import plot_loss
-from trainer.parallel.dcp import AsyncSaver, SafeReader, load_tensors, save_tensors
+from trainer.parallel.dcp import AsyncSaver, load_tensors
 from trainer.parallel.engine import Engine
 from trainer.parallel.mesh import World, init_world
 
@@ -81,7 +79,7 @@ def checkpointer(
 def save(folder: Path, world: World, step: int, keep_last: int = 2) -> None:
     """A checkpoint whose weight is its step."""
     tensors = {"totals": torch.arange(5, dtype=torch.float64)}
-    checkpointer(folder, world, OneTensor(world, step), keep_last).save(step, tensors, {"step": step}, wait=True)
+    checkpointer(folder, world, OneTensor(world, step), keep_last).save(step, tensors, meta_of(step), wait=True)
 
 
 def names(folder: Path) -> list[str]:
@@ -140,12 +138,12 @@ def test_incomplete_does_not_count_as_kept(world: World, tmp_path: Path) -> None
 
 def test_saving_a_step_again_replaces_it(world: World, tmp_path: Path) -> None:
     save(tmp_path, world, 5)
-    checkpointer(tmp_path, world, OneTensor(world, 42.0)).save(5, {}, {"step": 5, "again": True}, wait=True)
+    checkpointer(tmp_path, world, OneTensor(world, 42.0)).save(5, {}, meta_of(5, commit="again"), wait=True)
     assert names(tmp_path) == ["step_00000005"]
     engine = OneTensor(world)
     engine.load(find_checkpoint(tmp_path), {})
     assert engine.weight.tolist() == [42.0] * 4
-    assert read_meta(find_checkpoint(tmp_path))["again"]
+    assert read_meta(find_checkpoint(tmp_path))["commit"] == "again"
 
 
 def test_find_checkpoint(world: World, tmp_path: Path) -> None:
@@ -237,76 +235,6 @@ def test_check_same_rules() -> None:
         check_same_model({"mup": other}, ours, Path("runs/a"), rules=False)  # init_from: what it computes is the same
         with pytest.raises(CheckpointError, match=rf"another muP table \(first difference: {first}\)"):
             check_same_model({"mup": other}, ours, Path("runs/a"), rules=True)
-
-
-# ------------------------------------------------------------------------------------------------- an index is no code
-def reference(module: str, name: str, argument: str) -> bytes:
-    """A pickle that calls module.name(argument); a dotted name is followed attribute by attribute."""
-
-    def text(value: str) -> bytes:
-        return pickle.BINUNICODE + len(value.encode()).to_bytes(4, "little") + value.encode()
-
-    call = text(module) + text(name) + pickle.STACK_GLOBAL + text(argument) + pickle.TUPLE1 + pickle.REDUCE
-    return pickle.PROTO + b"\x04" + call + pickle.STOP
-
-
-def test_genuine_index(world: World, tmp_path: Path) -> None:
-    """Every dtype that a checkpoint holds; unlike torch's own reader's, this index is read without code."""
-    tensors = {str(d): torch.ones(3, 2, dtype=d) for d in (torch.float32, torch.float64, torch.bfloat16, torch.int64)}
-    save_tensors(tmp_path, tensors, world.checkpoint)
-    ours = SafeReader(tmp_path).read_metadata().state_dict_metadata
-    assert ours == dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
-    assert isinstance(ours["torch.bfloat16"], TensorStorageMetadata)
-    fresh = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    load_tensors(tmp_path, fresh, world.checkpoint)
-    assert all(torch.equal(fresh[name], tensor) for name, tensor in tensors.items())
-
-
-def test_damaged_checkpoint(world: World, tmp_path: Path) -> None:
-    """torch's own error is no Exception: it would pass every handler and end in a traceback."""
-    save_tensors(tmp_path, {"a": torch.ones(3)}, world.checkpoint)
-    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be read: .*absent"):
-        load_tensors(tmp_path, {"absent": torch.zeros(1)}, world.checkpoint)
-    (tensors,) = tmp_path.glob("*.distcp")
-    tensors.write_bytes(tensors.read_bytes()[:20])
-    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be read"):
-        load_tensors(tmp_path, {"a": torch.zeros(3)}, world.checkpoint)
-    (tmp_path / ".metadata").write_bytes(reference("os", "system", "true"))
-    with pytest.raises(CheckpointError, match=r"os\.system has no place in a checkpoint's index"):
-        load_tensors(tmp_path, {"a": torch.zeros(3)}, world.checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("os", "system"),
-        ("posix", "system"),
-        ("builtins", "eval"),
-        ("builtins", "getattr"),
-        ("torch", "load"),
-        ("torch", "int_repr"),  # begins like a dtype
-        # A trusted module hands out what it imports.
-        ("torch.distributed.checkpoint.metadata", "os.system"),
-        ("torch.distributed.checkpoint.filesystem", "os.system"),
-        ("torch.distributed.checkpoint.filesystem", "pickle.loads"),
-        ("torch.distributed.checkpoint.filesystem", "FileSystemWriter"),
-        ("collections", "OrderedDict.__class__"),
-    ],
-)
-def test_evil_index(module: str, name: str, tmp_path: Path) -> None:
-    """Refused before it is called: what would be called leaves no trace."""
-    trace = tmp_path / "trace"
-    (tmp_path / ".metadata").write_bytes(reference(module, name, f"touch {trace}"))
-    with pytest.raises(pickle.UnpicklingError, match="has no place in a checkpoint's index"):
-        SafeReader(tmp_path).read_metadata()
-    assert not trace.exists()
-
-
-def test_the_evil_index_is_evil(tmp_path: Path) -> None:
-    """The plain unpickler runs it, so that the refusal above is one."""
-    evil = reference("torch.distributed.checkpoint.filesystem", "os.system", f"touch {tmp_path / 'trace'}")
-    assert pickle.load(io.BytesIO(evil)) == 0
-    assert (tmp_path / "trace").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

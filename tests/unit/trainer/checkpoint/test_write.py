@@ -1,5 +1,6 @@
 """Saves in the background: what is written, what is verified, what is kept, and what a failure leaves."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,16 +14,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from tests.helpers.checkpoints import meta_of
 from trainer.checkpoint.checksums import digest_files, superseded, verify_files
-from trainer.checkpoint.find import (
-    complete_checkpoints,
-    find_checkpoint,
-    newest_good,
-    read_meta,
-    set_aside,
-    verify,
-    weights_of,
-)
+from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, newest_good, set_aside, verify, weights_of
+from trainer.checkpoint.meta import read_meta
 from trainer.checkpoint.write import Checkpointer
 from trainer.errors import CheckpointError
 from trainer.parallel.dcp import AsyncSaver, bytes_of, load_tensors
@@ -78,7 +73,7 @@ class Saves(NamedTuple):
 
     def save(self, step: int, wait: bool = True) -> None:
         self.engine.weight.fill_(step)
-        self.checkpointer.save(step, {}, {"step": step}, wait)
+        self.checkpointer.save(step, {}, meta_of(step), wait)
 
     def names(self) -> list[str]:
         """Everything in the checkpoints folder, hidden things too."""
@@ -151,7 +146,7 @@ def test_snapshots(make: Make, world: World) -> None:
     config = {"ema": {"decays": [0.5, 0.9]}}
     for step in (2, 4, 6):
         averages = {f"ema_{decay}/weight": torch.full((4,), step * decay) for decay in (0.5, 0.9)}
-        saves.checkpointer.save_averages(step, averages, {"step": step, "config": config})
+        saves.checkpointer.save_averages(step, averages, meta_of(step, config=config))
     saves.checkpointer.wait()
     snapshots = complete_checkpoints(saves.folder / "ema")
     assert [path.name for path in snapshots] == ["step_00000002", "step_00000004", "step_00000006"]
@@ -238,12 +233,23 @@ def test_needed_bytes_are_an_upper_estimate(world: World, tmp_path: Path, monkey
 
 # ------------------------------------------------------------------------------------------------------ verification
 def damage(file: Path, kind: str) -> None:
-    """flip: one bit in the middle; cut: the last byte; gone: the file."""
+    """flip: one bit in the middle; cut: the last byte; gone: the file; added: a file that was not written; link: the
+    file lies elsewhere; renumbered: another step, in the text of meta.json."""
+    if kind == "added":
+        shutil.copy(file.with_name("__0_0.distcp"), file)
+        return
     content = bytearray(file.read_bytes())
     if kind == "flip":
         content[len(content) // 2] ^= 1
     if kind == "cut":
         del content[-1]
+    if kind == "link":
+        elsewhere = file.parents[2] / f"{file.parent.name} {file.name}"
+        file.rename(elsewhere)
+        file.symlink_to(elsewhere)
+        return
+    if kind == "renumbered":
+        content = content.replace(b'"step": ', b'"step": 6')
     file.write_bytes(content)
     if kind == "gone":
         file.unlink()
@@ -255,6 +261,9 @@ DAMAGES = [
     pytest.param("__0_0.distcp", "gone", "is missing", id="gone"),
     pytest.param(".metadata", "flip", "is damaged: its SHA-256 is", id="index"),
     pytest.param("meta.json", "cut", "cannot be read", id="meta"),
+    pytest.param("meta.json", "renumbered", "is damaged: its fields are not those of its digest", id="step"),
+    pytest.param("__7_0.distcp", "added", "is not among the files that meta.json lists", id="added"),
+    pytest.param("__0_0.distcp", "link", "is a link out of the checkpoint", id="link"),
 ]
 
 
@@ -271,9 +280,14 @@ def test_damage_is_named_and_passed_over(name: str, kind: str, message: str, mak
     good, damaged = newest_good(saves.folder, world.control)
     assert good == older
     assert list(damaged) == [newer]
+    assert find_checkpoint(saves.folder) == older, "what a command takes that only reads"
+    with pytest.raises(CheckpointError, match=f"{newer / name} {message}"):
+        find_checkpoint(newer)
     damage(older / name, kind)
     with pytest.raises(CheckpointError) as error:
         newest_good(saves.folder, world.control)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is undamaged"):
+        find_checkpoint(saves.folder)
     assert all(str(path / name) in str(error.value) for path in (older, newer))
 
 
@@ -281,7 +295,7 @@ def test_a_checkpoint_without_checksums_loads(make: Make, world: World) -> None:
     saves = make()
     saves.save(1)
     checkpoint = find_checkpoint(saves.folder)
-    (checkpoint / "meta.json").write_text('{"step": 1}')
+    (checkpoint / "meta.json").write_text(json.dumps(meta_of(1)))
     assert newest_good(saves.folder, world.control) == (checkpoint, {})
 
 
@@ -326,7 +340,8 @@ def test_a_corrupt_one_does_not_push_out_a_good_one(make: Make, world: World) ->
         saves.save(step)
     damage(saves.folder / "checkpoints" / "step_00000002" / "__0_0.distcp", "flip")
     _, damaged = newest_good(saves.folder, world.control)
-    for checkpoint in damaged:
-        set_aside(checkpoint)
+    for checkpoint, reason in damaged.items():
+        set_aside(checkpoint, reason)
+    assert "SHA-256" in (saves.folder / "checkpoints" / "step_00000002.corrupt" / "reason.txt").read_text()
     saves.save(3)
     assert saves.names() == ["step_00000001", "step_00000002.corrupt", "step_00000003"]

@@ -174,7 +174,7 @@ def test_small_models_detect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sum(found[0].colours()) == pytest.approx(1, abs=1e-5)
     assert found[0].colour in COLOURS
     for path, what in (("absent", "detector"), ("absent", "clip")):
-        with pytest.raises(DataError, match=f"{what}: '.*absent' cannot be loaded"):
+        with pytest.raises(DataError, match=f"{what}: there is no folder '.*absent'"):
             Detector(str(tmp_path / path), clip) if what == "detector" else Clip(str(tmp_path / path))
 
 

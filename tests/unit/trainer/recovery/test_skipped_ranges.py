@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.checkpoints import meta_of
 from trainer.errors import CheckpointError
 from trainer.recovery.skipped_ranges import (
     SkippedRange,
@@ -103,8 +104,12 @@ def test_the_folder_says_which(tmp_path: Path) -> None:
     assert read_skipped_ranges(tmp_path) == ()
     checkpoint = tmp_path / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "meta.json").write_text(json.dumps({"jumps": [[4, 2, "NaN"]]}))
+    (checkpoint / "meta.json").write_text(json.dumps(meta_of(4, jumps=[[4, 2, "NaN"]])))
     assert read_skipped_ranges(tmp_path) == (SkippedRange(4, 2, "NaN"),), "a copied checkpoint"
+    damaged = tmp_path / "checkpoints" / "step_00000008"
+    damaged.mkdir()
+    (damaged / "meta.json").write_text("{")
+    assert read_skipped_ranges(tmp_path) == (SkippedRange(4, 2, "NaN"),), "a damaged one is passed over"
     write_skipped_ranges(tmp_path, [SkippedRange(4, 2, "NaN"), SkippedRange(4, 3, "NaN")])
     assert read_skipped_ranges(tmp_path) == (SkippedRange(4, 2, "NaN"), SkippedRange(4, 3, "NaN"))
 
