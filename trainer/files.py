@@ -1,9 +1,11 @@
 """Files that are whole or absent, and locks that end with the process that holds them."""
 
+import contextlib
 import fcntl
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -18,13 +20,54 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """The whole content or nothing, also after a crash of the machine, and whoever else writes it at the same time."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with naming(path), open(beside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
+        raise
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Append whole lines to a file or nothing, which survives a crash of the machine then.
+
+    A line without an end, as a full disk or a kill leaves it, is cut off first. The caller sees to it that nobody else
+    appends at the same time. Raises OSError with the path.
+    """
+    with naming(path), open(path, "ab+", buffering=0) as file:
+        end = _end_of_whole_lines(file)
+        file.truncate(end)
+        data = lines.encode()
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _end_of_whole_lines(file: IO[bytes], block: int = 1 << 16) -> int:
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - block)
+        file.seek(start)
+        if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError within has the name of a file: `path`, where the system names none, as of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 
