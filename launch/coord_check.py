@@ -7,13 +7,13 @@ batch of synthetic data, the same at every width. Writes coord_check.json and co
 1 where it fails, or where the control says that these settings could not have shown a fault.
 """
 
-import json
 import time
 from pathlib import Path
 
 from launch.common import command, run
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
+from trainer.files import json_text, write_atomically
 
 LEAST_WIDTHS = 3
 
@@ -47,7 +47,7 @@ def main() -> int:
         "limits": LIMITS, "control_limit": CONTROL, "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     a.output.mkdir(parents=True, exist_ok=True)
-    (a.output / "coord_check.json").write_text(json.dumps(to_json(report, control, settings), indent=1) + "\n")
+    write_atomically(a.output / "coord_check.json", json_text(to_json(report, control, settings), indent=1) + "\n")
     plot(report, checked, f"{Path(a.config).stem}, {a.steps} steps", a.output / "coord_check.png")
     print(describe(report, control, checked))
     found = "" if a.lr is not None else f", found from optim.lr (at most {MOST_LR:g})"

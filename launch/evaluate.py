@@ -8,7 +8,6 @@ The same command again goes on where it was stopped. Overrides are keys of the s
 config that say where its encoders lie and how the model runs on the machine.
 """
 
-import json
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 from trainer.evaluate.suite import SuiteConfig, digest, load_suite, split_overrides
-from trainer.files import lock_folder, write_atomically
+from trainer.files import json_text, lock_folder, write_atomically
 from trainer.provenance import commit
 
 
@@ -96,7 +95,7 @@ def evaluate(opened: Opened, config: TrainConfig, name: str, suite: SuiteConfig,
                 "machine": machine(evaluation),
                 "seconds": {"images_made": made, "making": making_s, "all": time.monotonic() - began},
             }
-            write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
+            write_atomically(folder / "results.json", json_text(results, indent=1) + "\n")
             print(describe(results, folder))
         del lock  # held until here
 

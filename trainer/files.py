@@ -2,12 +2,14 @@
 
 import contextlib
 import fcntl
+import json
+import math
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import CheckpointError
 
@@ -28,6 +30,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """Plain data as JSON. NaN and Infinity are no JSON, and other readers refuse a file with them: they become null."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def append_lines(path: Path, lines: str) -> None:

@@ -30,7 +30,12 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         if any(folder.glob("*.tar")):
             raise DataError(f"--output {folder} holds other files: choose another folder")
         write_atomically(file, json.dumps(identity, indent=1) + "\n")
-    elif json.loads(file.read_text()) != identity:
+        return
+    try:
+        held = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error}): remove it to measure anew, or choose another --output") from None
+    if held != identity:
         raise DataError(
             f"--output {folder} holds an evaluation of another checkpoint, or by another protocol: choose another "
             "folder, or remove it"

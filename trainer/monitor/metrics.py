@@ -5,7 +5,6 @@ Names carry their units.
 
 import contextlib
 import errno
-import json
 import os
 import secrets
 import sys
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from ..files import write_atomically
 from .plots import VALIDATION, plot_evaluation, plot_loss
+from .records import METRICS, STATUS, metrics_line, read_lines, read_metrics, write_status
 
 # Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
 _PEAK_FLOPS = {
@@ -35,19 +35,6 @@ _SPEED = (
 def peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of a device, or None if it is not known."""
     return next((flops for part, flops in _PEAK_FLOPS.items() if part in device_name), None)
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run folder's metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
-    """status.json: running, finished, preempted or failed."""
-    text = json.dumps({"state": state, "step": step, "reason": reason})
-    write_atomically(folder / "status.json", text + "\n")
 
 
 class Wandb(Protocol):
@@ -79,12 +66,24 @@ class Metrics:
             return
         self._flush()
         self._file.close()
-        kept = [r for r in read_metrics(self._folder) if step and r["step"] <= step]
-        write_atomically(self._folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        lines, path = read_lines(self._folder), self._folder / METRICS
+        if damaged := [line.raw for line in lines if line.record is None]:
+            self._keep_aside(damaged)
+        kept = b"".join(line.raw for line in lines if step and line.record is not None and line.record["step"] <= step)
+        if path.is_file() and path.read_bytes().startswith(kept):
+            os.truncate(path, len(kept))  # on a full disk too
+        else:
+            write_atomically(path, kept)
         self._file, self._unwritten = self._open(), b""
 
+    def _keep_aside(self, damaged: list[bytes]) -> None:
+        aside = self._folder / f"{METRICS}.damaged"
+        self.say(f"warning: {self._folder / METRICS}: {len(damaged)} damaged lines are left out, and kept in {aside}")
+        with self.without_room(aside), open(aside, "ab") as file:
+            file.writelines(damaged)
+
     def _open(self) -> FileIO:
-        return open(self._folder / "metrics.jsonl", "ab", buffering=0)
+        return open(self._folder / METRICS, "ab", buffering=0)
 
     def start_wandb(self, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
         """Log to wandb as well; the run's id is kept in the run folder, so that a resumed run continues it."""
@@ -115,7 +114,7 @@ class Metrics:
         """One JSON object per line, flushed; then the terminal and wandb."""
         if not self._active:
             return
-        self._unwritten += json.dumps(dict(record)).encode() + b"\n"
+        self._unwritten += metrics_line(record)
         self._flush()
         self._print(record)
         if self._wandb is not None:
@@ -130,7 +129,7 @@ class Metrics:
             if error.errno not in _NO_ROOM:
                 raise
             lines = self._unwritten.count(b"\n")
-            self.say(f"warning: {self._folder}/metrics.jsonl: {error.strerror}; {lines} lines wait for room")
+            self.say(f"warning: {self._folder / METRICS}: {error.strerror}; {lines} lines wait for room")
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
@@ -139,7 +138,7 @@ class Metrics:
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         if self._active:
-            with self.without_room(self._folder / "status.json"):
+            with self.without_room(self._folder / STATUS):
                 write_status(self._folder, state, step, reason)
 
     def plot(self, last: bool = False) -> None:

@@ -364,7 +364,7 @@ def test_status_and_plots_without_room(
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(number, "no room")
 
-    monkeypatch.setattr("trainer.monitor.metrics.write_atomically", fail)
+    monkeypatch.setattr("trainer.monitor.records.write_atomically", fail)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     for write, name in (
         (lambda: metrics.status("running", 1), "status.json"),
