@@ -19,7 +19,7 @@ from data.errors import DataError
 from ..checkpoint.compatible import check_same_model, check_weights_readable, lasting
 from ..checkpoint.find import find_checkpoint, read_meta, set_aside, verify, weights_of
 from ..checkpoint.resume import Resumed, engine_identity, find_resumed
-from ..checkpoint.write import Checkpointer
+from ..checkpoint.write import Checkpointer, clear_leftovers
 from ..collectives import first_on_rank_0, on_rank_0
 from ..config.keys import plain
 from ..config.load import to_yaml
@@ -266,11 +266,19 @@ def _evaluator(
 def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) -> Metrics:
     """Write the run folder, from which damaged checkpoints are set aside, and tell the notes."""
     config, folder = inputs.config, inputs.folder
-    if inputs.world.rank == 0:
-        write_atomically(folder / "config.yaml", to_yaml(config))
-        write_atomically(folder / "mup.json", json.dumps(inputs.table.to_json(), indent=1))
+
+    def write() -> None:
+        clear_leftovers(folder)
+        for name, text in (
+            ("config.yaml", to_yaml(config)),
+            ("mup.json", json.dumps(inputs.table.to_json(), indent=1)),
+        ):
+            if not (folder / name).is_file() or (folder / name).read_bytes() != text.encode():  # no room is needed then
+                write_atomically(folder / name, text)
         for checkpoint in start.resumed.damaged if start.resumed is not None else ():
             set_aside(checkpoint)
+
+    on_rank_0(inputs.world, write)
     metrics = Metrics(folder, inputs.world.rank == 0, config.train.steps, step)
     if config.wandb.project is not None:
         metrics.start_wandb(config.wandb.project, config.wandb.mode, str(config.run.name), plain(config))

@@ -26,6 +26,8 @@ def shard(folder: Path, batch: int) -> Path:
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Begin or go on with an evaluation in a folder; DataError where it holds something else."""
     file = folder / "evaluation.json"
+    for leftover in folder.glob(".*.tmp"):  # of a killed process, since the caller holds the folder
+        leftover.unlink()
     if not file.is_file():
         if any(folder.glob("*.tar")):
             raise DataError(f"--output {folder} holds other files: choose another folder")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +37,25 @@ def test_of_two_folders_the_first_stays(tmp_path: Path) -> None:
             (quicker / "who").write_text("the quicker one")
     assert (tmp_path / "folder" / "who").read_text() == "the quicker one"
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_fills_stays(tmp_path: Path) -> None:
+    with folder_once(tmp_path / "folder") as living:
+        (tmp_path / ".folder.dead.tmp").mkdir()
+        (tmp_path / ".folder.new.tmp").mkdir()  # perhaps of a process that has yet to lock it
+        for old in (living, tmp_path / ".folder.dead.tmp"):
+            os.utime(old, (1, 1))
+        with folder_once(tmp_path / "folder"):
+            assert living.is_dir()
+            assert not (tmp_path / ".folder.dead.tmp").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".folder.new.tmp", "folder"]
+
+
+@pytest.mark.parametrize("make", [folder_once, temporary_beside])
+def test_a_full_disk_is_told_with_the_path(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/it'"), make(tmp_path / "it"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:
