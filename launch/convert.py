@@ -10,7 +10,7 @@ which run code when they are read: convert none but your own.
 
 from pathlib import Path
 
-from launch.common import command, run
+from launch.common import add_overwrite, command, keep_files, run
 from trainer.config.load import parse
 from trainer.config.resolve import resolve
 from trainer.errors import CheckpointError
@@ -22,7 +22,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="the new run folder")
     parser.add_argument("--engine", choices=("fsdp2", "zero"), required=True, help="to convert to")
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2, help="of --engine zero (default: 2)")
+    add_overwrite(parser)
     arguments = parser.parse_args()
+    keep_files(arguments.overwrite, arguments.output)
     from trainer.build.convert import convert
     from trainer.checkpoint.compatible import convert_command, engine_of
     from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, read_meta

@@ -10,7 +10,7 @@ batch of synthetic data, the same at every width. Writes coord_check.json and co
 import time
 from pathlib import Path
 
-from launch.common import command, run
+from launch.common import add_overwrite, command, keep_files, run
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
 from trainer.files import json_text, write_atomically
@@ -26,12 +26,14 @@ def main() -> int:
     parser.add_argument("--lr", type=float, help="optim.lr; unless given, it is doubled until SP would show a fault")
     parser.add_argument("--batch-size", type=int, default=8, help="samples per step (default: 8)")
     parser.add_argument("--output", required=True, type=Path, help="folder of coord_check.json and coord_check.png")
+    add_overwrite(parser)
     a = parser.parse_args()
     if a.steps < 1 or a.seeds < 1:
         raise ConfigError(f"--steps and --seeds must be at least 1, got {a.steps} and {a.seeds}")
     if len(a.widths) < LEAST_WIDTHS:
         raise ConfigError(f"--widths needs at least {LEAST_WIDTHS} different widths to fit a slope, got {a.widths}")
     load_config(a.config, a.overrides)
+    keep_files(a.overwrite, a.output / "coord_check.json", a.output / "coord_check.png")
     from trainer.coord_check.check import MOST_LR, Settings, check
     from trainer.coord_check.plot import plot
     from trainer.coord_check.report import describe, to_json

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.common import Opened, command, end_with_torchrun, open_checkpoint, run
+from launch.common import Opened, add_overwrite, command, end_with_torchrun, keep_files, open_checkpoint, run
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
@@ -106,10 +106,13 @@ def table(given: Sequence[str]) -> int:
 
     parser = command(compare_runs.__doc__, config=False, overrides=None, name="evaluate.py table")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the baseline first")
-    parser.add_argument("--output", type=Path, default=Path("runs/table"), help="folder of table.md, .json and .png")
+    parser.add_argument("--output", type=Path, help="folder of table.md, .json and .png; runs/table unless given")
+    add_overwrite(parser)
     parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="whose figures are compared")
     arguments = parser.parse_args(given)
-    print(compare_runs.write_table(arguments.runs, arguments.output, arguments.weights))
+    if arguments.output is not None:
+        keep_files(arguments.overwrite, *(arguments.output / f"table.{kind}" for kind in ("md", "json", "png")))
+    print(compare_runs.write_table(arguments.runs, arguments.output or Path("runs/table"), arguments.weights))
     return 0
 
 

@@ -42,7 +42,7 @@ def main() -> int:
 
     check = folder / "coord_check"
     checking = [sys.executable, "launch/coord_check.py", "--config", a.config, "--widths", a.widths]
-    checking += ["--output", str(check), *([] if a.lr is None else ["--lr", str(a.lr)])]
+    checking += ["--output", str(check), "--overwrite", *([] if a.lr is None else ["--lr", str(a.lr)])]
     checked = call(checking, a.overrides)
     losses: dict[int, float] = {}
     if checked == 0:

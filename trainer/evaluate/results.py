@@ -29,7 +29,7 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
     for leftover in folder.glob(".*.tmp"):  # of a killed process, since the caller holds the folder
         leftover.unlink()
     if not file.is_file():
-        if any(folder.glob("*.tar")):
+        if any(folder.glob("*.tar")) or (folder / "results.json").exists():
             raise DataError(f"--output {folder} holds other files: choose another folder")
         write_atomically(file, json.dumps(identity, indent=1) + "\n")
         return
