@@ -6,17 +6,17 @@ Names carry their units.
 import contextlib
 import errno
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..files import write_atomically
-from .plots import VALIDATION, plot_evaluation, plot_loss
+from .plots import plot_evaluation, plot_loss
 from .records import METRICS, STATUS, metrics_line, read_lines, read_metrics, write_status
+from .trackers import Wandb
 
 # Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
 _PEAK_FLOPS = {
@@ -25,22 +25,12 @@ _PEAK_FLOPS = {
 }  # fmt: skip
 PLOT_S = 60.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_PREFIXED = ("mup/", "perf/")  # names that wandb gets as they are
 _PRINTED = ("loss", "val_loss", "val_loss_ema", "val_fid", "val_kid")
-_SPEED = (
-    "images_per_s", "model_tflops_per_s", "mfu", "step_time_s", "checkpoint_blocked_s", "checkpoint_write_s",
-)  # fmt: skip
 
 
 def peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of a device, or None if it is not known."""
     return next((flops for part, flops in _PEAK_FLOPS.items() if part in device_name), None)
-
-
-class Wandb(Protocol):
-    def log(self, data: dict[str, Any]) -> None: ...
-    def define_metric(self, name: str, step_metric: str | None = None) -> Any: ...
-    def finish(self) -> None: ...
 
 
 class Metrics:
@@ -89,26 +79,7 @@ class Metrics:
         """Log to wandb as well; the run's id is kept in the run folder, so that a resumed run continues it."""
         if not self._active or mode == "disabled":
             return
-        os.environ.setdefault("WANDB_SILENT", "true")
-        if mode == "offline":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it posts telemetry, offline or not
-        import wandb
-
-        file = self._folder / "wandb_id.txt"
-        if not file.is_file():
-            file.write_text(secrets.token_hex(4))
-        self._wandb = wandb.init(
-            project=project,
-            mode="online" if mode == "online" else "offline",
-            name=name,
-            id=file.read_text().strip(),
-            resume="allow",
-            dir=str(self._folder),
-            config=dict(config),
-        )
-        # wandb's own step only rises: lines after a rollback, or from a checkpoint on, would be dropped.
-        self._wandb.define_metric("step")
-        self._wandb.define_metric("*", step_metric="step")
+        self._wandb = Wandb(self._folder, project, mode, name, config, self.say)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One JSON object per line, flushed; then the terminal and wandb."""
@@ -118,7 +89,7 @@ class Metrics:
         self._flush()
         self._print(record)
         if self._wandb is not None:
-            self._wandb.log({k if k == "step" else _wandb_name(k): v for k, v in record.items()})
+            self._wandb.log(record)
 
     def _flush(self) -> None:
         """A full disk does not end the run: a checkpoint that did not fit may be removed again in a moment."""
@@ -187,11 +158,3 @@ class Metrics:
             left = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         self.say("  ".join(parts))
-
-
-def _wandb_name(key: str) -> str:
-    if key.startswith(_PREFIXED):
-        return key
-    if key.startswith(VALIDATION):
-        return f"val/{key.removeprefix(VALIDATION)}"
-    return f"perf/{key}" if key in _SPEED else f"train/{key}"
