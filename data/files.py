@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import DataError
+
+_NEW_S, _OLD_S = 60.0, 86400.0  # a temporary folder that is newer may not be locked yet; an older one is nobody's
 
 
 @contextmanager
@@ -22,8 +26,9 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     temporary = _name_beside(path)
     temporary.touch(exist_ok=False)  # with the rights that umask leaves; tempfile's functions do not ask it
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -32,20 +37,63 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 def folder_once(folder: Path) -> Iterator[Path]:
     """The path of a temporary folder: renamed to `folder` on success, removed on failure.
 
-    Where another process was quicker and `folder` exists by then, the temporary one is dropped.
+    Where another process was quicker and `folder` exists by then, the temporary one is dropped. What killed processes
+    left of the same folder is removed first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        with suppress(OSError):  # another process removes it as well
+            if _is_dead(leftover):
+                shutil.rmtree(leftover)
     temporary = _name_beside(folder)
     temporary.mkdir()
-    try:
-        yield temporary
+    with held(temporary):
         try:
-            os.rename(temporary, folder)
+            with naming(folder):
+                yield temporary
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[bool | None]:
+    """Lock the folder itself for a block of code; False where another process holds it, None where there are no locks
+    of folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
         except OSError:
-            if not folder.is_dir():
-                raise
+            yield None
+        else:
+            yield True
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _is_dead(temporary: Path) -> bool:
+    """Whether the process that made a temporary folder has ended. Where locks cannot tell, its age does."""
+    age_s = time.time() - temporary.stat().st_mtime
+    with held(temporary) as free:
+        return free is not False and age_s > (_NEW_S if free else _OLD_S)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError within has the name of a file: `path`, where the system names none, as of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _name_beside(path: Path) -> Path:

@@ -30,7 +30,7 @@ from .encoders.autoencoder import Autoencoder
 from .encoders.dinov2 import FeatureEncoder
 from .encoders.text import TextEncoder
 from .errors import DataError, SampleError, StoreError
-from .files import lock, open_plain, temporary_beside
+from .files import lock, naming, open_plain, temporary_beside
 from .images import decode_image
 from .index import ImageTextIndex
 from .order import END_OF_DATA, Chunk
@@ -246,13 +246,14 @@ class Precompute:
                 beside.unlink(missing_ok=True)
                 return holes
             file.truncate(0)
-            with TarWriter(file, user="mudit", group="mudit", mode=0o644, mtime=0) as tar:
-                for sample in self.encoded(samples):
-                    tar.write(sample)
-                    if HOLE in sample:
-                        holes[sample[HOLE]] += 1
-            file.flush()
-            os.fsync(file.fileno())
+            with naming(path):
+                with TarWriter(file, user="mudit", group="mudit", mode=0o644, mtime=0) as tar:
+                    for sample in self.encoded(samples):
+                        tar.write(sample)
+                        if HOLE in sample:
+                            holes[sample[HOLE]] += 1
+                file.flush()
+                os.fsync(file.fileno())
             index_path(path).unlink(missing_ok=True)
             os.replace(beside, path)
         return holes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import itertools
@@ -20,7 +21,7 @@ from webdataset.writer import TarWriter
 from .captions import captions_from_bytes
 from .config import DataConfig
 from .errors import DataError, SampleError
-from .files import temporary_beside
+from .files import held, temporary_beside
 from .images import IMAGE_EXTENSIONS, image_size, load_rgb
 from .shard_index import index_path, load_index
 
@@ -50,6 +51,9 @@ def write_shards(samples: Iterable[Sample], prefix: Path, per_shard: int) -> lis
     paths: list[Path] = []
     iterator = iter(samples)
     with contextlib.ExitStack() as complete:  # its end gives all shards their names; a failure removes them
+        if complete.enter_context(held(prefix.parent)):
+            for leftover in prefix.parent.glob(f".{glob.escape(prefix.name)}-*.tar.*.tmp"):
+                leftover.unlink()  # of a killed process
         for number in itertools.count():
             first = next(iterator, None)
             if first is None:

@@ -87,7 +87,7 @@ each step:
 | activation checkpointing, compilation | `trainer/parallel/activation_checkpointing.py`, `compile.py` |
 | classifier-free guidance | `trainer/diffusion/sampling.py` |
 | the EMA | `trainer/ema.py` |
-| the line on the terminal, metrics.jsonl, wandb | `trainer/monitor/metrics.py` |
+| the line on the terminal, metrics.jsonl, wandb | `metrics.py`, `records.py` and `trackers.py` in `trainer/monitor/` |
 | FLOPs | of a backbone: `multiply_adds` in `models/configs.py`; of a training step: `trainer/build/flops.py` |
 | MFU | `trainer/loop.py` |
 | the price of a run before it is queued | `trainer/estimate/report.py` |

@@ -16,7 +16,7 @@ from typing import Any
 from data.errors import DataError
 from data.files import temporary_beside
 from data.image_sets import image_files
-from launch.common import run
+from launch.common import add_overwrite, keep_files, run
 
 
 def first_captions(annotations: Path) -> dict[int, str]:
@@ -38,7 +38,9 @@ def main() -> int:
     parser.add_argument("--images", type=Path, required=True, help="folder of images, subfolders included")
     parser.add_argument("--count", type=int, default=30_000, help="number of images (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl file")
+    add_overwrite(parser)
     arguments = parser.parse_args()
+    keep_files(arguments.overwrite, arguments.output)
     captions = first_captions(arguments.annotations)
     lines = []
     for path in image_files(arguments.images, "--images", arguments.count):

@@ -91,6 +91,19 @@ def command(
     return parser
 
 
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Give a command the option --overwrite, for `keep_files`."""
+    parser.add_argument("--overwrite", action="store_true", help="write over what is at --output already")
+
+
+def keep_files(overwrite: bool, *outputs: Path) -> None:
+    """Raise ConfigError where a file, or a folder that is not empty, is in the place of an output, unless told to
+    overwrite."""
+    for path in outputs:
+        if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise ConfigError(f"--output: {path} exists already: choose another, or add --overwrite to write over it")
+
+
 class Opened(NamedTuple):
     """A checkpoint: its folder, its meta.json, and the config that it was trained with, overrides applied."""
 

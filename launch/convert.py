@@ -10,7 +10,7 @@ which run code when they are read: convert none but your own. One with files of 
 
 from pathlib import Path
 
-from launch.common import command, run
+from launch.common import add_overwrite, command, keep_files, run
 from trainer.config.load import parse
 from trainer.config.resolve import resolve
 from trainer.errors import CheckpointError
@@ -23,7 +23,9 @@ def main() -> int:
     parser.add_argument("--engine", choices=("fsdp2", "zero"), required=True, help="to convert to")
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2, help="of --engine zero (default: 2)")
     parser.add_argument("--trust-pickles", action="store_true", help="read one of zero that another user may have made")
+    add_overwrite(parser)
     arguments = parser.parse_args()
+    keep_files(arguments.overwrite, arguments.output)
     from trainer.build.convert import convert
     from trainer.checkpoint.compatible import check_pickles, convert_command, engine_of
     from trainer.checkpoint.find import complete_checkpoints, find_checkpoint

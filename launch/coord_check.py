@@ -7,13 +7,13 @@ batch of synthetic data, the same at every width. Writes coord_check.json and co
 1 where it fails, or where the control says that these settings could not have shown a fault.
 """
 
-import json
 import time
 from pathlib import Path
 
-from launch.common import command, run
+from launch.common import add_overwrite, command, keep_files, run
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
+from trainer.files import json_text, write_atomically
 
 LEAST_WIDTHS = 3
 
@@ -26,12 +26,14 @@ def main() -> int:
     parser.add_argument("--lr", type=float, help="optim.lr; unless given, it is doubled until SP would show a fault")
     parser.add_argument("--batch-size", type=int, default=8, help="samples per step (default: 8)")
     parser.add_argument("--output", required=True, type=Path, help="folder of coord_check.json and coord_check.png")
+    add_overwrite(parser)
     a = parser.parse_args()
     if a.steps < 1 or a.seeds < 1:
         raise ConfigError(f"--steps and --seeds must be at least 1, got {a.steps} and {a.seeds}")
     if len(a.widths) < LEAST_WIDTHS:
         raise ConfigError(f"--widths needs at least {LEAST_WIDTHS} different widths to fit a slope, got {a.widths}")
     load_config(a.config, a.overrides)
+    keep_files(a.overwrite, a.output / "coord_check.json", a.output / "coord_check.png")
     from trainer.coord_check.check import MOST_LR, Settings, check
     from trainer.coord_check.plot import plot
     from trainer.coord_check.report import describe, to_json
@@ -47,7 +49,7 @@ def main() -> int:
         "limits": LIMITS, "control_limit": CONTROL, "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     a.output.mkdir(parents=True, exist_ok=True)
-    (a.output / "coord_check.json").write_text(json.dumps(to_json(report, control, settings), indent=1) + "\n")
+    write_atomically(a.output / "coord_check.json", json_text(to_json(report, control, settings), indent=1) + "\n")
     plot(report, checked, f"{Path(a.config).stem}, {a.steps} steps", a.output / "coord_check.png")
     print(describe(report, control, checked))
     found = "" if a.lr is not None else f", found from optim.lr (at most {MOST_LR:g})"

@@ -8,7 +8,6 @@ The same command again goes on where it was stopped. Overrides are keys of the s
 config that say where its encoders lie and how the model runs on the machine.
 """
 
-import json
 import os
 import sys
 import time
@@ -16,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.common import Opened, command, end_with_torchrun, open_checkpoint, run
+from launch.common import Opened, add_overwrite, command, end_with_torchrun, keep_files, open_checkpoint, run
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 from trainer.evaluate.suite import SuiteConfig, digest, load_suite, split_overrides
-from trainer.files import lock_folder, write_atomically
+from trainer.files import json_text, lock_folder, write_atomically
 from trainer.provenance import commit
 
 
@@ -96,7 +95,7 @@ def evaluate(opened: Opened, config: TrainConfig, name: str, suite: SuiteConfig,
                 "machine": machine(evaluation),
                 "seconds": {"images_made": made, "making": making_s, "all": time.monotonic() - began},
             }
-            write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
+            write_atomically(folder / "results.json", json_text(results, indent=1) + "\n")
             print(describe(results, folder))
         del lock  # held until here
 
@@ -107,10 +106,13 @@ def table(given: Sequence[str]) -> int:
 
     parser = command(compare_runs.__doc__, config=False, overrides=None, name="evaluate.py table")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the baseline first")
-    parser.add_argument("--output", type=Path, default=Path("runs/table"), help="folder of table.md, .json and .png")
+    parser.add_argument("--output", type=Path, help="folder of table.md, .json and .png; runs/table unless given")
+    add_overwrite(parser)
     parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="whose figures are compared")
     arguments = parser.parse_args(given)
-    print(compare_runs.write_table(arguments.runs, arguments.output, arguments.weights))
+    if arguments.output is not None:
+        keep_files(arguments.overwrite, *(arguments.output / f"table.{kind}" for kind in ("md", "json", "png")))
+    print(compare_runs.write_table(arguments.runs, arguments.output or Path("runs/table"), arguments.weights))
     return 0
 
 

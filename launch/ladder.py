@@ -7,7 +7,6 @@ command again goes on where it stopped. Exits 0 where the check passes and each 
 loss at the same step (within --tolerance), else 1. launch/submit.py warns of a target without one.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from launch.common import command, run
 from launch.processes import kill_tree
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
-from trainer.files import write_atomically
+from trainer.files import json_text, write_atomically
 
 
 def main() -> int:
@@ -43,7 +42,7 @@ def main() -> int:
 
     check = folder / "coord_check"
     checking = [sys.executable, "launch/coord_check.py", "--config", a.config, "--widths", a.widths]
-    checking += ["--output", str(check), *([] if a.lr is None else ["--lr", str(a.lr)])]
+    checking += ["--output", str(check), "--overwrite", *([] if a.lr is None else ["--lr", str(a.lr)])]
     checked = call(checking, a.overrides)
     losses: dict[int, float] = {}
     if checked == 0:
@@ -57,7 +56,7 @@ def main() -> int:
     found = verdict(checked == 0, losses, a.tolerance)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"config": a.config, "widths": widths, "steps": a.steps, "overrides": a.overrides}
-    write_atomically(folder / "ladder.json", json.dumps({**found, **settings}, indent=1) + "\n")
+    write_atomically(folder / "ladder.json", json_text({**found, **settings}, indent=1) + "\n")
     if losses:
         plot(folder, widths, folder / "ladder.png")
     print(f"ladder of {config.run.name}: {'PASSED' if found['passed'] else 'FAILED'}. {found['reason']}")

@@ -5,7 +5,7 @@ python launch/sample.py --checkpoint runs/demo --prompt "a red apple on a teal b
 
 from pathlib import Path
 
-from launch.common import command, inference, open_checkpoint, run
+from launch.common import add_overwrite, command, inference, keep_files, open_checkpoint, run
 
 
 def main() -> int:
@@ -15,11 +15,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="PNG file; several images make a grid")
     parser.add_argument("--count", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; equal seeds give equal images (default: 0)")
+    add_overwrite(parser)
     arguments = parser.parse_args()
     if arguments.count < 1:
         parser.error("--count must be at least 1")
     if arguments.output.suffix != ".png":
         parser.error(f"--output must end in .png, got {arguments.output}")
+    keep_files(arguments.overwrite, arguments.output)
     checkpoint, _, config = open_checkpoint(arguments.checkpoint, arguments.overrides)
     from trainer.evaluate.generate import save_grid
     from trainer.parallel.mesh import rank

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.common import command, run
+from launch.common import add_overwrite, command, keep_files, run
 from launch.processes import kill_tree
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
@@ -94,7 +94,9 @@ def transfer_study(given: Sequence[str]) -> int:
     parser.add_argument("--to", required=True, help="the target's config")
     parser.add_argument("--trial", type=int, help="number of a trial, instead of the best")
     parser.add_argument("--output", required=True, type=Path, help="the config to write")
+    add_overwrite(parser)
     arguments = parser.parse_args(given)
+    keep_files(arguments.overwrite, arguments.output)
     from trainer.search.study import Study
     from trainer.search.transfer import write_target
 

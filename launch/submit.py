@@ -9,6 +9,7 @@ Where a cluster forbids that, --chain N submits N jobs, each of which starts aft
 again goes on with the run. What is frozen lies in runs/NAME/jobs/NNN. --dry-run prints the script and writes nothing.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -70,7 +71,9 @@ def warn_without_ladder(config: TrainConfig) -> None:
     name = str(config.run.name)
     width, base = config.model.width, config.mup.base_width
     path = Path(config.run.dir) / f"{name}_ladder" / "ladder.json"
-    passed = path.is_file() and json.loads(path.read_text())["passed"]
+    passed = False
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # absent, or damaged
+        passed = json.loads(path.read_bytes())["passed"]
     if width > base and not passed:
         print(
             f"warning: no passed ladder in {path}: python launch/ladder.py --config {name}.yaml --widths ... first",

@@ -32,13 +32,13 @@ def together(action: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
 
 
 def on_rank_0(world: World, make: Callable[[], T]) -> T | None:
-    """make() on rank 0 alone, None elsewhere; a user's mistake that rank 0 finds is raised on all ranks."""
+    """make() on rank 0 alone, None elsewhere; a user's mistake that rank 0 finds, or a full disk, is raised on all."""
     result: T | None = None
     error: list[Any] = [None]
     if world.rank == 0:
         try:
             result = make()
-        except (ConfigError, DataError, CheckpointError) as caught:
+        except (ConfigError, DataError, CheckpointError, OSError) as caught:
             error[0] = caught
     dist.broadcast_object_list(error, src=0, group=world.control)
     if error[0] is not None:

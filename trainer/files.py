@@ -1,13 +1,15 @@
 """Files that are whole or absent, and locks that end with the process that holds them."""
 
 import fcntl
+import json
+import math
 import os
 import secrets
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from data.files import open_plain, refuse_links
+from data.files import naming, open_plain, refuse_links
 
 from .errors import CheckpointError
 
@@ -24,7 +26,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """The whole content or nothing, also after a crash of the machine, and whoever else writes it at the same time."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(beside, "xb") as file:
+        with naming(path), open(beside, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -32,6 +34,49 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """Plain data as JSON. NaN and Infinity are no JSON, and other readers refuse a file with them: they become null."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Append whole lines to a file or nothing, which survives a crash of the machine then.
+
+    A line without an end, as a full disk or a kill leaves it, is cut off first. The caller sees to it that nobody else
+    appends at the same time. Raises OSError with the path.
+    """
+    with naming(path), open(path, "ab+", buffering=0) as file:
+        end = _end_of_whole_lines(file)
+        file.truncate(end)
+        data = lines.encode()
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _end_of_whole_lines(file: IO[bytes], block: int = 1 << 16) -> int:
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - block)
+        file.seek(start)
+        if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 def try_lock(path: Path) -> IO[str] | None:

@@ -6,7 +6,6 @@ the job is requeued after one only if this start got as far as a checkpoint.
 """
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from launch.common import command, run
 from trainer.config.load import load_config
+from trainer.monitor.records import read_status
 
 _MACHINE = re.compile(r"rank \d+ is lost|store is gone|^watchdog: |CUDA error|NCCL|ECC")
 
@@ -43,11 +43,11 @@ def main() -> int:
 
 
 def state_since(status: Path, since: float) -> tuple[str | None, str]:
-    """The run's state and the reason for it, if they were written after `since`; else (None, "")."""
+    """The run's state and the reason for it, if they were written after `since`; else (None, ""). A damaged status says
+    as little as that of a run that was killed."""
     if not _written_since(status, since):
         return None, ""
-    told = json.loads(status.read_text())
-    return told["state"], told.get("reason", "")
+    return read_status(status.parent) or ("running", f"{status} is damaged")
 
 
 def failed_by_a_machine(state: str | None, reason: str) -> bool:

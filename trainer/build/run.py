@@ -20,13 +20,14 @@ from ..checkpoint.compatible import check_same_model, check_weights_readable, la
 from ..checkpoint.find import find_checkpoint, set_aside, weights_of
 from ..checkpoint.meta import read_meta
 from ..checkpoint.resume import Resumed, engine_identity, find_resumed
-from ..checkpoint.write import Checkpointer
+from ..checkpoint.write import Checkpointer, clear_leftovers
 from ..collectives import first_on_rank_0, on_rank_0
 from ..config.keys import plain
 from ..config.load import to_yaml
 from ..config.resolve import Resolved, resolve
 from ..config.schema import TrainConfig
 from ..ema import EMA
+from ..errors import ConfigError
 from ..evaluate.evaluation import prepare
 from ..evaluate.generate import save_grid
 from ..evaluate.metrics import MetricError
@@ -61,6 +62,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     written."""
     _set_determinism(config)
     inputs = _open_inputs(config, world)
+    on_rank_0(world, lambda: _check_is_run_folder(inputs.folder))
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
     lock = on_rank_0(world, lambda: lock_folder(inputs.folder) if inputs.folder.is_dir() else None)
     start = _find_start(inputs)
@@ -141,6 +143,14 @@ def _open_inputs(config: TrainConfig, world: World) -> _Inputs:
         encoders=Encoders(config, world, data.dataset, align=True),
         table=build_mup_table(config),
     )
+
+
+def _check_is_run_folder(folder: Path) -> None:
+    """Raise ConfigError where files that are not a run's would be written over."""
+    if not (folder / "mup.json").exists() and not (folder / "checkpoints").exists():
+        for name in ("config.yaml", "metrics.jsonl"):
+            if (folder / name).exists():
+                raise ConfigError(f"{folder} holds {name}, but no run: choose another run.name or run.dir")
 
 
 def _find_start(inputs: _Inputs) -> _Start:
@@ -266,11 +276,19 @@ def _evaluator(
 def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) -> Metrics:
     """Write the run folder, from which damaged checkpoints are set aside, and tell the notes."""
     config, folder = inputs.config, inputs.folder
-    if inputs.world.rank == 0:
-        write_atomically(folder / "config.yaml", to_yaml(config))
-        write_atomically(folder / "mup.json", json.dumps(inputs.table.to_json(), indent=1))
+
+    def write() -> None:
+        clear_leftovers(folder)
+        for name, text in (
+            ("mup.json", json.dumps(inputs.table.to_json(), indent=1)),  # first: by it a run folder is known
+            ("config.yaml", to_yaml(config)),
+        ):
+            if not (folder / name).is_file() or (folder / name).read_bytes() != text.encode():  # no room is needed then
+                write_atomically(folder / name, text)
         for checkpoint, damage in start.resumed.damaged.items() if start.resumed is not None else ():
             set_aside(checkpoint, damage)
+
+    on_rank_0(inputs.world, write)
     metrics = Metrics(folder, inputs.world.rank == 0, config.train.steps, step)
     if config.wandb.project is not None:
         metrics.start_wandb(config.wandb.project, config.wandb.mode, str(config.run.name), plain(config))

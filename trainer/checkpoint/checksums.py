@@ -22,6 +22,11 @@ def digest_files(folder: Path, rank: int = 0, size: int = 1) -> dict[str, dict[s
     return {name: _digest(paths[name]) for name in sorted(paths) if _rank_of(name, size) == rank}
 
 
+def bytes_of(folder: Path) -> int:
+    """What the files of a checkpoint take on the disk."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], rank: int = 0, size: int = 1) -> None:
     """Compare the files that fall to `rank` with what digest_files said of them.
 

@@ -20,7 +20,7 @@ from ..collectives import together
 from ..errors import CheckpointError
 from ..files import sync_folder, write_atomically
 from ..parallel.engine import Engine
-from .checksums import META, digest_files, superseded
+from .checksums import META, bytes_of, digest_files, superseded
 from .find import complete_checkpoints, step_of
 from .meta import seal
 
@@ -97,7 +97,7 @@ class Checkpointer:
         beside = folder / f".step_{step:08d}.tmp"
         saving: Future[float] = Future()
         try:
-            together(lambda: _make_empty(beside) if self._rank == 0 else None, self._group)
+            together(lambda: self._prepare(beside) if self._rank == 0 else None, self._group)
             written = self._engine.save(beside, tensors, averages_only=folder == self._snapshots)
             saving = self._thread.submit(self._finish, written, beside, meta)
         except CheckpointError as error:
@@ -138,6 +138,20 @@ class Checkpointer:
             raise _not_written(beside, error) from None
         return time.perf_counter() - began
 
+    def _prepare(self, beside: Path) -> None:
+        """An empty folder for the next checkpoint. What need not be kept goes first, so that it takes no room."""
+        self._clear(beside.parent)
+        beside.mkdir(parents=True)
+
+    def _clear(self, folder: Path) -> None:
+        """Remove the checkpoints that run.keep_last and keep_every do not keep, and what killed processes left."""
+        if folder == self._checkpoints:
+            complete = {step_of(path): path for path in complete_checkpoints(folder)}
+            for step in superseded(list(complete), self._keep_last, self._keep_every):
+                complete[step].rename(folder / f".{complete[step].name}.old")  # absent at once, then deleted
+        for path in folder.glob(".step_*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def _publish(self, beside: Path, meta: dict[str, Any]) -> None:
         folder, name = beside.parent, beside.name[1 : -len(".tmp")]
         final = folder / name
@@ -149,19 +163,30 @@ class Checkpointer:
             final.rename(old)
         beside.rename(final)
         sync_folder(folder)
-        if folder == self._checkpoints:
-            complete = {step_of(path): path for path in complete_checkpoints(folder)}
-            for step in superseded(list(complete), self._keep_last, self._keep_every):
-                complete[step].rename(folder / f".{complete[step].name}.old")  # absent at once, then deleted
-        for path in folder.glob(".step_*"):
-            shutil.rmtree(path, ignore_errors=True)
+        self._clear(folder)
 
 
-def _make_empty(folder: Path) -> None:
-    if folder.exists():  # of a process that was killed
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a run folder that this process holds: it may fill the disk."""
+    for path in (*folder.glob("checkpoints/.step_*"), *folder.glob("ema/.step_*")):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (*folder.glob(".*.tmp"), *folder.glob("samples/.*.tmp")):
+        if path.is_file():
+            path.unlink()
 
 
 def _not_written(beside: Path, error: CheckpointError) -> CheckpointError:
-    return CheckpointError(f"{beside.parent / beside.name[1 : -len('.tmp')]} was not written: {error}")
+    folder = beside.parent
+    return CheckpointError(f"{folder / beside.name[1 : -len('.tmp')]} was not written: {error}{_room_in(folder)}")
+
+
+def _room_in(folder: Path) -> str:
+    """Where a checkpoint takes more than is free: which ones may be removed, and which one a restart needs."""
+    complete = complete_checkpoints(folder)
+    sizes = {path: bytes_of(path) for path in [*folder.glob("step_*.corrupt"), *complete]}
+    if not complete or sizes[complete[-1]] < shutil.disk_usage(folder).free:
+        return ""
+    told = [f"{path.name} ({size / 1e9:.3g} GB)" for path, size in sizes.items()]
+    if may_go := told[:-1]:
+        return f". These may be removed: {', '.join(may_go)}; keep {told[-1]}, from which a restart goes on"
+    return f". Make room elsewhere on this disk: a restart needs {told[-1]}, and the next one as much again"

@@ -251,7 +251,8 @@ class WandbConfig(Section):
     project: str | None = None
     """Project to log to; null does not log to Weights & Biases."""
     mode: Literal["offline", "online", "disabled"] = "offline"
-    """`offline` logs to the run folder, to be uploaded later; `online` uploads at once; `disabled` does nothing."""
+    """`offline` logs to the run folder, to be uploaded later; `online` uploads at once, and is `offline` where
+    key or network are missing; `disabled` does nothing."""
 
 
 if TYPE_CHECKING:

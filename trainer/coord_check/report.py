@@ -22,14 +22,8 @@ def to_json(report: Judgement, control: FigureSlope | None, settings: dict[str, 
         "worst": {**{kind: short(row) for kind, row in report.worst.items()}, "control": short(control)},
         "culprits": {kind: [short(row) for row in found] for kind, found in report.culprits.items()},
         "settings": settings,
-        "rows": [_finite(row) for row in rows],
+        "rows": rows,
     }
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
-    values = {w: [v if abs(v) < float("inf") else None for v in seeds] for w, seeds in row["values"].items()}
-    return {**row, "values": values}
 
 
 def describe(report: Judgement, control: FigureSlope | None, parametrization: str) -> str:

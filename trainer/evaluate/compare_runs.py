@@ -16,7 +16,7 @@ from typing import Any
 
 from data.errors import DataError
 
-from ..files import write_atomically
+from ..files import json_text, write_atomically
 from .curves import Reached, compare
 
 _LOWER_IS_BETTER = ("fid", "sfid", "kid", "loss")
@@ -86,7 +86,7 @@ def write_table(runs: Sequence[Path], output: Path, weights: str = "ema") -> str
             for c in comparisons
         ],
     }
-    write_atomically(output / "table.json", json.dumps(found, indent=1) + "\n")
+    write_atomically(output / "table.json", json_text(found, indent=1) + "\n")
     plot(values, comparisons, output / "table.png")
     return "\n".join([*as_text(rows), "", *lines, "", str(output / "table.md")])
 

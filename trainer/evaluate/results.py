@@ -26,11 +26,18 @@ def shard(folder: Path, batch: int) -> Path:
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Begin or go on with an evaluation in a folder; DataError where it holds something else."""
     file = folder / "evaluation.json"
+    for leftover in folder.glob(".*.tmp"):  # of a killed process, since the caller holds the folder
+        leftover.unlink()
     if not file.is_file():
-        if any(folder.glob("*.tar")):
+        if any(folder.glob("*.tar")) or (folder / "results.json").exists():
             raise DataError(f"--output {folder} holds other files: choose another folder")
         write_atomically(file, json.dumps(identity, indent=1) + "\n")
-    elif json.loads(file.read_text()) != identity:
+        return
+    try:
+        held = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error}): remove it to measure anew, or choose another --output") from None
+    if held != identity:
         raise DataError(
             f"--output {folder} holds an evaluation of another checkpoint, or by another protocol: choose another "
             "folder, or remove it"

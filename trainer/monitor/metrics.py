@@ -5,18 +5,18 @@ Names carry their units.
 
 import contextlib
 import errno
-import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..files import write_atomically
-from .plots import VALIDATION, plot_evaluation, plot_loss
+from .plots import plot_evaluation, plot_loss
+from .records import METRICS, STATUS, metrics_line, read_lines, read_metrics, write_status
+from .trackers import Wandb
 
 # Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
 _PEAK_FLOPS = {
@@ -25,35 +25,12 @@ _PEAK_FLOPS = {
 }  # fmt: skip
 PLOT_S = 60.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_PREFIXED = ("mup/", "perf/")  # names that wandb gets as they are
 _PRINTED = ("loss", "val_loss", "val_loss_ema", "val_fid", "val_kid")
-_SPEED = (
-    "images_per_s", "model_tflops_per_s", "mfu", "step_time_s", "checkpoint_blocked_s", "checkpoint_write_s",
-)  # fmt: skip
 
 
 def peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of a device, or None if it is not known."""
     return next((flops for part, flops in _PEAK_FLOPS.items() if part in device_name), None)
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run folder's metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
-    """status.json: running, finished, preempted or failed."""
-    text = json.dumps({"state": state, "step": step, "reason": reason})
-    write_atomically(folder / "status.json", text + "\n")
-
-
-class Wandb(Protocol):
-    def log(self, data: dict[str, Any]) -> None: ...
-    def define_metric(self, name: str, step_metric: str | None = None) -> Any: ...
-    def finish(self) -> None: ...
 
 
 class Metrics:
@@ -79,47 +56,40 @@ class Metrics:
             return
         self._flush()
         self._file.close()
-        kept = [r for r in read_metrics(self._folder) if step and r["step"] <= step]
-        write_atomically(self._folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        lines, path = read_lines(self._folder), self._folder / METRICS
+        if damaged := [line.raw for line in lines if line.record is None]:
+            self._keep_aside(damaged)
+        kept = b"".join(line.raw for line in lines if step and line.record is not None and line.record["step"] <= step)
+        if path.is_file() and path.read_bytes().startswith(kept):
+            os.truncate(path, len(kept))  # on a full disk too
+        else:
+            write_atomically(path, kept)
         self._file, self._unwritten = self._open(), b""
 
+    def _keep_aside(self, damaged: list[bytes]) -> None:
+        aside = self._folder / f"{METRICS}.damaged"
+        self.say(f"warning: {self._folder / METRICS}: {len(damaged)} damaged lines are left out, and kept in {aside}")
+        with self.without_room(aside), open(aside, "ab") as file:
+            file.writelines(damaged)
+
     def _open(self) -> FileIO:
-        return open(self._folder / "metrics.jsonl", "ab", buffering=0)
+        return open(self._folder / METRICS, "ab", buffering=0)
 
     def start_wandb(self, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
         """Log to wandb as well; the run's id is kept in the run folder, so that a resumed run continues it."""
         if not self._active or mode == "disabled":
             return
-        os.environ.setdefault("WANDB_SILENT", "true")
-        if mode == "offline":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it posts telemetry, offline or not
-        import wandb
-
-        file = self._folder / "wandb_id.txt"
-        if not file.is_file():
-            file.write_text(secrets.token_hex(4))
-        self._wandb = wandb.init(
-            project=project,
-            mode="online" if mode == "online" else "offline",
-            name=name,
-            id=file.read_text().strip(),
-            resume="allow",
-            dir=str(self._folder),
-            config=dict(config),
-        )
-        # wandb's own step only rises: lines after a rollback, or from a checkpoint on, would be dropped.
-        self._wandb.define_metric("step")
-        self._wandb.define_metric("*", step_metric="step")
+        self._wandb = Wandb(self._folder, project, mode, name, config, self.say)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One JSON object per line, flushed; then the terminal and wandb."""
         if not self._active:
             return
-        self._unwritten += json.dumps(dict(record)).encode() + b"\n"
+        self._unwritten += metrics_line(record)
         self._flush()
         self._print(record)
         if self._wandb is not None:
-            self._wandb.log({k if k == "step" else _wandb_name(k): v for k, v in record.items()})
+            self._wandb.log(record)
 
     def _flush(self) -> None:
         """A full disk does not end the run: a checkpoint that did not fit may be removed again in a moment."""
@@ -130,7 +100,7 @@ class Metrics:
             if error.errno not in _NO_ROOM:
                 raise
             lines = self._unwritten.count(b"\n")
-            self.say(f"warning: {self._folder}/metrics.jsonl: {error.strerror}; {lines} lines wait for room")
+            self.say(f"warning: {self._folder / METRICS}: {error.strerror}; {lines} lines wait for room")
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
@@ -139,7 +109,7 @@ class Metrics:
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         if self._active:
-            with self.without_room(self._folder / "status.json"):
+            with self.without_room(self._folder / STATUS):
                 write_status(self._folder, state, step, reason)
 
     def plot(self, last: bool = False) -> None:
@@ -188,11 +158,3 @@ class Metrics:
             left = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         self.say("  ".join(parts))
-
-
-def _wandb_name(key: str) -> str:
-    if key.startswith(_PREFIXED):
-        return key
-    if key.startswith(VALIDATION):
-        return f"val/{key.removeprefix(VALIDATION)}"
-    return f"perf/{key}" if key in _SPEED else f"train/{key}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jinja2
 
+from ..files import write_atomically
 from .report import StudyReport
 from .space import as_overrides
 
@@ -28,7 +29,7 @@ def write_page(report: StudyReport) -> Path:
         number=lambda value: f"{value:.4g}" if isinstance(value, float) else str(value),
     )
     path = report.study.folder / "report" / "index.html"
-    path.write_text(text)
+    write_atomically(path, text)
     return path
 
 

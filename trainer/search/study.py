@@ -5,23 +5,25 @@ there before it starts. A worker holds a lock file as long as it runs a trial: t
 process ends, however it ends, so that a trial which is running without a lock is dead and goes on elsewhere.
 """
 
+import contextlib
 import dataclasses
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import optuna
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config.keys import flatten, key_class, plain
 from ..config.load import parse
 from ..config.schema import TrainConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..files import NoLocksError, lock_folder, try_lock
 from .definition import Published, Search
+from .journal import Journal
 from .space import Dimension, Point, point
 
 JOURNAL = "study.journal"
@@ -76,7 +78,7 @@ class Study:
         """The study of a search: created with all its trials, or continued. Raises ConfigError where the folder holds
         a study of another search; more trials than before are added."""
         folder, proxy = search.folder, search.proxy()
-        with lock_folder(folder, wait_s=120):
+        with lock_folder(folder, wait_s=120), _damage_is_told(folder):
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             old = optuna.create_study(storage=_storage(folder), study_name=search.name, load_if_exists=True)
             if "search" in old.user_attrs:
@@ -94,16 +96,23 @@ class Study:
         """A study by its folder, or by its name under runs/."""
         for folder in (Path(name), Path("runs") / name):
             if (folder / JOURNAL).is_file():
-                attributes = _load(folder).user_attrs
-                if "search" not in attributes:
-                    raise ConfigError(f"the study in {folder} was killed before it had trials: run it again")
-                search = _from_json(attributes["search"])
-                return cls(folder, search, parse(attributes["proxy"], str(folder)), _load(folder, search))
+                with _damage_is_told(folder):
+                    return cls._loaded(folder)
         raise ConfigError(f'no study "{name}": expected {JOURNAL} in that folder or in runs/{name}')
+
+    @classmethod
+    def _loaded(cls, folder: Path) -> "Study":
+        if not (stored := optuna.get_all_study_summaries(_storage(folder))) or "search" not in stored[0].user_attrs:
+            raise ConfigError(f"the study in {folder} was stopped before it had trials: run it again")
+        attributes = stored[0].user_attrs
+        search = _from_json(attributes["search"])
+        study = cls(folder, search, parse(attributes["proxy"], str(folder)), _load(folder, search))
+        study.trials()
+        return study
 
     def claim(self) -> Claim | None:
         """A dead trial, else the next one; None where all are finished or in other hands."""
-        with lock_folder(self.folder, wait_s=120):
+        with lock_folder(self.folder, wait_s=120), _damage_is_told(self.folder):
             for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if lock := self._lock(frozen.number):
                     trial = optuna.trial.Trial(self._study, frozen._trial_id)
@@ -205,8 +214,22 @@ class Study:
 
 
 def _storage(folder: Path) -> optuna.storages.JournalStorage:
-    path = str(folder / JOURNAL)
-    return optuna.storages.JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+    return optuna.storages.JournalStorage(Journal(folder / JOURNAL))
+
+
+@contextlib.contextmanager
+def _damage_is_told(folder: Path) -> Iterator[None]:
+    """Whatever Optuna or this file stumble over while they read the journal is damage, and one message."""
+    try:
+        yield
+    except (ConfigError, CheckpointError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise ConfigError(
+            f"{folder / JOURNAL} is damaged ({reason}): give it back from a copy, or give the search another name to "
+            "start anew"
+        ) from None
 
 
 def _load(folder: Path, search: Search | None = None) -> optuna.Study:

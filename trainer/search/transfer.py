@@ -55,19 +55,28 @@ def write_target(study: Study, target: str, output: Path, number: int | None = N
         *suggested,
     ]
     text = "".join(f"# {line}\n" for line in head) + _yaml(_extended(target, output), trial.point)
+    _write_checked(output, text, after, target)
+    return [*warned, *suggested, f"{output}: {target} with {' '.join(as_overrides(trial.point))}"]
+
+
+def _write_checked(output: Path, text: str, wanted: Mapping[str, Any], target: str) -> None:
+    """Write the config, and read it back. Where it is not what was wanted, what was there before stays."""
+    if output.resolve() == find_config(target).resolve():
+        raise ConfigError(f"--output {output} is the target, which the new config extends: give another file")
+    before = output.read_bytes() if output.is_file() else None
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, text)
     try:
-        written = flatten(plain(load_config(str(output))))
+        if flatten(plain(load_config(str(output)))) | {"run.name": None} != {**wanted, "run.name": None}:
+            raise ConfigError(
+                f"{output} does not read back as {target} with the study's values: is {target} found from there?"
+            )
     except ConfigError:
-        output.unlink()
+        if before is None:
+            output.unlink()
+        else:
+            write_atomically(output, before)
         raise
-    if written | {"run.name": None} != after | {"run.name": None}:
-        output.unlink()
-        raise ConfigError(
-            f"{output} does not read back as {target} with the study's values: is {target} found from there?"
-        )
-    return [*warned, *suggested, f"{output}: {target} with {' '.join(as_overrides(trial.point))}"]
 
 
 def _chosen(study: Study, number: int | None) -> Trial:

@@ -5,12 +5,14 @@ import dataclasses
 import gc
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from ..build.run import build_run
 from ..collectives import from_rank_0, on_rank_0
+from ..errors import CheckpointError
 from ..loop import train
 from ..monitor.metrics import Metrics, read_metrics
 from ..parallel.mesh import World
@@ -108,10 +110,14 @@ class Worker:
                 run.metrics.close()
                 if run.lock is not None:
                     run.lock.close()
-        folder = run.folder
+        folder, step = run.folder, run.state.step
         del run, look
         gc.collect()  # a sharded model holds itself in cycles, and with it its memory
-        return outcome, from_rank_0(self._world, lambda: read_metrics(folder)[-1].get(OBJECTIVE, math.nan)), of_run
+        return (
+            outcome,
+            from_rank_0(self._world, lambda: _objective(folder, step) if outcome == "finished" else math.nan),
+            of_run,
+        )
 
     def _look(self, claim: Claim | None, number: int, seed: int, record: Mapping[str, Any]) -> None:
         """End the trial, on all ranks alike, where a figure is not finite or the study's verdict is against it."""
@@ -144,3 +150,14 @@ class Worker:
         folder = self._folder / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         return open(folder / f"{number:04d}_rank{self._world.rank}.log", "a", buffering=1)
+
+
+def _objective(folder: Path, step: int) -> float:
+    """The objective of a run after its last step. Raises CheckpointError where it is not in metrics.jsonl."""
+    for record in reversed(read_metrics(folder)):
+        if record["step"] == step and record.get(OBJECTIVE) is not None:
+            return record[OBJECTIVE]
+    raise CheckpointError(
+        f"{folder / 'metrics.jsonl'} has no {OBJECTIVE} at step {step}: the disk was full, or the file is damaged. "
+        f"Remove {folder}, and the same command trains the trial again"
+    )

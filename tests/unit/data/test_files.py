@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,25 @@ def test_nothing_is_opened_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "precious"
     with open_plain(tmp_path / "precious", "r") as file:
         assert file.read() == "precious"
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_fills_stays(tmp_path: Path) -> None:
+    with folder_once(tmp_path / "folder") as living:
+        (tmp_path / ".folder.dead.tmp").mkdir()
+        (tmp_path / ".folder.new.tmp").mkdir()  # perhaps of a process that has yet to lock it
+        for old in (living, tmp_path / ".folder.dead.tmp"):
+            os.utime(old, (1, 1))
+        with folder_once(tmp_path / "folder"):
+            assert living.is_dir()
+            assert not (tmp_path / ".folder.dead.tmp").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".folder.new.tmp", "folder"]
+
+
+@pytest.mark.parametrize("make", [folder_once, temporary_beside])
+def test_a_full_disk_is_told_with_the_path(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/it'"), make(tmp_path / "it"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from data.errors import DataError
-from launch.common import command, run
+from examples import coco_prompts
+from launch import convert, coord_check, evaluate, export, sample, search
+from launch.common import command, keep_files, run
 from tests.helpers.paths import ROOT
 from trainer.errors import ConfigError
 
@@ -67,6 +70,42 @@ def test_a_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(FileNotFoundError):
         run(lambda: failing(FileNotFoundError(errno.ENOENT, "No such file", "x")))
+
+
+# -------------------------------------------------------------------------------------------------- a user's files
+@pytest.mark.parametrize(
+    ("main", "arguments", "output", "there"),
+    [
+        (sample.main, "sample.py --checkpoint none --prompt a", "a.png", "a.png"),
+        (coord_check.main, "coord_check.py --config mmdit_debug_mup", "out", "out/coord_check.json"),
+        (coord_check.main, "coord_check.py --config mmdit_debug_mup", "out", "out/coord_check.png"),
+        (convert.main, "convert.py --checkpoint none --engine zero", "out", "out/config.yaml"),
+        (export.main, "export.py --checkpoint none", "out", "out/config.yaml"),
+        (search.main, "search.py transfer --study none --to mmdit_debug_mup", "a.yaml", "a.yaml"),
+        (evaluate.main, "evaluate.py table none", "out", "out/table.md"),
+        (coco_prompts.main, "coco_prompts.py --annotations none --images none", "a.jsonl", "a.jsonl"),
+    ],
+)
+def test_a_users_file_is_not_written_over(
+    main: Callable[[], int], arguments: str, output: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before anything is read."""
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("mine")
+    command = [*arguments.split(), "--output", str(tmp_path / output)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ConfigError, match=f"{tmp_path / output}.* exists already: "):
+        main()
+    assert (tmp_path / there).read_text() == "mine"
+
+
+def test_what_is_there_is_written_over_when_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    keep_files(False, tmp_path / "empty", tmp_path / "absent")
+    keep_files(True, tmp_path / "file", tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/file exists already: choose another, or add --overwrite"):
+        keep_files(False, tmp_path / "absent", tmp_path / "file")
 
 
 # ------------------------------------------------------------------------------------------------- the command line

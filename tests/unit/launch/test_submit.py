@@ -126,6 +126,14 @@ def test_only_a_state_of_this_start_counts(tmp_path: Path) -> None:
     assert requeue.state_since(status, written + 2) == (None, "")
 
 
+@pytest.mark.parametrize("content", [b"", b'{"state": "preem', b"\0" * 50, b"[1]", b'{"state": "off"}', b"[" * 9999])
+def test_a_damaged_state_counts_as_that_of_a_killed_run(content: bytes, tmp_path: Path) -> None:
+    """Then the checkpoints of this start decide."""
+    status = tmp_path / "status.json"
+    status.write_bytes(content)
+    assert requeue.state_since(status, 0.0) == ("running", f"{status} is damaged")
+
+
 @pytest.mark.parametrize(
     ("state", "reason", "saved", "again"),
     [

@@ -18,7 +18,7 @@ from tests.helpers.checkpoints import meta_of
 from trainer.checkpoint.checksums import digest_files, superseded, verify_files
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint, newest_good, set_aside, verify, weights_of
 from trainer.checkpoint.meta import read_meta
-from trainer.checkpoint.write import Checkpointer
+from trainer.checkpoint.write import Checkpointer, clear_leftovers
 from trainer.errors import CheckpointError
 from trainer.parallel.dcp import AsyncSaver, bytes_of, load_tensors
 from trainer.parallel.engine import Engine
@@ -214,6 +214,34 @@ def test_too_little_room_is_told_before_writing(make: Make, monkeypatch: pytest.
     with pytest.raises(CheckpointError, match=f"{needs}free space there, lower run.keep_last, or use another run.dir"):
         saves.save(2)
     assert saves.names() == ["step_00000001"]
+
+
+def test_a_full_disk_is_told_with_what_may_be_removed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a lower run.keep_last no longer keeps, and what a kill has left, goes before anything is written."""
+    saves = make()
+    for step in (1, 2, 3, 4):
+        saves.save(step)
+    (saves.folder / "checkpoints" / ".step_00000005.tmp").mkdir()
+    usage = shutil.disk_usage(saves.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100))
+    with pytest.raises(CheckpointError, match=r"These may be removed: step_00000003 \(.* GB\); keep step_00000004 \("):
+        make(keep_last=2).save(5)
+    assert saves.names() == ["step_00000003", "step_00000004"]
+    with pytest.raises(
+        CheckpointError, match=r"elsewhere on this disk: a restart needs step_00000004 \(.* GB\), and the"
+    ):
+        make(keep_last=1).save(5)
+    assert saves.names() == ["step_00000004"]
+
+
+def test_what_kills_have_left_in_a_run_folder_goes(tmp_path: Path) -> None:
+    for name in ("checkpoints/.step_00000002.tmp", "checkpoints/step_00000001", "ema/.step_00000002.old", "samples"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in (".status.json.0badcafe.tmp", "samples/.step_00000001.png.0badcafe.tmp", "status.json", ".lock"):
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"checkpoints", "checkpoints/step_00000001", "ema", "samples", "status.json", ".lock"}
 
 
 def test_needed_bytes_are_an_upper_estimate(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

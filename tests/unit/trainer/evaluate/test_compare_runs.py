@@ -71,7 +71,10 @@ def test_a_baseline_that_gets_worse(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name, values in (("one", {10: 38.4, 20: 35.0, 30: 36.7}), ("two", {10: 33.4, 20: 33.0, 30: 30.0})):
         for step, fid in values.items():
             write(tmp_path / name, step, fid)
-    assert evaluate.table([str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(tmp_path / "t")]) == 0
+    assert (
+        evaluate.table([str(tmp_path / "one"), str(tmp_path / "two"), "--overwrite", "--output", str(tmp_path / "t")])
+        == 0
+    )
     assert "two reaches the baseline's final value 36.7 at or before step 10: at least 1.50 times" in (
         capsys.readouterr().out
     )
@@ -82,12 +85,15 @@ def test_suites_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for parent in ("x", "y"):
         write(tmp_path / parent / "run", 10, 5.0)
     write(tmp_path / "x" / "run", 20, 4.0, suite="geneval", protocol_hash="other")
-    assert evaluate.table([str(tmp_path / p / "run") for p in "xy"] + ["--output", str(tmp_path / "t")]) == 0
+    assert (
+        evaluate.table([str(tmp_path / p / "run") for p in "xy"] + ["--overwrite", "--output", str(tmp_path / "t")])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "x/run" in text
     assert "y/run" in text
     assert "geneval fid" in text.splitlines()[0]
-    assert evaluate.table([str(tmp_path / "x" / "run"), "--output", str(tmp_path / "t")]) == 0
+    assert evaluate.table([str(tmp_path / "x" / "run"), "--overwrite", "--output", str(tmp_path / "t")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -112,11 +118,11 @@ def test_refused(runs: list[Path], results: dict[str, Any], message: str) -> Non
 def test_weights_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "run", 10, 5.0)
     with pytest.raises(DataError, match=r"results\.json of live weights: run .* --weights live first"):
-        evaluate.table([str(tmp_path / "run"), "--weights", "live", "--output", str(tmp_path / "t")])
+        evaluate.table([str(tmp_path / "run"), "--weights", "live", "--overwrite", "--output", str(tmp_path / "t")])
     live = write(tmp_path / "run", 20, 7.0, checkpoint={"step": 10, "weights": "live"}).parent
     live.rename(live.with_name("step_00000010_live"))
     for weights, fid in (("ema", "5"), ("live", "7")):
-        options = ["--weights", weights, "--output", str(tmp_path / "t")]
+        options = ["--weights", weights, "--overwrite", "--output", str(tmp_path / "t")]
         assert evaluate.table([str(tmp_path / "run"), *options]) == 0
         assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["10", "run", fid]
         assert f"{weights} weights" in (tmp_path / "t/table.md").read_text()

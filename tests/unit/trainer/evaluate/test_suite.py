@@ -169,7 +169,7 @@ def test_prompts_of_coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     def written(count: int, annotations: str = "captions.json") -> list[Any]:
         arguments = ["--annotations", tmp_path / annotations, "--images", tmp_path / "images", "--count", count]
         monkeypatch.setattr(
-            "sys.argv", ["coco_prompts.py", *map(str, arguments), "--output", str(tmp_path / "o.jsonl")]
+            "sys.argv", ["coco_prompts.py", *map(str, arguments), "--overwrite", "--output", str(tmp_path / "o.jsonl")]
         )
         assert coco_prompts.main() == 0
         return [(prompt.text, prompt.facts["image"]) for prompt in read_prompts(str(tmp_path / "o.jsonl"), "prompts")]

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from tests.distributed.runs import train
 from trainer.loop import train_step
-from trainer.monitor.metrics import _wandb_name
 from trainer.monitor.mup_health import BINS, Health, WatchedParameter, time_figures, time_sums
+from trainer.monitor.trackers import wandb_name
 from trainer.parallel.engine import StepResult
 from trainer.parallel.mesh import init_world
 from trainer.run import Intervals
@@ -80,7 +80,7 @@ def test_loss_by_time() -> None:
 
 
 def test_wandb_keeps_the_prefix() -> None:
-    assert _wandb_name("mup/hidden/weight_norm") == "mup/hidden/weight_norm"
+    assert wandb_name("mup/hidden/weight_norm") == "mup/hidden/weight_norm"
 
 
 def test_a_run_logs_its_health(tmp_path: Path) -> None:

@@ -118,6 +118,17 @@ def test_transfer(study: Study, tmp_path: Path) -> None:
     assert "optim.weight_decay=0.025" in said  # as many e-foldings in 80 steps as in 20
 
 
+def test_transfer_leaves_what_the_target_is_made_of(study: Study, tmp_path: Path) -> None:
+    """Even where it may write over a file: else the target and its parent would extend each other."""
+    parent, target = tmp_path / "parent.yaml", tmp_path / "target.yaml"
+    parent.write_text(TARGET)
+    target.write_text("extends: parent.yaml\n")
+    for output, message in ((target, "is the target, which the new config extends"), (parent, "extends itself")):
+        with pytest.raises(ConfigError, match=message):
+            write_target(study, str(target), output)
+    assert (parent.read_text(), target.read_text()) == (TARGET, "extends: parent.yaml\n")
+
+
 def test_batch_rule(study: Study, tmp_path: Path) -> None:
     target = tmp_path / "target.yaml"
     lr = float(make_report(study).best.point["optim.lr"] or 0)

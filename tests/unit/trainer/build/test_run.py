@@ -1,0 +1,27 @@
+"""What a run does with the folder that it is told to write."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.build.run import _check_is_run_folder
+from trainer.errors import ConfigError
+
+
+def test_a_folder_with_other_files_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    """config.yaml and metrics.jsonl are written over; what a kill, convert.py or submit.py leave is a run's."""
+    _check_is_run_folder(tmp_path / "absent")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "status.json").touch()
+    _check_is_run_folder(tmp_path)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(ConfigError, match=f"{tmp_path} holds {name}, but no run: choose another run.name"):
+            _check_is_run_folder(tmp_path)
+        (tmp_path / "checkpoints").mkdir()
+        _check_is_run_folder(tmp_path)
+        (tmp_path / "checkpoints").rmdir()
+        (tmp_path / name).unlink()
+    (tmp_path / "mup.json").touch()
+    (tmp_path / "metrics.jsonl").touch()
+    _check_is_run_folder(tmp_path)
