@@ -3,7 +3,8 @@
 {"rank": 1, "nan": [5, 6], "slow_data": [3], "slow_model": [4], "hang": 8, "kill": 8, "kill_torchrun": 8,
 "kill_after_rollback": true}: the rank (null: every one); data steps (from 0) whose batch holds a NaN, whose batch
 comes late, in which a block takes long, at which it sleeps for ever, kills itself (once the last save has ended, which
-goes on in the background), or kills its torchrun; and whether it kills itself once the run has gone back.
+goes on in the background; not after a restart by torchrun), or kills its torchrun; and whether it kills itself once the
+run has gone back.
 """
 
 import json
@@ -47,7 +48,7 @@ class Faults:
 
     def _encode(self, finish: Callable[[], Encoded]) -> Encoded:
         encoded, present = finish(), self._present
-        if present == FAULTS.get("kill"):
+        if present == FAULTS.get("kill") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             self._run.checkpointer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         if FAULTS.get("kill_after_rollback") and (self._run.folder / FILE).exists():
