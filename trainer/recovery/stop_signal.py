@@ -33,6 +33,13 @@ class StopSignal:
         """Whether this rank was asked to stop."""
         return self._signals.asked
 
+    def latest(self) -> tuple[int, int]:
+        """(unreadable samples, samples) of all ranks as of the present step, for which it waits."""
+        assert self._sum is not None
+        self._sum[0].wait()
+        _, holes, read = self._sum[1].tolist()
+        return holes, read
+
     def exchange(self, holes: int, read: int) -> tuple[bool, int, int]:
         """Tell how many samples this rank found unreadable and read; returns (any rank was asked to stop, unreadable
         samples, samples) of all ranks as of the step before."""
