@@ -84,6 +84,8 @@ schema: .venv/ready
 
 soak: setup
 	$(BIN)/python -m benchmarks.kills --kills 50 --output benchmarks/results/kills.json
+	$(BIN)/python -m benchmarks.restarts --kills 10 --output benchmarks/results/restarts.json
+	$(BIN)/python -m benchmarks.ends --runs 50 --output benchmarks/results/ends.json
 	$(BIN)/python -m benchmarks.search_kills --trials 80 --kills 10 --output benchmarks/results/search_kills.json
 	$(BIN)/python -m benchmarks.search_kills --slurm --trials 80 --kills 10 --output benchmarks/results/search_kills_slurm.json
 	$(BIN)/python -m benchmarks.kills_precompute --kills 10 --output benchmarks/results/kills_precompute.json

@@ -80,7 +80,7 @@ each step:
 | the threshold of a spike | `trainer/recovery/spikes.py` |
 | initialisation | `declarations` of the backbone and `trainer/mup/rules.py`; `trainer/mup/apply.py` does it |
 | which of its captions a sample gets | `pick` in `data/captions.py`; `data/decode.py` draws it, and the drop |
-| SIGTERM | `trainer/recovery/stop_signal.py`; the loop then saves |
+| signals | `trainer/recovery/signals.py`; `stop_signal.py` tells all ranks, and the loop then saves |
 | a hung or lost rank | `trainer/recovery/watchdog.py` |
 | which checkpoint a run resumes | `trainer/checkpoint/resume.py`, and `find.py` for damaged ones |
 | what may change on resume | each key's class in `trainer/config/schema.py`, compared in `trainer/config/resume.py` |

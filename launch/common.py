@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [*(entry for entry in sys.path if Path(entry or ".").resolve() != _HERE), str(_HERE.parent)]
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_WATCHDOG = "watch_"  # threads that are left in a store that does not answer; they would abort the interpreter's end
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -51,6 +53,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             f"{where}{error.strerror}: make room or give rights, then run the same command again", 2, alike=False
         )
     sys.stdout.flush()
+    if any(thread.name.startswith(_WATCHDOG) for thread in threading.enumerate()):
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -3,7 +3,8 @@
 torchrun --nproc-per-node 2 launch/train.py --config mmdit_demo_mup.yaml [section.key=value ...]
 python launch/train.py --config mmdit_debug_mup.yaml
 
-SIGTERM or SIGUSR1 to a worker saves and ends all of them within two steps. torchrun passes signals on if it is told to:
+SIGTERM, SIGUSR1, SIGINT (Ctrl-C), SIGHUP and SIGQUIT to a worker save and end all of them within two steps; a second
+Ctrl-C ends at once. torchrun passes signals on if it is told to:
 torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 ... launch/train.py ...
 (or PET_SIGNALS_TO_HANDLE and PET_SHUTDOWN_TIMEOUT in the environment).
 """
@@ -17,7 +18,9 @@ from launch.common import command, end_with_torchrun, run
 from trainer.config.help import describe_keys
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
+from trainer.config.schema import TrainConfig
 from trainer.errors import PeerError
+from trainer.recovery.signals import Signals
 
 
 class HelpConfig(argparse.Action):
@@ -41,7 +44,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     end_with_torchrun()
-    config = load_config(arguments.config, arguments.overrides)
+    with Signals(at_once=True):  # while training the loop hears them
+        return _train(load_config(arguments.config, arguments.overrides))
+
+
+def _train(config: TrainConfig) -> int:
     # What is slow to import comes only now: --help and a wrong key are answered at once.
     from trainer.build.run import build_run
     from trainer.loop import train

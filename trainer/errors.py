@@ -21,5 +21,9 @@ class BadDataError(RunError):
     """More samples were unreadable than data.max_bad_share allows, or nearly all of the last ones."""
 
 
+class DivergedError(RunError):
+    """Steps are skipped one after another, or the validation is not finite: more training helps no more."""
+
+
 class PeerError(RunError):
     """Another rank failed or was lost; the message names it."""

@@ -1,15 +1,16 @@
 """The training loop, top to bottom. Nothing in a step waits for the device; figures are read back at log steps."""
 
+import math
 from typing import Any
 
 import torch.distributed as dist
 
 from .errors import BadDataError, CheckpointError, RunError
 from .monitor.mup_health import time_figures
-from .recovery.bad_data import OUTAGE, OutageDetector, bad_share_message, outage_message
+from .recovery.bad_data import BadData, bad_share_message, outage_message
 from .recovery.stop_signal import StopSignal
 from .recovery.watchdog import Watchdog
-from .rollback import go_back
+from .rollback import check_health, go_back
 from .run import Run
 from .state import StepSums, Totals, TrainState
 from .step import MicroBatch, micro_batch_losses
@@ -51,11 +52,13 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
     """Train until the last step, or until the ranks agree to stop; returns the outcome and its reason."""
     plan, state = run.plan, run.state
     if state.step == 0:
-        due = {"validate"} if plan.every.validate else set[str]()
-        _validate_sample_evaluate(run, watchdog, {"step": 0, "samples_seen": 0}, due)
+        record: dict[str, Any] = {"step": 0, "samples_seen": 0}
+        _validate_sample_evaluate(run, watchdog, record, {"validate"} if plan.every.validate else set())
+        check_health(run, record, skipped_row=0)
     batches = run.batches()
     run.timer.restart()
-    reads_before, outages = _reads(state), OutageDetector(plan.max_bad_share)
+    reads_before, bad = _reads(state), BadData(plan.max_bad_share)
+    to_save = False
     while state.step < run.last_step:
         train_step(run, next(batches))
         watchdog.beat(state.step)
@@ -63,13 +66,11 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
         # Counted since this start, so that a run goes on whose data were mended.
         holes, read = (now - then for now, then in zip(_reads(state), reads_before, strict=True))
         asked, holes, read = stop_signal.exchange(holes, read)
-        if (lost := outages.lost_in_a_row(holes, read)) >= OUTAGE:
-            raise BadDataError(outage_message(lost, state.holes))
-        bad_share = holes / max(1000, read)  # a few bad samples among the first ones are no share yet
-        too_bad = "log" in due and bad_share > plan.max_bad_share
-        record: dict[str, Any] = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
+        bad.update(holes, read, state.holes)
+        too_bad = "log" in due and bad.too_much
+        record = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
         if "log" in due:
-            record |= _figures(run) | {"bad_share": bad_share}
+            record |= _figures(run) | {"bad_share": bad.share}
             watchdog.beat(state.step, record["step_time_s"])
             row = state.spikes.take_longest_row()
             if plan.rollback_after and row >= plan.rollback_after:
@@ -79,18 +80,30 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
                 continue
         if due & {"log", "validate", "sample", "evaluate"}:
             _validate_sample_evaluate(run, watchdog, record, due)
+            check_health(run, record, state.spikes.row())
         stopping = (asked and state.step < run.last_step) or too_bad
         last = stopping or state.step == run.last_step
-        if last or due & {"snapshot", "checkpoint"}:
-            with watchdog.phase("saving"):
-                if "snapshot" in due:  # first, since it would wait for the larger checkpoint
-                    run.checkpointer.save_averages(state.step, run.ema.tensors(), {**run.meta, "step": state.step})
-                if last or "checkpoint" in due:
-                    save(run, wait=last)
+        to_save |= last or "checkpoint" in due
+        if to_save or "snapshot" in due:
+            bad.update(*stop_signal.latest(), state.holes)
+            # Steps that learned from next to nothing are not kept: the data may be gone, which a few more steps tell.
+            if not bad.lost or state.step == run.last_step:
+                with watchdog.phase("saving"):
+                    if "snapshot" in due:  # first, since it would wait for the larger checkpoint
+                        meta = {**run.meta, "step": state.step}
+                        run.checkpointer.save_averages(state.step, run.ema.tensors(), meta)
+                    if to_save:
+                        save(run, wait=last, validated=math.isfinite(record.get("val_loss", math.nan)))
+                to_save = False
         if too_bad:
-            raise BadDataError(bad_share_message(state.step, bad_share, plan.max_bad_share, state.holes))
+            raise BadDataError(
+                outage_message(bad.lost, state.holes)
+                if to_save
+                else bad_share_message(state.step, bad.share, plan.max_bad_share, state.holes)
+            )
         if stopping:
-            return "preempted", "asked to stop by a signal"
+            unsaved = f"; not saved, because the last {bad.lost} samples could not be read" if to_save else ""
+            return "preempted", f"asked to stop by a signal{unsaved}"
         if due:
             run.timer.restart()  # what was done beside training is not training time
     return "finished", "" if run.last_step == plan.steps else "the data ended: rollbacks skipped the rest of them"
@@ -122,13 +135,16 @@ def train_step(run: Run, micro_batches: list[MicroBatch]) -> None:
     state.step += 1
 
 
-def save(run: Run, wait: bool = False) -> None:
-    """Start to write a checkpoint of the present step. wait: until it is complete; CheckpointError where it fails."""
+def save(run: Run, wait: bool = False, validated: bool = False) -> None:
+    """Start to write a checkpoint of the present step. wait: until it is complete; CheckpointError where it fails.
+    validated: its weights have a finite validation loss."""
     state = run.state
     reads: list[Any] = [None] * run.world.size
     dist.all_gather_object(reads, (state.holes, state.samples_read), group=run.world.control)
     meta = {**run.meta, "step": state.step, "reads": reads, "jumps": state.skipped_ranges}
-    run.checkpointer.save(state.step, {**run.ema.tensors(), **state.tensors()}, meta, wait)
+    # The last step that was taken may have spoilt the weights; before it they were such that it could be taken.
+    healthy_before = state.step + 1 if validated else state.step - state.spikes.row()
+    run.checkpointer.save(state.step, {**run.ema.tensors(), **state.tensors()}, meta, wait, healthy_before)
 
 
 def _figures(run: Run) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Plan:
     """Share of unreadable samples at which the run ends."""
     rollback_after: int
     """Skipped steps in a row after which the run goes back; 0: never."""
+    max_skipped_steps: int
+    """Skipped steps in a row after which the run has diverged; 0: it trains on."""
     data_steps: int | None
     """Steps that the data hold; None where they have no end."""
     watchdog_factor: float | None

@@ -3,22 +3,28 @@
 {"rank": 1, "nan": [5, 6], "slow_data": [3], "slow_model": [4], "hang": 8, "kill": 8, "kill_torchrun": 8,
 "kill_after_rollback": true}: the rank (null: every one); data steps (from 0) whose batch holds a NaN, whose batch
 comes late, in which a block takes long, at which it sleeps for ever, kills itself (once the last save has ended, which
-goes on in the background), or kills its torchrun; and whether it kills itself once the run has gone back.
+goes on in the background; not after a restart by torchrun), or kills its torchrun; and whether it kills itself once the
+run has gone back. "slow_store": seconds that the store takes for each answer to the watchdog.
 """
 
+import contextlib
 import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
+
 import launch.train
 import trainer.build.run
+import trainer.recovery.watchdog
 from launch.common import run as run_command
 from trainer.config.schema import TrainConfig
-from trainer.parallel.mesh import World
+from trainer.parallel.mesh import World, open_board
 from trainer.recovery.skipped_ranges import FILE, follow
 from trainer.run import Run
 from trainer.step import Encoded, MicroBatch
@@ -47,7 +53,7 @@ class Faults:
 
     def _encode(self, finish: Callable[[], Encoded]) -> Encoded:
         encoded, present = finish(), self._present
-        if present == FAULTS.get("kill"):
+        if present == FAULTS.get("kill") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             self._run.checkpointer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         if FAULTS.get("kill_after_rollback") and (self._run.folder / FILE).exists():
@@ -66,6 +72,22 @@ class Faults:
             time.sleep(DELAY_S)
 
 
+class SlowStore:
+    """A store that takes a while for each answer, in which the thread that asks is outside of Python."""
+
+    def __init__(self, store: dist.Store, seconds: float) -> None:
+        self._store, self._time = store, timedelta(seconds=seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        with contextlib.suppress(RuntimeError):
+            self._store.wait(["never"], self._time)
+        return getattr(self._store, name)
+
+
+def slow_board(world: World) -> Any:
+    return SlowStore(open_board(world), FAULTS["slow_store"])
+
+
 build_run = trainer.build.run.build_run
 
 
@@ -78,4 +100,6 @@ def faulty_run(config: TrainConfig, world: World) -> Run:
 
 if __name__ == "__main__":
     trainer.build.run.build_run = faulty_run
+    if "slow_store" in FAULTS:
+        trainer.recovery.watchdog.open_board = slow_board
     run_command(launch.train.main)

@@ -44,6 +44,16 @@ def test_a_killed_rank_ends_the_job_and_resumes_exactly(tmp_path: Path) -> None:
     assert exact(train(2, run, *SETTINGS)) == exact(train(2, tmp_path / "whole", *SETTINGS))
 
 
+def test_a_killed_rank_is_restarted_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Rank 0, at whose old address the other one must not look for it."""
+    run = tmp_path / "run"
+    launcher = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    with job(run, *SETTINGS, faults={"rank": 0, "kill": 11}, launcher=launcher) as restarted:
+        assert restarted.wait(2 * START_S) == 0, restarted.text()[-4000:]
+        assert re.search(r"resuming \S+step_00000008", restarted.text())
+    assert exact(read_metrics(run)) == exact(train(2, tmp_path / "whole", *SETTINGS))
+
+
 # ---------------------------------------------------------------------------------------------------- NaNs and rollback
 
 # Data steps: one alone, then a row of three; and what makes rank 1 slow, without a figure that differs.

@@ -55,17 +55,20 @@ def test_stops_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_is_gone_ends_the_run_unsaved(tmp_path: Path) -> None:
-    """Long before it is a share of all that was read, and before a step that learned from nothing is kept."""
+    """Long before it is a share of all that was read, and before a step that learned from nothing is kept, however few
+    samples a step has."""
     more = [
         f"data.shards={half_broken(tmp_path, every=1)}",
         f"run.dir={tmp_path}",
         "run.name=run",
         "data.max_bad_share=0.5",
     ]
-    steps = ("train.steps=40", "train.global_batch_size=32", "train.log_every=10", "train.sample_every=0")
+    steps = ("train.steps=40", "train.global_batch_size=8", "train.log_every=10", "train.sample_every=0")
+    steps += ("train.checkpoint_every=3", "train.ema_snapshot_every=4")
     ended = finished("launch/train.py", "--config", "mmdit_debug_mup.yaml", *more, *steps)
     assert ended.returncode == 1
     assert re.search(r"error: the last \d+ samples could not be read .*the storage is gone", ended.stderr)
     assert "Traceback" not in ended.stderr
     assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
+    assert not (tmp_path / "run" / "ema").exists()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"

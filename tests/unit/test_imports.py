@@ -116,6 +116,7 @@ NO_TORCH = (
     "trainer.errors",
     "trainer.config.load",
     "trainer.evaluate.suite",
+    "trainer.recovery.signals",
 )
 
 

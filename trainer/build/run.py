@@ -368,6 +368,7 @@ def _plan(inputs: _Inputs) -> Plan:
         ),
         max_bad_share=config.data.max_bad_share,
         rollback_after=train.rollback_after,
+        max_skipped_steps=train.max_skipped_steps,
         data_steps=inputs.data.steps,
         watchdog_factor=train.watchdog_factor,
         watchdog_min_s=train.watchdog_min_s,

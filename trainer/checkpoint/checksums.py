@@ -59,9 +59,15 @@ def _damage(path: Path, expected: Mapping[str, Any]) -> str | None:
     return None if found == expected["sha256"] else f"is damaged: its SHA-256 is {found}, not that in {META}"
 
 
-def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
-    """Which of the ascending `steps` to clear: not the newest keep_last, not multiples of keep_every (0: no such)."""
-    return [step for step in steps[:-keep_last] if keep_every == 0 or step % keep_every]
+def superseded(steps: Sequence[int], keep_last: int, keep_every: int, healthy_before: int | None = None) -> list[int]:
+    """Which of the ascending `steps` to clear: not the newest keep_last, not multiples of keep_every (0: no such).
+
+    healthy_before: checkpoints from this step on may hold weights with which no step can be taken; so the newest
+    keep_last - 1 of the others stay as well, and at least one. None: all are healthy.
+    """
+    healthy = [step for step in steps if healthy_before is None or step < healthy_before]
+    kept = {*steps[-keep_last:], *healthy[-max(1, keep_last - 1) :]}
+    return [step for step in steps if step not in kept and (keep_every == 0 or step % keep_every)]
 
 
 def _rank_of(name: str, size: int) -> int:

@@ -60,13 +60,21 @@ class Checkpointer:
         self._failures: Counter[Path] = Counter()  # in a row, by folder
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], wait: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        wait: bool = False,
+        healthy_before: int | None = None,
+    ) -> None:
         """Start to write checkpoint `step`; once it is complete, older ones are cleared away. wait: until then.
+        healthy_before: see checksums.superseded.
 
         A failed save is told and leaves the older checkpoints as they are. CheckpointError is raised where `wait` is
         set, or at the third failure in a row.
         """
-        self._start(self._checkpoints, step, tensors, meta, wait)
+        self._start(self._checkpoints, step, tensors, meta, wait, healthy_before)
 
     def save_averages(self, step: int, averages: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Start to write a snapshot of `averages` (see EMA.tensors) alone, which is kept for good; fails as `save`."""
@@ -90,16 +98,22 @@ class Checkpointer:
         return dict(seconds)
 
     def _start(
-        self, folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], wait: bool
+        self,
+        folder: Path,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        wait: bool,
+        healthy_before: int | None = None,
     ) -> None:
         began = time.perf_counter()
         self.wait()
         beside = folder / f".step_{step:08d}.tmp"
         saving: Future[float] = Future()
         try:
-            together(lambda: self._prepare(beside) if self._rank == 0 else None, self._group)
+            together(lambda: self._make_room(beside, healthy_before) if self._rank == 0 else None, self._group)
             written = self._engine.save(beside, tensors, averages_only=folder == self._snapshots)
-            saving = self._thread.submit(self._finish, written, beside, meta)
+            saving = self._thread.submit(self._finish, written, beside, meta, healthy_before)
         except CheckpointError as error:
             saving.set_exception(_not_written(beside, error))
         self._saving = folder, saving
@@ -123,7 +137,9 @@ class Checkpointer:
                 raise CheckpointError(f"{error} (failure {self._failures[folder]} in a row)") from None
             self._tell(f"warning: {error}; training goes on, and the next save tries again")
 
-    def _finish(self, written: Future[None], beside: Path, meta: Mapping[str, Any]) -> float:
+    def _finish(
+        self, written: Future[None], beside: Path, meta: Mapping[str, Any], healthy_before: int | None
+    ) -> float:
         """In the thread: complete a checkpoint once every rank has written its files; returns the seconds it took."""
         began = time.perf_counter()
         try:
@@ -131,28 +147,29 @@ class Checkpointer:
             shares = together(lambda: digest_files(beside, self._rank, self._size), self._group)
             files = {name: digest for share in shares for name, digest in share.items()}
             complete = {**meta, "files": files}
-            together(lambda: self._publish(beside, complete) if self._rank == 0 else None, self._group)
+            together(lambda: self._publish(beside, complete, healthy_before) if self._rank == 0 else None, self._group)
         except CheckpointError as error:
             if self._rank == 0:
                 shutil.rmtree(beside, ignore_errors=True)
             raise _not_written(beside, error) from None
         return time.perf_counter() - began
 
-    def _prepare(self, beside: Path) -> None:
-        """An empty folder for the next checkpoint. What need not be kept goes first, so that it takes no room."""
-        self._clear(beside.parent)
+    def _make_room(self, beside: Path, healthy_before: int | None) -> None:
+        """An empty folder for the next checkpoint. What need not be kept goes first, so that it takes no room: steps
+        that were taken since have shown that a newer one is healthy."""
+        self._clear(beside.parent, healthy_before)
         beside.mkdir(parents=True)
 
-    def _clear(self, folder: Path) -> None:
-        """Remove the checkpoints that run.keep_last and keep_every do not keep, and what killed processes left."""
+    def _clear(self, folder: Path, healthy_before: int | None) -> None:
+        """Delete checkpoints that are superseded, and what is left of saves that were cut off."""
         if folder == self._checkpoints:
             complete = {step_of(path): path for path in complete_checkpoints(folder)}
-            for step in superseded(list(complete), self._keep_last, self._keep_every):
+            for step in superseded(list(complete), self._keep_last, self._keep_every, healthy_before):
                 complete[step].rename(folder / f".{complete[step].name}.old")  # absent at once, then deleted
         for path in folder.glob(".step_*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _publish(self, beside: Path, meta: dict[str, Any]) -> None:
+    def _publish(self, beside: Path, meta: dict[str, Any], healthy_before: int | None) -> None:
         folder, name = beside.parent, beside.name[1 : -len(".tmp")]
         final = folder / name
         write_atomically(beside / META, seal(meta))
@@ -163,7 +180,7 @@ class Checkpointer:
             final.rename(old)
         beside.rename(final)
         sync_folder(folder)
-        self._clear(folder)
+        self._clear(folder, healthy_before)
 
 
 def clear_leftovers(folder: Path) -> None:

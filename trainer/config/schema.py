@@ -49,7 +49,8 @@ class RunConfig(Section):
     allow_change: tuple[str, ...] = ()
     """Keys of class schedule (optim.lr, train.steps, ...) that may differ from those of the run that is resumed."""
     keep_last: int = Field(default=3, ge=1)
-    """Number of newest checkpoints that are kept; the disk holds one more while the next is written."""
+    """Number of newest checkpoints that are kept, beside the newest one after which a step has been taken; the disk holds
+    one more while the next is written."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints at multiples of this many steps are kept as well; 0 keeps none of them."""
     trust_pickles: bool = False
@@ -91,6 +92,9 @@ class TrainSection(Section):
     rollback_after: int = Field(default=0, ge=0)
     """After this many skipped steps in a row, go back to the last checkpoint and leave out the samples since; 0 never
     goes back."""
+    max_skipped_steps: int = Field(default=100, ge=0)
+    """After this many skipped steps in a row, and at a validation that is not finite, the run ends as failed, because
+    it has diverged or its data hold NaNs; 0 trains on. It does not finish on 10 skipped steps either."""
     watchdog_factor: float | None = Field(default=20.0, gt=1)
     """A step that takes this many times as long as the median step ends the run with the stacks of all ranks; null
     never ends it."""

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .rendezvous import open_store
+
 
 @dataclass(frozen=True)
 class World:
@@ -49,7 +51,7 @@ def init_world(shard: int) -> World:
         torch.backends.cuda.enable_flash_sdp(False)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, store=open_store(rank(), size), rank=rank(), world_size=size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))

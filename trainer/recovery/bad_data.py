@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from ..errors import BadDataError
+
 OUTAGE = 100  # samples lost in consecutive steps that lose nearly all of theirs
 
 
@@ -23,22 +25,32 @@ def outage_message(lost: int, holes: Mapping[str, int]) -> str:
     )
 
 
-class OutageDetector:
-    """Counts what consecutive steps lose in which nearly nothing could be read: their gradients are of a few samples,
-    or of none. Nearly nothing: less than a tenth, or than 1 - max_bad_share where that is less."""
+class BadData:
+    """What all ranks could not read since the run has started, so that it goes on once its data were mended.
+
+    lost: samples that consecutive steps up to now have lost in which nearly nothing could be read, because their
+    gradients are of a few samples, or of none. Nearly nothing: less than a tenth, or than 1 - max_bad_share where that
+    is less. share: of all samples that were unreadable; a few bad ones among the first ones are no share yet.
+    """
 
     def __init__(self, max_bad_share: float) -> None:
-        self._least = max(0.9, max_bad_share)
-        self._before, self._row = (0, 0), 0
+        self.lost, self.share = 0, 0.0
+        self._most, self._least = max_bad_share, max(0.9, max_bad_share)
+        self._before = (0, 0)
 
-    def lost_in_a_row(self, holes: int, read: int) -> int:
-        """Samples that the latest such steps have lost; 0 where the last step was not one.
+    @property
+    def too_much(self) -> bool:
+        return self.share > self._most
 
-        holes: unreadable samples, read: samples, both of all ranks and since the run has started."""
-        lost, seen = holes - self._before[0], read - self._before[1]
-        self._before = holes, read
-        self._row = self._row + lost if lost > self._least * seen else 0
-        return self._row
+    def update(self, holes: int, read: int, reasons: Mapping[str, int]) -> None:
+        """holes: unreadable samples, read: samples, both since the run has started; the same as in the last call change
+        nothing. reasons: {reason: samples} of this rank. Raises BadDataError where the storage is gone."""
+        bad, seen = holes - self._before[0], read - self._before[1]
+        self._before, self.share = (holes, read), holes / max(1000, read)
+        if seen:
+            self.lost = self.lost + bad if bad > self._least * seen else 0
+        if self.lost >= OUTAGE:
+            raise BadDataError(outage_message(self.lost, reasons))
 
 
 def _reasons(holes: Mapping[str, int]) -> str:

@@ -51,6 +51,10 @@ class SpikeDetector:
         self.numbers[1] = 0
         return longest
 
+    def row(self) -> int:
+        """Bad steps in a row up to now (a host sync)."""
+        return int(self.numbers[0])
+
     def forget_rows(self) -> None:
         """Begin to count anew after a rollback, because other samples come now."""
         self.numbers[:2] = 0

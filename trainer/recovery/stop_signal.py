@@ -1,42 +1,49 @@
-"""SIGTERM and SIGUSR1: all ranks stop after the same step."""
-
-import signal
-from types import FrameType
+"""A signal to one rank, and all ranks stop after the same step."""
 
 import torch
 import torch.distributed as dist
+
+from .signals import Signals
 
 
 class StopSignal:
     """What every rank tells the others in each step: whether it was asked to stop, and how its data are.
 
-    Within it SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end. The sum over ranks goes on beside the step
-    on the control group and is read one step later, so that no step waits for it: all ranks stop after the same
+    Within it signals (see signals.py) ask for a checkpoint and an orderly end. The sum over ranks goes on beside the
+    step on the control group and is read one step later, so that no step waits for it: all ranks stop after the same
     step, at most two after the signal.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._asked = False
+        self._signals = Signals()
         self._sum: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        self._signals.__enter__()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._signals.__exit__()
         if error is None and self._sum is not None:
             self._sum[0].wait()  # the group must not be left in mid-sum
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._signals.asked
+
+    def latest(self) -> tuple[int, int]:
+        """(unreadable samples, samples) of all ranks as of the present step, for which it waits."""
+        assert self._sum is not None
+        self._sum[0].wait()
+        _, holes, read = self._sum[1].tolist()
+        return holes, read
 
     def exchange(self, holes: int, read: int) -> tuple[bool, int, int]:
         """Tell how many samples this rank found unreadable and read; returns (any rank was asked to stop, unreadable
         samples, samples) of all ranks as of the step before."""
-        before, numbers = self._sum, torch.tensor([int(self._asked), holes, read])
+        before, numbers = self._sum, torch.tensor([int(self.asked), holes, read])
         work = dist.all_reduce(numbers, group=self._group, async_op=True)
         assert work is not None
         self._sum = (work, numbers)

@@ -56,6 +56,7 @@ class Watchdog:
         self._failed = threading.Event()  # this rank's training raised
         self._closed = threading.Event()
         self._fault: Fault | None = None  # as the board has it
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Watchdog":
         if self._factor is not None:
@@ -66,6 +67,10 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
+        # A thread that is inside the store when the interpreter ends aborts it. One that the store does not answer for
+        # so long is left, and the command ends without that end (launch/common.py).
+        for thread in self._threads:
+            thread.join(LOST_S)
 
     # ----------------------------------------------------------------------------------- what the training thread calls
 
@@ -106,7 +111,8 @@ class Watchdog:
         return limit * PHASE_FACTOR if self._phase else limit
 
     def _start(self, target: Callable[[], None]) -> None:
-        threading.Thread(target=target, daemon=True, name=target.__name__.strip("_")).start()
+        self._threads.append(threading.Thread(target=target, daemon=True, name=target.__name__.strip("_")))
+        self._threads[-1].start()
 
     def _watch_step(self) -> None:
         while not self._closed.wait(min(POLL_S, self._min_s / 4)):
@@ -129,6 +135,8 @@ class Watchdog:
                 beats = self._board.add(f"alive/{neighbour}", 0)
                 fault = self._read_board()
             except RuntimeError:
+                if self._closed.is_set():  # training has ended, and so may have the process that holds the store
+                    return
                 fault = Fault(self._rank, "the rendezvous store is gone: its process or its host has ended", False)
                 self._write_status(fault.reason)
             now = time.monotonic()

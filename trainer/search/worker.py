@@ -12,7 +12,7 @@ import torch
 
 from ..build.run import build_run
 from ..collectives import from_rank_0, on_rank_0
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DivergedError
 from ..loop import train
 from ..monitor.metrics import Metrics, read_metrics
 from ..parallel.mesh import World
@@ -86,6 +86,8 @@ class Worker:
                 losses.append(loss)
         except EarlyEnd as end:
             state, reason = end.state, end.reason
+        except DivergedError as end:
+            state, reason = "diverged", str(end)
         if self._study and claim:
             self._study.finish(claim, cast(State, state), losses, reason, **attributes)
         self._tell(f"trial {number} is {state}: {reason or f'{OBJECTIVE} {sum(losses) / len(losses):.4g}'}")

@@ -1,5 +1,6 @@
 """Going back to a checkpoint: what is loaded, cut and written, and when it is refused."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.helpers.checkpoints import meta_of
-from trainer.errors import RunError
+from trainer.errors import DivergedError, RunError
 from trainer.monitor.metrics import Metrics, read_metrics
 from trainer.parallel.mesh import World, init_world
 from trainer.recovery.skipped_ranges import SkippedRange
-from trainer.rollback import MOST_IN_A_ROW, go_back
+from trainer.rollback import MOST_IN_A_ROW, check_health, go_back
 from trainer.state import TrainState
 
 
@@ -62,7 +63,8 @@ def a_run(folder: Path, world: World, metrics: Metrics, *checkpoints: int) -> An
         state=state,
         world=world,
         folder=folder,
-        plan=SimpleNamespace(rollback_after=3),
+        plan=SimpleNamespace(rollback_after=3, max_skipped_steps=5),
+        last_step=100,
         ema=SimpleNamespace(tensors=dict),
         checkpointer=Checkpoints(),
         metrics=metrics,
@@ -118,3 +120,29 @@ def test_killed_after_going_back_the_row_is_over_as_well(world: World) -> None:
         state.spikes.numbers[:2] = 2  # as loaded
         state.restore(meta, rank=0)
         assert state.spikes.take_longest_row() == row
+
+
+def test_a_diverged_run_ends(world: World, metrics: Metrics, tmp_path: Path) -> None:
+    """At step 12, after the skipped steps 9 to 12: step 8 was taken last, and may have spoilt the weights."""
+    run = a_run(tmp_path, world, metrics, 4, 8, 10)
+    check_health(run, {"val_loss": 1.0}, 4)
+    with pytest.raises(DivergedError, match=r"val_loss_ema is not finite after step 12\. The same command"):
+        check_health(run, {"val_loss": 1.0, "val_loss_ema": float("nan")}, 0)
+    run.plan.max_skipped_steps = 0
+    check_health(run, {"val_loss": float("nan")}, 1000)
+    run.plan.max_skipped_steps = 4
+    with pytest.raises(DivergedError, match="last 4 steps up to step 12 were all skipped") as ended:
+        check_health(run, {}, 4)
+    assert "starts again from step_00000004: lower optim.lr" in str(ended.value)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000004", "step_00000008.diverged", "step_00000010.diverged"]
+
+
+@pytest.mark.parametrize(("step", "row", "ends"), [(100, 10, True), (100, 9, False), (2, 2, True), (50, 10, False)])
+def test_no_run_finishes_on_skipped_steps(
+    step: int, row: int, ends: bool, world: World, metrics: Metrics, tmp_path: Path
+) -> None:
+    run = a_run(tmp_path, world, metrics)
+    run.plan.max_skipped_steps, run.state.step, run.last_step = 1000, step, 2 if step == 2 else 100
+    with pytest.raises(DivergedError) if ends else contextlib.nullcontext():
+        check_health(run, {}, row)

@@ -353,6 +353,10 @@ def test_superseded() -> None:
     assert superseded(steps, 2, 0) == [1000, 1500, 2000, 2500]
     assert superseded(steps, 2, 1000) == [1500, 2500]
     assert superseded(steps, 9, 0) == []
+    assert superseded(steps, 3, 0, healthy_before=2500) == [1000], "the newest three, and two that are healthy"
+    assert superseded(steps, 3, 0, healthy_before=3500) == [1000, 1500, 2000], "these are among the newest three"
+    assert superseded(steps, 1, 0, healthy_before=3500) == [1000, 1500, 2000, 2500]
+    assert superseded(steps, 1, 0, healthy_before=1000) == steps[:-1], "none is healthy"
 
 
 def test_keep_every(make: Make) -> None:

@@ -17,7 +17,10 @@ SCHEDULE = {"train.steps", "optim.", "ema."}
 RUNTIME = {"run.", "parallel.", "validation.", "sample.", "wandb.", "train.micro_batch_size", "train.deterministic"}
 RUNTIME |= {f"train.{name}_every" for name in ("log", "validate", "checkpoint", "sample", "ema_snapshot")}
 RUNTIME |= {"train.evaluate_every", "train.evaluate_suite"}
-RUNTIME |= {f"train.{key}" for key in ("checkpoint_async", "rollback_after", "watchdog_factor", "watchdog_min_s")}
+RUNTIME |= {
+    f"train.{key}"
+    for key in ("checkpoint_async", "rollback_after", "max_skipped_steps", "watchdog_factor", "watchdog_min_s")
+}
 RUNTIME |= {"data.shards", "data.val_shards", "data.num_workers", "data.max_bad_share", "data.sources"}
 RUNTIME |= {f"data.{key}" for key in ("captions", "index_cache", "prefetch_mib", "timeout_s", "retries")}
 RUNTIME |= {"data.cache_dir", "data.cache_gib"}

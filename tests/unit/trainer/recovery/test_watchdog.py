@@ -1,13 +1,17 @@
 """The watchdog's limits, and who is blamed; what it does in a real run is in tests/faults."""
 
+import contextlib
 import json
+import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from launch.common import _WATCHDOG
 from trainer.errors import PeerError
 from trainer.parallel.mesh import World, init_world
 from trainer.recovery.watchdog import PHASE_FACTOR, Fault, Watchdog
@@ -54,6 +58,24 @@ def test_the_first_fault_on_the_board_counts(world: World, tmp_path: Path) -> No
     assert isinstance(other, PeerError)
     assert str(other).startswith("ValueError: no such thing (here: KeyError")
     assert "no such thing" in json.loads((tmp_path / "status.json").read_text())["reason"]
+
+
+def test_no_thread_outlives_it(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread inside the store when the interpreter ends aborts it; here the store takes its time."""
+    monkeypatch.setattr("trainer.recovery.watchdog.POLL_S", 0.01)
+    watchdog, inside = Watchdog(tmp_path, world, 20, 30, 0), threading.Event()
+    watchdog._size = 2
+
+    def slow_read() -> None:
+        inside.set()
+        with contextlib.suppress(RuntimeError):
+            watchdog._board.wait(["never"], timedelta(milliseconds=300))
+
+    monkeypatch.setattr(watchdog, "_read_board", slow_read)
+    with watchdog:
+        assert inside.wait(20)
+        assert {"watch_step", "watch_peers"} <= {thread.name for thread in threading.enumerate()}
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(_WATCHDOG)]
 
 
 def test_a_silent_neighbour_is_found(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
