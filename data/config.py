@@ -97,7 +97,7 @@ class DataConfig:
     max_bad_share: float = Field(default=0.01, ge=0, le=1, json_schema_extra=RUNTIME)
     """Share of unreadable samples above which the run saves and stops."""
     max_image_pixels: int = Field(default=100_000_000, ge=1)
-    """Images of more pixels count as unreadable and are not decoded."""
+    """Images of more pixels count as unreadable and are not decoded; one takes up to 10 bytes of memory per pixel."""
     sources: tuple[SourceConfig, ...] = Field(default=(), json_schema_extra=RUNTIME)
     """Several data sets, each with its weight, in place of data.shards."""
     captions: str | None = Field(default=None, json_schema_extra=RUNTIME)
