@@ -200,6 +200,12 @@ def test_secrets_come_from_the_environment(folder: Path, tmp_path: Path, monkeyp
             open_shards(spec)
 
 
+@pytest.mark.parametrize("spec", ["a{0..99999999999}.tar", "{0..999}" * 9, "{a,b,c,d}" * 99, "{a}" * 9999])
+def test_braces_stand_for_a_bounded_number_of_paths(spec: str) -> None:
+    with pytest.raises(DataError, match="more than (1000000 paths|100 pairs of braces)"):
+        open_shards(spec)
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
