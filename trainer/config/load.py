@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from data.config import secret_in
 from data.redaction import one_line, quote
 from models.configs import ModelConfig
 from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 from ..errors import ConfigError
 from .conflicts import conflicts
-from .keys import keys_of, leaf_keys, plain
+from .keys import flatten, keys_of, leaf_keys, plain
 from .messages import MOST_PROBLEMS, explain
 from .schema import NAME_FORM, Section, TrainConfig, is_name
 from .yaml_files import find_config, nearest, override, read
@@ -51,6 +52,8 @@ def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -
 
 def validated(section: type[S], data: Mapping[str, Any], source: str) -> S:
     """Plain data -> a section, each key by itself; all problems are reported at once in a ConfigError."""
+    if secrets := [p for key, value in flatten(data).items() for p in _secrets(one_line(key, 100), value)]:
+        raise refused(source, secrets)
     model = _kind_of(data.get("model"))
     unknown = dict(islice(_unknown_keys(data, section, section, "", model), MOST_PROBLEMS))
     try:
@@ -58,6 +61,15 @@ def validated(section: type[S], data: Mapping[str, Any], source: str) -> S:
     except ValidationError as error:
         wrong = [sentence for key, sentence in explain(error, section, model) if key not in unknown]
         raise refused(source, [*unknown.values(), *wrong]) from None
+
+
+def _secrets(key: str, value: Any) -> Iterator[str]:
+    """What is wrong with a value, or the items of a list, that would store a secret with the run."""
+    for item in value if isinstance(value, list | tuple | set) else [value]:
+        if isinstance(item, Mapping | list | tuple | set):
+            yield from _secrets(key, list(item.values()) if isinstance(item, Mapping) else item)
+        elif problem := secret_in(key, item):
+            yield problem
 
 
 def refused(source: str, problems: Sequence[str]) -> ConfigError:

@@ -42,7 +42,10 @@ FUZZ = fuzz(150, deadline=20_000)  # ms: a hang, not a busy machine
         ("extends: " + "x" * 9999, "was found neither as a path"),
         ('extends: "a\\0b"', "was found neither as a path"),
         ("data:\n  shards: 'https://me:hunter2@host/" + "y" * 99, "https://***@host/yyy"),
-        ("data: {shards: [https://me:hunter2@host/x]}", "got ['https://***@host/x']"),
+        (
+            "data: {shards: [https://me:hunter2@host/x]}",
+            "data.shards holds a password, a token or a signed query ('https://***@host/x')",
+        ),
         ("data: {'https://me:hunter2@host/x': 1}", "https://***@host/x: unknown key"),
     ],
     ids=range(17),
