@@ -1,11 +1,12 @@
 """The sections data, text_encoder and autoencoder of a config. No torch."""
 
-import re
 from typing import Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 from pydantic.config import JsonDict
 from pydantic.dataclasses import dataclass
+
+from .redaction import holds_secret, quote
 
 SYNTHETIC = "synthetic"
 NONE = "none"
@@ -24,22 +25,20 @@ class Bucket(NamedTuple):
     text_length: int
 
 
-# user:password@ of a URL, and the values of a query by which a store signs requests.
-_USER = re.compile(r"(?<=://)[^/@\s]+@")
-_SIGNED = re.compile(r"((?:signature|sig|token|credential|key|password|secret)[^=&\s]*=)(?!\$\{)[^&\s]+", re.IGNORECASE)
-
-
-def redact(text: str) -> str:
-    """The text with the secrets of its URLs replaced by ***."""
-    return _SIGNED.sub(r"\1***", _USER.sub("***@", text))
+def secret_in(key: str, value: object) -> str | None:
+    """What is wrong with a value that would store a secret with the run; None where it holds none."""
+    if not isinstance(value, str) or not holds_secret(value):
+        return None
+    return (
+        f"{key} holds a password, a token or a signed query ({quote(value)}), and the config is stored with the run: "
+        "write ${NAME} in its place, which is read from the environment where MUDIT_VARIABLES lists NAME, or use the "
+        "store's own variables (AWS_PROFILE)"
+    )
 
 
 def _check_no_secret(key: str, text: str | None) -> None:
-    if text is not None and redact(text) != text:
-        raise ValueError(
-            f"{key} holds a password or a signed query ({redact(text)}), and the config is stored with the run: write "
-            "${NAME} in its place, which is read from the environment, or use the store's own variables (AWS_PROFILE)"
-        )
+    if problem := secret_in(key, text):
+        raise ValueError(problem)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -67,8 +66,8 @@ class DataConfig:
     shards: str = Field(default=SYNTHETIC, json_schema_extra=RUNTIME)
     """A folder of .tar files, the path of one, or a pattern of paths with commas, braces or wildcards
     (`dir/train-{000000..000004}.tar`); `synthetic` generates samples. Paths may be URLs (s3://, https://, ...), which
-    are read in ranges; ${NAME} stands for an environment variable. Shards that launch/precompute.py wrote hold latents,
-    text states and features in place of images and captions."""
+    are read in ranges; ${NAME} stands for an environment variable that MUDIT_VARIABLES lists. Shards that
+    launch/precompute.py wrote hold latents, text states and features in place of images and captions."""
     val_shards: str | None = Field(default=None, json_schema_extra=RUNTIME)
     """Shards that the run is validated on, written as data.shards; null validates on the training shards."""
     resolution: int = Field(default=256, ge=1)
@@ -97,7 +96,7 @@ class DataConfig:
     max_bad_share: float = Field(default=0.01, ge=0, le=1, json_schema_extra=RUNTIME)
     """Share of unreadable samples above which the run saves and stops."""
     max_image_pixels: int = Field(default=100_000_000, ge=1)
-    """Images of more pixels count as unreadable and are not decoded."""
+    """Images of more pixels count as unreadable and are not decoded; one takes up to 10 bytes of memory per pixel."""
     sources: tuple[SourceConfig, ...] = Field(default=(), json_schema_extra=RUNTIME)
     """Several data sets, each with its weight, in place of data.shards."""
     captions: str | None = Field(default=None, json_schema_extra=RUNTIME)

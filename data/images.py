@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import SampleError
+from .image_parts import check_parts, has_more_scans
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -18,6 +19,13 @@ _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # A JPEG is decoded at no less than this multiple of the target's size. Measured at 1500 x 2250 -> 256: as near to a
 # full decode as a gap of 2 (a mean difference of 3.1 of 255 on noise), in two thirds of the time.
 _DRAFT_GAP = 1.4
+# Decoding one image takes 10 bytes per pixel of data.max_image_pixels at most; libwebp takes 16 per pixel.
+_WEBP_COST = 1.6
+_BAND_PIXELS = 1 << 22  # that are converted at once
+# libjpeg decodes all pixels once per scan. Encoders write about ten scans: an image of the most pixels may have these.
+_SCANS = 10
+# An image of many pixels in few bytes is flat, and made to fill memory: photographs have 1 to 50 pixels per byte.
+_MOST_PIXELS_PER_BYTE, _FEW_PIXELS = 256, 1 << 25
 _REDUCING_GAP = 2.0  # of PIL's resize, as in its thumbnail
 
 
@@ -27,6 +35,7 @@ def _open(data: bytes) -> Iterator[Image.Image]:
     checked here instead. Errors of the block, too, become SampleError."""
     if not data:
         raise SampleError("image: empty")
+    check_parts(data)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -56,14 +65,43 @@ def image_size(data: bytes) -> tuple[int, int]:
         return (height, width) if _is_transposed(image) else (width, height)
 
 
+def _check_size(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Raise SampleError where an image that is open, but not decoded, would take too much memory or time."""
+    pixels = image.width * image.height
+    if pixels * (_WEBP_COST if image.format == "WEBP" else 1) > max_pixels:
+        raise SampleError("image: too large")
+    if pixels > max(_FEW_PIXELS, _MOST_PIXELS_PER_BYTE * len(data)):
+        raise SampleError("image: too large for its bytes")
+    if has_more_scans(data, _SCANS * max_pixels // pixels):
+        raise SampleError("image: too many scans")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode in RGB: transparency is composited on white, 16-bit grey is scaled to 8 bits."""
     if image.mode.startswith("I"):  # 16-bit PNG: PIL's own conversion clips instead of scaling
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return _in_bands(image, _high_byte)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        return _in_bands(image, _on_white)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What `convert` makes of the rows of an image, a few at a time: its steps take several times their memory."""
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(image.height, top + rows))
+        rgb.paste(convert(image.crop(box)), box)
+    return rgb
+
+
+def _high_byte(grey: Image.Image) -> Image.Image:
+    return Image.fromarray((np.asarray(grey).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def load_rgb(data: bytes, max_pixels: int, at_least: int | tuple[int, int] | None = None) -> Image.Image:
@@ -75,9 +113,8 @@ def load_rgb(data: bytes, max_pixels: int, at_least: int | tuple[int, int] | Non
         it is stored, but not smaller than that.
     """
     with _open(data) as image:
+        _check_size(image, data, max_pixels)
         width, height = image.size
-        if width * height > max_pixels:
-            raise SampleError("image: too large")
         if at_least is not None:
             rows, columns = (at_least, at_least) if isinstance(at_least, int) else at_least
             if _is_transposed(image):

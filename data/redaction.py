@@ -86,6 +86,12 @@ def quote(value: Any) -> str:
     return shown if len(shown) <= _LONGEST_QUOTE else f"{shown[: _LONGEST_QUOTE - 4]} ..."
 
 
+def one_line(text: str, longest: int = 1000) -> str:
+    """A sentence of a message as one line, cut where what it repeats has made it longer than any sentence."""
+    text = printable(redact(text[: 4 * longest])).replace("\n", "\\n")
+    return text if len(text) <= longest else f"{text[: longest - 4]} ..."
+
+
 class _OfLogs(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = message(record.getMessage()), ()

@@ -17,12 +17,15 @@ from urllib.parse import urlsplit
 from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
-from .config import SYNTHETIC, DataConfig, redact
+from .config import SYNTHETIC, DataConfig
 from .errors import DataError, SampleError, StoreError
 from .order import mix, uniforms
+from .redaction import quote, redact, remember
 
 _PROBE_BYTES = 1 << 14
 _FIRST_DELAY_S = 0.25  # before the first repetition; doubles each time
+_LISTED = "MUDIT_VARIABLES"  # the environment variables that configs may name
+_MOST_SHARDS, _MOST_BRACES = 10**6, 100  # that a pattern with braces may stand for, and pairs of them
 _WINDOW = 4 << 20  # bytes of a remote file that are read at once while it is indexed
 _RATE_BYTES, _RATE_CHUNK = 64 << 20, 4 << 20  # what read_rate reads, and how much of it at once
 
@@ -40,6 +43,9 @@ class Remote:
 
     def __str__(self) -> str:
         return redact(self.url)
+
+    def __repr__(self) -> str:
+        return f"Remote({redact(self.url)!r})"
 
 
 Shard = Path | Remote
@@ -196,28 +202,44 @@ class RemoteBytes:
         return self._window[offset - self._start : max(0, end - self._start)]
 
 
-def _expand(pattern: str) -> list[str]:
-    """The paths of one pattern, with `{a,b}` and `{000..012}` (padded with zeros as written) expanded."""
+def _expand(pattern: str, most: int = _MOST_SHARDS) -> list[str]:
+    """The paths of one pattern, with `{a,b}` and `{000..012}` (padded with zeros as written) expanded. Raises DataError
+    where there would be more than `most`."""
+    if pattern.count("{") > _MOST_BRACES:
+        raise DataError(f"shards {quote(pattern)}: more than {_MOST_BRACES} pairs of braces")
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    bounds = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
     if bounds:
         first, last = int(bounds[1]), int(bounds[2])
+        if last - first >= most:
+            raise DataError(f"shards {quote(pattern)}: more than {_MOST_SHARDS} paths")
         items = [str(i).zfill(len(bounds[1])) for i in range(first, last + 1)]
     else:
         items = match[1].split(",")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [path for item in items for path in _expand(head + item + tail)]
+    tails = _expand(tail, max(1, most // max(1, len(items))))
+    if len(tails) * len(items) > most:
+        raise DataError(f"shards {quote(pattern)}: more than {_MOST_SHARDS} paths")
+    return [head + item + end for item in items for end in tails]
 
 
 def _with_environment(text: str, key: str) -> str:
-    """The text with ${NAME} replaced by the variable's value."""
+    """The text with ${NAME} replaced by the variable's value. Raises DataError where the user does not list it."""
+    listed = re.split(r"[\s,]+", os.environ.get(_LISTED, ""))
 
     def value(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
-            raise DataError(f"{key} = {redact(text)!r}: there is no variable {match[1]} in the environment")
-        return os.environ[match[1]]
+        name = match[1]
+        if name not in listed:  # a config from elsewhere could send the user's secrets to its own server
+            raise DataError(
+                f"{key} = {quote(text)}: {_LISTED} does not list {name}: if the config may read that variable, set "
+                f"{_LISTED}={name} in the environment (names with commas)"
+            )
+        if name not in os.environ:
+            raise DataError(f"{key} = {quote(text)}: there is no variable {name} in the environment")
+        remember(name, os.environ[name])
+        return os.environ[name]
 
     return re.sub(r"\$\{(\w+)\}", value, text)
 

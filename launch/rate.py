@@ -10,7 +10,6 @@ their prompt from 0 (0.png, 00001.jpg). The file has one prompt per line. Keys: 
 
 import contextlib
 import dataclasses
-import ipaddress
 import json
 import os
 import signal
@@ -32,9 +31,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt per line")
     parser.add_argument("--output", type=Path, help="folder of images and votes.db; runs/rate/A_B unless given")
     parser.add_argument("--seed", type=int, default=0, help="of the images, and of each rater's order and sides")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="raters need a token unless it is a loopback address (default: 127.0.0.1)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     arguments = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
@@ -43,7 +40,6 @@ def main() -> int:
     from launch.rating.server import Rating
     from launch.rating.study import read_prompts, settle
 
-    open_to_others = not is_loopback(arguments.host)
     prompts = read_prompts(arguments.prompts)
     folder = arguments.output or Path("runs/rate") / f"{arguments.a.resolve().name}_{arguments.b.resolve().name}"
     study = {"a": str(arguments.a), "b": str(arguments.b), "prompts": prompts, "seed": arguments.seed,
@@ -52,27 +48,21 @@ def main() -> int:
     for name in ("a", "b"):
         make_images(Path(votes.study["sources"][name]), votes.study, folder / name)
     check_sizes(folder, len(prompts))
-    token = votes.study["token"] if open_to_others else None
     try:
-        server = Rating((arguments.host, arguments.port), votes, folder, prompts, arguments.seed, token)
+        server = Rating((arguments.host, arguments.port), votes, folder, prompts, arguments.seed)
     except OSError as error:
-        raise ConfigError(f"--host {arguments.host} --port {arguments.port}: {error.strerror}") from None
+        raise ConfigError(
+            f"--host {arguments.host} --port {arguments.port}: {error.strerror}; expected an IPv4 address or name of "
+            "this machine"
+        ) from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with server, contextlib.suppress(KeyboardInterrupt):
         host = socket.gethostname() if arguments.host == "0.0.0.0" else arguments.host
-        print(f"rate {len(prompts)} pairs: http://{host}:{server.server_port}/{f'?token={token}' if token else ''}")
+        print(f"rate {len(prompts)} pairs: http://{host}:{server.server_port}/?token={server.token}")
         print(f"then:  python launch/rate.py report {folder / 'votes.db'}", flush=True)
         server.serve_forever()
     votes.close()
     return 0
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
-    except OSError as error:
-        raise ConfigError(f"--host {host}: expected an IPv4 address or name of this machine ({error})") from None
 
 
 def report(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,14 @@ from urllib.parse import parse_qs, urlsplit
 from launch.rating.tasks import Tasks
 from launch.rating.votes import BOTH_BAD, SIDES, Votes
 
+_HEADERS = {
+    "Referrer-Policy": "no-referrer",  # it would tell the token
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",  # else another site's page could have its visitors vote
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' blob:; connect-src 'self'; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+}
 _LONGEST_NAME, _LONGEST_BODY = 40, 4096
 PAGE = Path(__file__).with_name("templates") / "page.html"
 
@@ -19,17 +28,21 @@ class BadRequest(Exception):
 
 
 class Rating(ThreadingHTTPServer):
-    """images: folder with a/00000.png and b/00000.png. token: what every request must carry; None asks for nothing."""
+    """images: folder with a/00000.png and b/00000.png. Every request must carry the study's token: on a machine that
+    people share, its loopback address is open to all of them, and to pages of other sites in a rater's browser."""
 
     daemon_threads = True
+    request_queue_size = 512  # a room of raters votes at once; five is the default
 
-    def __init__(
-        self, address: tuple[str, int], votes: Votes, images: Path, prompts: list[str], seed: int, token: str | None
-    ) -> None:
+    def __init__(self, address: tuple[str, int], votes: Votes, images: Path, prompts: list[str], seed: int) -> None:
         super().__init__(address, _Handler)
-        self.host = address[0].lower()
-        self.votes, self.token = votes, token
+        self.votes, self.token = votes, str(votes.study["token"])
         self.tasks = Tasks(votes, images, prompts, seed)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A rater who goes away is no error of the server's."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -52,14 +65,10 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 address = urlsplit(self.path)
                 self.query = {key: values[0] for key, values in parse_qs(address.query).items()}
-                host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
             except ValueError:
                 raise BadRequest(400, "the address cannot be read") from None
-            token = self.server.token
-            if token is None and host not in ("localhost", "127.0.0.1", self.server.host):
-                # A page of another site may point a name of its own at this machine.
-                raise BadRequest(403, f"open this page as {self.server.host} or localhost")
-            if token is not None and not secrets.compare_digest(self.query.get("token", "").encode(), token.encode()):
+            token = self.query.get("token", "").encode("utf-8", "replace")
+            if not secrets.compare_digest(token, self.server.token.encode()):
                 raise BadRequest(403, "the address must end in the token that the command printed")
             if address.path not in routes:
                 raise BadRequest(404, "there is no such page")
@@ -73,7 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "no-store")
-        self.send_header("Referrer-Policy", "no-referrer")
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 

@@ -6,19 +6,21 @@ A value goes one way: YAML file (which may extend one other) -> `key=value` over
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from data.redaction import quote
+from data.config import secret_in
+from data.redaction import one_line, quote
 from models.configs import ModelConfig
 from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 from ..errors import ConfigError
 from .conflicts import conflicts
-from .keys import keys_of, leaf_keys, plain
-from .messages import explain
+from .keys import flatten, keys_of, leaf_keys, plain
+from .messages import MOST_PROBLEMS, explain
 from .schema import NAME_FORM, Section, TrainConfig, is_name
 from .yaml_files import find_config, nearest, override, read
 
@@ -50,8 +52,10 @@ def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -
 
 def validated(section: type[S], data: Mapping[str, Any], source: str) -> S:
     """Plain data -> a section, each key by itself; all problems are reported at once in a ConfigError."""
+    if secrets := [p for key, value in flatten(data).items() for p in _secrets(one_line(key, 100), value)]:
+        raise refused(source, secrets)
     model = _kind_of(data.get("model"))
-    unknown = dict(_unknown_keys(data, section, section, "", model))
+    unknown = dict(islice(_unknown_keys(data, section, section, "", model), MOST_PROBLEMS))
     try:
         return section.model_validate(data)
     except ValidationError as error:
@@ -59,9 +63,19 @@ def validated(section: type[S], data: Mapping[str, Any], source: str) -> S:
         raise refused(source, [*unknown.values(), *wrong]) from None
 
 
+def _secrets(key: str, value: Any) -> Iterator[str]:
+    """What is wrong with a value, or the items of a list, that would store a secret with the run."""
+    for item in value if isinstance(value, list | tuple | set) else [value]:
+        if isinstance(item, Mapping | list | tuple | set):
+            yield from _secrets(key, list(item.values()) if isinstance(item, Mapping) else item)
+        elif problem := secret_in(key, item):
+            yield problem
+
+
 def refused(source: str, problems: Sequence[str]) -> ConfigError:
-    """The error that lists all problems of a config, one per line."""
-    return ConfigError(f"{source}:\n  " + "\n  ".join(problems))
+    """The error that lists the problems of a config, one per line."""
+    shown = [one_line(problem) for problem in problems[:MOST_PROBLEMS]]
+    return ConfigError(f"{source}:\n  " + "\n  ".join([*shown, *(["..."] if len(problems) > len(shown) else [])]))
 
 
 def _kind_of(data: Any) -> type[ModelConfig]:
@@ -79,7 +93,7 @@ def _unknown_keys(
     model.kind. root: the section in which the whole config is searched for that name."""
     known = keys_of(section, model)
     for name, value in data.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{one_line(str(name), 100)}"
         if name not in known:
             elsewhere = [k for k in leaf_keys(root, model) if k.rpartition(".")[2] == str(name)]
             hint = nearest(key, elsewhere, cutoff=0.0) or nearest(str(name), list(known), prefix)

@@ -1,18 +1,20 @@
 """pydantic's findings as sentences that name the key, what is expected and what was given."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from data.config import redact
+from data.redaction import one_line, quote
 from models.configs import ModelConfig
 from models.registry import MODEL_KINDS
 
 from .keys import declaration
 from .yaml_files import nearest
 
+MOST_PROBLEMS = 50  # that one message names
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
@@ -32,22 +34,22 @@ def explain(
 ) -> Iterator[tuple[str, str]]:
     """(key, sentence) of everything that pydantic found wrong with the data of a section. model: the kind that the
     section `model` is of. prefix: what the names of the section's keys begin with ("model.")."""
-    for item in error.errors():
+    for item in itertools.islice(error.errors(), MOST_PROBLEMS):
         # pydantic puts the kind of the model between `model` and its keys.
         of_model = item["loc"][:1] == ("model",) and item["loc"][1:2] and item["loc"][1] in MODEL_KINDS
         path = ("model", *item["loc"][2:]) if of_model else item["loc"]
-        key = prefix + ".".join(str(part) for part in path)
+        key = prefix + ".".join(one_line(str(part), 100) for part in path)
         field = declaration(section, path, MODEL_KINDS[str(item["loc"][1])] if of_model else model)
         yield key, _sentence(key, item, field)
 
 
 def _sentence(key: str, item: Mapping[str, Any], field: FieldInfo | None) -> str:
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    got = redact(f"got {item['input']!r}")
+    got = f"got {quote(item['input'])}"
     match item["type"]:
         case "union_tag_invalid":
             kind, known = item["ctx"]["tag"], list(MODEL_KINDS)
-            return f"{key}.kind: {kind!r} is none of {', '.join(known)}{nearest(kind, known)}"
+            return f"{key}.kind: {quote(kind)} is none of {', '.join(known)}{nearest(kind, known)}"
         case "extra_forbidden" | "unexpected_keyword_argument":
             return f"{key}: unknown key"
         case "missing":

@@ -13,6 +13,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from data.redaction import message
+
 from ..files import write_atomically
 from .plots import plot_evaluation, plot_loss
 from .records import METRICS, STATUS, metrics_line, read_lines, read_metrics, write_status
@@ -105,12 +107,12 @@ class Metrics:
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
         if self._active:
-            print(text, flush=True)
+            print(message(text), flush=True)
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         if self._active:
             with self.without_room(self._folder / STATUS):
-                write_status(self._folder, state, step, reason)
+                write_status(self._folder, state, step, message(reason))
 
     def plot(self, last: bool = False) -> None:
         """loss.png, and what was measured of the EMA weights as evaluation.png, from metrics.jsonl; at most once in

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data.redaction import message
+
 from ..errors import PeerError
 from ..monitor.metrics import write_status
 from ..parallel.mesh import World, open_board
@@ -156,7 +158,7 @@ class Watchdog:
             _within(ANSWER_S, self._dump)
         elif self._closed.wait(ENDING_S):  # the training thread ended by itself: its collective raised
             return
-        print(f"rank {self._rank} ends: {fault.reason}", file=sys.stderr, flush=True)
+        print(message(f"rank {self._rank} ends: {fault.reason}"), file=sys.stderr, flush=True)
         os._exit(1)
 
     def _end(self, reason: str) -> None:
@@ -167,7 +169,7 @@ class Watchdog:
             _within(ANSWER_S, self._write_status, reason)
         if self._size > 1:  # the others' collective would raise once this rank ends: they leave their stacks before
             time.sleep(ANSWER_S)
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+        print(message(f"error: {reason}"), file=sys.stderr, flush=True)
         os._exit(1)
 
     # -------------------------------------------------------------------------------------------------------- the board
@@ -187,7 +189,7 @@ class Watchdog:
 
     def _write_status(self, reason: str) -> None:
         with contextlib.suppress(OSError):  # a full disk, say: it must not hide the reason
-            write_status(self._folder, "failed", self._step, reason)
+            write_status(self._folder, "failed", self._step, message(reason))
 
     def _dump(self) -> None:
         """The stacks of all threads of this process, to stderr and into the run folder."""

@@ -9,6 +9,7 @@ import json
 import os
 import tarfile
 import tracemalloc
+import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from PIL import Image
 from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
+from data import images
 from data.buckets import BucketOrder, StepBucket
 from data.config import Bucket, DataConfig, SourceConfig
 from data.errors import DataError, SampleError
+from data.image_parts import has_more_scans
 from data.images import decode_image, image_size
 from data.index import ROW, ImageTextIndex, open_index
 from data.order import Source
@@ -124,6 +127,59 @@ def test_sizes_are_checked_before_pixels_are_made(tmp_path: Path) -> None:
     assert tracemalloc.get_traced_memory()[1] < 50 << 20
     tracemalloc.stop()
     assert ImageTextIndex([path]).width.tolist() == [30_000, 1, 40]
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that took seconds or gigabytes."""
+    picture = io.BytesIO()
+    Image.new("L", (4000, 4000), 100).save(picture, "JPEG", progressive=True, quality=10)
+    scans = picture.getvalue()
+    last = scans[scans.rindex(b"\xff\xda") : -2]
+    picture = io.BytesIO()
+    Image.new("LA", (7000, 7000)).save(picture, "PNG", compress_level=9)
+    empty_chunk = b"\0\0\0\0abCd" + zlib.crc32(b"abCd").to_bytes(4, "big")
+    small = png(size=(9, 9))
+    return {
+        "too many scans": scans[:-2] + last * 500 + scans[-2:],
+        "too large for its bytes": picture.getvalue(),
+        "too many parts": jpeg()[:2] + b"\xff\xe0\x00\x02" * 10**6 + jpeg()[2:],
+        "too many parts ": small[:33] + empty_chunk * 10**6 + small[33:],
+    }
+
+
+def test_a_picture_that_would_fill_memory_or_take_minutes_is_a_hole(tmp_path: Path) -> None:
+    files: dict[str, bytes] = {}
+    for i, picture in enumerate([*(made := bombs()).values(), jpeg((3000, 2000))]):
+        files |= {f"{i}.{'png' if picture[1:4] == b'PNG' else 'jpg'}": picture, f"{i}.txt": b"x"}
+    # No time is asserted: what is refused is not decoded.
+    reasons = [reason for _, reason in sorted(read_all(write_tar(tmp_path / "s.tar", files)).items())]
+    assert reasons == [*(f"image: {reason.strip()}" for reason in made), None]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "I;16", "transparent P", "transparent RGB"])
+def test_pixels_do_not_depend_on_the_bands_they_are_converted_in(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (61, 47, 4), np.uint8)
+    buffer, more = io.BytesIO(), {}
+    if mode == "I;16":
+        picture = Image.fromarray(noise[..., :2].copy().view(np.uint16)[..., 0])
+    else:
+        picture = Image.fromarray(noise, "RGBA").convert(mode.removeprefix("transparent "))
+    if mode.startswith("transparent"):
+        more = {"transparency": 3 if mode.endswith("P") else tuple(noise[0, 0, :3].tolist())}
+    picture.save(buffer, "PNG", **more)
+    whole = decode_image(buffer.getvalue(), 32, 10_000, None, False)
+    monkeypatch.setattr(images, "_BAND_PIXELS", 47 * 7)
+    assert (decode_image(buffer.getvalue(), 32, 10_000, None, False) == whole).all()
+
+
+def test_ordinary_pictures_are_within_the_bounds() -> None:
+    for more in ({}, {"progressive": True}, {"progressive": True, "exif": b"Exif\0\0" + b"\xff\xda" * 30_000}):
+        buffer = io.BytesIO()
+        Image.effect_noise((64, 48), 90).convert("RGB").save(buffer, "JPEG", **more)
+        data = buffer.getvalue() + b"\xff\xda" * 99  # a film that a phone has appended
+        assert decode_image(data, 32, 64 * 48, None, False).shape == (3, 32, 32)
+        assert has_more_scans(data, 1) == bool(more)
+        assert not has_more_scans(data, 10)
 
 
 def test_cmyk_has_the_colours_of_rgb() -> None:

@@ -23,6 +23,7 @@ from data.config import DataConfig, SourceConfig
 from data.errors import DataError
 from data.index import ImageTextIndex, open_index
 from data.reader import ImageTextReader
+from data.redaction import redact
 from data.samples import _spans
 from data.shard_index import index_path, load_index
 from data.storage import Remote, RetryPolicy, open_shards
@@ -191,13 +192,27 @@ def test_messages_show_no_secret(tmp_path: Path) -> None:
 def test_secrets_come_from_the_environment(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(folder) as server:
         monkeypatch.setenv("MY_SIGNATURE", "s3cret")
+        monkeypatch.setenv("MUDIT_VARIABLES", "OTHER, MY_SIGNATURE")
         spec = f"{server.url}/train-000000.tar?sig=${{MY_SIGNATURE}}"
         index = open_index(settings(shards=spec, index_cache=str(tmp_path)))
         assert len(index) == 60
         assert index.paths == [Remote(f"{server.url}/train-000000.tar?sig=s3cret")]
+        gone = f"{server.url}/s3cret/x.tar"
+        assert redact(f"no {gone}") == f"no {gone.replace('s3cret', '${MY_SIGNATURE}')}"
+        assert "s3cret" not in repr(index.paths)
+        monkeypatch.setenv("MUDIT_VARIABLES", "OTHER")
+        with pytest.raises(DataError, match="MUDIT_VARIABLES does not list MY_SIGNATURE"):
+            open_shards(spec)
+        monkeypatch.setenv("MUDIT_VARIABLES", "MY_SIGNATURE")
         monkeypatch.delenv("MY_SIGNATURE")
         with pytest.raises(DataError, match="no variable MY_SIGNATURE"):
             open_shards(spec)
+
+
+@pytest.mark.parametrize("spec", ["a{0..99999999999}.tar", "{0..999}" * 9, "{a,b,c,d}" * 99, "{a}" * 9999])
+def test_braces_stand_for_a_bounded_number_of_paths(spec: str) -> None:
+    with pytest.raises(DataError, match=r"more than (1000000 paths|100 pairs of braces)"):
+        open_shards(spec)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,19 @@
 """Order, sides, and what the votes add up to, against figures known beforehand."""
 
+import contextlib
 import random
+import sqlite3
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data.errors import DataError
 from launch.rating.statistics import fleiss_kappa, results, wilson
-from launch.rating.votes import QUESTIONS, Vote, order
+from launch.rating.votes import QUESTIONS, Vote, Votes, order
+from tests.helpers.fuzz import fuzz
 
 
 def test_order() -> None:
@@ -19,6 +26,55 @@ def test_order() -> None:
         assert sorted(prompt for prompt, _ in pairs) == list(range(40))
         assert Counter(left for _, left in pairs) == {"a": 20, "b": 20}
     assert {sum(left == "a" for _, left in order(0, str(rater), 3)) for rater in range(20)} == {1, 2}
+
+
+STUDY = {"a": "A", "b": "B", "prompts": ["x", "y"], "seed": 0, "overrides": [], "token": "t",
+         "sources": {"a": "A", "b": "B"}}  # fmt: skip
+
+
+def changed(folder: Path, script: str) -> Path:
+    """A study's file with one vote, and what SQLite makes of a script there."""
+    path = folder / "votes.db"
+    with contextlib.closing(Votes.create(path, STUDY)) as new:
+        new.add(Vote("ann", 0, "looks", "a", "b"))
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.executescript(script)
+    return path
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "CREATE TRIGGER t AFTER INSERT ON votes BEGIN DELETE FROM votes; END",
+        "DROP TABLE study; CREATE VIEW study AS WITH RECURSIVE r(description) AS (SELECT 1 UNION ALL SELECT "
+        "description + 1 FROM r) SELECT max(description) AS description FROM r",
+        "DELETE FROM study",
+        "UPDATE study SET description = zeroblob(99)",
+        "UPDATE study SET description = printf('%.*c', 5000, '[')",
+        "UPDATE study SET description = json_set(description, '$.prompts', 1)",
+        "UPDATE study SET description = json_remove(description, '$.token')",
+        "UPDATE votes SET prompt = 99",
+        "UPDATE votes SET prompt = 'many'",
+        "UPDATE votes SET question = x'00ff'",
+        "UPDATE votes SET rater = NULL",
+    ],
+)
+def test_a_foreign_file_is_read_as_data_or_refused(tmp_path: Path, script: str) -> None:
+    with pytest.raises(DataError, match=r"votes.db is not the votes.db of a rating: ."):
+        Votes(changed(tmp_path, script))
+
+
+@fuzz(60, deadline=20_000)
+@given(st.lists(st.tuples(st.integers(0, 2**15), st.binary(min_size=1, max_size=9)), max_size=6))
+def test_mutated_files(tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes]]) -> None:
+    path = changed(tmp_path_factory.mktemp("votes"), "")
+    data = bytearray(path.read_bytes())
+    for at, new in changes:
+        at %= len(data)
+        data[at : at + len(new)] = new
+    path.write_bytes(data)
+    with contextlib.suppress(DataError), contextlib.closing(Votes(path)) as read:
+        results(read.all())
 
 
 def votes(prompt: int, choices: str, left: str = "a") -> list[Vote]:

@@ -334,6 +334,22 @@ def test_a_file_whose_name_names_no_run(tmp_path: Path) -> None:
     assert load_config(path, ["run.name=a_b"]).run.name == "a_b"
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.shards=https://me:hunter2@host/a.tar", "data.captions=https://host/a?X-Amz-Signature=hunter2",
+        "wandb.project=https://me:hunter2@host", "text_encoder.path=https://me:hunter2@host/x",
+        "run.init_from=s3://me:hunter2@host/x", "sample.prompts=['https://me:hunter2@host']",
+        "data.sources=[{shards: 'https://me:hunter2@host/a.tar'}]", "wandb.project=hf_hunter2hunter2hunter2hunter2",
+        "data.index_cache=https://me:hunter2@host",
+    ],
+)  # fmt: skip
+def test_no_key_stores_a_secret(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"holds a password, a token or a signed query .* write \$\{NAME\}") as error:
+        load_config(DEBUG, [override])
+    assert "hunter2" not in str(error.value)
+
+
 # ---------------------------------------------------------------------------------------------------------- conflicts
 @pytest.mark.parametrize(
     ("overrides", "problem"),
