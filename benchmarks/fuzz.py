@@ -1,5 +1,5 @@
-"""The tests that make their cases by chance (broken tars and images, orders of samples), with many new cases; and a
-whole epoch of SA-1B's size.
+"""The tests that make their cases by chance (broken tars, images and checkpoints, orders of samples), with many new
+cases; and a whole epoch of SA-1B's size.
 
 python -m benchmarks.fuzz --factor 50 --output benchmarks/results/fuzz.json
 """
@@ -21,10 +21,10 @@ CHECKS = {"cases by chance": ("-m", "hypothesis", "tests/unit"), "epoch of SA-1B
 
 
 def run(factor: int, *tests: str) -> list[dict[str, Any]]:
-    """Name, seconds and outcome of each test; what is wrong is printed."""
+    """Name, seconds and outcome of each test, with the cases by kind where it counts them; what is wrong is printed."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "junit_family=xunit1", f"--junitxml={report}", *tests]
         subprocess.run(command, cwd=ROOT, env={**environment(), "FUZZ_FACTOR": str(factor)}, check=False)
         cases = ElementTree.parse(report).iter("testcase")
     return [
@@ -32,6 +32,7 @@ def run(factor: int, *tests: str) -> list[dict[str, Any]]:
             "test": f"{case.get('classname')}.{case.get('name')}",
             "seconds": round(float(case.get("time", 0)), 1),
             "passed": all(case.find(wrong) is None for wrong in ("failure", "error")),
+            "cases": {str(each.get("name")): int(each.get("value", 0)) for each in case.iter("property")},
         }
         for case in cases
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -130,6 +131,12 @@ def refuse_links(folder: Path, inside: Collection[str] = (), may_be_links: Colle
                     f"{entry.path} is a link, a pipe or a device; expected files and folders alone: remove it, or put "
                     "what it leads to in its place"
                 )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock(file: IO[Any], wait: bool = True) -> None:

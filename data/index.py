@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ import numpy as np
 from .captions import CaptionFile
 from .config import DataConfig
 from .errors import DataError
-from .files import folder_once, lock, open_plain, temporary_beside
+from .files import file_digest, folder_once, lock, open_plain, temporary_beside
 from .order import Source
 from .precomputed_format import Dataset, open_dataset
 from .shard_index import ABSENT, ShardIndex, load_index
@@ -32,7 +33,8 @@ from .storage import FileVersion, Remote, RetryPolicy, Shard, file_version, open
 
 logger = logging.getLogger(__name__)
 
-_PACKED_VERSION = 3  # of the packed files
+_PACKED_VERSION = 4  # of the packed files
+_FILES = ("rows.bin", "keys.bin", "captions.bin")
 _VERSION_THREADS = 32  # a store answers within tens of milliseconds, and a set has thousands of shards
 COLUMNS = (
     "image_offset", "image_size", "caption_offset", "caption_size", "caption_is_json", "width", "height",
@@ -143,14 +145,16 @@ class ImageTextIndex:
             captions = file_version(source.captions).version if source.captions else ""
             identity.update(f"{len(source.shards)}\0{source.weight}\0{captions}\0".encode())
         packed = cache / identity.hexdigest()[:32] if cache else None
-        if packed is not None and not packed.is_dir():
+        if packed is not None and not _is_whole(packed):
             try:
                 packed.parent.mkdir(parents=True, exist_ok=True)
-                with open_plain(
-                    packed.with_suffix(".lock"), "a"
-                ) as lock_file:  # a machine's processes come all at once
+                # A machine's processes come all at once.
+                with open_plain(packed.with_suffix(".lock"), "a") as lock_file:
                     lock(lock_file)
-                    if not packed.is_dir():
+                    if not _is_whole(packed):
+                        if packed.is_dir():
+                            logger.warning("the packed index %s is damaged: it is made anew", packed)
+                            shutil.rmtree(packed)
                         with folder_once(packed) as temporary:
                             self._pack(sources, temporary, cache, retry)
             except OSError as error:
@@ -195,8 +199,9 @@ class ImageTextIndex:
         if len(sources) > 1:
             weighted = [f"{source.weight!r} {digest}" for source, digest in zip(sources, digests, strict=True)]
             fingerprint = hashlib.sha256("\n".join(weighted).encode()).hexdigest()
-        meta = {"shard_sizes": sizes, "fingerprint": fingerprint, "precomputed": True in kinds}
-        (folder / "set.json").write_text(json.dumps(meta))
+        files = {name: file_digest(folder / name) for name in _FILES}
+        meta = {"shard_sizes": sizes, "fingerprint": fingerprint, "precomputed": True in kinds, "files": files}
+        (folder / "set.json").write_text(json.dumps({**meta, "digest": _digest(meta)}))
 
     def __len__(self) -> int:
         """Samples in all shards."""
@@ -221,12 +226,21 @@ class ImageTextIndex:
         own.
         """
         path = self._packed / f"{name}.npy"
+        known = path.with_suffix(".sha256")
+        with contextlib.suppress(OSError, ValueError):
+            if path.is_file() and known.read_text() == file_digest(path):
+                return np.load(path, mmap_mode="r")
+        array = make()
         with contextlib.suppress(OSError):
-            if self._packed.is_dir() and not path.is_file():
-                with temporary_beside(path) as temporary, open(temporary, "wb") as file:
-                    np.save(file, make())
-            return np.load(path, mmap_mode="r")
-        return make()
+            if self._packed.is_dir():
+                with temporary_beside(path) as temporary:
+                    with open(temporary, "wb") as file:
+                        np.save(file, array)
+                    digest = file_digest(temporary)
+                with temporary_beside(known) as temporary:
+                    temporary.write_text(digest)
+                return np.load(path, mmap_mode="r")
+        return array
 
     def samples_until_first_end(self) -> int:
         """How many samples of all sources, in the shares of their weights, a run reads before the first source has come
@@ -264,6 +278,31 @@ class ImageTextIndex:
     def name(self, shard: int, sample: int) -> str:
         """ "shard/key" of a sample."""
         return f"{self.names[shard]}/{self.key(self.rows(shard, np.array([sample]))[0])}"
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a packed index is there and undamaged. Once its files were compared with their checksums they are not
+    read again, as long as their sizes and times of change stay what they were."""
+    seen = folder / "verified.json"
+    try:
+        meta = json.loads((folder / "set.json").read_bytes())
+        if meta.pop("digest") != _digest(meta):
+            return False
+        times = {name: [(stat := (folder / name).stat()).st_size, stat.st_mtime_ns] for name in _FILES}
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(seen.read_bytes()) == times:
+                return True
+        if any(file_digest(folder / name) != meta["files"][name] for name in _FILES):
+            return False
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
+    with contextlib.suppress(OSError), temporary_beside(seen) as temporary:
+        temporary.write_text(json.dumps(times))
+    return True
 
 
 def _close(descriptors: list[int]) -> None:

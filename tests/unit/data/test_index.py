@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -213,3 +214,38 @@ def test_a_file_that_is_no_shard_is_named(tmp_path: Path, content: bytes) -> Non
     path = write_tar(tmp_path / "text.tar", {"a.txt": b"only text"})
     with pytest.raises(DataError, match="holds no image"):
         load_index(path)
+
+
+def test_a_damaged_packed_index_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each of its files, cut or with a flipped bit; and the arrays that are stored beside it."""
+    path = write_tar(tmp_path / "s.tar", {f"{n:04d}.{end}": png() for n in range(20) for end in ("png", "txt")})
+    names, widths, made = [], np.arange(5), 0
+
+    def make() -> np.ndarray:
+        nonlocal made
+        made += 1
+        return widths
+
+    def opened() -> ImageTextIndex:
+        index = ImageTextIndex([path], tmp_path / "cache")
+        assert [index.name(0, n) for n in range(20)] == names
+        assert index.stored_array("widths", make).tolist() == widths.tolist()
+        return index
+
+    names = [ImageTextIndex([path]).name(0, n) for n in range(20)]
+    folder = opened()._packed
+    opened()
+    assert made == 1
+    assert not caplog.records
+    for name in ("set.json", "rows.bin", "keys.bin", "captions.bin", "widths.npy"):
+        for kind in ("cut", "flip"):
+            content = bytearray((folder / name).read_bytes() or b"x")
+            if kind == "cut":
+                del content[len(content) // 2 :]
+            else:
+                content[len(content) // 2] ^= 16
+            if bytes(content) != (folder / name).read_bytes():
+                (folder / name).write_bytes(content)
+                opened()
+                assert bytes(content) != (folder / name).read_bytes(), (name, kind)
+    assert "is damaged: it is made anew" in caplog.text
