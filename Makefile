@@ -83,12 +83,9 @@ schema: .venv/ready
 # ------------------------------------------------------------------------------------------------ long, and on a GPU
 
 soak: setup
-	$(BIN)/python -m benchmarks.kills --kills 50 --output benchmarks/results/kills.json
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),60) --output benchmarks/results/soak.json
 	$(BIN)/python -m benchmarks.restarts --kills 10 --output benchmarks/results/restarts.json
 	$(BIN)/python -m benchmarks.ends --runs 50 --output benchmarks/results/ends.json
-	$(BIN)/python -m benchmarks.search_kills --trials 80 --kills 10 --output benchmarks/results/search_kills.json
-	$(BIN)/python -m benchmarks.search_kills --slurm --trials 80 --kills 10 --output benchmarks/results/search_kills_slurm.json
-	$(BIN)/python -m benchmarks.kills_precompute --kills 10 --output benchmarks/results/kills_precompute.json
 	$(BIN)/python -m benchmarks.fuzz --factor 50 --output benchmarks/results/fuzz.json
 
 bench: .venv/ready

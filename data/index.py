@@ -33,7 +33,7 @@ from .storage import FileVersion, Remote, RetryPolicy, Shard, file_version, open
 
 logger = logging.getLogger(__name__)
 
-_PACKED_VERSION = 4  # of the packed files
+_PACKED_VERSION = 5  # of the packed files
 _FILES = ("rows.bin", "keys.bin", "captions.bin")
 _VERSION_THREADS = 32  # a store answers within tens of milliseconds, and a set has thousands of shards
 COLUMNS = (

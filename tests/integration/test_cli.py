@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from benchmarks.kills_precompute import small_autoencoder
+from benchmarks.kills_commands import small_autoencoder
 from data.config import DataConfig
 from data.debug import ensure_debug_assets
 from data.index import ImageTextIndex

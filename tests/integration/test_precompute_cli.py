@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kills_precompute import contents, finish, run, settings, small_autoencoder, start
+from benchmarks.kills_commands import contents, finish, kills, precompute, precompute_settings, small_autoencoder, start
 from data.debug import ensure_debug_assets
 from tests.distributed.runs import train
 from trainer.checkpoint.find import find_checkpoint
@@ -12,9 +12,9 @@ from trainer.checkpoint.meta import read_meta
 
 
 def test_two_kills_lose_nothing(tmp_path: Path) -> None:
-    result = run(2, 1, tmp_path)
-    assert result["all_bytes_equal"]
-    assert sum(entry["in_mid_run"] for entry in result["kills"]) == 2
+    entries = list(kills(1, 2, tmp_path, names=("precompute",)))
+    assert [entry for entry in entries if "moment" in entry] == [{"moment": "precompute"}] * 2
+    assert all(entry.get("equal", True) for entry in entries)
 
 
 def test_training_from_it_equals_training_from_images(tmp_path: Path) -> None:
@@ -27,13 +27,13 @@ def test_training_from_it_equals_training_from_images(tmp_path: Path) -> None:
         "objective.repa_width=32",
         "objective.repa_hidden=48",
     )
-    overrides = settings(assets, small_autoencoder(tmp_path / "autoencoder"))
+    overrides = precompute_settings(assets, small_autoencoder(tmp_path / "autoencoder"))
     overrides += [*repa, f"objective.repa_encoder={assets}/dinov2"]
-    estimate = finish(start(tmp_path / "out" / "train", 1, overrides, "--dry-run", "--images-per-s", "100"))
+    estimate = finish(start(precompute(tmp_path / "out" / "train", 1, overrides, "--dry-run", "--images-per-s", "100")))
     assert not (tmp_path / "out").exists()
     assert "512 samples in 2 shards: 0.00" in estimate
     assert "0.001 GPU-hours at 100.0 images/s per process (given)" in estimate
-    finish(start(tmp_path / "out" / "train", 1, overrides, "--flips"))
+    finish(start(precompute(tmp_path / "out" / "train", 1, overrides, "--flips")))
     assert len(contents(tmp_path / "out")) == 7
 
     short = (
