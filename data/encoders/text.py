@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from ..config import NONE, TextEncoderConfig
 from ..errors import DataError
-from .loading import fingerprint_of, freeze, load_error, load_whole, quieten
+from .loading import fingerprint_of, freeze, load_error, load_whole, quieten, weights_digest
 
 # Of an encoder-decoder only the encoder is loaded; every other kind of model is loaded whole by AutoModel.
 _ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
@@ -33,12 +33,14 @@ class TextEncoder:
 
     model: is called with input_ids and attention_mask. tokenizer: of Hugging Face. width: D, its hidden size.
     max_length: L, the most tokens per caption. fingerprint: identifies weights and tokenizer, whatever their path.
+    weights: their digest (see weights_digest).
     lockstep: the model is sharded over ranks, so every call must run it equally often, whatever the captions are.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str) -> None:
         self.model = model
         self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
+        self.weights: str | None = None
         self.lockstep = False
         self.tokenizer = tokenizer
         self._empty: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -158,4 +160,6 @@ def load_text_encoder(
     freeze(model, device)
     probe = tokenizer(_PROBE_TEXT)["input_ids"]
     fingerprint = "" if shapes_only else fingerprint_of(config.to_dict(), _TEXT_FIELDS, model, probe)
-    return TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
+    encoder = TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
+    encoder.weights = None if shapes_only else weights_digest(model, cfg.path, cfg.subfolder)
+    return encoder
