@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ..config import NONE, AutoencoderConfig
 from ..errors import DataError
-from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, unit_range
+from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, unit_range, weights_digest
 from .weights import check_whole
 
 _VAE_FIELDS = (
@@ -51,7 +51,7 @@ class PixelAutoencoder:
     """No autoencoder: the latents are the pixels in [-1, 1]."""
 
     channels, downsample = 3, 1
-    fingerprint = "pixels"
+    fingerprint, weights = "pixels", None
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, at_least_float32(dtype)
@@ -68,11 +68,13 @@ class PixelAutoencoder:
 class Autoencoder:
     """A frozen diffusers AutoencoderKL whose latents are (z - shift) * scale.
 
-    channels: C. downsample: pixels per latent side. fingerprint: identifies the weights, whatever their path.
+    channels: C. downsample: pixels per latent side. fingerprint: identifies the weights, whatever their path. weights:
+    their digest (see weights_digest).
     """
 
     def __init__(self, model: AutoencoderKL, scale: float, shift: float, fingerprint: str) -> None:
         self.model, self.scale, self.shift, self.fingerprint = model, scale, shift, fingerprint
+        self.weights: str | None = None
         self.channels = int(model.config["latent_channels"])
         self.downsample = 2 ** (len(model.config["block_out_channels"]) - 1)
 
@@ -140,6 +142,7 @@ def load_autoencoder(
         freeze(model, device)
         fingerprint = fingerprint_of(stored, _VAE_FIELDS, model, "AutoencoderKL")
         loaded = Autoencoder(model, float(scale), float(shift or 0.0), fingerprint)
+        loaded.weights = weights_digest(model, cfg.path, cfg.subfolder)
     for name, wanted, found in (
         ("channels", cfg.channels, loaded.channels),
         ("downsample", cfg.downsample, loaded.downsample),

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from ..config import NONE
 from ..errors import DataError
-from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten
+from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, weights_digest
 from .weights import load_whole
 
 _DINO_FIELDS = (
@@ -30,10 +30,12 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # 
 
 
 class FeatureEncoder:
-    """A frozen DINOv2. width: F, the size of its features. fingerprint: identifies the weights, whatever their path."""
+    """A frozen DINOv2. width: F, the size of its features. fingerprint: identifies the weights, whatever their path;
+    weights: their digest (see weights_digest)."""
 
     def __init__(self, model: Any, fingerprint: str) -> None:
         self.model, self.fingerprint = model, fingerprint
+        self.weights: str | None = None
         self.width = int(model.config.hidden_size)
         wide = {"device": model.device, "dtype": at_least_float32(model.dtype)}
         self._mean, self._std = (torch.tensor(v, **wide)[:, None, None] for v in (_IMAGENET_MEAN, _IMAGENET_STD))
@@ -78,4 +80,6 @@ def load_feature_encoder(path: str, width: int, device: torch.device | str, dtyp
             f"set it to {config.hidden_size}"
         )
     freeze(model, device)
-    return FeatureEncoder(model, fingerprint_of(config.to_dict(), _DINO_FIELDS, model, "DINOv2"))
+    encoder = FeatureEncoder(model, fingerprint_of(config.to_dict(), _DINO_FIELDS, model, "DINOv2"))
+    encoder.weights = weights_digest(model, path)
+    return encoder

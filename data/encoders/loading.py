@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import DataError
+from ..files import temporary_beside
 
+_REMEMBERED_BYTES = 1 << 30  # of safetensors files
 _MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, as its format has it
 
 
@@ -70,6 +73,32 @@ def fingerprint_of(config: Mapping[str, Any], names: Sequence[str], module: nn.M
     for name, parameter in sorted(module.named_parameters()):
         values = parameter.detach().reshape(-1)[:16].to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_digest(module: nn.Module, path: str, subfolder: str | None = None) -> str:
+    """sha256 of all values of every parameter, in bf16 as those of fingerprint_of: what tells that one bit has changed.
+
+    It takes seconds for an encoder of billions of parameters. Such a one's is remembered in the user's cache folder, by
+    the paths, sizes and times of change of the safetensors files; but not for a hub id, whose files lie elsewhere.
+    """
+    files = sorted(Path(path, subfolder or "").resolve().glob("*.safetensors"))
+    known = None
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
+        seen = [[str(file), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+        name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mudit" / "weights"
+        known = cache / name if sum(size for _, size, _ in seen) >= _REMEMBERED_BYTES else None
+        if known is not None and known.is_file() and len(said := known.read_text()) == len(name):
+            return said
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        values = parameter.detach().reshape(-1).to("cpu", torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(values.view(torch.int16).numpy().data)
+    if known is not None:
+        with contextlib.suppress(OSError), temporary_beside(known) as temporary:
+            temporary.write_text(digest.hexdigest())
     return digest.hexdigest()
 
 

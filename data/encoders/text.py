@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from ..config import NONE, TextEncoderConfig
 from ..errors import DataError
-from .loading import fingerprint_of, freeze, load_error, quieten
+from .loading import fingerprint_of, freeze, load_error, quieten, weights_digest
 from .weights import load_whole
 
 # Of an encoder-decoder only the encoder is loaded; every other kind of model is loaded whole by AutoModel.
@@ -36,12 +36,14 @@ class TextEncoder:
 
     model: is called with input_ids and attention_mask. tokenizer: of Hugging Face. width: D, its hidden size.
     max_length: L, the most tokens per caption. fingerprint: identifies weights and tokenizer, whatever their path.
+    weights: their digest (see weights_digest).
     lockstep: the model is sharded over ranks, so every call must run it equally often, whatever the captions are.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str) -> None:
         self.model = model
         self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
+        self.weights: str | None = None
         self.lockstep = False
         self.tokenizer = tokenizer
         self._empty: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -159,6 +161,7 @@ def load_text_encoder(
     encoder = TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
     if not shapes_only:
         _check_states(cfg, encoder)
+        encoder.weights = weights_digest(model, cfg.path, cfg.subfolder)
     return encoder
 
 

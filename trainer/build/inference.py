@@ -107,9 +107,10 @@ def build_inference(
 
 
 def _check_text_encoder(encoders: Encoders, checkpoint: Path, path: str) -> None:
-    trained = read_meta(checkpoint)["fingerprints"].get("text_encoder")
-    present = encoders.fingerprints().get("text_encoder")
-    if trained is not None and present not in (None, trained):
-        raise CheckpointError(
-            f"text_encoder.path {path} holds another text encoder than {checkpoint} was trained with: name that one"
-        )
+    trained, present = read_meta(checkpoint)["fingerprints"], encoders.fingerprints()
+    for part in ("text_encoder", "text_encoder_weights"):
+        if part in trained and present.get(part) not in (None, trained[part]):
+            raise CheckpointError(
+                f"text_encoder.path {path} holds another text encoder than {checkpoint} was trained with, or damaged "
+                "files: name that one, or fetch it again"
+            )

@@ -76,6 +76,19 @@ def check_weights_readable(meta: Mapping[str, Any], checkpoint: Path) -> None:
         )
 
 
+def check_same_contents(meta: Mapping[str, Any], fingerprints: Mapping[str, str], checkpoint: Path) -> None:
+    """Raise CheckpointError unless data and encoders are those that the checkpoint was trained with. Digests of all
+    weights of an encoder are not in checkpoints from before there were any."""
+    trained = meta["fingerprints"]
+    for part, fingerprint in fingerprints.items():
+        if trained.get(part) != fingerprint and (part in trained or not part.endswith("_weights")):
+            what = part.removesuffix("_weights").replace("_", " ")
+            why = "use another run.name for a new run"
+            if part.endswith("_weights"):
+                why = f"a file is damaged, or of another version: fetch it again, or {why}"
+            raise CheckpointError(f"{checkpoint} was trained with other {what} contents than there are now: {why}")
+
+
 def check_pickles(meta: Mapping[str, Any], checkpoint: Path, trusted: bool, flag: str) -> None:
     """Raise CheckpointError for a checkpoint of pickles that another user may have made, unless it is `trusted`.
 

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 from ..config.resume import check_resume
 from ..config.schema import TrainConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..mup.table import MuTable
 from ..parallel.mesh import World
-from .compatible import check_pickles, check_same_engine, check_same_model
+from .compatible import check_pickles, check_same_contents, check_same_engine, check_same_model
 from .find import newest_good
 from .meta import read_meta
 
@@ -44,10 +44,5 @@ def find_resumed(
     check_pickles(meta, checkpoint, config.run.trust_pickles, "run.trust_pickles=true")
     changes = check_resume(meta["config"], config)
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
-    for part, fingerprint in fingerprints.items():
-        if meta["fingerprints"].get(part) != fingerprint:
-            raise CheckpointError(
-                f"{checkpoint} was trained with other {part.replace('_', ' ')} contents than {part} has now; "
-                "use another run.name for a new run"
-            )
+    check_same_contents(meta, fingerprints, checkpoint)
     return Resumed(checkpoint, meta, changes, damaged)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,10 +35,10 @@ def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype) -> 
         return load_text_encoder(cfg, device, dtype)
     read = on_rank_0(world, lambda: load_text_encoder(cfg, "cpu", dtype))
     encoder = load_text_encoder(cfg, device, dtype, shapes_only=True)
-    fingerprint = [read.fingerprint if read else ""]
-    dist.broadcast_object_list(fingerprint, src=0, group=world.control)
+    identity: list[Any] = [(read.fingerprint, read.weights) if read else None]
+    dist.broadcast_object_list(identity, src=0, group=world.control)
     spread(read.model if read else None, encoder.model, device, cfg.shard)
-    encoder.fingerprint, encoder.lockstep = fingerprint[0], cfg.shard
+    (encoder.fingerprint, encoder.weights), encoder.lockstep = identity[0], cfg.shard
     return encoder
 
 
@@ -82,17 +83,24 @@ class Encoders:
         elif self._autoencoder is None or (self._classes is None and self._text_encoder is None):
             self.without_images = "autoencoder.path and text_encoder.path are needed for them"
 
-    def _loaded_fingerprints(self) -> dict[str, str]:
-        loaded = {
+    def _loaded(self) -> dict[str, Any]:
+        parts = {
             "autoencoder": self._autoencoder,
             "text_encoder": self._text_encoder,
             "repa_encoder": self._feature_encoder,
         }
-        return {part: encoder.fingerprint for part, encoder in loaded.items() if encoder is not None}
+        return {part: encoder for part, encoder in parts.items() if encoder is not None}
+
+    def _loaded_fingerprints(self) -> dict[str, str]:
+        return {part: encoder.fingerprint for part, encoder in self._loaded().items()}
 
     def fingerprints(self) -> dict[str, str]:
-        """Identities of the encoders by name: of those that are loaded, or that made the precomputed shards."""
-        return self._loaded_fingerprints() if self._dataset is None else self._dataset.fingerprints
+        """Identities of the encoders by name: of those that are loaded, with digests of their weights, or of those that
+        made the precomputed shards."""
+        if self._dataset is not None:
+            return self._dataset.fingerprints
+        weights = {f"{part}_weights": encoder.weights for part, encoder in self._loaded().items()}
+        return self._loaded_fingerprints() | {part: digest for part, digest in weights.items() if digest is not None}
 
     def begin(self, batch: Batch) -> Callable[[], Encoded]:
         """Begin to encode a micro-batch; the function that is returned waits for the result."""

@@ -287,6 +287,26 @@ def test_damaged_files_give_one_message(
             load()
 
 
+def test_a_flipped_bit_in_any_weight_changes_the_digest(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fingerprint knows the first 16 values of each weight. The digest is remembered until a file changes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("data.encoders.loading._REMEMBERED_BYTES", 1)
+    shutil.copytree(assets / "t5", tmp_path / "t5")
+    here, there = (t5(assets, path=str(folder)) for folder in (assets / "t5", tmp_path / "t5"))
+    assert here.weights == there.weights
+    remembered = sorted((tmp_path / "cache").rglob("*"))
+    assert t5(assets, path=str(tmp_path / "t5")).weights == here.weights
+    assert sorted((tmp_path / "cache").rglob("*")) == remembered != []
+    _rewritten(lambda tensors, name: tensors[name].view(-1)[1000].neg_())(tmp_path / "t5" / "model.safetensors")
+    flipped = t5(assets, path=str(tmp_path / "t5"))
+    assert flipped.fingerprint == here.fingerprint
+    assert flipped.weights != here.weights
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no/such")
+    assert t5(assets).weights == here.weights, "without a cache folder it is computed"
+
+
 def test_the_scale_of_files_older_than_its_field(tmp_path: Path) -> None:
     """sd-vae-ft-ema was written by diffusers 0.4.2; the 4x upscaler's autoencoder has three blocks."""
 

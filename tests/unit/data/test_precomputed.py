@@ -217,6 +217,8 @@ def test_batches_are_those_of_the_images(made: Made) -> None:
     assert stored.without_images == "autoencoder.path and text_encoder.path are needed for them"
     assert Encoders(made.config, world, dataset=made.index.dataset, align=True).without_images is None
     for part, fingerprint in online.fingerprints().items():
+        if part.endswith("_weights"):  # of the encoders that are loaded, and here none is
+            continue
         assert stored.fingerprints()[part] == fingerprint
     objective = build_objective(made.config, resolve(made.config, 1))
     kept, made_now = build_alignment(bare, stored), build_alignment(bare, online)
