@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .checkpoint.write import Checkpointer
 from .ema import EMA
+from .files import Lock
 from .monitor.metrics import Metrics
 from .monitor.mup_health import Health
 from .monitor.step_timer import StepTimer
@@ -84,8 +85,8 @@ class Run:
     meta: Mapping[str, Any]
     """What every checkpoint of this run carries beside its state."""
     state: TrainState
-    lock: IO[str] | None
-    """Open on rank 0 as long as this run holds its folder."""
+    lock: Lock | None
+    """Held on rank 0 as long as this run holds its folder."""
 
     @property
     def last_step(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from ..evaluate.generate import save_grid
 from ..evaluate.metrics import MetricError
 from ..evaluate.suite import load_suite
 from ..evaluate.val_loss import validation
-from ..files import lock_folder, write_atomically
+from ..files import Lock, lock_folder, write_atomically
 from ..input.encoding import Encoders
 from ..input.prefetch import prefetch
 from ..input.training_data import TrainingData, is_debug, validation_bank
@@ -297,7 +297,7 @@ def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) ->
     return metrics
 
 
-def _assemble(inputs: _Inputs, trained: _Trained, side_jobs: _SideJobs, metrics: Metrics, lock: IO[str] | None) -> Run:
+def _assemble(inputs: _Inputs, trained: _Trained, side_jobs: _SideJobs, metrics: Metrics, lock: Lock | None) -> Run:
     config, world, (engine, ema, state) = inputs.config, inputs.world, trained
     timer = StepTimer(units_of(engine), world)
     watched = {name: WatchedParameter(row.role, config.optim.eps * row.eps) for name, row in inputs.table.rows.items()}
