@@ -8,6 +8,7 @@ a new agent takes the place of each one that is killed. A restart is right if it
 
 import argparse
 import contextlib
+import json
 import random
 import re
 import socket
@@ -28,6 +29,8 @@ SETTINGS = (
     "train.sample_every=0",
 )  # fmt: skip
 PATIENCE_S = 150.0
+# An agent that joins later waits for an address that torchrun tells only once, unless each round has its own store.
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # A dead agent is noticed after 4 x 2 s; a round with one agent waits 10 s for a second.
 CONF = "last_call_timeout=10,keep_alive_interval=2,keep_alive_max_attempt=4,is_host={}"
 
@@ -98,7 +101,8 @@ def of_agents(scratch: Path, kills: int) -> list[dict[str, Any]]:
 
     @contextlib.contextmanager
     def agent(host: int) -> Iterator[Job]:
-        with job(folder, *SETTINGS, launcher=(*common, "--rdzv-conf", CONF.format(host))) as started:
+        launcher = (*common, "--rdzv-conf", CONF.format(host))
+        with job(folder, *SETTINGS, launcher=launcher, more_environment=OWN_STORE) as started:
             yield started
 
     with agent(1) as stays:
@@ -123,7 +127,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     chance, began, kinds = random.Random(arguments.seed), time.monotonic(), arguments.kinds.split(",")
-    table: dict[str, list[dict[str, Any]]] = {}
+    # Kinds that are not run now stay as they were measured before.
+    table = json.loads(arguments.output.read_text())["restarts"] if arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         for kind in kinds:
             if kind == "agents":
