@@ -22,6 +22,7 @@ from .errors import DataError, SampleError
 KEY_FIELDS = ("key", "image_id", "image", "__key__")
 _TEXT_FIELDS = ("caption", "txt")  # the latter where a WebDataset was turned into parquet, whose columns are extensions
 _MAX_WEIGHT = 1e9
+_MOST_CHARACTERS = 100_000  # of a caption: tokenizers are slow, and no encoder reads as much
 _ROW = np.dtype([("hash", "<u8"), ("offset", "<i8"), ("size", "<i4"), ("length", "<i4")])
 _ABSENT = (0, -1, 0, -1)
 _BLOCK = 1 << 16  # captions that are read together
@@ -70,6 +71,8 @@ def captions_of_entry(entry: dict[str, Any]) -> CaptionChoice:
     texts = [text.encode("utf-8", "replace").decode().strip() for text in texts]  # JSON can hold half a character
     if not all(texts):
         raise SampleError("caption: empty")
+    if max(map(len, texts)) > _MOST_CHARACTERS:
+        raise SampleError("caption: too long")
     return CaptionChoice(texts, weights)
 
 

@@ -28,6 +28,7 @@ from data.errors import SampleError
         ({"captions": ["a", 1]}, "not JSON with a caption"),
         ({"captions": "a"}, "not JSON with a caption"),
         ({"captions": ["a", " "]}, "empty"),
+        ({"captions": ["a", "x" * 100_001]}, "too long"),
         ([1], "not JSON with a caption"),
     ],
 )

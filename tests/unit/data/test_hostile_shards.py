@@ -222,6 +222,13 @@ def test_mutated_images(image: bytes, data: st.DataObject) -> None:
             use(bytes(broken))
 
 
+def test_a_caption_that_would_fill_memory_is_a_hole(tmp_path: Path) -> None:
+    files = {"a.png": png(), "a.json": b"[" * (17 << 20), "b.png": png(), "b.txt": b"x" * 100_001}
+    files |= {"c.png": png(), "c.json": b'{"caption": "c", "segments": "' + b"x" * (2 << 20) + b'"}'}
+    reasons = [reason for _, reason in sorted(read_all(write_tar(tmp_path / "s.tar", files)).items())]
+    assert reasons == ["shard: member too large", "caption: too long", None]
+
+
 def stored(path: Path, rows: int, **columns: object) -> pa.Table:
     """A table of so many rows that says it is the index of a shard; columns: other values than zeros."""
     made = {}
