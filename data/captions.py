@@ -21,12 +21,10 @@ import pyarrow.parquet as pq
 from .errors import DataError, SampleError
 
 KEY_FIELDS = ("key", "image_id", "image", "__key__")
-_TEXT_FIELDS = (
-    "caption",
-    "captions",
-    "txt",
-)  # the last where a WebDataset was turned into parquet, whose columns are extensions
+# The last where a WebDataset was turned into parquet, whose columns are extensions.
+_TEXT_FIELDS = ("caption", "captions", "txt")
 _MAX_WEIGHT = 1e9
+_MOST_CHARACTERS = 100_000  # of a caption: tokenizers are slow, and no encoder reads as much
 _ROW = np.dtype(
     [("path", "<u8"), ("name", "<u8"), ("offset", "<i8"), ("size", "<i4"), ("length", "<i4"), ("is_json", "?")]
 )  # path, name: hashes of an image's path, and of its last part
@@ -77,6 +75,8 @@ def captions_of_entry(entry: dict[str, Any]) -> CaptionChoice:
     texts = [text.encode("utf-8", "replace").decode().strip() for text in texts]  # JSON can hold half a character
     if not all(texts):
         raise SampleError("caption: empty")
+    if max(map(len, texts)) > _MOST_CHARACTERS:
+        raise SampleError("caption: too long")
     return CaptionChoice(texts, weights)
 
 

@@ -28,6 +28,7 @@ from .storage import Remote, RetryPolicy, read_remote
 
 MAX_GAP = 512 << 10  # bytes between two members that are rather read for nothing than skipped by a request of their own
 MAX_SPAN = 64 << 20  # bytes of one request
+_MOST_BYTES = {"caption": 16 << 20}  # of a member; JSON takes ten times as much memory when it is parsed
 _THREADS = 16  # reads at the same time in each process
 _MAX_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors per process
 
@@ -61,7 +62,7 @@ class RawSample(NamedTuple):
         offset, size = int(self.row[f"{kind}_offset"]), int(self.row[f"{kind}_size"])
         if offset == ABSENT:
             raise SampleError(f"{kind}: missing")
-        if size > MAX_MEMBER_BYTES:
+        if size > _MOST_BYTES.get(kind, MAX_MEMBER_BYTES):
             raise SampleError("shard: member too large")
         return self.read(offset, size)
 
@@ -264,7 +265,7 @@ class SampleFiles:
         offsets, sizes = (
             np.stack([rows[f"{member}_{column}"] for member in self._members], axis=1) for column in ("offset", "size")
         )
-        used = (offsets != ABSENT) & (sizes <= MAX_MEMBER_BYTES)
+        used = (offsets != ABSENT) & (sizes <= [_MOST_BYTES.get(member, MAX_MEMBER_BYTES) for member in self._members])
         used[:, 1] &= rows["precomputed"] | ~(rows["caption_beside"] | self._images_only)
         return offsets, sizes, used
 

@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,7 +27,7 @@ from .errors import DataError, SampleError
 from .files import temporary_beside
 from .images import IMAGE_EXTENSIONS, image_size
 from .storage import FileVersion, LocalBytes, Remote, RemoteBytes, RetryPolicy, Shard, file_version
-from .tar import Bytes, Member, TarError, members
+from .tar import BLOCK, Bytes, Member, TarError, members
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ UNREADABLE = -2  # label where the .cls member holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
 _FORMAT = b"4"  # version of what is stored
 _FORMAT_KEY, _SHARD_KEY = b"version", b"stamp"  # of the metadata: the format, and the version of the shard
+_LEAST_UNPACKED = 1 << 20  # bytes that a stored index may always have
 _GZIP = b"\x1f\x8b"
 _HEADER_BYTES = 1 << 16  # of an image: they nearly always tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
@@ -232,10 +234,7 @@ def load_index(
     places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
     for path in places if not rebuild else ():
         with contextlib.suppress(OSError, pa.ArrowException):  # missing or damaged: the tar itself is the truth
-            table = pq.read_table(path, page_checksum_verification=True)
-            metadata = table.schema.metadata or {}
-            known = metadata.get(_FORMAT_KEY) == _FORMAT and metadata.get(_SHARD_KEY) == current.encode()
-            if known and _lies_within(table, size):
+            if (table := _read_stored(path, current, size)) is not None and _lies_within(table, size):
                 return ShardIndex(shard, table, current)
     if known_version is not None and file_version(shard, retry) != known_version:
         raise DataError(
@@ -255,10 +254,8 @@ def load_index(
 
 
 def _lies_within(table: pa.Table, size: int) -> bool:
-    """Whether a stored index has the columns of SCHEMA, and rows whose members lie within a tar of `size` bytes. The
-    last row may go beyond: that of a tar which ends early does."""
-    if not table.schema.remove_metadata().equals(SCHEMA) or any(column.null_count for column in table.columns):
-        return False
+    """Whether the members of a stored index lie within a tar of `size` bytes. The last row may go beyond: that of a
+    tar which ends early does."""
     for member in ("image", "caption", "text", "features"):
         offset, length = (table.column(f"{member}_{what}").to_numpy() for what in ("offset", "size"))
         if (offset < ABSENT).any() or (offset > size).any() or (length < 0).any() or (length[:-1] > size).any():
@@ -267,6 +264,33 @@ def _lies_within(table: pa.Table, size: int) -> bool:
             return False
     numbers = {"width": 0, "height": 0, "caption_length": ABSENT, "label": UNREADABLE}
     return all((table.column(name).to_numpy() >= least).all() for name, least in numbers.items())
+
+
+def _read_stored(path: Path, version: str, size: int) -> pa.Table | None:
+    """A stored index, if it is that of a shard of this version and of `size` bytes, and unpacks to no more than such a
+    shard can need: a few MB of parquet may stand for many GB."""
+    # A dictionary, so that a long key is not repeated in memory.
+    with pq.ParquetFile(path, read_dictionary=["key"], page_checksum_verification=True) as file:
+        about, metadata = file.metadata, file.metadata.metadata or {}
+        if metadata.get(_FORMAT_KEY) != _FORMAT or metadata.get(_SHARD_KEY) != version.encode():
+            return None
+        columns = [about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns)]
+        unpacked = sum(column.total_uncompressed_size for column in columns)
+        # A sample has at least one member, which has a header, and its name lies in the tar.
+        if about.num_rows > size // BLOCK or unpacked > 2 * size + _LEAST_UNPACKED:
+            return None
+        if sorted(file.schema_arrow.names) != sorted(SCHEMA.names):
+            return None
+        table = file.read()
+    if any(table.column(name).null_count for name in SCHEMA.names):
+        return None
+    characters = 0
+    for chunk in table.column("key").chunks:
+        lengths = np.array([len(key) for key in chunk.dictionary.to_pylist()], np.int64)
+        characters += int(lengths[chunk.indices.to_numpy()].sum())
+    if characters > size:
+        return None
+    return table.select(SCHEMA.names).cast(SCHEMA.with_metadata(table.schema.metadata))
 
 
 def rebuild_indexes(shards: Sequence[Shard], cache: Path, workers: int) -> Iterator[tuple[str, bool]]:

@@ -29,6 +29,7 @@ from data.errors import DataError, SampleError
         ({"captions": ["a", 1]}, "not JSON with a caption"),
         ({"captions": "a"}, "not JSON with a caption"),
         ({"captions": ["a", " "]}, "empty"),
+        ({"captions": ["a", "x" * 100_001]}, "too long"),
         ([1], "not JSON with a caption"),
     ],
 )

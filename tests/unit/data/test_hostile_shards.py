@@ -12,6 +12,7 @@ import tracemalloc
 import zlib
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ from data.images import decode_image, image_size
 from data.index import ROW, ImageTextIndex, open_index
 from data.order import Source
 from data.reader import ImageTextReader
-from data.shard_index import ABSENT, load_index
+from data.shard_index import ABSENT, SCHEMA, index_path, load_index
 from data.write_shards import write_shards
 from tests.helpers.fuzz import fuzz
 
@@ -219,6 +220,71 @@ def test_mutated_images(image: bytes, data: st.DataObject) -> None:
     for use in (lambda b: decode_image(b, 8, 10**6, (0.3, 0.7), True), image_size):
         with contextlib.suppress(SampleError):
             use(bytes(broken))
+
+
+def test_a_caption_that_would_fill_memory_is_a_hole(tmp_path: Path) -> None:
+    files = {"a.png": png(), "a.json": b"[" * (17 << 20), "b.png": png(), "b.txt": b"x" * 100_001}
+    files |= {"c.png": png(), "c.json": b'{"caption": "c", "segments": "' + b"x" * (2 << 20) + b'"}'}
+    reasons = [reason for _, reason in sorted(read_all(write_tar(tmp_path / "s.tar", files)).items())]
+    assert reasons == ["shard: member too large", "caption: too long", None]
+
+
+def stored(path: Path, rows: int, **columns: object) -> pa.Table:
+    """A table of so many rows that says it is the index of a shard; columns: other values than zeros."""
+    made = {}
+    for field in SCHEMA:
+        value = columns.get(field.name, "k" if field.name == "key" else False if pa.types.is_boolean(field.type) else 0)
+        kind = field.type if field.name not in columns or field.name == "key" else None
+        once = pa.array(np.zeros(rows, np.int32))
+        made[field.name] = pa.DictionaryArray.from_arrays(once, pa.array([value], kind))
+        if value is None:
+            made[field.name] = pa.nulls(rows, field.type)
+    known = pq.read_schema(index_path(path)).metadata  # of the format and of the shard
+    return pa.table(made).replace_schema_metadata({key: known[key] for key in (b"version", b"stamp")})
+
+
+def within_bounds(read: Any) -> Any:
+    def reads(file: Any, *options: Any, **more: Any) -> pa.Table:
+        assert file.metadata.num_rows < 100, "it is read"
+        return read(file, *options, **more)
+
+    return reads
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        (3_000_000, {}),  # 300 MB from 200 kB
+        (9, {"key": "k" * 10**5}),  # short in the file, where it stands once
+        (1, {"key": "k" * 10**7}),
+        (1, {"width": "many"}),
+        (1, {"image_offset": None}),
+        (0, {}),
+    ],
+)
+def test_an_index_that_unpacks_to_more_than_its_shard_needs_is_built_again(
+    tmp_path: Path, rows: int, columns: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [path] = write_shards([("a", png(), "png", "x")], tmp_path / "t", 1)
+    rightly = load_index(path).table
+    pq.write_table(stored(path, rows, **columns), index_path(path), store_schema=False, compression="zstd")
+    monkeypatch.setattr(pq.ParquetFile, "read", within_bounds(pq.ParquetFile.read))
+    table = load_index(path).table
+    assert table.equals(rightly) or not rows
+
+
+@fuzz(50, deadline=20_000)
+@given(st.lists(st.tuples(st.integers(0, 2**15), st.binary(min_size=1, max_size=9)), max_size=6))
+def test_mutated_indexes(tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes]]) -> None:
+    path = write_tar(tmp_path_factory.mktemp("fuzz") / "s.tar", BASE)
+    load_index(path)
+    data = bytearray(index_path(path).read_bytes())
+    for at, new in changes:
+        at %= len(data)
+        data[at : at + len(new)] = new
+    index_path(path).write_bytes(data)
+    with contextlib.suppress(DataError):
+        assert all(reason is None or ": " in reason for reason in read_all(path).values())
 
 
 # ----------------------------------------------------------------------------------------------- captions beside
