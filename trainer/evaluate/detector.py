@@ -53,7 +53,7 @@ class Detector:
         quieten()
         try:
             model: Any = Segmenter.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # the libraries raise errors of any kind where a file is damaged
             reason = str(error).strip().partition("\n")[0]
             raise DataError(
                 f"detector: {path!r} cannot be loaded ({reason}); give a folder with config.json and *.safetensors of "
