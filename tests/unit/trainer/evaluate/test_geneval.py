@@ -173,9 +173,11 @@ def test_small_models_detect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert 0 < detection.score < 1
     assert sum(found[0].colours()) == pytest.approx(1, abs=1e-5)
     assert found[0].colour in COLOURS
-    for path, what in (("absent", "detector"), ("absent", "clip")):
-        with pytest.raises(DataError, match=f"{what}: there is no folder '.*absent'"):
-            Detector(str(tmp_path / path), clip) if what == "detector" else Clip(str(tmp_path / path))
+    for what in ("detector", "clip"):
+        (tmp_path / what / "model.safetensors").write_bytes(b"damaged")
+        for path in (tmp_path / "absent", tmp_path / what):
+            with pytest.raises(DataError, match=rf"{what}: (there is no folder )?'{path}"):
+                Detector(str(path), clip) if what == "detector" else Clip(str(path))
 
 
 def test_clip_reads_whole_captions_alone(tmp_path: Path) -> None:
