@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.redaction import message
 from launch.common import Opened, command, end_with_torchrun, open_checkpoint, run
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
@@ -110,7 +111,7 @@ def table(given: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/table"), help="folder of table.md, .json and .png")
     parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="whose figures are compared")
     arguments = parser.parse_args(given)
-    print(compare_runs.write_table(arguments.runs, arguments.output, arguments.weights))
+    print(message(compare_runs.write_table(arguments.runs, arguments.output, arguments.weights)))
     return 0
 
 
