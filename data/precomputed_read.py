@@ -11,6 +11,7 @@ from .config import Bucket
 from .decode import Choices
 from .errors import SampleError
 from .precomputed_format import HEADER, Dataset
+from .redaction import one_line
 from .samples import RawSample
 from .shard_index import ABSENT
 
@@ -43,7 +44,8 @@ class LatentRows:
     def read(self, row: int, sample: RawSample, choices: Choices) -> tuple[str, int]:
         """As of decode.Rows."""
         if sample.row["image_offset"] == ABSENT:  # a hole already when it was precomputed
-            raise SampleError(sample.member("caption").decode("utf-8", "replace"))
+            # Reasons are counted and shown: one from elsewhere is cut.
+            raise SampleError(one_line(sample.member("caption")[:400].decode("utf-8", "replace"), 80))
         label, caption = sample.label(self._classes), ""
         try:
             self._read(sample, "image", "latents", choices.flip, self._moments[row])

@@ -233,7 +233,8 @@ def load_index(
     beside = [] if isinstance(shard, Remote) else [index_path(shard)]
     places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
     for path in places if not rebuild else ():
-        with contextlib.suppress(OSError, pa.ArrowException):  # missing or damaged: the tar itself is the truth
+        # Missing or damaged, of which pyarrow says what it likes: the tar itself is the truth.
+        with contextlib.suppress(OSError, pa.ArrowException, UnicodeDecodeError):
             if (table := _read_stored(path, current, size)) is not None and _lies_within(table, size):
                 return ShardIndex(shard, table, current)
     if known_version is not None and file_version(shard, retry) != known_version:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.redaction import message
 from launch.common import Opened, add_overwrite, command, end_with_torchrun, keep_files, open_checkpoint, run
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
@@ -112,7 +113,8 @@ def table(given: Sequence[str]) -> int:
     arguments = parser.parse_args(given)
     if arguments.output is not None:
         keep_files(arguments.overwrite, *(arguments.output / f"table.{kind}" for kind in ("md", "json", "png")))
-    print(compare_runs.write_table(arguments.runs, arguments.output or Path("runs/table"), arguments.weights))
+    folder = arguments.output or Path("runs/table")
+    print(message(compare_runs.write_table(arguments.runs, folder, arguments.weights)))
     return 0
 
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.redaction import message
 from launch.common import command, run
 from trainer.errors import ConfigError
 
@@ -83,7 +84,8 @@ def report(arguments: Sequence[str]) -> int:
         by_question = {question: dataclasses.asdict(result) for question, result in found.items()}
         print(json.dumps({"a": study["sources"]["a"], "b": study["sources"]["b"], "raters": raters, **by_question}))
         return 0
-    print(f"a: {study['sources']['a']}\nb: {study['sources']['b']}\n{raters} raters, {len(study['prompts'])} prompts\n")
+    print(message(f"a: {study['sources']['a']}\nb: {study['sources']['b']}"))
+    print(f"{raters} raters, {len(study['prompts'])} prompts\n")
     print(f"{'':10} {HEADER}")
     for question, result in found.items():
         print(f"{question:10} {describe(result)}")

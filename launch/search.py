@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.redaction import message
 from launch.common import add_overwrite, command, keep_files, run
 from launch.processes import kill_tree
 from trainer.config.load import load_config
@@ -82,7 +83,7 @@ def report_study(given: Sequence[str]) -> int:
     from trainer.search.study import Study
 
     study = Study.load(arguments.study)
-    print(Table(study).summary())
+    print(message(Table(study).summary()))
     print(write_page(make_report(study)))
     return 0
 
@@ -101,7 +102,7 @@ def transfer_study(given: Sequence[str]) -> int:
     from trainer.search.transfer import write_target
 
     study = Study.load(arguments.study)
-    print("\n".join(write_target(study, arguments.to, arguments.output, arguments.trial)))
+    print(message("\n".join(write_target(study, arguments.to, arguments.output, arguments.trial))))
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.errors import DataError
+from data.redaction import message
 from data.shard_index import load_index, rebuild_indexes
 from data.storage import open_shards
 from data.write_shards import images_in_folder, images_in_manifest, read_samples, write_shards
@@ -33,7 +34,7 @@ def build_shards(args: argparse.Namespace) -> None:
     written = sum(load_index(path).table.num_rows for path in paths)
     print(f"{written} samples in {len(paths)} shards: {paths[0]} ... {paths[-1].name}")
     for reason, count in sorted(skipped.items()):
-        print(f"skipped {count}: {reason}")
+        print(message(f"skipped {count}: {reason}"))
 
 
 def index_shards(args: argparse.Namespace) -> None:
@@ -45,7 +46,7 @@ def index_shards(args: argparse.Namespace) -> None:
     for line, built in rebuild_indexes(shards, args.cache, args.workers):
         if not built:
             failed.append(line)
-        print(line if built else f"error: {line}", flush=True)
+        print(message(line if built else f"error: {line}"), flush=True)
     if failed:
         raise DataError(f"{len(failed)} of {len(shards)} shards have no index; the first: {failed[0]}")
 

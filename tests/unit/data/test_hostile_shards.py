@@ -273,6 +273,14 @@ def test_an_index_that_unpacks_to_more_than_its_shard_needs_is_built_again(
     assert table.equals(rightly) or not rows
 
 
+def test_an_index_whose_keys_are_no_text_is_built_again(tmp_path: Path) -> None:
+    [path] = write_shards([("kkkkkkkk", png(), "png", "x")], tmp_path / "t", 1)
+    rightly = load_index(path).table
+    pq.write_table(pq.read_table(index_path(path)), index_path(path), compression="none")
+    index_path(path).write_bytes(index_path(path).read_bytes().replace(b"kkkkkkkk", b"\xff" * 8))
+    assert load_index(path).table.equals(rightly)
+
+
 @fuzz(50, deadline=20_000)
 @given(st.lists(st.tuples(st.integers(0, 2**15), st.binary(min_size=1, max_size=9)), max_size=6))
 def test_mutated_indexes(tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes]]) -> None:
