@@ -52,6 +52,10 @@ class Batch:
     bucket: Bucket | None = None
     features: torch.Tensor | None = None
 
+    def tensor_bytes(self) -> int:
+        """What its tensors take in memory."""
+        return sum(each.nbytes for each in vars(self).values() if isinstance(each, torch.Tensor))
+
     @classmethod
     def empty(cls, keys: torch.Tensor, bucket: Bucket | None = None, **content: Any) -> Batch:
         """A batch of one row per key, all of weight 0 and without a sample. content: the fields that are not empty."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -17,11 +18,14 @@ from .batch import Batch, concatenate, split, step_shapes
 from .buckets import BucketOrder
 from .config import Bucket, DataConfig
 from .decode import Decoder, ImageRows
+from .errors import DataError
 from .index import ImageTextIndex
 from .order import mix, share_of, slots_of
 from .precomputed_read import LatentRows
 from .samples import RawSample, SampleFiles
 
+_AHEAD = 2  # batches that a worker reads before they are asked for
+_SHARED = "/dev/shm"  # where workers leave their batches
 _FILL_UP = -1  # the position of a row without a sample, which fills up a rank that has fewer samples than others
 _BLOCK = 1 << 20  # samples of a set that are hashed together
 _VALIDATION_SEED = 0x5EED  # fixed: the validation bank must not change with the run's seed
@@ -93,7 +97,8 @@ class ImageTextReader:
     the most rows of a micro-batch. classes: the number of classes of a model that is conditioned on labels, else None.
     buckets: those of the steps, each with the most rows of a micro-batch; None is a single one, the square of
     cfg.resolution with micro_batch_size. features: batches of precomputed shards hold the features of their images.
-    Raises DataError where there are more ranks than samples in the global batch.
+    Raises DataError where there are more ranks than samples in the global batch; its batches do where shared memory is
+    too small for them.
     """
 
     def __init__(
@@ -125,6 +130,8 @@ class ImageTextReader:
         Rows past the end of the data (data.epochs) have weight 0 and are no holes.
         """
         workers = self._workers
+        if workers:
+            self._check_shared_memory()
         loader = DataLoader(
             _Rows(
                 self.decoder,
@@ -138,7 +145,7 @@ class ImageTextReader:
             batch_size=None,
             num_workers=workers,
             collate_fn=_same,
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=_AHEAD if workers else None,
             worker_init_fn=_start_worker if workers else None,
             # Workers share the index's open files, so they are forked; from Python 3.14 on that is not the default.
             multiprocessing_context="fork" if workers else None,
@@ -150,6 +157,19 @@ class ImageTextReader:
             batch = batch.pin_memory() if torch.cuda.is_available() else batch
             _, rows = self._shapes[self._order.at(step).bucket]
             yield step, split(batch, rows)
+
+    def _check_shared_memory(self) -> None:
+        """Raise DataError where what the workers of this node's ranks leave to be fetched does not fit: they would wait
+        for room without a word."""
+        row = [self.decoder.batch([_FILL_UP], [None], bucket).tensor_bytes() for bucket in self._buckets]
+        step = max(one * count * rows for one, (count, rows) in zip(row, self._shapes, strict=True))
+        needed = (_AHEAD + 1) * step * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = shutil.disk_usage(_SHARED).free if os.path.isdir(_SHARED) else needed
+        if free < needed:
+            raise DataError(
+                f"{_SHARED} has {free / 2**20:.3g} MiB free, and the readers need {needed / 2**20:.3g} MiB: give the "
+                "container more (docker run --ipc host, or --shm-size), or set data.num_workers=0"
+            )
 
 
 def _decoder(

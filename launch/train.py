@@ -53,10 +53,12 @@ def _train(config: TrainConfig) -> int:
     from trainer.build.run import build_run
     from trainer.loop import train
     from trainer.parallel.mesh import open_world, world_size
+    from trainer.recovery.watchdog import watched_build
 
     with open_world(resolve(config, world_size()).shard) as world:
         try:
-            job = build_run(config, world)
+            with watched_build(config.train.watchdog_factor, config.train.watchdog_min_s):
+                job = build_run(config, world)
             try:
                 outcome = train(job)
             finally:

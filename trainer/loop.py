@@ -25,8 +25,10 @@ def train(run: Run) -> str:
         return "finished"
     metrics.status("running", state.step)
     lag = plan.every.log if run.world.device.type == "cuda" else 0
-    watchdog = Watchdog(run.folder, run.world, plan.watchdog_factor, plan.watchdog_min_s, lag)
-    with watchdog, StopSignal(run.world.control) as stop_signal:
+    stop_signal = StopSignal(run.world.control)
+    factor, min_s = plan.watchdog_factor, plan.watchdog_min_s
+    watchdog = Watchdog(run.folder, run.world, factor, min_s, lag, lambda: stop_signal.asked)
+    with watchdog, stop_signal:
         try:
             outcome, reason = _steps(run, stop_signal, watchdog)
         except (RunError, CheckpointError) as error:  # on all ranks alike

@@ -30,7 +30,8 @@ LOST_S = 20.0  # a neighbour without a sign of life; torch may hold Python's loc
 SUSPECT_S = 3.0  # the same once this rank's own training has failed
 ENDING_S = 6.0  # for the training thread to end by itself after a fault elsewhere
 ANSWER_S = 3.0  # for the store, or the disk, to answer a rank that ends: either may be what hangs
-PHASE_FACTOR = 10  # validation, sampling, saving and going back may take so many times what a step may
+PHASE_FACTOR = 10  # the build, first steps, validation, sampling, saving and going back may take so many times as long
+ASKED_S = 60.0  # for a first step to end once the run was asked to stop: there is nothing to save
 
 
 class Fault(NamedTuple):
@@ -45,12 +46,22 @@ class Watchdog:
     """Used as a context manager around training.
 
     folder: of the run. factor, min_s: a step may take factor x the median step, at least min_s seconds; None: any
-    time. host_lag_steps: steps that the host may run ahead of the device, and then wait for in one.
+    time. host_lag_steps: steps that the host may run ahead of the device, and then wait for in one. asked: whether this
+    rank was asked to stop.
     """
 
-    def __init__(self, folder: Path, world: World, factor: float | None, min_s: float, host_lag_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        factor: float | None,
+        min_s: float,
+        host_lag_steps: int,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._folder, self._rank, self._size = folder, world.rank, world.size
         self._factor, self._min_s, self._lag = factor, min_s, host_lag_steps
+        self._asked = asked
         self._board = open_board(world)
         self._step, self._phase = 0, ""
         self._since = time.monotonic()
@@ -77,8 +88,7 @@ class Watchdog:
     # ----------------------------------------------------------------------------------- what the training thread calls
 
     def beat(self, step: int, step_time_s: float | None = None) -> None:
-        """A step is done. step_time_s: mean of those since the last log line, where that is known; the first of them
-        arms the watchdog (before, blocks are compiled)."""
+        """A step is done. step_time_s: mean of those since the last log line, where that is known."""
         self._step, self._since = step, time.monotonic()
         if step_time_s is not None:
             self._step_times.append(step_time_s)
@@ -105,9 +115,12 @@ class Watchdog:
     # ------------------------------------------------------------------------------------------------------ the threads
 
     def limit_s(self) -> float | None:
-        """What the present step or phase may take; None before the first log line."""
-        if self._factor is None or not self._step_times:
+        """What the present step or phase may take; None: any time. Before the first log line the median is not known,
+        blocks are compiled and readers start."""
+        if self._factor is None:
             return None
+        if not self._step_times:
+            return ASKED_S if self._asked() else PHASE_FACTOR * self._min_s
         median = statistics.median(self._step_times)
         limit = max(self._min_s, self._factor * median) + self._lag * median
         return limit * PHASE_FACTOR if self._phase else limit
@@ -121,10 +134,14 @@ class Watchdog:
             limit, took = self.limit_s(), time.monotonic() - self._since
             if limit is not None and took > limit and not self._failed.is_set():
                 what = f"{self._phase} after step {self._step}" if self._phase else f"step {self._step + 1}"
-                times = took / statistics.median(self._step_times)
+                long = "and no step was logged before"
+                if self._step_times:
+                    long = f"{took / statistics.median(self._step_times):.0f} times the median step"
+                elif self._asked():
+                    long = "and the run was asked to stop"
                 self._end(
-                    f"watchdog: {what} took more than {took:.0f} s on rank {self._rank}, {times:.0f} times the median "
-                    f"step; stacks in {self._folder / 'stacks'}"
+                    f"watchdog: {what} took more than {took:.0f} s on rank {self._rank}, {long}; stacks in "
+                    f"{self._folder / 'stacks'}"
                 )
 
     def _watch_peers(self) -> None:
@@ -199,6 +216,31 @@ class Watchdog:
             folder.mkdir(exist_ok=True)
             with open(folder / f"rank_{self._rank}.txt", "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+
+
+@contextlib.contextmanager
+def watched_build(factor: float | None, min_s: float) -> Iterator[None]:
+    """End this process, with the stacks of its threads on stderr, where a run is not built in PHASE_FACTOR x min_s: a
+    file system or a server that hangs, say. factor None: it may take any time."""
+    limit = PHASE_FACTOR * min_s
+
+    def end() -> None:
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        print(
+            f"error: the run was not built within {limit:.0f} s (10 x train.watchdog_min_s): mend what it "
+            "waits for in the stacks above, or raise the key",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(1)
+
+    timer = threading.Timer(limit, end)
+    timer.daemon = True
+    if factor is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _within(seconds: float, call: Callable[..., object], *arguments: object) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -74,6 +76,16 @@ def test_batches_do_not_depend_on_world_size_micro_batch_or_workers(index: Image
         parts = [take(reader(index, r, world, micro), 0, 12) for r in range(world)]
         assert [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)] == whole
     assert take(reader(index, workers=2, micro=4), 0, 12) == whole
+
+
+def test_too_little_shared_memory_is_refused(index: ImageTextIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers would wait for room without a word. Three steps of 8 images of 192 bytes, and what goes with them."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for free, workers, refused in ((4000, 2, True), (4000, 0, False), (8000, 2, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))  # noqa: B023
+        batches = reader(index, 0, 2, workers=workers).batches(0)
+        with pytest.raises(DataError, match="docker run --ipc host") if refused else contextlib.nullcontext():
+            next(batches)
 
 
 class WorkersInTurn:

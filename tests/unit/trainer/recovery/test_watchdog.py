@@ -14,7 +14,7 @@ import torch.distributed as dist
 from launch.common import _WATCHDOG
 from trainer.errors import PeerError
 from trainer.parallel.mesh import World, init_world
-from trainer.recovery.watchdog import PHASE_FACTOR, Fault, Watchdog
+from trainer.recovery.watchdog import ASKED_S, PHASE_FACTOR, Fault, Watchdog, watched_build
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,8 @@ def world() -> Iterator[World]:
 
 def test_limits(world: World, tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path, world, factor=20, min_s=30, host_lag_steps=10)
-    assert watchdog.limit_s() is None, "blocks may still be compiled"
+    assert watchdog.limit_s() == PHASE_FACTOR * 30, "blocks may still be compiled"
+    assert Watchdog(tmp_path, world, 20, 30, 10, asked=lambda: True).limit_s() == ASKED_S
     watchdog.beat(10, step_time_s=100.0)  # compiled in it
     assert watchdog.limit_s() == 20 * 100 + 10 * 100
     for step in (20, 30):
@@ -89,3 +90,17 @@ def test_a_silent_neighbour_is_found(world: World, tmp_path: Path, monkeypatch: 
     assert isinstance(found, PeerError)
     assert str(found).startswith("rank 1 is lost")
     assert watchdog._fault == Fault(0, "rank 1 is lost: killed, or its host is gone", stacks=False)
+
+
+def test_a_build_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    ended = threading.Event()
+    monkeypatch.setattr("os._exit", lambda code: (codes.append(code), ended.set()))
+    with watched_build(None, 0.001), watched_build(20, 0.001):
+        assert ended.wait(20)
+    assert codes == [1]
+    said = capfd.readouterr().err
+    assert "not built within 0 s (10 x train.watchdog_min_s)" in said
+    assert "test_a_build_that_hangs_is_ended" in said, "the stacks"
+    with watched_build(20, 300):
+        pass
