@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 
 from .report import StudyReport
-from .space import as_overrides
+from .space import as_overrides, at_the_ends
 
 SHOWN_TRIALS = 10
 
@@ -22,6 +22,7 @@ def write_page(report: StudyReport) -> Path:
         c=report.study.proxy,
         counts=Counter(trial.state for trial in report.trials),
         best=as_overrides(report.best.point),
+        ends=at_the_ends(report.study.search.space, report.best.point),
         shown=ranked[:SHOWN_TRIALS],
         hidden=len(ranked) - len(ranked[:SHOWN_TRIALS]),
         png=inline_png,
