@@ -23,6 +23,7 @@ def test_a_run_with_a_wrong_learning_rate(tmp_path: Path) -> None:
     # Step 7 is taken, and spoils the weights.
     code, said = run("train.steps=40", "optim.lr=1e30", "train.max_skipped_steps=5")
     assert code == 1
+    assert "warning: the learning rate jumps from 0.004 to 1e+30" in said
     assert re.search(
         r"error: the last \d steps up to step \d+ were all skipped .* again from step_00000006: lower", said
     )

@@ -194,12 +194,30 @@ def _describe(inputs: _Inputs, start: _Start) -> list[str]:
             *(f"warning: {reason}; renamed to .corrupt and passed over" for reason in damaged),
             f"resuming {start.resumed.checkpoint}",
             *(f"changed: {change}" for change in start.resumed.changes),
+            *_jumps(inputs, start.resumed.meta),
         ]
     billions = sum(float(np.prod(row.shape)) for row in inputs.table.rows.values()) / 1e9
     notes = [inputs.table.describe(), f"{inputs.folder}: {billions:.3g} B parameters, {inputs.world.size} processes"]
     if start.initial is not None:
         notes.append(f"weights from {start.initial} ({weights_of(read_meta(start.initial))})")
     return notes
+
+
+def _jumps(inputs: _Inputs, meta: dict[str, Any]) -> Iterator[str]:
+    """What breaks off at a resume although the config may change so."""
+    step, (optim, train) = meta["step"], (meta["config"][section] for section in ("optim", "train"))
+    if step:  # of a run that was at its end: its last rate
+        at = min(step, train["steps"] - 1)
+        before = optim["lr"] * lr_factor(
+            at, optim["schedule"], optim["warmup_steps"], optim["decay_steps"], train["steps"]
+        )
+        now = _learning_rate(inputs.config, step)
+        if not 0.9 * before <= now <= 1.1 * before:
+            change = f"{now / before:.3g} times" if before else "from 0"
+            yield f"warning: the learning rate jumps from {before:.3g} to {now:.3g} ({change}) at step {step}"
+    validation = inputs.data.validation_fingerprint if inputs.config.train.validate_every else None
+    if None not in (validation, meta["validation"]) and validation != meta["validation"]:
+        yield f"warning: other validation samples from step {step} on: losses before and after do not compare"
 
 
 # ----------------------------------------------------------------------------------------- what it does beside training

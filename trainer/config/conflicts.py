@@ -58,8 +58,11 @@ def _step_conflicts(c: TrainConfig) -> Iterator[str]:
         yield f"optim.warmup_steps {c.optim.warmup_steps} must be less than train.steps {c.train.steps}"
     if (c.optim.schedule == "wsd") != (c.optim.decay_steps > 0):
         yield "optim.decay_steps goes with optim.schedule wsd, and wsd needs it"
-    if c.optim.decay_steps > c.train.steps:
-        yield f"optim.decay_steps {c.optim.decay_steps} is more than train.steps {c.train.steps}"
+    elif c.optim.schedule == "wsd" and c.optim.warmup_steps + c.optim.decay_steps > c.train.steps:
+        yield (
+            f"optim.warmup_steps {c.optim.warmup_steps} and optim.decay_steps {c.optim.decay_steps} overlap in "
+            f"train.steps {c.train.steps}: their sum must not be more"
+        )
     if not all(0 <= b < 1 for b in c.optim.betas):
         yield f"optim.betas must lie in [0, 1), got {list(c.optim.betas)}"
     if not c.ema.decays or not all(0 < d < 1 for d in c.ema.decays) or len(set(c.ema.decays)) < len(c.ema.decays):

@@ -49,8 +49,8 @@ class RunConfig(Section):
     allow_change: tuple[str, ...] = ()
     """Keys of class schedule (optim.lr, train.steps, ...) that may differ from those of the run that is resumed."""
     keep_last: int = Field(default=3, ge=1)
-    """Number of newest checkpoints that are kept, beside the newest one after which a step has been taken; the disk has
-    one more while the next is written."""
+    """Number of newest checkpoints that are kept, beside the newest one with which a step has been taken since; the
+    disk holds one more while the next is written."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints at multiples of this many steps are kept as well; 0 keeps none of them."""
     trust_pickles: bool = False

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from .space import as_overrides
+from .space import as_overrides, at_the_ends
 from .study import Study, Trial
 
 REDRAW_S = 2.0
@@ -61,6 +61,9 @@ class Table:
             text += (
                 f"; best: trial {best.number}, val_loss_ema {best.value:.4g} at {' '.join(as_overrides(best.point))}"
             )
+            text += "".join(f"\nwarning: {each}" for each in at_the_ends(self._study.search.space, best.point))
+        elif set(counts) == {"diverged"}:
+            text += "\nwarning: all trials diverged: lower the range of optim.lr, or lengthen optim.warmup_steps"
         return text
 
     def _line(self, trial: Trial) -> str:

@@ -8,7 +8,7 @@ import jinja2
 
 from ..files import write_atomically
 from .report import StudyReport
-from .space import as_overrides
+from .space import as_overrides, at_the_ends
 
 SHOWN_TRIALS = 10
 
@@ -23,6 +23,7 @@ def write_page(report: StudyReport) -> Path:
         c=report.study.proxy,
         counts=Counter(trial.state for trial in report.trials),
         best=as_overrides(report.best.point),
+        ends=at_the_ends(report.study.search.space, report.best.point),
         shown=ranked[:SHOWN_TRIALS],
         hidden=len(ranked) - len(ranked[:SHOWN_TRIALS]),
         png=inline_png,

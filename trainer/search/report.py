@@ -68,6 +68,12 @@ def completed(study: Study) -> list[Trial]:
     """Trials with an objective, best first, without those that ended above the limit of divergence although no early
     check had stopped them. ConfigError where there is none."""
     done = sorted((t for t in study.trials() if t.value is not None), key=lambda t: t.value or 0.0)
+    diverged = [t for t in study.trials() if t.state == "diverged"]
+    if not done and diverged and not any(t.state in ("waiting", "running") for t in study.trials()):
+        raise ConfigError(
+            f"all {len(diverged)} trials of {study.folder} that ended on their own diverged, so there is no best one: "
+            "lower the range of optim.lr in the search's space, or lengthen optim.warmup_steps, in a new study"
+        )
     if not done:
         raise ConfigError(f"{study.folder} has no finished trial yet: launch/search.py run goes on with it")
     limit = DIVERGED_AT * (done[len(done) // 2].value or 0.0)

@@ -104,6 +104,27 @@ class Dimension:
         return FloatDistribution(low, high, log=self.log)
 
 
+def at_the_ends(space: Sequence[Dimension], point: Point) -> list[str]:
+    """A warning for each value of the best point at, or within 5 % of, an end of its range, beyond which a better one
+    may lie. Of two choices both are ends, and say nothing."""
+    found = []
+    for dimension in space:
+        if not dimension.numeric or (dimension.choices is not None and len(dimension.choices) < 3):
+            continue
+        low, high = _numbers(dimension.ends)
+        value = _numbers([point[dimension.key]])[0]
+        near = 0.0 if dimension.choices is not None else 0.05
+        inner = (high / low) ** near if dimension.log else near * (high - low)
+        lowest, highest = (low * inner, high / inner) if dimension.log else (low + inner, high - inner)
+        if low < high and not lowest < value < highest:
+            end = "lower" if value <= lowest else "upper"
+            found.append(
+                f"{dimension.key} {value:.4g} lies at the {end} end of its range ({low:.4g} to {high:.4g}): a better "
+                "value may lie beyond; widen the range and search again"
+            )
+    return found
+
+
 def _numbers(values: Sequence[Value]) -> list[float]:
     return [float(v) for v in values]  # pyright: ignore[reportArgumentType] (called on numbers)
 

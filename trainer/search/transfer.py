@@ -14,7 +14,7 @@ from ..config.yaml_files import CONFIG_DIR, find_config
 from ..errors import ConfigError
 from ..files import write_atomically
 from .report import completed
-from .space import as_overrides, transfers
+from .space import as_overrides, at_the_ends, transfers
 from .study import Study, Trial
 
 HORIZON_EXPONENT = -0.32  # reported for language models, arXiv 2409.19913
@@ -41,7 +41,8 @@ def write_target(study: Study, target: str, output: Path, number: int | None = N
     ]
     if differ:
         raise ConfigError("base hyperparameters do not carry over between these:\n  " + "\n  ".join(differ))
-    warned = [f"warning: {line}" for line in warnings(proxy, found, trial.point)]
+    warned = [f"warning: {line}" for line in at_the_ends(study.search.space, trial.point)]
+    warned += [f"warning: {line}" for line in warnings(proxy, found, trial.point)]
     suggested = [f"suggestion, not applied: {line}" for line in suggestions(proxy, found)]
     why = f"the best of {len(completed(study))} finished" if number is None else "chosen by hand"
     head = [

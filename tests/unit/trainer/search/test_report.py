@@ -12,6 +12,7 @@ from trainer.config.load import load_config
 from trainer.errors import ConfigError
 from trainer.search.cost import Cost, Size, cost_of
 from trainer.search.definition import Published, load_search
+from trainer.search.live_table import Table
 from trainer.search.page import write_page
 from trainer.search.report import make_report
 from trainer.search.space import Point
@@ -71,6 +72,25 @@ def test_page_in_a_browser(study: Study, tmp_path: Path) -> None:
     assert drawn.mean() > 0.4, "the page is filled from top to bottom"
     orange = (abs(pixels - [0.894, 0.631, 0.106]).max(axis=2) < 0.1).sum()
     assert orange > 200, "the best trial's mark is on the page"
+
+
+def test_a_best_value_at_an_end_is_said_everywhere(tmp_path: Path) -> None:
+    small = Study.open(search(tmp_path, trials=3, space={"optim.lr": {"choices": [1e-3, 3e-3, 1e-2]}}))
+    fill(small, lambda p: float(p["optim.lr"] or 0))
+    warning = "optim.lr 0.001 lies at the lower end of its range (0.001 to 0.01)"
+    (tmp_path / "target.yaml").write_text(TARGET)
+    assert f"warning: {warning}" in Table(small).summary()
+    assert warning in write_page(make_report(small)).read_text()
+    told = write_target(small, str(tmp_path / "target.yaml"), tmp_path / "found.yaml")
+    assert warning in told[0]
+
+
+def test_a_study_whose_trials_all_diverged_says_what_to_do(tmp_path: Path) -> None:
+    small = Study.open(search(tmp_path, trials=2, space={"optim.lr": {"choices": [1e-3, 1e-2]}}))
+    fill(small, lambda _: None)
+    assert "warning: all trials diverged: lower the range of optim.lr" in Table(small).summary()
+    with pytest.raises(ConfigError, match=r"all 2 trials of .* diverged, .* lower the range of optim\.lr"):
+        make_report(small)
 
 
 def test_page_without_the_pictures_that_need_many_trials(tmp_path: Path) -> None:
