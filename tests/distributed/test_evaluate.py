@@ -15,7 +15,7 @@ from launch.processes import kill_tree
 from tests.distributed.runs import exact, train
 from tests.helpers.forked import environment, finished
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_networks import save_clip, save_detector, save_inception
+from tests.helpers.tiny_networks import pinned, save_clip, save_detector, save_inception
 from trainer.monitor.metrics import read_metrics
 
 COUNT, BATCH = 22, 4
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "precision": "fp32",
         "reference": ".cache/debug/train-000000.tar",
         "reference_count": 30,
-        "network": str(save_inception(folder / "inception.pt")),
+        **pinned(save_inception(folder / "inception.pt")),
         "clip": str(save_clip(folder / "clip")),
         "kid_subset_size": 10,
         "inception_splits": 2,

@@ -1,5 +1,6 @@
 """Networks of the layout that evaluation expects, small enough for tests."""
 
+import hashlib
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -37,6 +38,11 @@ def save_inception(path: Path) -> Path:
         torch.manual_seed(0)
         torch.jit.script(TinyInception()).save(str(path))
     return path
+
+
+def pinned(path: Path) -> dict[str, str]:
+    """The keys of a suite that name a network."""
+    return {"network": str(path), "network_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def save_clip(folder: Path) -> Path:

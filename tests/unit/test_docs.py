@@ -54,3 +54,15 @@ def test_links_and_files_exist(page: Path) -> None:
     missing = [link for link in links if link and not (page.parent / link).exists()]
     missing += [path for path in named if not (ROOT / path).exists() and "NAME" not in path and "KIND" not in path]
     assert not missing
+
+
+def test_what_happens_if_is_held_by_tests() -> None:
+    """Each row of the table in cluster.md names tests that exist."""
+    table = (ROOT / "docs" / "cluster.md").read_text().partition("## 9. What happens if")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, name in named:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"

@@ -178,7 +178,7 @@ def prepare(
     reference = SetFeatures()
     if wanted_metrics & ON_FEATURES:
         assert suite.network is not None
-        inception = Inception(suite.network, suite.resize, device)
+        inception = Inception(suite.network, suite.resize, device, suite.network_sha256)
         if wanted.probabilities and not inception.has_probabilities:
             raise DataError(
                 f"network: {suite.network} has no output layer, which inception_score needs: use NVIDIA's "

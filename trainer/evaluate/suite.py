@@ -18,7 +18,7 @@ CLASSES, RANDOM_CLASSES = "classes", "random_classes"
 ON_FEATURES: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "inception_score", "precision_recall"})
 AGAINST_REFERENCE: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "precision_recall"})
 # Where something lies on this machine; what it holds goes into the protocol in its place.
-_PATHS = ("prompts", "reference", "network", "clip", "detector", "vae")
+_PATHS = ("prompts", "reference", "network", "network_sha256", "clip", "detector", "vae")
 # Of the checkpoint's config: where encoders lie (the protocol has the autoencoder's fingerprint), and what moves a
 # figure by rounding at most.
 _OF_CONFIG = (
@@ -87,6 +87,8 @@ class SuiteConfig(Section):
     """Size of a fixed subset of the reference images; null takes all."""
     network: str | None = None
     """TorchScript file of the Inception network."""
+    network_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 that the file must have; null takes only the file that `make setup` installs."""
     resize: Literal["tf1_bilinear", "bilinear", "bicubic"] = "bicubic"
     """How images are resized to the network's 299 pixels: `tf1_bilinear` as ADM, `bilinear` as pytorch-fid, `bicubic`
     as clean-fid."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from data.debug import ensure_debug_assets
 from data.errors import DataError
-from tests.helpers.tiny_networks import save_clip, save_detector, save_inception
+from tests.helpers.tiny_networks import pinned, save_clip, save_detector, save_inception
 from trainer.diffusion.sampling import Euler
 from trainer.evaluate import detector, evaluation
 from trainer.evaluate.evaluation import Evaluation, prepare
@@ -77,12 +77,12 @@ def test_geneval_with_small_models(tmp_path: Path, world: World, monkeypatch: py
 def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> None:
     """Measured once; a set against itself has no distance; constant images and a missing output layer are named."""
     shards = str(ensure_debug_assets() / "val-000000.tar")
-    network = str(save_inception(tmp_path / "inception.pt"))
+    network = save_inception(tmp_path / "inception.pt")
     keys = {
         "metrics": ["fid", "kid"],
         "prompts": shards,
         "reference": shards,
-        "network": network,
+        **pinned(network),
         "kid_subset_size": 32,
         "batch_size": 7,
     }
@@ -117,7 +117,7 @@ def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> Non
 def test_published_reference(tmp_path: Path, world: World) -> None:
     """Statistics of the file for FID, its images for precision and recall; another file is another protocol."""
     shards = str(ensure_debug_assets() / "val-000000.tar")
-    keys: dict[str, Any] = {"prompts": shards, "network": str(save_inception(tmp_path / "inception.pt"))}
+    keys: dict[str, Any] = {"prompts": shards, **pinned(save_inception(tmp_path / "inception.pt"))}
     own = ready(world, metrics=["fid"], reference=shards, **keys)
     assert own.reference.pooled is not None
     pixels = evaluation.open_image_set(shards, "reference").pixels(range(64), 32)

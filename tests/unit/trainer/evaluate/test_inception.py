@@ -1,5 +1,6 @@
 """The Inception network's output on fixed images, the resizing in front of it, and FID of real images."""
 
+import hashlib
 import importlib.util
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from data.errors import DataError
 from data.image_sets import open_image_set
 from tests.helpers.paths import ROOT
 from trainer.evaluate import metrics
-from trainer.evaluate.inception import Inception, Resize, resized
+from trainer.evaluate.inception import KNOWN, Inception, Resize, resized
 
 CIFAR = ROOT / ".cache/cifar10"
 
@@ -113,8 +114,24 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         Inception(tmp_path / "absent.pt", "bicubic")
     (tmp_path / "text.pt").write_text("no TorchScript")
     with pytest.raises(DataError, match=r"network: .*text\.pt cannot be loaded as TorchScript"):
-        Inception(tmp_path / "text.pt", "bicubic")
+        Inception(tmp_path / "text.pt", "bicubic", sha256=digest(tmp_path / "text.pt"))
     with warnings.catch_warnings(action="ignore"):
         torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "other.pt"))
     with pytest.raises(DataError, match="is not the Inception network"):
-        Inception(tmp_path / "other.pt", "bicubic")
+        Inception(tmp_path / "other.pt", "bicubic", sha256=digest(tmp_path / "other.pt"))
+
+
+def test_only_a_known_file_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchScript is a program: one byte more, and it is not loaded but where its digest was given."""
+    assert digest(network()) in KNOWN
+    other = tmp_path / "other.pt"
+    other.write_bytes(network().read_bytes() + b"\0")
+    monkeypatch.setattr(torch.jit, "load", lambda *arguments, **options: pytest.fail("it is loaded"))
+    with pytest.raises(DataError, match=f"is no network of FID that is known here.* network_sha256={digest(other)}"):
+        Inception(other, "bicubic")
+    with pytest.raises(DataError, match=f"has the SHA-256 {digest(network())}, network_sha256 is {digest(other)}"):
+        Inception(network(), "bicubic", sha256=digest(other))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
