@@ -6,6 +6,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -24,7 +25,7 @@ _NEW_S, _OLD_S = 60.0, 86400.0  # a temporary folder that is newer may not be lo
 def temporary_beside(path: Path) -> Iterator[Path]:
     """The path of a temporary file in the folder of `path`: renamed to `path` on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _name_beside(path)
+    temporary = name_beside(path)
     temporary.touch(exist_ok=False)  # with the rights that umask leaves; tempfile's functions do not ask it
     try:
         with naming(path):
@@ -46,7 +47,7 @@ def folder_once(folder: Path) -> Iterator[Path]:
         with suppress(OSError):  # another process removes it as well
             if _is_dead(leftover):
                 shutil.rmtree(leftover)
-    temporary = _name_beside(folder)
+    temporary = name_beside(folder)
     temporary.mkdir()
     with held(temporary):
         try:
@@ -97,8 +98,8 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _name_beside(path: Path) -> Path:
-    """A name that nobody can foresee and put a link at."""
+def name_beside(path: Path) -> Path:
+    """The name of a temporary file beside a path, which nobody can foresee and put a link at."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
@@ -131,6 +132,11 @@ def refuse_links(folder: Path, inside: Collection[str] = (), may_be_links: Colle
                     f"{entry.path} is a link, a pipe or a device; expected files and folders alone: remove it, or put "
                     "what it leads to in its place"
                 )
+
+
+def json_digest(data: Any) -> str:
+    """SHA-256 of plain data, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

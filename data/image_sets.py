@@ -18,7 +18,7 @@ from webdataset.writer import TarWriter
 
 from .config import DataConfig
 from .errors import DataError, SampleError
-from .files import temporary_beside
+from .files import json_digest, temporary_beside
 from .images import IMAGE_EXTENSIONS, load_rgb
 from .index import ImageTextIndex
 from .order import mix
@@ -94,7 +94,7 @@ def open_image_set(spec: str, key: str, count: int | None = None) -> ImageSet:
     def load(number: int) -> Image.Image:
         return load_rgb(sample(number).member("image"), DataConfig().max_image_pixels)
 
-    return ImageSet(f"{key}: {spec}", _digest([index.fingerprint, len(chosen)]), len(chosen), load, caption)
+    return ImageSet(f"{key}: {spec}", json_digest([index.fingerprint, len(chosen)]), len(chosen), load, caption)
 
 
 def image_files(folder: Path, key: str, count: int | None) -> list[Path]:
@@ -112,7 +112,7 @@ def _folder(folder: Path, key: str, count: int | None) -> ImageSet:
     def load(number: int) -> Image.Image:
         return load_rgb(paths[number].read_bytes(), DataConfig().max_image_pixels)
 
-    return ImageSet(f"{key}: {folder}", _digest(identity), len(paths), load)
+    return ImageSet(f"{key}: {folder}", json_digest(identity), len(paths), load)
 
 
 def open_npz_images(path: Path, key: str) -> ImageSet:
@@ -121,7 +121,7 @@ def open_npz_images(path: Path, key: str) -> ImageSet:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise DataError(f"{key}: arr_0 of {path} is {images.dtype} {images.shape}; expected uint8 [n, H, W, 3]")
     identity = hashlib.sha256(images[:: max(1, len(images) // 100)].tobytes()).hexdigest()
-    fingerprint = _digest([identity, images.shape])
+    fingerprint = json_digest([identity, images.shape])
     return ImageSet(f"{key}: {path}", fingerprint, len(images), lambda number: Image.fromarray(images[number]))
 
 
@@ -145,10 +145,6 @@ def _subset(size: int, count: int | None, key: str, spec: str) -> np.ndarray:
     if count > size:
         raise DataError(f"{key}: {spec} holds {size} images, {count} are wanted")
     return np.sort(np.argsort(mix(_SUBSET_SEED, np.arange(size)), kind="stable")[:count])
-
-
-def _digest(identity: object) -> str:
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts

@@ -25,7 +25,7 @@ import numpy as np
 from .captions import CaptionFile
 from .config import DataConfig
 from .errors import DataError
-from .files import file_digest, folder_once, lock, open_plain, temporary_beside
+from .files import file_digest, folder_once, json_digest, lock, open_plain, temporary_beside
 from .order import Source
 from .precomputed_format import Dataset, open_dataset
 from .shard_index import ABSENT, ShardIndex, load_index
@@ -201,7 +201,7 @@ class ImageTextIndex:
             fingerprint = hashlib.sha256("\n".join(weighted).encode()).hexdigest()
         files = {name: file_digest(folder / name) for name in _FILES}
         meta = {"shard_sizes": sizes, "fingerprint": fingerprint, "precomputed": True in kinds, "files": files}
-        (folder / "set.json").write_text(json.dumps({**meta, "digest": _digest(meta)}))
+        (folder / "set.json").write_text(json.dumps({**meta, "digest": json_digest(meta)}))
 
     def __len__(self) -> int:
         """Samples in all shards."""
@@ -280,17 +280,13 @@ class ImageTextIndex:
         return f"{self.names[shard]}/{self.key(self.rows(shard, np.array([sample]))[0])}"
 
 
-def _digest(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
 def _is_whole(folder: Path) -> bool:
     """Whether a packed index is there and undamaged. Once its files were compared with their checksums they are not
     read again, as long as their sizes and times of change stay what they were."""
     seen = folder / "verified.json"
     try:
         meta = json.loads((folder / "set.json").read_bytes())
-        if meta.pop("digest") != _digest(meta):
+        if meta.pop("digest") != json_digest(meta):
             return False
         times = {name: [(stat := (folder / name).stat()).st_size, stat.st_mtime_ns] for name in _FILES}
         with contextlib.suppress(OSError, ValueError):

@@ -26,6 +26,7 @@ import numpy as np
 
 from .config import NONE, AutoencoderConfig, DataConfig, TextEncoderConfig
 from .errors import DataError, SampleError
+from .files import json_digest
 from .storage import Remote, RetryPolicy, Shard, file_version, read_remote
 
 DATASET, EMPTY_CAPTION = "dataset.json", "empty_caption.npy"
@@ -187,7 +188,7 @@ def open_dataset(shards: Sequence[Shard], retry: RetryPolicy) -> Dataset:
 def dataset_digest(declared: dict[str, Any]) -> str:
     """What identifies the content of a dataset.json, with digests or without."""
     said = {key: value for key, value in declared.items() if key not in (_DIGEST, _EMPTY_DIGEST)}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return json_digest(said)
 
 
 def sealed(declared: dict[str, Any], empty_caption: bytes | None) -> str:

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+
+from trainer.parallel.mesh import World, init_world
 
 # The models are so small that a second thread costs more than it gives, and tests run side by side.
 torch.set_num_threads(1)
@@ -31,3 +34,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         _running.clear()
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """A gloo world of this process alone."""
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    world = init_world(1)
+    yield world
+    dist.destroy_process_group()
+    torch.backends.cuda.enable_flash_sdp(flash)  # init_world turns it off; other tests run in this process

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, Protocol, Self
 
-from data.files import naming, open_plain, refuse_links
+from data.files import name_beside, naming, open_plain, refuse_links
 
 from .errors import CheckpointError
 
@@ -29,7 +29,7 @@ class NoLocksError(OSError):
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """The whole content or nothing, also after a crash of the machine, and whoever else writes it at the same time."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    beside = name_beside(path)
     try:
         with naming(path), open(beside, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -1,14 +1,12 @@
 """Exported folders sample as launch/sample.py does; what was exported comes back and trains on."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, PixArtAlphaPipeline
 from diffusers.pipelines.dit import pipeline_dit
 
@@ -23,7 +21,7 @@ from trainer.checkpoint.meta import read_meta
 from trainer.config.load import parse
 from trainer.config.resolve import resolve
 from trainer.evaluate.generate import images_from_prompts, initial_noise
-from trainer.parallel.mesh import World, init_world
+from trainer.parallel.mesh import World
 
 FOLDED_HERE = {kind: {"final.weight"} for kind in ("mmdit", "pixart", "dit", "uvit")}  # others by a power of two
 CAPTIONS = ["a red circle on a blue background", "a Green cross", "a red circle on a blue background"]
@@ -35,13 +33,6 @@ RUNS: dict[str, tuple[str, ...]] = {
     "uvit": ("model.width=96",),
 }
 TWINS = ("mmdit", "pixart", "dit")
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    made = init_world(1)
-    yield made
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 Through the command's own composition (FSDP2, fused AdamW, the trainer's objective), for each configs/*_debug_mup.yaml.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from trainer.build.engine import build_mup_table
@@ -19,7 +18,7 @@ from trainer.coord_check import slopes as coord
 from trainer.coord_check.slopes import CONTROL, Figure, Judgement, Kind, Measured, judge, measure
 from trainer.coord_check.subject import build_subject, check_config
 from trainer.mup.table import ParameterRow
-from trainer.parallel.mesh import World, init_world
+from trainer.parallel.mesh import World
 
 BACKBONES = sorted(path.stem for path in CONFIG_DIR.glob("*_debug_mup.yaml"))
 # Few text tokens: what is tested is the width. Synthetic data need no encoder of the config's.
@@ -30,15 +29,6 @@ STEPS = 5
 
 Fault = Callable[[str, ParameterRow, float], ParameterRow]
 """(name, row, width / base width) -> the row with the fault."""
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    world = init_world(1)
-    yield world
-    dist.destroy_process_group()
-    torch.backends.cuda.enable_flash_sdp(flash)  # init_world turns it off; other tests run in this process
 
 
 def configured(backbone: str, width: int, seed: int, *overrides: str, lr: float = LR) -> TrainConfig:

@@ -1,11 +1,11 @@
 """What an evaluation is: every choice that moves a number, as configs/evaluate/NAME.yaml. No torch."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+
+from data.files import json_digest
 
 from ..config.keys import plain
 from ..config.load import parse, validated
@@ -157,7 +157,7 @@ class SuiteConfig(Section):
 
 def digest(identity: object) -> str:
     """SHA-256 of what JSON can hold. Of a protocol: equal where results can be compared."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return json_digest(identity)
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -9,24 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tests.helpers.checkpoints import meta_of
 from trainer.errors import DivergedError, RunError
 from trainer.monitor.metrics import Metrics, read_metrics
-from trainer.parallel.mesh import World, init_world
+from trainer.parallel.mesh import World
 from trainer.recovery.skipped_ranges import SkippedRange
 from trainer.rollback import MOST_IN_A_ROW, check_health, go_back
 from trainer.state import TrainState
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    yield init_world(1)
-    dist.destroy_process_group()
-    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 class Checkpoints:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from launch.processes import kill_tree
@@ -35,17 +34,7 @@ from trainer.monitor.metrics import Metrics, peak_flops, read_metrics
 from trainer.monitor.plots import plot_loss
 from trainer.parallel.dcp import AsyncSaver, load_tensors
 from trainer.parallel.engine import Engine
-from trainer.parallel.mesh import World, init_world
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """A gloo world of this process alone."""
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    world = init_world(1)
-    yield world
-    dist.destroy_process_group()
-    torch.backends.cuda.enable_flash_sdp(flash)  # init_world turns it off; other tests run in this process
+from trainer.parallel.mesh import World
 
 
 class OneTensor:

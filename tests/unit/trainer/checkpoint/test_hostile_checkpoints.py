@@ -14,13 +14,12 @@ import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,7 +34,7 @@ from trainer.config.resume import check_resume
 from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.parallel.dcp import TensorReader, load_tensors
-from trainer.parallel.mesh import World, init_world
+from trainer.parallel.mesh import World
 from trainer.state import TrainState
 
 GENUINE = ROOT / "tests/integration/run_of_0db30ff/checkpoints/step_00000004"
@@ -45,15 +44,6 @@ ODD: tuple[Any, ...] = (
     "__0_0.distcp", "\x1b[2J", "\ud800", "é" * 99, [], {}, [[]], {"a": [1]},
 )  # fmt: skip
 SECONDS, BYTES = 20, 1 << 30  # what a case may take
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    world = init_world(1)
-    yield world
-    dist.destroy_process_group()
-    torch.backends.cuda.enable_flash_sdp(flash)  # init_world turns it off; other tests run in this process
 
 
 # ------------------------------------------------------------------------------------------------------------- damage

@@ -3,14 +3,13 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
@@ -22,18 +21,9 @@ from trainer.checkpoint.write import Checkpointer, clear_leftovers
 from trainer.errors import CheckpointError
 from trainer.parallel.dcp import AsyncSaver, bytes_of, load_tensors
 from trainer.parallel.engine import Engine
-from trainer.parallel.mesh import World, init_world
+from trainer.parallel.mesh import World
 
 SLOW_S = 2.0
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    world = init_world(1)
-    yield world
-    dist.destroy_process_group()
-    torch.backends.cuda.enable_flash_sdp(flash)  # init_world turns it off; other tests run in this process
 
 
 @pytest.fixture

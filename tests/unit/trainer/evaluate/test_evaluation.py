@@ -1,7 +1,6 @@
 """A prepared suite measures images that it is handed: GenEval with small models, and what it refuses."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,13 @@ from trainer.evaluate.evaluation import Evaluation, prepare
 from trainer.evaluate.generate import Generator
 from trainer.evaluate.metrics import MetricError, statistics_of
 from trainer.evaluate.suite import SuiteConfig
-from trainer.parallel.mesh import World, init_world
+from trainer.parallel.mesh import World
 
 LINES = (
     {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
     {"tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "clock", "count": 1}], "prompt": "a b"},
     {"tag": "colors", "include": [{"class": "clock", "count": 1, "color": "red"}], "prompt": "a red clock"},
 )
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield init_world(1)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -1,22 +1,14 @@
 """The fixed bank that losses are compared on: a run does not start with another one because a store was slow."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from data.errors import DataError
 from trainer.config.load import load_config
 from trainer.input.training_data import validation_bank
-from trainer.parallel.mesh import World, init_world
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield init_world(1)
-    dist.destroy_process_group()
+from trainer.parallel.mesh import World
 
 
 def bank(world: World, holes: list[str], read: int, *overrides: str) -> list[str]:

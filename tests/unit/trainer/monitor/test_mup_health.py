@@ -1,31 +1,21 @@
 """Live health: figures by hand, and what a real run logs."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.distributed.runs import train
 from trainer.loop import train_step
 from trainer.monitor.mup_health import BINS, Health, WatchedParameter, time_figures, time_sums
 from trainer.monitor.trackers import wandb_name
 from trainer.parallel.engine import StepResult
-from trainer.parallel.mesh import init_world
 from trainer.run import Intervals
 from trainer.state import Totals, TrainState
 from trainer.step import Encoded, MicroBatch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    init_world(1)
-    yield
-    dist.destroy_process_group()
-    torch.backends.cuda.enable_flash_sdp(flash)
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def test_figures_by_role() -> None:

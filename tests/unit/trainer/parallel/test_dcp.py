@@ -3,13 +3,12 @@
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -22,18 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 from trainer.errors import CheckpointError
 from trainer.parallel.dcp import TensorReader, load_tensors, save_tensors
 from trainer.parallel.dcp_index import read_index
-from trainer.parallel.mesh import World, init_world
+from trainer.parallel.mesh import World
 from trainer.parallel.records import read_records
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """A gloo world of this process alone."""
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    world = init_world(1)
-    yield world
-    dist.destroy_process_group()
-    torch.backends.cuda.enable_flash_sdp(flash)  # init_world turns it off; other tests run in this process
 
 
 class Touch:

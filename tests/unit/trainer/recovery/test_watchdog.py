@@ -3,26 +3,15 @@
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from launch.common import _WATCHDOG
 from trainer.errors import PeerError
-from trainer.parallel.mesh import World, init_world
+from trainer.parallel.mesh import World
 from trainer.recovery.watchdog import ASKED_S, PHASE_FACTOR, Fault, Watchdog, watched_build
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    yield init_world(1)
-    dist.destroy_process_group()
-    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def test_limits(world: World, tmp_path: Path) -> None:
