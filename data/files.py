@@ -103,13 +103,14 @@ def name_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def open_plain(path: Path, mode: str) -> Any:
-    """As open(path, mode), but never through a link: in a folder from elsewhere it may lead to any file of the user's.
+def open_plain(path: Path, mode: str, buffering: int = -1) -> Any:
+    """As open(path, mode, buffering), but never through a link: in a folder from elsewhere it may lead to any file
+    of the user's.
 
     Raises DataError where the path is a link.
     """
     try:
-        return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+        return open(path, mode, buffering, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

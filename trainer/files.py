@@ -58,9 +58,9 @@ def append_lines(path: Path, lines: str) -> None:
     """Append whole lines to a file or nothing, which survives a crash of the machine then.
 
     A line without an end, as a full disk or a kill leaves it, is cut off first. The caller sees to it that nobody else
-    appends at the same time. Raises OSError with the path.
+    appends at the same time. Raises OSError with the path, DataError where the path is a link.
     """
-    with naming(path), open(path, "ab+", buffering=0) as file:
+    with naming(path), open_plain(path, "ab+", buffering=0) as file:
         end = _end_of_whole_lines(file)
         file.truncate(end)
         data = lines.encode()

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.files import json_digest
+
 from .errors import BadDataError, CheckpointError, RunError
 from .monitor.mup_health import time_figures
 from .recovery.bad_data import BadData, bad_share_message, outage_message
@@ -200,7 +202,7 @@ def _validate_sample_evaluate(run: Run, watchdog: Watchdog, record: dict[str, An
     """Do what is due of the three, and write one line of metrics."""
     if "validate" in due:
         with watchdog.phase("validation"):
-            record |= run.validate()
+            record |= run.validate() | {"val_set": json_digest(run.meta["validation"])[:8]}
     if "sample" in due:
         with watchdog.phase("sampling"):
             run.sample(run.folder / "samples" / f"step_{record['step']:08d}.png")

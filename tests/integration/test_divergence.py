@@ -5,10 +5,11 @@ from pathlib import Path
 
 from tests.faults.harness import status
 from tests.helpers.forked import finished
+from trainer.monitor.records import read_metrics
 
 SETTINGS = (
-    "train.log_every=1", "train.checkpoint_every=1", "train.validate_every=0", "train.sample_every=0",
-    "run.keep_last=1", "run.allow_change=[optim.lr, train.steps]",
+    "train.log_every=1", "train.checkpoint_every=1", "train.validate_every=3", "train.sample_every=0",
+    "validation.samples=8", "run.keep_last=1", "run.allow_change=[optim.lr, train.steps]",
 )  # fmt: skip
 
 
@@ -21,7 +22,7 @@ def test_a_run_with_a_wrong_learning_rate(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run("train.steps=6")[0] == 0
     # Step 7 is taken, and spoils the weights.
-    code, said = run("train.steps=40", "optim.lr=1e30", "train.max_skipped_steps=5")
+    code, said = run("train.steps=40", "optim.lr=1e30", "train.max_skipped_steps=5", "train.validate_every=0")
     assert code == 1
     assert "warning: the learning rate jumps from 0.004 to 1e+30" in said
     assert re.search(
@@ -32,6 +33,9 @@ def test_a_run_with_a_wrong_learning_rate(tmp_path: Path) -> None:
     assert "were all skipped" in status(folder)["reason"]
     found = {path.name for path in (folder / "checkpoints").glob("step_*") if path.suffix != ".diverged"}
     assert found == {"step_00000006"}, "which was saved before the step that spoilt the weights"
-    code, said = run("train.steps=9")
+    code, said = run("train.steps=9", "validation.samples=16")
     assert code == 0, said
     assert re.search(r"resuming \S+step_00000006", said)
+    assert "warning: other validation samples from step 6 on" in said
+    val_sets = {record["step"]: record["val_set"] for record in read_metrics(folder) if "val_set" in record}
+    assert val_sets[0] == val_sets[3] == val_sets[6] != val_sets[9]

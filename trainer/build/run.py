@@ -217,7 +217,10 @@ def _jumps(inputs: _Inputs, meta: dict[str, Any]) -> Iterator[str]:
             yield f"warning: the learning rate jumps from {before:.3g} to {now:.3g} ({change}) at step {step}"
     validation = inputs.data.validation_fingerprint if inputs.config.train.validate_every else None
     if None not in (validation, meta["validation"]) and validation != meta["validation"]:
-        yield f"warning: other validation samples from step {step} on: losses before and after do not compare"
+        yield (
+            f"warning: other validation samples from step {step} on: losses before and after do not compare. val_set "
+            "in metrics.jsonl tells them apart, and plots begin a new series"
+        )
 
 
 # ----------------------------------------------------------------------------------------- what it does beside training

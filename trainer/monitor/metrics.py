@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from data.files import open_plain
 from data.redaction import message
 
 from ..files import write_atomically
@@ -71,11 +72,11 @@ class Metrics:
     def _keep_aside(self, damaged: list[bytes]) -> None:
         aside = self._folder / f"{METRICS}.damaged"
         self.say(f"warning: {self._folder / METRICS}: {len(damaged)} damaged lines are left out, and kept in {aside}")
-        with self.without_room(aside), open(aside, "ab") as file:
+        with self.without_room(aside), open_plain(aside, "ab") as file:
             file.writelines(damaged)
 
     def _open(self) -> FileIO:
-        return open(self._folder / METRICS, "ab", buffering=0)
+        return open_plain(self._folder / METRICS, "ab", buffering=0)
 
     def start_wandb(self, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
         """Log to wandb as well; the run's id is kept in the run folder, so that a resumed run continues it."""

@@ -17,9 +17,9 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("val_loss", "validation"), ("val_loss_ema", "validation, EMA")):
-        points = _points(records, key)
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, lw=1, marker="" if key == "loss" else ".")
+        for number, points in enumerate(_series(records, key)):
+            later = f", other samples from step {points[0][0]}" if number else ""
+            axes.plot(*zip(*points, strict=True), label=label + later, lw=1, marker="" if key == "loss" else ".")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(True, which="both", alpha=0.3)
     if axes.has_data():
@@ -30,7 +30,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
 def plot_evaluation(records: list[dict[str, Any]], path: Path) -> None:
     """Against the step, of the EMA weights: the loss at each noise level, and each figure of train.evaluate_suite."""
     keys = {key: None for record in records for key in record if key.startswith(VALIDATION)}  # in their order
-    measured = [key for key in keys if _points(records, key)]
+    measured = [key for key in keys if _series(records, key)]
     losses = [key for key in measured if key.startswith(_LEVEL)]
     figures = [key for key in measured if not key.startswith("val_loss")]
     panels = ([losses] if losses else []) + [[key] for key in figures]
@@ -38,10 +38,10 @@ def plot_evaluation(records: list[dict[str, Any]], path: Path) -> None:
         return
     figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, keys in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for key in keys:
-            axes.plot(
-                *zip(*_points(records, key), strict=True), label=f"t = {key.removeprefix(_LEVEL)}", lw=1, marker="."
-            )
+        for color, key in enumerate(keys):
+            for number, points in enumerate(_series(records, key)):
+                label = "_" if number else f"t = {key.removeprefix(_LEVEL)}"  # "_": not in the legend
+                axes.plot(*zip(*points, strict=True), label=label, color=f"C{color}", lw=1, marker=".")
         axes.grid(True, which="both", alpha=0.3)
         axes.set(xlabel="step", ylabel="loss by time" if keys is losses else keys[0].removeprefix(VALIDATION))
         if keys is losses:
@@ -50,8 +50,20 @@ def plot_evaluation(records: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _points(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+def _series(records: list[dict[str, Any]], key: str) -> list[list[tuple[int, float]]]:
+    """(step, figure) of the records that have the figure. A validation loss on other samples (val_set) compares with
+    nothing before: there a new series begins."""
+    series: list[list[tuple[int, float]]] = []
+    val_set = None
+    for record in records:
+        if not isinstance(record.get(key), int | float):
+            continue
+        now = record.get("val_set") if key.startswith("val_loss") else None
+        if not series or (None not in (val_set, now) and val_set != now):
+            series.append([])
+        series[-1].append((record["step"], record[key]))
+        val_set = now or val_set
+    return series
 
 
 def _save(figure: matplotlib.figure.Figure, path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend, JournalFileOpenLock
 
+from data.files import open_plain
+
 from ..errors import ConfigError
 from ..files import append_lines
 
@@ -25,7 +27,7 @@ class Journal(BaseJournalBackend):
         self._path = path
         self._lock = JournalFileOpenLock(str(path))
         self._offsets = [0]  # of the whole lines that have been read, and of the one after them
-        path.touch()
+        open_plain(path, "ab").close()
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """The records from this number on. Raises ConfigError where a line is damaged."""

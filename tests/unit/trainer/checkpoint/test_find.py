@@ -349,21 +349,6 @@ def test_inactive_metrics_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert captured.out + captured.err == ""
 
 
-@pytest.mark.parametrize(
-    "records",
-    [
-        pytest.param([], id="nothing"),
-        pytest.param([{"step": 0, "val_loss": 1.0, "val_loss_ema": 1.1}], id="one point"),
-        pytest.param([{"step": n, "loss": 1.0 / n} for n in range(1, 9)], id="training alone"),
-        pytest.param([{"step": 1, "loss": float("nan")}, {"step": 2, "skipped_steps": 3}], id="all skipped"),
-    ],
-)
-def test_plot_loss(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    plot_loss(records, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
-
-
 def test_plot_shows_what_was_logged(tmp_path: Path) -> None:
     metrics = logged(tmp_path, range(1, 9))
     metrics.plot()

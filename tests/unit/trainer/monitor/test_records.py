@@ -103,7 +103,7 @@ def test_whatever_became_of_metrics_a_run_resumes(
 @pytest.mark.filterwarnings("ignore")  # of matplotlib, about numbers that have no logarithm
 @given(values=st.lists(st.fixed_dictionaries({"step": st.integers(0, 9)}, optional={
     key: st.none() | st.booleans() | st.floats() | st.integers(0, 9) | st.text(max_size=3) | st.lists(st.floats())
-    for key in ("loss", "val_loss", "val_fid", "val_loss_ema_t0.1")
+    for key in ("loss", "val_loss", "val_set", "val_fid", "val_loss_ema_t0.1")
 }), max_size=3))  # fmt: skip
 @fuzz(4)
 def test_whatever_is_in_a_line_it_is_plotted(

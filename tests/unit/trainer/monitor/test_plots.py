@@ -1,0 +1,47 @@
+"""Pictures of metrics.jsonl: whatever was logged is drawn, and series that do not compare stand apart."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import pytest
+
+from trainer.monitor import plots
+from trainer.monitor.plots import plot_evaluation, plot_loss
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        pytest.param([], id="nothing"),
+        pytest.param([{"step": 0, "val_loss": 1.0, "val_loss_ema": 1.1}], id="one point"),
+        pytest.param([{"step": n, "loss": 1.0 / n} for n in range(1, 9)], id="training alone"),
+        pytest.param([{"step": 1, "loss": float("nan")}, {"step": 2, "skipped_steps": 3}], id="all skipped"),
+    ],
+)
+def test_plot_loss(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    plot_loss(records, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_a_new_series_begins_with_other_validation_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[matplotlib.figure.Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    sets = [None, "a", None, "a", "b", "b"]  # None: lines of an older version
+    records = [
+        {"step": step, "loss": 1.0, "val_loss": 2.0, "val_loss_ema_t0.5": 3.0, "val_set": val_set}
+        for step, val_set in enumerate(sets)
+    ]
+    plot_loss(records, tmp_path)
+    plot_evaluation(records, tmp_path)
+    lines = [
+        {str(line.get_label()): list(line.get_xdata()) for line in figure.axes[0].get_lines()}  # type: ignore[arg-type]
+        for figure in figures
+    ]
+    assert lines[0] == {
+        "training": [0, 1, 2, 3, 4, 5],
+        "validation": [0, 1, 2, 3],
+        "validation, other samples from step 4": [4, 5],
+    }
+    assert sorted(lines[1].values()) == [[0, 1, 2, 3], [4, 5]]
