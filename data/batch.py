@@ -52,9 +52,9 @@ class Batch:
     bucket: Bucket | None = None
     features: torch.Tensor | None = None
 
-    def tensor_bytes(self) -> int:
-        """What its tensors take in memory."""
-        return sum(each.nbytes for each in vars(self).values() if isinstance(each, torch.Tensor))
+    def tensors(self) -> list[torch.Tensor]:
+        """Those of its fields that are tensors."""
+        return [each for each in vars(self).values() if isinstance(each, torch.Tensor)]
 
     @classmethod
     def empty(cls, keys: torch.Tensor, bucket: Bucket | None = None, **content: Any) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from .precomputed_read import LatentRows
 from .samples import RawSample, SampleFiles
 
 _AHEAD = 2  # batches that a worker reads before they are asked for
+_OTHER_FILES, _FILES_OF_A_WORKER = 64, 8  # open beside the tensors: of this process, and the pipes of a worker
 _SHARED = "/dev/shm"  # where workers leave their batches
 _FILL_UP = -1  # the position of a row without a sample, which fills up a rank that has fewer samples than others
 _BLOCK = 1 << 20  # samples of a set that are hashed together
@@ -97,8 +99,8 @@ class ImageTextReader:
     the most rows of a micro-batch. classes: the number of classes of a model that is conditioned on labels, else None.
     buckets: those of the steps, each with the most rows of a micro-batch; None is a single one, the square of
     cfg.resolution with micro_batch_size. features: batches of precomputed shards hold the features of their images.
-    Raises DataError where there are more ranks than samples in the global batch; its batches do where shared memory is
-    too small for them.
+    Raises DataError where there are more ranks than samples in the global batch; its batches do where the machine's
+    limits are too small for them.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class ImageTextReader:
         """
         workers = self._workers
         if workers:
-            self._check_shared_memory()
+            self._check_limits()
         loader = DataLoader(
             _Rows(
                 self.decoder,
@@ -158,17 +160,25 @@ class ImageTextReader:
             _, rows = self._shapes[self._order.at(step).bucket]
             yield step, split(batch, rows)
 
-    def _check_shared_memory(self) -> None:
-        """Raise DataError where what the workers of this node's ranks leave to be fetched does not fit: they would wait
-        for room without a word."""
-        row = [self.decoder.batch([_FILL_UP], [None], bucket).tensor_bytes() for bucket in self._buckets]
-        step = max(one * count * rows for one, (count, rows) in zip(row, self._shapes, strict=True))
+    def _check_limits(self) -> None:
+        """Raise DataError where what workers leave to be fetched is too much for this node's shared memory, for which they
+        would wait without a word, or for this process's open files, of which each tensor is one."""
+        empty = [self.decoder.batch([_FILL_UP], [None], bucket).tensors() for bucket in self._buckets]
+        rows = [count * rows for count, rows in self._shapes]
+        step = max(count * sum(each.nbytes for each in row) for count, row in zip(rows, empty, strict=True))
         needed = (_AHEAD + 1) * step * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = shutil.disk_usage(_SHARED).free if os.path.isdir(_SHARED) else needed
         if free < needed:
             raise DataError(
                 f"{_SHARED} has {free / 2**20:.3g} MiB free, and the readers need {needed / 2**20:.3g} MiB: give the "
                 "container more (docker run --ipc host, or --shm-size), or set data.num_workers=0"
+            )
+        files = _OTHER_FILES + self._workers * (_FILES_OF_A_WORKER + (_AHEAD + 1) * max(map(len, empty)))
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if resource.RLIM_INFINITY != limit < files:
+            raise DataError(
+                f"a process may open {limit} files here, and {self._workers} workers of data.num_workers need {files}: "
+                "raise it (ulimit -n 65536; docker run --ulimit nofile=65536), or lower data.num_workers"
             )
 
 

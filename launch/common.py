@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import resource
 import signal
 import sys
 import threading
@@ -32,6 +33,7 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [*(entry for entry in sys.path if Path(entry or ".").resolve() != _HERE), str(_HERE.parent)]
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_OPEN_FILES = 65536
 _WATCHDOG = "watch_"  # threads that are left in a store that does not answer; they would abort the interpreter's end
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -39,6 +41,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit: 0 success, 1 a check falls short, 2 bad input."""
     redact_logs_and_tracebacks()
+    _allow_open_files()
     try:
         code = main() or 0
     except (ConfigError, DataError, CheckpointError, CompileError) as error:
@@ -46,17 +49,28 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except RunError as error:
         code = _report(str(error), 1)
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno in _OF_THE_DISK:
+            remedy = "make room or give rights, then run the same command again"
+        elif error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = f"the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} in a process: raise `ulimit -n`"
+        else:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        code = _report(
-            f"{where}{error.strerror}: make room or give rights, then run the same command again", 2, alike=False
-        )
+        code = _report(f"{where}{error.strerror}: {remedy}", 2, alike=False)
     sys.stdout.flush()
     if any(thread.name.startswith(_WATCHDOG) for thread in threading.enumerate()):
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files as far as this user may: each tensor that a worker hands over is one, and systems
+    begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _report(text: str, code: int, alike: bool = True) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import resource
 import shutil
 import struct
 import zlib
@@ -85,6 +86,15 @@ def test_too_little_shared_memory_is_refused(index: ImageTextIndex, monkeypatch:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))  # noqa: B023
         batches = reader(index, 0, 2, workers=workers).batches(0)
         with pytest.raises(DataError, match="docker run --ipc host") if refused else contextlib.nullcontext():
+            next(batches)
+
+
+def test_too_few_open_files_are_refused(index: ImageTextIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor from a worker is one; the library would say so in a traceback, and then wait for the workers."""
+    for limit, workers, refused in ((100, 2, True), (100, 0, False), (1024, 2, False)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))  # noqa: B023
+        batches = reader(index, workers=workers).batches(0)
+        with pytest.raises(DataError, match="ulimit -n") if refused else contextlib.nullcontext():
             next(batches)
 
 

@@ -67,6 +67,21 @@ def test_a_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limits", "said"), [((40, 90), "90"), ((30, 30), "error: Too many open files: the limit is 30")]
+)
+def test_open_files(limits: tuple[int, int], said: str) -> None:
+    """A low soft limit is raised to what the user may have; beyond that there is one message."""
+    code = (
+        "import os, resource\nfrom launch.common import run\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, {limits})\n"
+        "run(lambda: [os.pipe() for _ in range(20)] and print(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout + done.stderr).startswith(said)
+
+
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(FileNotFoundError):
         run(lambda: failing(FileNotFoundError(errno.ENOENT, "No such file", "x")))
