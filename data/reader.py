@@ -161,8 +161,8 @@ class ImageTextReader:
             yield step, split(batch, rows)
 
     def _check_limits(self) -> None:
-        """Raise DataError where what workers leave to be fetched is too much for this node's shared memory, for which they
-        would wait without a word, or for this process's open files, of which each tensor is one."""
+        """Raise DataError where what workers leave to be fetched is too much for this node's shared memory, for which
+        they would wait without a word, or for this process's open files, of which each tensor is one."""
         empty = [self.decoder.batch([_FILL_UP], [None], bucket).tensors() for bucket in self._buckets]
         rows = [count * rows for count, rows in self._shapes]
         step = max(count * sum(each.nbytes for each in row) for count, row in zip(rows, empty, strict=True))

@@ -36,7 +36,7 @@ DATA_PACKAGES = ("torch", "numpy", "PIL", "fsspec", "pyarrow", "webdataset", "tr
 RUN = (
     "trainer.step", "trainer.state", "trainer.run", "trainer.ema", "trainer.rollback", "trainer.checkpoint",
     "trainer.recovery", "trainer.monitor", "trainer.mup", "trainer.parallel", "trainer.errors", "trainer.files",
-    "trainer.collectives", "data.errors", "data.redaction",
+    "trainer.collectives", "data.errors", "data.files", "data.redaction",
 )  # fmt: skip
 RUN_ROOM = Room(("torch",), RUN)
 SUBJECT = Room(("torch", "numpy", "optuna", "matplotlib", "jinja2", "rich"), ("models.flops", "trainer", "data"))

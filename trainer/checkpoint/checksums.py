@@ -1,12 +1,13 @@
 """The files of a checkpoint: their checksums, and which checkpoints a run folder keeps."""
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from data.files import file_digest
 
 from ..errors import CheckpointError
 
@@ -77,5 +78,4 @@ def _rank_of(name: str, size: int) -> int:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}

@@ -1,11 +1,12 @@
 """meta.json of a checkpoint: which fields it has, its digest of itself, and what is refused. It may be a stranger's."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from data.files import json_digest
 
 from ..errors import CheckpointError
 from .checksums import META
@@ -123,5 +124,4 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 
 
 def _digest(meta: Mapping[str, Any]) -> str:
-    fields = {name: value for name, value in meta.items() if name != DIGEST}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return json_digest({name: value for name, value in meta.items() if name != DIGEST})
