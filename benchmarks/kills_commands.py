@@ -151,6 +151,8 @@ def kills(
                 process.communicate()
                 done += 1
                 yield {"moment": subject.name}
+                if ended := contents(folder) == expected:  # killed on its way out
+                    break
         if not ended:
             finish(start(subject.arguments(folder)))
         yield {"equal": contents(folder) == expected}

@@ -6,11 +6,8 @@ runs: --help and a misspelt key answer at once.
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import os
-import resource
-import signal
 import sys
 import threading
 import time
@@ -20,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from data.errors import DataError
 from data.redaction import message, redact_logs_and_tracebacks
+from launch.processes import allow_open_files
 from trainer.config.yaml_files import refuse_duplicates
 from trainer.errors import CheckpointError, CompileError, ConfigError, RunError
 
@@ -33,15 +31,13 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [*(entry for entry in sys.path if Path(entry or ".").resolve() != _HERE), str(_HERE.parent)]
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-_OPEN_FILES = 65536
 _WATCHDOG = "watch_"  # threads that are left in a store that does not answer; they would abort the interpreter's end
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit: 0 success, 1 a check falls short, 2 bad input."""
     redact_logs_and_tracebacks()
-    _allow_open_files()
+    allow_open_files()
     try:
         code = main() or 0
     except (ConfigError, DataError, CheckpointError, CompileError) as error:
@@ -52,7 +48,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if error.errno in _OF_THE_DISK:
             remedy = "make room or give rights, then run the same command again"
         elif error.errno in (errno.EMFILE, errno.ENFILE):
-            remedy = f"the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} in a process: raise `ulimit -n`"
+            remedy = f"a process may have {allow_open_files()}: raise `ulimit -n`"
         else:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
@@ -62,15 +58,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _allow_open_files() -> None:
-    """Raise the limit of open files as far as this user may: each tensor that a worker hands over is one, and systems
-    begin with 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _report(text: str, code: int, alike: bool = True) -> int:
@@ -154,10 +141,3 @@ def inference(
 
     with open_world(resolve(config, world_size()).shard) as world:
         yield build_inference(config, checkpoint, world, weights)
-
-
-def end_with_torchrun() -> None:
-    """Have the kernel kill this worker when torchrun dies. A check in a thread would not run while the worker is being
-    built, nor while a call holds Python's lock. Without torchrun nothing changes."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data.redaction import message
-from launch.common import Opened, add_overwrite, command, end_with_torchrun, keep_files, open_checkpoint, run
+from launch.common import Opened, add_overwrite, command, keep_files, open_checkpoint, run
+from launch.processes import end_with_torchrun
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError

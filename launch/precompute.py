@@ -21,7 +21,8 @@ from data.encoders.text import load_text_encoder
 from data.errors import DataError
 from data.index import open_index
 from data.precomputed_write import Precompute
-from launch.common import command, end_with_torchrun, run
+from launch.common import command, run
+from launch.processes import end_with_torchrun
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError

@@ -1,9 +1,31 @@
-"""End a command with all the processes that it has started."""
+"""The process of a command and those that it starts: what it may open, and that none is left when it ends."""
 
 import contextlib
+import ctypes
 import os
+import resource
 import signal
 from pathlib import Path
+
+_OPEN_FILES = 65536
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_torchrun() -> None:
+    """Have the kernel kill this worker when torchrun dies. A check in a thread would not run while the worker is being
+    built, nor while a call holds Python's lock. Without torchrun nothing changes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def allow_open_files() -> int:
+    """Raise this process's limit of open files as far as its user may, and return it: each tensor that a worker hands
+    over is one, and systems begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def kill_tree(pid: int) -> None:

@@ -14,7 +14,8 @@ import os
 import sys
 from typing import Any
 
-from launch.common import command, end_with_torchrun, run
+from launch.common import command, run
+from launch.processes import end_with_torchrun
 from trainer.config.help import describe_keys
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
