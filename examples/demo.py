@@ -31,6 +31,7 @@ from trainer.evaluate.captions import caption_margins, sign_flip_p
 from trainer.evaluate.generate import save_grid
 from trainer.monitor.metrics import read_metrics
 from trainer.parallel.mesh import open_world
+from trainer.parallel.precision import multiplies
 from trainer.search.page import inline_png
 
 SUBJECTS = (
@@ -88,14 +89,9 @@ def main() -> int:
 
 
 def fast_precision(overrides: Sequence[str]) -> list[str]:
-    """bf16 where the processor multiplies it itself (AMX, AVX512-BF16), unless `overrides` say which precision.
-
-    Others do so in a loop, which takes many times as long as fp32.
-    """
-    can = torch.cpu.get_capabilities()
-    fast = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
+    """bf16 where the processor multiplies it itself (AMX, AVX512-BF16), unless `overrides` say which precision."""
     given = any(text.startswith("parallel.precision=") for text in overrides)
-    return ["parallel.precision=bf16"] if fast and not given else []
+    return ["parallel.precision=bf16"] if multiplies("bf16", torch.device("cpu")) and not given else []
 
 
 # ------------------------------------------------------------------------------------------------ train, kill, resume

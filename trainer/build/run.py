@@ -44,7 +44,7 @@ from ..monitor.step_timer import StepTimer
 from ..mup.table import MuTable
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
-from ..parallel.precision import precision_of
+from ..parallel.precision import multiplies, precision_of
 from ..provenance import commit
 from ..recovery.skipped_ranges import follow, read_skipped_ranges
 from ..run import Intervals, Plan, Run
@@ -67,7 +67,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     lock = on_rank_0(world, lambda: lock_folder(inputs.folder) if inputs.folder.is_dir() else None)
     start = _find_start(inputs)
     trained = _build_trained(inputs, start)
-    notes = _describe(inputs, start)
+    notes = [*_describe(inputs, start), *_slow_precision(config, world.device)]
     side_jobs = _build_side_jobs(inputs, trained, notes)
     lock = on_rank_0(world, lambda: lock or lock_folder(inputs.folder))
     metrics = _open_folder(inputs, start, trained.state.step, notes)
@@ -201,6 +201,16 @@ def _describe(inputs: _Inputs, start: _Start) -> list[str]:
     if start.initial is not None:
         notes.append(f"weights from {start.initial} ({weights_of(read_meta(start.initial))})")
     return notes
+
+
+def _slow_precision(config: TrainConfig, device: torch.device) -> list[str]:
+    precision = precision_of(config.parallel.precision, device)
+    if multiplies(precision, device):
+        return []
+    return [
+        f"warning: this {'GPU' if device.type == 'cuda' else 'processor'} does not multiply {precision} itself: "
+        "parallel.precision=fp32 is many times faster here"
+    ]
 
 
 def _jumps(inputs: _Inputs, meta: dict[str, Any]) -> Iterator[str]:
