@@ -11,6 +11,7 @@ from tests.helpers.paths import ROOT
 from trainer.config.yaml_files import CONFIG_DIR
 
 
+@pytest.mark.slow
 def test_mup_page_is_current() -> None:
     page = (ROOT / "docs" / "mup.md").read_text()
     assert page == document(), "run: python -m docs.mup_page > docs/mup.md"

@@ -19,6 +19,8 @@ from benchmarks.convergence import ARMS, STUDIES, Job, Study, arms, best_rate, j
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 
+pytestmark = pytest.mark.slow
+
 CPU = STUDIES["mmdit_cpu"]
 BEST = {"mup": -7.0, "sp": -9.0}
 

@@ -14,7 +14,10 @@ from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 
 # The compiler looks at .grad of what it traces, and silences this warning in a way that "error" overrules.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 @pytest.fixture(autouse=True)

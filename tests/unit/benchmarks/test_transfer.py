@@ -12,6 +12,8 @@ from benchmarks.transfer import SWEEPS, Job, Sweep, jobs, judge, plot, run_all, 
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 
+pytestmark = pytest.mark.slow
+
 CPU = SWEEPS["mmdit_cpu"]
 DOCS = ROOT / "docs"
 

@@ -133,6 +133,7 @@ def test_text_encoder_errors_name_key_and_remedy(assets: Path, tmp_path: Path) -
         t5(assets, path=str(tmp_path / "pickled"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AutoConfig", "AutoTokenizer", "known config"])
 def test_code_beside_the_weights_never_runs(
     name: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

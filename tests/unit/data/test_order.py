@@ -54,6 +54,7 @@ def test_the_world_size_only_deals_slots(world: int) -> None:
     assert joined == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "batch"), [(SIZES, 8), ([64 * 40], 4), ([5], 16), ([1000, 7], 3)])
 def test_seeking_equals_replaying(sizes: list[int], batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     order = Order(3, sizes, batch, None)
@@ -220,6 +221,7 @@ SA_1B = [11_186 - i % 7 for i in range(1000)]
 SHARDS = 100 if FACTOR == 1 else 1000  # of an epoch that is read whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "batch"), [(256, 2048), (512, 5632)])
 def test_ranks_of_a_cluster_read_the_global_order(world: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rank, begun in mid-shard; at another number of ranks the same."""
@@ -232,6 +234,7 @@ def test_ranks_of_a_cluster_read_the_global_order(world: int, batch: int, monkey
     assert [len(slots_of(rank, world, batch)) for rank in range(world)] == [batch // world] * world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [2048, 5632])
 def test_an_epoch_at_the_batch_of_a_cluster_reads_each_sample_once(batch: int) -> None:
     sizes = SA_1B[:SHARDS]

@@ -116,6 +116,7 @@ class WorkersInTurn:
             yield from map(next, workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 3])
 def test_keys_of_each_step_at_any_world_size_before_and_after_a_resume_at_another(
     index: ImageTextIndex, workers: int, monkeypatch: pytest.MonkeyPatch

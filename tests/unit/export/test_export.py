@@ -124,6 +124,7 @@ def test_every_backbone_has_its_forms() -> None:
         assert all((kind, form) in LAYOUTS for form in open_forms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "form", "overrides"),
     [

@@ -37,6 +37,8 @@ from trainer.parallel.dcp import TensorReader, load_tensors
 from trainer.parallel.mesh import World
 from trainer.state import TrainState
 
+pytestmark = pytest.mark.slow
+
 GENUINE = ROOT / "tests/integration/run_of_0db30ff/checkpoints/step_00000004"
 FILES = ("meta.json", ".metadata", "__0_0.distcp")
 ODD: tuple[Any, ...] = (

@@ -49,6 +49,7 @@ def model_of(config: TrainConfig) -> nn.Module:
 
 
 # ------------------------------------------------------------------------------------------------- the shipped files
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_shipped_config_builds(path: Path) -> None:
     config = load_config(path.name)
@@ -546,6 +547,7 @@ def test_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=CONFIG_DIR.parent, check=False, timeout=60).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_written_config_loads_back(path: Path, tmp_path: Path) -> None:
     config = load_config(path.name, ["optim.eps=2e-12", "optim.lr=1e-5", "optim.clip_norm=null", "wandb.project=off"])

@@ -341,6 +341,7 @@ def test_noise_of_the_steps() -> None:
     assert len(torch.cat([at_step(keys, step) for step in range(1000)]).unique()) == 500_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("v", "bound"), [(-1.0, "posterior"), (1.0, "beta"), (0.0, "middle")])
 def test_learned_range_of_the_ancestral_step(v: float, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variance of one full-length step is the bound that v = -1 or 1 names, their geometric mean at 0."""
@@ -366,6 +367,7 @@ def test_learned_range_of_the_ancestral_step(v: float, bound: str, monkeypatch: 
 MEAN, STD = 0.3, 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("name", "steps", "learned"), [
     ("ancestral", 250, False), ("ancestral", 250, True), ("ddim", 100, False), ("dpm_solver", 50, False),

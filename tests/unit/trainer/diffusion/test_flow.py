@@ -117,6 +117,7 @@ def normal_distance(sample: Tensor) -> float:
     return math.sqrt(len(values)) * float(torch.maximum(above - cdf, cdf - above + 1 / len(values)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("purpose", list(PURPOSES))
 def test_normal_distribution(purpose: str) -> None:
     numbers = normal(spread_keys(80_000), (25,), purpose)

@@ -80,6 +80,7 @@ def test_a_baseline_that_gets_worse(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
 
 
+@pytest.mark.slow
 def test_suites_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Several suites in one table; runs of one folder name are told apart; one run alone has nothing to reach."""
     for parent in ("x", "y"):

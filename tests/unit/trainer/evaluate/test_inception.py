@@ -16,6 +16,8 @@ from tests.helpers.paths import ROOT
 from trainer.evaluate import metrics
 from trainer.evaluate.inception import KNOWN, Inception, Resize, resized
 
+pytestmark = pytest.mark.slow
+
 CIFAR = ROOT / ".cache/cifar10"
 
 

@@ -23,6 +23,7 @@ from trainer.parallel.compile import compile_units
 
 # The compiler looks at .grad of what it traces, and silences this warning in a way that "error" overrules.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]

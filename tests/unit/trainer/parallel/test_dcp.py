@@ -88,6 +88,7 @@ def _link(index: Any, folder: Path) -> None:
     (folder / "__0_0.distcp").symlink_to(folder.parent / "elsewhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lie", "said"),
     [

@@ -44,6 +44,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return filled
 
 
+@pytest.mark.slow
 def test_report(study: Study) -> None:
     report = make_report(study)
     assert report.best.value == min(t.value for t in report.trials if t.value is not None)
