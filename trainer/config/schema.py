@@ -240,7 +240,7 @@ class SampleConfig(Section):
     """Most images of a grid."""
     sampler: Literal["euler", "ancestral", "ddim", "dpm_solver", "dpm_solver_sigma_min"] | None = None
     """`euler` is for rectified_flow, the others are for ddpm; null takes euler or dpm_solver. `dpm_solver_sigma_min`
-    ends at timestep 0 by a step of second order, as PixArt's own code."""
+    ends at timestep 0 by a step of second order, as the solver's own code."""
     steps: int = Field(default=50, ge=1)
     """Sampling steps per image."""
     guidance: float = Field(default=4.0, ge=0)

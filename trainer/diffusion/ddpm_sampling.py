@@ -24,7 +24,7 @@ class DDPMSampler:
     dpm_solver: DPM-Solver++ of second order, multistep (Lu et al., arXiv 2211.01095), whose last step is of first order
     and ends without noise.
     dpm_solver_sigma_min: the same up to the last step, which is of second order and ends at timestep 0, as in the
-    solver's own code and so in PixArt's."""
+    solver's own code."""
 
     ddpm: DDPM
     name: SamplerName
