@@ -199,7 +199,8 @@ def _describe(inputs: _Inputs, start: _Start) -> list[str]:
     billions = sum(float(np.prod(row.shape)) for row in inputs.table.rows.values()) / 1e9
     notes = [inputs.table.describe(), f"{inputs.folder}: {billions:.3g} B parameters, {inputs.world.size} processes"]
     if start.initial is not None:
-        notes.append(f"weights from {start.initial} ({weights_of(read_meta(start.initial))})")
+        weights = weights_of(read_meta(start.initial))
+        notes.append(f"weights from {start.initial} ({weights}), and nothing else: moments, EMA and data begin anew")
     return notes
 
 

@@ -45,7 +45,8 @@ class RunConfig(Section):
     resume: bool = True
     """Continue from the newest complete checkpoint of the run folder; false refuses a folder that has a checkpoint."""
     init_from: str | None = None
-    """Checkpoint, or snapshot of the EMA weights, whose weights a new run starts from."""
+    """Checkpoint, or snapshot of the EMA weights, whose weights a new run starts from, at step 0: it takes no moments,
+    no EMA, no place in the data and no projector of REPA (launch/branch.py goes on with all of them)."""
     allow_change: tuple[str, ...] = ()
     """Keys of class schedule (optim.lr, train.steps, ...) that may differ from those of the run that is resumed."""
     keep_last: int = Field(default=3, ge=1)
