@@ -106,8 +106,9 @@ def test_run_folder(source: Path) -> None:
     config = load_config(str(source / "config.yaml"))
     assert config == load_config("mmdit_debug_mup", [f"run.dir={source.parent}", "run.name=source", *SHORT])
     table = json.loads((source / "mup.json").read_text())
+    used = table.pop("in_use")["blocks.0.image.qkv.weight"]
     assert table == read_meta(find_checkpoint(source))["mup"]
-    assert "blocks.0.image.qkv.weight" in table["rows"]
+    assert used == {"lr": config.optim.lr / 2, "weight_decay": 0.0, "eps": 1e-12}, "width 64 of base 32"
 
 
 def test_finished_run_started_again(source: Path) -> None:
