@@ -39,6 +39,12 @@ Weights decay by role (`optim.decay: matrices`) unless a config says `all`.
 Base hyperparameters that the table carries too: `mup.output_multiplier` (times 1/m), `mup.role_lr.ROLE` (on the lr of a
 role). `mup.base_depth` (off by default) multiplies what a block adds to the residual stream by base depth / depth
 (CompleteP, arXiv 2505.01618, alpha = 1); learning rates stay. U-ViT refuses it: its long skips are no residual branch.
+
+One init differs from the muP paper's code on purpose: PixArt's patch embedding is Xavier-uniform over the flattened
+patch, as PixArt's own code has it (std 0.0811 at base width 288). The paper's takes the convolution's four dimensions,
+because `mup.init` sees no flattened view, and so counts the patch's pixels in fan_out too (0.0414). Unit latents then
+enter with rms 0.32 instead of 0.17, beside positions with 0.71. It does not depend on the width in either, and to
+change it would refuse the resume of every PixArt run.
 """
 
 

@@ -45,7 +45,9 @@ def import_weights(config: TrainConfig, weights: Path, output: Path) -> str:
     tensors = read_published(source, layout_of(config, table, form), config, table)
     with folder_once(output) as folder:
         write_checkpoint(folder, config, table, {f"model/{name}": tensor for name, tensor in tensors.items()})
-    return f"{len(tensors)} parameters from {weights} ({form} names): run.init_from={output}{note}"
+    return (
+        f"{len(tensors)} parameters from {weights} ({form} names; read: {source.choice}): run.init_from={output}{note}"
+    )
 
 
 def check_import(config: TrainConfig, form: Format, source: PublishedWeights) -> str:

@@ -19,6 +19,7 @@ from ..errors import DataError
 from ..files import temporary_beside
 
 _REMEMBERED_BYTES = 1 << 30  # of safetensors files
+_LFS = b"version https://git-lfs"
 _MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, as its format has it
 
 
@@ -36,6 +37,10 @@ def load_error(key: str, path: str, subfolder: str | None, error: Exception) -> 
     """The DataError to raise where an encoder cannot be loaded. key: of the config, which names it."""
     where = f"{path}/{subfolder}" if subfolder else path
     if Path(path).is_dir():
+        if pointers := [file for file in sorted(Path(where).glob("*")) if lfs_pointer(file)]:
+            return DataError(
+                f"{key}: {str(pointers[0])!r} is a pointer of git-lfs, not the file: run git lfs pull in its folder"
+            )
         detail = str(error).strip().partition("\n")[0][:300]
         if (damaged := _first_damaged(Path(where))) is not None:
             return DataError(f"{key}: {str(damaged)!r} is damaged ({detail}): fetch it again")
@@ -45,6 +50,15 @@ def load_error(key: str, path: str, subfolder: str | None, error: Exception) -> 
         f"{key}: there is no folder {where!r}, and no model of that name can be had from the hub ({detail}); give a "
         "local folder with config.json and *.safetensors, or a hub id that this machine can reach and may read"
     )
+
+
+def lfs_pointer(file: Path) -> bool:
+    """Whether a file only says where git-lfs has the real one, as after a clone without git-lfs."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 def _first_damaged(folder: Path) -> Path | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.forked import finished
 from trainer.checkpoint.find import complete_checkpoints
 
 from .runs import assert_close, exact, train, train_and_kill, weights
@@ -36,6 +37,19 @@ def test_bit_exact(processes: int, workers: int, uninterrupted: dict[int, list[s
     resumed_from = [path.name for path in complete_checkpoints(folder / "checkpoints")]
     records = train(processes, folder, *SETTINGS, more)
     assert exact(records) == uninterrupted[processes], f"killed at {killed_at}, had {resumed_from}, seed {seed}"
+
+
+def test_a_branch_logs_what_a_run_with_its_schedule_from_the_start_logs(
+    uninterrupted: dict[int, list[str]], tmp_path: Path
+) -> None:
+    """Here out of the decay of a WSD run, back at a constant rate. The checkpoint holds half of a line's sum."""
+    decaying = ("train.steps=7", "optim.schedule=wsd", "optim.decay_steps=1")
+    train(1, tmp_path / "decaying", *SETTINGS, *decaying)
+    source, folder = tmp_path / "decaying" / "checkpoints" / "step_00000005", tmp_path / "constant"
+    constant = ("train.steps=16", "optim.schedule=constant", "optim.decay_steps=0")
+    done = finished("launch/branch.py", "--checkpoint", source, "--output", folder, *constant)
+    assert done.returncode == 0, done.stderr
+    assert exact(train(1, folder, config=str(folder / "config.yaml"))) == uninterrupted[1]
 
 
 def test_another_world_size_goes_on(tmp_path: Path, uninterrupted: dict[int, list[str]]) -> None:

@@ -45,7 +45,8 @@ def test_it_resumes(folder: Path, case: str) -> None:
             assert record[key] == pytest.approx(value, rel=1e-4), (record["step"], key)
     assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == ["step_00000004", "step_00000008"]
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
-    assert json.loads((folder / "mup.json").read_text()) == json.loads((FOLDER / "mup.json").read_text())
+    table, old = (json.loads((path / "mup.json").read_text()) for path in (folder, FOLDER))
+    assert {key: table[key] for key in old} == old
 
 
 def test_it_samples_and_exports(folder: Path, tmp_path: Path) -> None:

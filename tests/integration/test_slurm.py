@@ -158,8 +158,9 @@ VALUES = {
     "--config": "mmdit_debug_mup.yaml", "--to": "mmdit_debug_mup.yaml", "--gpus": "2", "--nodes": "1",
     "--ntasks-per-node": "2", "--gpus-per-node": "1", "--partition": slurm.PARTITION, "--time": "00:10:00",
     "--widths": "64,128,256", "--steps": "4", "--processes": "1", "--array": "2", "--study": "{page}/searched",
-    "--output": "{page}/found.yaml",
+    "--checkpoint": "{page}/submitted",
 }  # fmt: skip
+PATHS = {"configs/mmdit_18b_found.yaml": "{page}/found.yaml", "runs/NAME": "{page}/NAME", "18b": "debug"}
 OVERRIDES = (
     "data.shards=synthetic", "text_encoder.path=none", "text_encoder.max_length=8", "text_encoder.width=32",
     "validation.samples=4", "train.steps=4", "train.sample_every=0", "run.dir={page}",
@@ -177,6 +178,7 @@ ADDED = {
     "submit": ("run.name=submitted", *OVERRIDES),
     "train": ("run.name=by_hand", *OVERRIDES),
     "report": (),
+    "branch": (),
     "transfer": (),
 }
 COMMANDS = [
@@ -210,7 +212,8 @@ def test_commands_of_the_page(
         "{page}/search.yaml" if word.startswith("search/") else VALUES.get(option, word)
         for option, word in zip(["", *words], words, strict=False)
     ]
-    command = [word.replace("18b", "debug") for word in command]
+    for text, smaller in PATHS.items():
+        command = [word.replace(text, smaller) for word in command]
     command = once([word.replace("{page}", str(page)) for word in (*command, *ADDED.get(name, OVERRIDES))])
     for key, value in variables(cluster).items():
         monkeypatch.setenv(key, value)

@@ -16,7 +16,7 @@ from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 from trainer.mup.apply import apply_branch_scale, apply_multipliers, build_table, init_parameters
 from trainer.mup.rules import Settings
-from trainer.mup.table import MuTable
+from trainer.mup.table import BaseRates, MuTable
 
 from .cases import BASE_WIDTH, CASES, CHANNELS, CLASSES, HEAD_DIM, TEXT_LENGTH, TEXT_WIDTH
 from .checks import adamw, train
@@ -120,7 +120,7 @@ def test_the_scale_is_the_tables(name: str) -> None:
     assert table.settings.branch_scale == 0.25
     assert table.hash != plain.hash
     assert table.rows == plain.rows, "at alpha = 1 lr, decay and a constant epsilon stay"
-    assert "every residual branch x 0.25" in table.describe()
+    assert "every residual branch x 0.25" in table.describe(BaseRates(1e-3, 0.0, 1e-12))
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
     apply_multipliers(model, table)

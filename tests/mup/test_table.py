@@ -19,7 +19,7 @@ from trainer.mup.apply import (
     param_groups,
 )
 from trainer.mup.rules import ROLES, Parametrization, Role, Settings, factors
-from trainer.mup.table import MuTable, ParameterInfo, TableError, fans
+from trainer.mup.table import BaseRates, MuTable, ParameterInfo, TableError, fans
 
 from .cases import BASE_WIDTH, CASES, CHANNELS, HEAD_DIM, TEXT_WIDTH, AdaLN, Case
 from .checks import scale_of
@@ -294,9 +294,14 @@ def test_hash_and_text() -> None:
     assert table.hash == MMDIT.table(4.0).hash == table.to_json()["sha256"]
     others = [MMDIT.table(2.5), MMDIT.table(4.0, Settings(wd_rule="sqrt")), MMDIT.table(4.0, adaln="zero")]
     assert len({table.hash, *(other.hash for other in others)}) == 4
-    lines = table.describe().splitlines()
+    base = BaseRates(lr=2e-3, weight_decay=0.1, eps=1e-12)
+    lines = table.describe(base).splitlines()
     fused = next(line.split() for line in lines if line.startswith("blocks.*.image.qkv.weight"))
-    assert fused == ["blocks.*.image.qkv.weight", "576x192", "hidden", "0.0722", "1", "0.25", "4", "1", "2"]
+    assert fused == ["blocks.*.image.qkv.weight", "576x192", "hidden", "0.0722", "1", "0.25", "0.0005", "4", "0.4",
+                     "1", "1e-12", "2"]  # each factor, and the rate in use  # fmt: skip
+    for group in param_groups(MMDIT.model(4.0, table).named_parameters(), table, *base):
+        for name in group["param_names"]:
+            assert table.in_use(base)[name] == {key: group[key] for key in base._fields}, "what the optimizer has"
 
 
 @every_case

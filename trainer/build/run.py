@@ -41,7 +41,7 @@ from ..lr_schedule import lr_factor
 from ..monitor.metrics import Metrics, peak_flops
 from ..monitor.mup_health import Health, WatchedParameter
 from ..monitor.step_timer import StepTimer
-from ..mup.table import MuTable
+from ..mup.table import BaseRates, MuTable
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
 from ..parallel.precision import multiplies, precision_of
@@ -197,9 +197,13 @@ def _describe(inputs: _Inputs, start: _Start) -> list[str]:
             *_jumps(inputs, start.resumed.meta),
         ]
     billions = sum(float(np.prod(row.shape)) for row in inputs.table.rows.values()) / 1e9
-    notes = [inputs.table.describe(), f"{inputs.folder}: {billions:.3g} B parameters, {inputs.world.size} processes"]
+    notes = [
+        inputs.table.describe(_base_rates(inputs.config)),
+        f"{inputs.folder}: {billions:.3g} B parameters, {inputs.world.size} processes",
+    ]
     if start.initial is not None:
-        notes.append(f"weights from {start.initial} ({weights_of(read_meta(start.initial))})")
+        weights = weights_of(read_meta(start.initial))
+        notes.append(f"weights from {start.initial} ({weights}), and nothing else: moments, EMA and data begin anew")
     return notes
 
 
@@ -308,10 +312,12 @@ def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) ->
     """Write the run folder, from which damaged checkpoints are set aside, and tell the notes."""
     config, folder = inputs.config, inputs.folder
 
+    table = inputs.table.to_json() | {"in_use": inputs.table.in_use(_base_rates(config))}
+
     def write() -> None:
         clear_leftovers(folder)
         for name, text in (
-            ("mup.json", json.dumps(inputs.table.to_json(), indent=1)),  # first: by it a run folder is known
+            ("mup.json", json.dumps(table, indent=1)),  # first: by it a run folder is known
             ("config.yaml", to_yaml(config)),
         ):
             if not (folder / name).is_file() or (folder / name).read_bytes() != text.encode():  # no room is needed then
@@ -406,6 +412,10 @@ def _plan(inputs: _Inputs) -> Plan:
         image_flops=partial(image_flops, config),
         peak_flops=None if peak is None else peak * world.size,
     )
+
+
+def _base_rates(config: TrainConfig) -> BaseRates:
+    return BaseRates(config.optim.lr, config.optim.weight_decay, config.optim.eps)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

@@ -89,13 +89,13 @@ def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:
     """Keys of objective and sample that do not go together, or that do not fit the model."""
     kind, sampler = c.objective.kind, c.sampler
     if (sampler == "euler") != (kind == "rectified_flow"):
-        fitting = "euler" if kind == "rectified_flow" else "ancestral, ddim or dpm_solver"
+        fitting = "euler" if kind == "rectified_flow" else "ancestral, ddim, dpm_solver or dpm_solver_sigma_min"
         yield f"sample.sampler {sampler} does not fit objective.kind {kind}: use {fitting}"
     if kind == "rectified_flow" and c.model.learn_sigma:
         yield "model.learn_sigma needs objective.kind ddpm: a rectified flow has no variance to learn"
     if kind == "ddpm":
         # DPM-Solver takes steps + 1 different times out of 1000; DDIM strides evenly over all of them.
-        most = 999 if sampler == "dpm_solver" else 1000
+        most = 999 if sampler.startswith("dpm_solver") else 1000
         if c.sample.steps > most:
             yield f"sample.steps {c.sample.steps} is more than the {most} of sample.sampler {sampler}"
         elif sampler == "ddim" and 1000 % c.sample.steps:

@@ -1,11 +1,29 @@
 """Which keys of a config may differ from the config that the run was started with."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError
-from .keys import flatten, key_class, plain
+from .keys import KeyClass, flatten, key_class, plain
 from .schema import TrainConfig
+
+
+class Difference(NamedTuple):
+    """A key of which two configs have other values."""
+
+    key: str
+    kind: KeyClass
+    before: Any
+    now: Any
+
+
+def differences(old: Mapping[str, Any], new: TrainConfig) -> list[Difference]:
+    """The keys of `new` that differ from the config stored in a checkpoint, which is plain data."""
+    # A key that the checkpoint's code did not have yet acted then as its default acts now.
+    defaults = {k: v for k, v in flatten(plain(TrainConfig())).items() if not k.startswith("model.")}
+    before, now = defaults | flatten(old), flatten(plain(new))
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return [Difference(key, key_class(key), *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
 
 
 def check_resume(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
@@ -13,24 +31,17 @@ def check_resume(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
 
     old: the config stored in the checkpoint, as plain data.
     """
-    # A key that the checkpoint's code did not have yet acted then as its default acts now.
-    defaults = {k: v for k, v in flatten(plain(TrainConfig())).items() if not k.startswith("model.")}
-    before, after = defaults | flatten(old), flatten(plain(new))
-    changed, refused = [], []
-    for key in sorted(before.keys() | after.keys()):
-        if (a := before.get(key)) == (b := after.get(key)):
-            continue
-        kind = key_class(key)
-        if kind == "identity":
-            refused.append(f"{key}: {a} in the checkpoint, {b} now; it is part of what the run is")
-        elif kind == "schedule" and key not in new.run.allow_change:
-            refused.append(f"{key}: {a} in the checkpoint, {b} now; allow it with run.allow_change=[{key}]")
-        elif not key.startswith("run."):
-            changed.append(f"{key}: {a} -> {b}")
-    if refused:
-        raise ConfigError(
-            "this run folder was started with another config:\n  "
-            + "\n  ".join(refused)
-            + "\nUse another run.name for a new run."
-        )
-    return changed
+    found, allowed = differences(old, new), new.run.allow_change
+    identity = [each for each in found if each.kind == "identity"]
+    schedule = [each for each in found if each.kind == "schedule" and each.key not in allowed]
+    if identity or schedule:
+        lines = [
+            "this run folder was started with another config:",
+            *(f"  {e.key}: {e.before} in the checkpoint, {e.now} now; it is part of what the run is" for e in identity),
+            *(f"  {e.key}: {e.before} in the checkpoint, {e.now} now" for e in schedule),
+        ]
+        if schedule:  # quoted, because shells read [...] as a pattern
+            keys = ",".join([*allowed, *(each.key for each in schedule)])
+            lines.append(f"To go on with the new schedule, add 'run.allow_change=[{keys}]'")
+        raise ConfigError("\n".join([*lines, "Use another run.name for a new run."]))
+    return [f"{each.key}: {each.before} -> {each.now}" for each in found if not each.key.startswith("run.")]

@@ -45,7 +45,8 @@ class RunConfig(Section):
     resume: bool = True
     """Continue from the newest complete checkpoint of the run folder; false refuses a folder that has a checkpoint."""
     init_from: str | None = None
-    """Checkpoint, or snapshot of the EMA weights, whose weights a new run starts from."""
+    """Checkpoint, or snapshot of the EMA weights, whose weights a new run starts from, at step 0: it takes no moments,
+    no EMA, no place in the data and no projector of REPA (launch/branch.py goes on with all of them)."""
     allow_change: tuple[str, ...] = ()
     """Keys of class schedule (optim.lr, train.steps, ...) that may differ from those of the run that is resumed."""
     keep_last: int = Field(default=3, ge=1)
@@ -238,8 +239,9 @@ class SampleConfig(Section):
     samples."""
     count: int = Field(default=16, ge=1)
     """Most images of a grid."""
-    sampler: Literal["euler", "ancestral", "ddim", "dpm_solver"] | None = None
-    """`euler` is for rectified_flow, the others are for ddpm; null takes euler or dpm_solver."""
+    sampler: Literal["euler", "ancestral", "ddim", "dpm_solver", "dpm_solver_sigma_min"] | None = None
+    """`euler` is for rectified_flow, the others are for ddpm; null takes euler or dpm_solver. `dpm_solver_sigma_min`
+    ends at timestep 0 by a step of second order, as the solver's own code."""
     steps: int = Field(default=50, ge=1)
     """Sampling steps per image."""
     guidance: float = Field(default=4.0, ge=0)
@@ -312,7 +314,7 @@ class TrainConfig(Section):
         return ProjectorConfig(o.repa_hidden, o.repa_width) if o.repa_weight else None
 
     @property
-    def sampler(self) -> Literal["euler", "ancestral", "ddim", "dpm_solver"]:
+    def sampler(self) -> Literal["euler", "ancestral", "ddim", "dpm_solver", "dpm_solver_sigma_min"]:
         """sample.sampler, or the objective's own where that is null."""
         return self.sample.sampler or ("euler" if self.objective.kind == "rectified_flow" else "dpm_solver")
 

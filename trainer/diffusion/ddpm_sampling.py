@@ -14,14 +14,17 @@ from .ddpm import DDPM, TIMESTEPS, betas
 from .random import at_step
 from .sampling import Predict
 
-SamplerName = Literal["ancestral", "ddim", "dpm_solver"]
+SamplerName = Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_sigma_min"]
 
 
 @dataclass(frozen=True)
 class DDPMSampler:
     """ancestral: Ho et al.'s chain, thinned out evenly; its variance is the learned one, else the posterior's.
     ddim: deterministic (Song et al., arXiv 2010.02502); steps must divide 1000.
-    dpm_solver: DPM-Solver++ of second order, multistep (Lu et al., arXiv 2211.01095)."""
+    dpm_solver: DPM-Solver++ of second order, multistep (Lu et al., arXiv 2211.01095), whose last step is of first order
+    and ends without noise.
+    dpm_solver_sigma_min: the same up to the last step, which is of second order and ends at timestep 0, as in the
+    solver's own code."""
 
     ddpm: DDPM
     name: SamplerName
@@ -44,9 +47,10 @@ class DDPMSampler:
             # trailing begins at 999, where the starting noise belongs (Lin et al., arXiv 2305.08891, table 2).
             made = DDIMScheduler(**shared, timestep_spacing="trailing", clip_sample=False)
         else:
-            made = DPMSolverMultistepScheduler(
-                **shared, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace"
-            )
+            shared |= {"algorithm_type": "dpmsolver++", "solver_order": 2, "timestep_spacing": "linspace"}
+            if self.name == "dpm_solver_sigma_min":  # the solver's own code lowers the order below 10 steps, not 15
+                shared |= {"final_sigmas_type": "sigma_min", "lower_order_final": self.steps < 10}
+            made = DPMSolverMultistepScheduler(**shared)
         with warnings.catch_warnings():  # DPM-Solver's use of numpy 2 is deprecated; not a user's business
             warnings.simplefilter("ignore", DeprecationWarning)
             made.set_timesteps(self.steps)

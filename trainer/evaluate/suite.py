@@ -41,7 +41,7 @@ class FlowSampling(Section):
 class DiffusionSampling(Section):
     """How models are sampled that were trained with objective.kind ddpm."""
 
-    sampler: Literal["ancestral", "ddim", "dpm_solver"]
+    sampler: Literal["ancestral", "ddim", "dpm_solver", "dpm_solver_sigma_min"]
     """Sampler, as sample.sampler."""
     steps: int = Field(ge=1)
     """Sampling steps per image."""

@@ -35,6 +35,14 @@ class ParameterInfo(NamedTuple):
     in_branch: bool = False
 
 
+class BaseRates(NamedTuple):
+    """The base hyperparameters that the factors of a row multiply; a schedule multiplies lr further."""
+
+    lr: float
+    weight_decay: float
+    eps: float
+
+
 class Declared(Protocol):
     """What a model declares for the names that match `pattern`; see models.layers.Declaration."""
 
@@ -234,18 +242,41 @@ class MuTable:
         settings = {name: value for name, value in asdict(self.settings).items() if off.get(name) != value}
         return {"version": VERSION, "settings": settings, "rows": rows}
 
-    def describe(self) -> str:
-        """The table as text; equal rows of consecutive blocks are shown once, with their count."""
+    def in_use(self, base: BaseRates) -> dict[str, dict[str, float]]:
+        """What the optimizer has of each parameter: base rates times the row's factors."""
+        return {
+            name: {key: value * getattr(row, key) for key, value in base._asdict().items()}
+            for name, row in self.rows.items()
+        }
+
+    def describe(self, base: BaseRates) -> str:
+        """The table as text, each factor beside the rate in use; equal rows of consecutive blocks are shown once, with
+        their count."""
+        rates = self.in_use(base)
         lines: dict[tuple[str, ...], list[str]] = {}
         for name, row in self.rows.items():
             pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
             cells = (
                 pattern, "x".join(map(str, row.shape)), row.role,
                 row.init if row.init in ("zeros", "ones") else f"{row.init_std:.3g}",
-                f"{row.multiplier:.4g}", f"{row.lr:.4g}", f"{row.weight_decay:.4g}", f"{row.eps:.4g}",
+                f"{row.multiplier:.4g}",
+                *(f"{value:.4g}" for key, rate in rates[name].items() for value in (getattr(row, key), rate)),
             )  # fmt: skip
             lines.setdefault(cells, []).append(name)
-        head = ("parameter", "shape", "role", "init std", "input x", "lr x", "wd x", "eps x", "tensors")
+        head = (
+            "parameter",
+            "shape",
+            "role",
+            "init std",
+            "input x",
+            "lr x",
+            "lr",
+            "wd x",
+            "wd",
+            "eps x",
+            "eps",
+            "tensors",
+        )
         table = [head, *((*cells, str(len(names))) for cells, names in lines.items())]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         text = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in table]

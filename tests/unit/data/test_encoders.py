@@ -246,6 +246,11 @@ def _rewritten(change: Callable[[dict[str, torch.Tensor], str], object]) -> Call
 
 DAMAGES = [
     pytest.param(_cut, r"model\.safetensors' is damaged", id="cut"),
+    pytest.param(
+        lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n"),
+        r"model\.safetensors' is a pointer of git-lfs",
+        id="git-lfs",
+    ),
     pytest.param(lambda file: file.write_bytes(b"\xff" * 5000), r"model\.safetensors' is damaged", id="garbage"),
     pytest.param(
         _rewritten(lambda tensors, name: tensors.pop(name)),

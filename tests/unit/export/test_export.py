@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +198,9 @@ def test_official_files_of_torch(kind: str, tmp_path: Path, monkeypatch: pytest.
     _, ours = random_checkpoint(tmp_path / "from", config)
     theirs = published(config, "official", ours)
     theirs |= {"y_embedder.y_embedding": torch.ones(4, 64)} if kind == "pixart" else {}
-    torch.save({"ema": theirs, "model": {}, "steps": 5} if kind == "dit" else theirs, tmp_path / "weights.pth")
+    whole = {"model": {}, "ema": theirs, "args": Namespace(lr=1e-4)}  # as DiT's training writes it
+    old = {"_use_new_zipfile_serialization": kind != "uvit"}  # torch's files before 1.6
+    torch.save(whole if kind == "dit" else theirs, tmp_path / "weights.pth", **old)
     back = imported(tmp_path, monkeypatch, kind, tmp_path / "weights.pth")
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
@@ -236,11 +240,58 @@ def test_bad_published_weights(
     with pytest.raises(CheckpointError, match="cannot be read"):
         imported(tmp_path, monkeypatch, "pixart", file)
     torch.save({"weights": Harmful()}, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        imported(tmp_path, monkeypatch, "pixart", tmp_path / "bad.pt")
+    (tmp_path / "cut.pt").write_bytes(b"\x80\x02}q\x00(nonsense")
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
+    for bad, message in (
+        ("bad.pt", r"bad\.pt cannot be read: it holds objects \(print\) beside the weights, and making them"),
+        ("cut.pt", r"cut\.pt cannot be read: it is damaged, or no file of torch\.save"),
+        ("lfs.safetensors", "is a pointer of git-lfs, not the file: run git lfs pull"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            imported(tmp_path, monkeypatch, "pixart", tmp_path / bad)
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="no weights in"):
         imported(tmp_path, monkeypatch, "pixart", tmp_path / "from")
+
+
+def test_which_files_of_a_folder_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The index says which, full precision comes before a variant of it, and what is left aside is told."""
+    config = config_of("pixart")
+    _, ours = random_checkpoint(tmp_path / "from", config)
+    good = published(config, "diffusers", ours)
+    folder, stem = tmp_path / "pipeline" / "transformer", "diffusion_pytorch_model"
+    folder.mkdir(parents=True)
+
+    def save(name: str, tensors: dict[str, Tensor]) -> None:
+        save_file({f"module.{key}": tensor.clone() for key, tensor in tensors.items()}, folder / name)
+
+    def back() -> dict[str, Tensor]:
+        shutil.rmtree(tmp_path / "back", ignore_errors=True)
+        return imported(tmp_path, monkeypatch, "pixart", folder.parent)
+
+    half = {name: tensor.half() + 1 for name, tensor in good.items()}  # other numbers, to be told apart
+    save(f"{stem}.fp16.safetensors", half)
+    assert not torch.equal(back()["final.bias"], ours["final.bias"]), "the variant alone is read"
+    names = sorted(good)
+    save(f"{stem}-00001-of-00002.safetensors", {name: good[name] for name in names[:9]})
+    with pytest.raises(CheckpointError, match="has 1 of the 2 files of diffusion_pytorch_model"):
+        back()
+    save(f"{stem}-00002-of-00002.safetensors", {name: good[name] for name in names[9:]})
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in back().items())
+    told = f"read: {stem}-00001-of-00002.safetensors, {stem}-00002-of-00002.safetensors (left aside: {stem}.fp16."
+    assert told in capsys.readouterr().out
+    save(f"{stem}.safetensors", half)  # of another version
+    parts = {f"module.{name}": f"{stem}-0000{1 + (name in names[9:])}-of-00002.safetensors" for name in names}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in back().items())
+    (folder / f"{stem}-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors is missing, which .*index\.json names"):
+        back()
+    save("another.safetensors", half)
+    with pytest.raises(CheckpointError, match=r"index\.json names|holds several models"):
+        back()
 
 
 def test_embedders_that_differ_between_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +326,7 @@ def test_numbered_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 MEASURE = """
 import sys
+from argparse import Namespace
 from pathlib import Path
 from export.write import layout_of, write_weights
 from tests.helpers.exports import config_of

@@ -458,9 +458,10 @@ def test_resume_asks_for_schedule_keys() -> None:
     with pytest.raises(ConfigError) as error:
         resumed("optim.lr=1e-3", "train.steps=30", "train.seed=1", "run.allow_change=[train.steps]")
     text = str(error.value)
-    assert "optim.lr: 0.004 in the checkpoint, 0.001 now; allow it with run.allow_change=[optim.lr]" in text
+    assert "optim.lr: 0.004 in the checkpoint, 0.001 now\n" in text
+    assert "add 'run.allow_change=[train.steps,optim.lr]'\n" in text, "ready to paste, with what was allowed before"
     assert "train.seed" in text, "all at once"
-    assert "train.steps" not in text
+    assert "train.steps: " not in text
     assert resumed("optim.lr=1e-3", "train.steps=30", "run.allow_change=[optim.lr, train.steps]") == [
         "optim.lr: 0.004 -> 0.001",
         "train.steps: 20 -> 30",

@@ -1,5 +1,6 @@
 """DDPM: its constants, its loss against numpy, its samplers against diffusers' own loop and a known distribution."""
 
+import itertools
 import math
 import warnings
 from typing import Any, Literal
@@ -19,10 +20,11 @@ from trainer.diffusion.ddpm_sampling import DDPMSampler, SamplerName, _generator
 from trainer.diffusion.flow import RectifiedFlow
 from trainer.diffusion.random import at_step, integers, normal
 from trainer.diffusion.sampling import Euler, guided
+from trainer.evaluate.suite import load_suite
 from trainer.evaluate.val_loss import levels, sample_losses
 
 SCHEDULES: list[BetaSchedule] = ["linear", "scaled_linear"]
-SAMPLERS: list[SamplerName] = ["ancestral", "ddim", "dpm_solver"]
+SAMPLERS: list[SamplerName] = ["ancestral", "ddim", "dpm_solver", "dpm_solver_sigma_min"]
 SHAPE = (4, 3, 3)
 KEYS = torch.tensor([7, -3, 0, 2**63 - 1, -(2**63), 123456789012345])
 TIMESTEPS = [0, 0, 1, 500, 998, 999]
@@ -278,6 +280,8 @@ def expected_scheduler(
         return DDPMScheduler(**shared, variance_type=variance, clip_sample=False, timestep_spacing="linspace")
     if name == "ddim":
         return DDIMScheduler(**shared, clip_sample=False, timestep_spacing="trailing")
+    if name == "dpm_solver_sigma_min":
+        shared |= {"final_sigmas_type": "sigma_min"}
     return DPMSolverMultistepScheduler(**shared)
 
 
@@ -300,6 +304,33 @@ def test_sampler_is_the_loop_of_diffusers(name: SamplerName, schedule: BetaSched
         x = scheduler.step(output, timestep, x, **more).prev_sample
     ours = DDPMSampler(DDPM(schedule, learned), name, 20)(predict, noise, KEYS)
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)  # their betas are rounded to float32 on the way
+
+
+@pytest.mark.parametrize(("steps", "final_order"), [(20, 2), (12, 2), (8, 1)])
+def test_dpm_solver_ends_as_its_authors_do(steps: int, final_order: int) -> None:
+    """By the update formulas of the paper (arXiv 2211.01095, algorithm 2), down to timestep 0."""
+    abar = (1 - betas("linear")).cumprod(0).double()
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    lam = (alpha / sigma).log()
+    times = [round(999 * (1 - i / steps)) for i in range(steps + 1)]
+    predict = network(4)
+    x = normal(KEYS, SHAPE, "noise").double()
+    before = None
+    for i, (s, t) in enumerate(itertools.pairwise(times)):
+        clean = (x - sigma[s] * predict(x, torch.full((len(x),), s / 1000))) / alpha[s]
+        direction, h = clean, lam[t] - lam[s]
+        if before is not None and (final_order == 2 or i < steps - 1):
+            direction = clean + h / (2 * (lam[s] - lam[times[i - 1]])) * (clean - before)
+        x, before = sigma[t] / sigma[s] * x - alpha[t] * torch.expm1(-h) * direction, clean
+    sampled = DDPMSampler(DDPM("linear", False), "dpm_solver_sigma_min", steps)
+    torch.testing.assert_close(
+        sampled(predict, normal(KEYS, SHAPE, "noise").float(), KEYS), x.float(), rtol=1e-3, atol=1e-3
+    )
+    for suite in ("mjhq_30k", "coco_30k", "geneval"):  # these stand beside PixArt's numbers
+        paths = [f"{key}=x" for key in ("network", "reference", "clip", "detector")]
+        chosen = load_suite(suite, paths)[1].ddpm
+        assert chosen is not None
+        assert chosen.sampler == "dpm_solver_sigma_min"
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -371,7 +402,7 @@ MEAN, STD = 0.3, 0.5
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("name", "steps", "learned"), [
     ("ancestral", 250, False), ("ancestral", 250, True), ("ddim", 100, False), ("dpm_solver", 50, False),
-    ("dpm_solver", 50, True),
+    ("dpm_solver", 50, True), ("dpm_solver_sigma_min", 50, True),
 ])  # fmt: skip
 def test_samplers_recover_a_known_distribution(
     schedule: BetaSchedule, name: SamplerName, steps: int, learned: bool
