@@ -15,10 +15,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .config import Bucket
-from .order import END_OF_DATA, Chunk, Order, Source, deal, mix, rates_of
+from .order import END_OF_DATA, Chunk, Order, Source, mix
 
 BLOCK = 64  # steps that are shuffled together: fewer keep closer to the shares, more hide the pattern
 SPECIAL_TOKENS = 2  # the most that a tokenizer adds to a caption
+_RATE_BITS = 31  # binary digits of a rate: over 2^31 steps a bucket's share is exact to less than one step
 _ROWS = 1 << 20  # rows of the index that are assigned to buckets together
 _PURPOSE_BUCKET, _PURPOSE_STEPS = 4, 5
 _ASSIGN_VERSION = 1  # of what `assign` finds, which is stored: a change of its results must change this
@@ -103,6 +104,35 @@ def merged(counts: Sequence[int], buckets: Sequence[Bucket], at_least: int) -> l
         counts[into], counts[one] = counts[into] + counts[one], 0
         joins = [into if bucket == one else bucket for bucket in joins]  # also those that had joined `one` before
     return joins
+
+
+def rates_of(weights: Sequence[Fraction]) -> list[int]:
+    """The rates that `deal` takes for several sources: each one's share of what those before it leave, times
+    2^_RATE_BITS. The last one takes the rest and has none."""
+    return [round(weights[i] / sum(weights[i:]) * 2**_RATE_BITS) for i in range(len(weights) - 1)]
+
+
+def deal(rates: Sequence[int], g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Deal the numbers 0, 1, 2, ... to several sources by their rates, without walking over them.
+
+    g: int64 [n] numbers -> (the source that each goes to, its number within that source), both int64 [n].
+
+    Let F(x) be x * rate rounded to a whole number. The first source takes x where F(x + 1) > F(x). A rate is at most 1,
+    so F rises by 0 or 1: of the numbers below x exactly F(x) are taken, for any x. Hence F(x) is also the number of x
+    within the source, the source's share of 0 ... x - 1 is exact to within one half, and its share of any range of
+    numbers, such as a batch, to within one. What is not taken is numbered anew without gaps, as x - F(x), and the next
+    source takes from that in the same way; each source before it adds at most one half to its error.
+    """
+    half = 1 << (_RATE_BITS - 1)
+    source, number, rest = np.full_like(g, len(rates)), g, g
+    for i, rate in enumerate(rates):
+        before = (rest * rate + half) >> _RATE_BITS  # F(rest)
+        left = source == len(rates)  # not taken by a source before this one
+        taken = left & (((rest + 1) * rate + half) >> _RATE_BITS > before)
+        number = np.where(taken, before, np.where(left, rest - before, number))
+        source = np.where(taken, i, source)
+        rest = np.where(left, rest - before, rest)
+    return source, number
 
 
 class Schedule:

@@ -30,10 +30,11 @@ from .order import Source
 from .precomputed_format import Dataset, open_dataset
 from .shard_index import ABSENT, ShardIndex, load_index
 from .storage import FileVersion, Remote, RetryPolicy, Shard, file_version, open_shards
+from .tar_samples import told
 
 logger = logging.getLogger(__name__)
 
-_PACKED_VERSION = 5  # of the packed files
+_PACKED_VERSION = 6  # of the packed files
 _FILES = ("rows.bin", "keys.bin", "captions.bin")
 _VERSION_THREADS = 32  # a store answers within tens of milliseconds, and a set has thousands of shards
 COLUMNS = (
@@ -78,7 +79,8 @@ class ImageTextIndex:
     one that is gone with the process. versions: of the shards, where another process has asked for them; None asks.
     Attributes: `names` of the shards without .tar; `shard_sizes`, samples of each; `sources`, for the order;
     `fingerprint`, the identity of the data by names, keys, sizes and weights, whatever the folder; `dataset`, what
-    precomputed shards were made with, None where the shards hold images. Each of COLUMNS is an attribute too: a numpy
+    precomputed shards were made with, None where the shards hold images; `remarks` on the shards, for their user. Each
+    of COLUMNS is an attribute too: a numpy
     array [samples], mapped from the file.
     Raises DataError where a shard cannot be read, or precomputed shards and shards of images are mixed.
     """
@@ -108,7 +110,7 @@ class ImageTextIndex:
         sources = [source for source in shards if isinstance(source, IndexSource)]
         sources = sources or [IndexSource([shard for shard in shards if not isinstance(shard, IndexSource)])]
         flat = [shard for source in sources for shard in source.shards]
-        if versions is None:
+        if first := versions is None:
             with ThreadPoolExecutor(_VERSION_THREADS) as threads:
                 versions = list(threads.map(lambda shard: file_version(shard, retry), flat))
         if len(versions) != len(flat):
@@ -123,6 +125,8 @@ class ImageTextIndex:
 
         with self._folder(sources, cache, retry) as folder:
             self._open(folder)
+        for remark in self.remarks if first else ():
+            logger.warning("data: %s", remark)
         self.dataset: Dataset | None = open_dataset(self.paths, retry) if self._precomputed else None
 
     def _open(self, folder: Path) -> None:
@@ -131,6 +135,7 @@ class ImageTextIndex:
         self.shard_sizes: list[int] = meta["shard_sizes"]
         self.fingerprint: str = meta["fingerprint"]
         self._precomputed: bool = meta["precomputed"]
+        self.remarks: list[str] = meta["remarks"]
         self._first = np.cumsum([0, *self.shard_sizes])
         self._files = {name: os.open(folder / f"{name}.bin", os.O_RDONLY) for name in ("rows", "keys", "captions")}
         weakref.finalize(self, _close, list(self._files.values()))
@@ -170,7 +175,7 @@ class ImageTextIndex:
     def _pack(self, sources: Sequence[IndexSource], folder: Path, cache: Path | None, retry: RetryPolicy) -> None:
         """Write rows.bin, keys.bin, captions.bin and set.json, with the index of one shard in memory at a time."""
         sizes: list[int] = []
-        digests = []
+        digests, remarks = [], []
         kinds: dict[bool, str] = {}  # {precomputed or not: the last such shard}
         with (
             open(folder / "rows.bin", "wb") as rows,
@@ -184,7 +189,9 @@ class ImageTextIndex:
                     number = len(sizes)
                     found = load_index(shard, cache, retry, known_version=self.versions[number])
                     packed, names = _pack_rows(found, keys.tell(), captions)
-                    kinds[bool(packed["precomputed"].any())] = self.names[number]
+                    remarks.append((found.path.name, found.remarks))
+                    if len(packed):
+                        kinds[bool(packed["precomputed"].any())] = self.names[number]
                     if len(kinds) > 1:
                         raise DataError(
                             f"shard {kinds[True]} holds precomputed latents and shard {kinds[False]} images: train on "
@@ -194,6 +201,11 @@ class ImageTextIndex:
                     rows.write(packed.tobytes())
                     keys.write("".join(names).encode())
                     _add_to_fingerprint(digest, self.names[number], names, packed)
+                if not sum(sizes[-len(source.shards) :]):
+                    raise DataError(
+                        f"no shard of {source.shards[0]}{', ...' * (len(source.shards) > 1)} holds a sample: "
+                        f"{'; '.join(told(remarks[-len(source.shards) :]))}; build shards with launch/shard.py"
+                    )
                 digests.append(digest.hexdigest())
         fingerprint = digests[0]
         if len(sources) > 1:
@@ -201,6 +213,7 @@ class ImageTextIndex:
             fingerprint = hashlib.sha256("\n".join(weighted).encode()).hexdigest()
         files = {name: file_digest(folder / name) for name in _FILES}
         meta = {"shard_sizes": sizes, "fingerprint": fingerprint, "precomputed": True in kinds, "files": files}
+        meta["remarks"] = told(remarks)
         (folder / "set.json").write_text(json.dumps({**meta, "digest": json_digest(meta)}))
 
     def __len__(self) -> int:
@@ -326,6 +339,8 @@ def _pack_rows(index: ShardIndex, keys_before: int, captions: CaptionFile | None
 
 
 def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.ndarray) -> None:
+    if not keys:  # a shard without samples may come and go
+        return
     digest.update(f"{name}\0{len(keys)}\0".encode())
     digest.update("\0".join(keys).encode())
     sizes = ["image_size", "caption_size", *(["text_size"] if packed["precomputed"].any() else [])]

@@ -259,13 +259,14 @@ class Precompute:
         return holes
 
     def estimate(self, images_per_s: float | None) -> str:
-        """What the whole set takes: terabytes and GPU-hours, by encoding a few samples of the first shard.
+        """What the whole set takes: terabytes and GPU-hours, by encoding a few samples of one shard.
 
         images_per_s: the rate of a process; None measures it on those samples. Raises DataError where there are none.
         """
         sizes: list[int] = []
         begin = time.perf_counter()
-        for members in self.encoded([(0, range(min(_PROBE, self.index.shard_sizes[0])))]):
+        first = next((shard for shard, size in enumerate(self.index.shard_sizes) if size), 0)
+        for members in self.encoded([(first, range(min(_PROBE, self.index.shard_sizes[first])))]):
             sizes.append(bytes_in_tar(members))
             if time.perf_counter() - begin > _PROBE_S:
                 break

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,17 @@ from .files import temporary_beside
 from .images import IMAGE_EXTENSIONS, image_size
 from .storage import FileVersion, LocalBytes, Remote, RemoteBytes, RetryPolicy, Shard, file_version
 from .tar import BLOCK, Bytes, Member, TarError, members
+from .tar_samples import ENDS_EARLY, SKIPPED, Remarks, TarSamples, remarks_from, told
 
 logger = logging.getLogger(__name__)
 
 ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
 UNREADABLE = -2  # label where the .cls member holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
-_FORMAT = b"4"  # version of what is stored
-_FORMAT_KEY, _SHARD_KEY = b"version", b"stamp"  # of the metadata: the format, and the version of the shard
+_FORMAT = b"5"  # version of what is stored
+# Of the metadata: the format, the version of the shard, and the remarks on it.
+_FORMAT_KEY, _SHARD_KEY, _REMARKS_KEY = b"version", b"stamp", b"remarks"
+_HIDDEN = "._"  # begins the names of the files that macOS puts beside those that it copies
 _LEAST_UNPACKED = 1 << 20  # bytes that a stored index may always have
 _GZIP = b"\x1f\x8b"
 _HEADER_BYTES = 1 << 16  # of an image: they nearly always tell its size
@@ -62,8 +65,7 @@ SCHEMA = pa.schema(
 )
 # Extensions of the members that launch/precompute.py writes; a hole holds the reason why there is no sample.
 LATENTS, TEXT, FEATURES, HOLE = "latents.npy", "text.npy", "features.npy", "hole"
-# WebDataset's rule: the key ends at the first dot of the last path component.
-_MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", LATENTS, TEXT, FEATURES, HOLE)
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,13 @@ class ShardIndex:
     it is unreadable). label is the number in the .cls member (ABSENT where there is no such member, UNREADABLE where it
     holds no number). Of a precomputed sample "image" is the latents, width and height are those of the original, "text"
     is the text states and "features" the features of the image; of a hole "caption" is its reason.
-    version: identity of the tar's content, as of FileVersion.
+    version: identity of the tar's content, as of FileVersion. remarks: what its user should know.
     """
 
     path: Shard
     table: pa.Table
     version: str
+    remarks: Remarks = field(default_factory=Remarks)
 
 
 def label_from_bytes(data: bytes) -> int:
@@ -110,37 +113,46 @@ def _open(shard: Shard, retry: RetryPolicy) -> Iterator[Bytes]:
             yield LocalBytes(file.fileno())
 
 
-def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> pa.Table:  # noqa: B008 (frozen)
+def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> tuple[pa.Table, Remarks]:  # noqa: B008 (frozen)
     """Index a shard by reading the headers of its tar and its images, its captions and its labels. -> a table of SCHEMA
-    with one row per sample.
+    with one row per sample, and remarks.
 
+    The table is empty where there is neither an image with an extension of IMAGE_EXTENSIONS nor a precomputed sample.
     Of a tar that ends early the members before its end are kept (the last one becomes a hole when it is read).
-    Raises DataError where the file is no tar, or holds neither an image with an extension of IMAGE_EXTENSIONS nor a
-    precomputed sample.
+    Raises DataError where the file is no tar.
     """
-    rows: list[dict[str, object]] = []
+    samples = TarSamples(_new_row, _EXTENSIONS)
+    if shard.name.startswith(_HIDDEN):
+        samples.remarks.add(SKIPPED, "a file of macOS, no tar")
+        return SCHEMA.empty_table(), samples.remarks
     try:
         with _open(shard, retry) as file:
             try:
                 for member in members(file):
-                    _add_member(rows, member, file)
+                    _add_member(samples, member, file)
             except TarError as error:
-                if not rows:
+                if not samples.rows:
                     if file.read_at(0, len(_GZIP)) == _GZIP:
                         raise DataError(
                             f"{shard} is compressed by gzip, whatever its name says, and samples are read at their "
                             "offsets: decompress it once, gunzip < FILE > plain/FILE"
                         ) from None
                     raise
-                logger.warning("%s ends early (%s): its last samples are missing", shard, error)
+                samples.remarks.add(ENDS_EARLY, str(error))
     except (TarError, SampleError, OSError) as error:
         raise DataError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
-    if not any(row["image_offset"] != ABSENT or row["precomputed"] for row in rows):
-        raise DataError(
-            f"{shard} holds no image: expected members like KEY.jpg and KEY.txt with one of the extensions "
-            f"{', '.join(IMAGE_EXTENSIONS)}; build shards with launch/shard.py"
-        )
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    rows = samples.finish(lambda row: row["image_offset"] != ABSENT or row["precomputed"])
+    if not rows:
+        expected = f"expected KEY.jpg and KEY.txt, with one of the extensions {', '.join(IMAGE_EXTENSIONS)}"
+        samples.remarks.add(SKIPPED, f"it holds no image, {expected}")
+    return pa.Table.from_pylist(rows, schema=SCHEMA), samples.remarks
+
+
+def _new_row(key: str) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(SCHEMA.names, 0)
+    row.update(key=key, caption_is_json=False, caption_length=ABSENT, precomputed=False)
+    row.update(image_offset=ABSENT, caption_offset=ABSENT, label=ABSENT, text_offset=ABSENT)
+    return row | {"features_offset": ABSENT}
 
 
 def _size(file: Bytes, member: Member) -> tuple[int, int]:
@@ -152,23 +164,11 @@ def _size(file: Bytes, member: Member) -> tuple[int, int]:
     return 0, 0
 
 
-def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> None:
-    """Enter one member of the tar into the row of its key. The members of a sample are neighbours in the tar, so that
-    is the last row, or a new one."""
-    match = _MEMBER.match(member.name)
-    if match is None:
+def _add_member(samples: TarSamples, member: Member, file: Bytes) -> None:
+    """Enter one member of the tar into the row of its key."""
+    if (found := samples.row_of(member.name)) is None:
         return
-    key = match[1].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    extension = match[2].lower()
-    if extension not in (*IMAGE_EXTENSIONS, "txt", "json", "cls", LATENTS, TEXT, FEATURES, HOLE):
-        return
-    if not rows or rows[-1]["key"] != key:
-        row: dict[str, object] = dict.fromkeys(SCHEMA.names, 0)
-        row.update(key=key, caption_is_json=False, caption_length=ABSENT, precomputed=False)
-        row.update(image_offset=ABSENT, caption_offset=ABSENT, label=ABSENT, text_offset=ABSENT)
-        row.update(features_offset=ABSENT)
-        rows.append(row)
-    row = rows[-1]
+    row, extension = found
     if extension in IMAGE_EXTENSIONS:
         row.update(image_offset=member.offset, image_size=member.size)
         row["width"], row["height"] = _size(file, member)
@@ -234,16 +234,19 @@ def load_index(
     places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
     for path in places if not rebuild else ():
         # Missing or damaged, of which pyarrow says what it likes: the tar itself is the truth.
-        with contextlib.suppress(OSError, pa.ArrowException, UnicodeDecodeError):
+        with contextlib.suppress(OSError, pa.ArrowException, ValueError):
             if (table := _read_stored(path, current, size)) is not None and _lies_within(table, size):
-                return ShardIndex(shard, table, current)
+                remarks = remarks_from(json.loads(table.schema.metadata[_REMARKS_KEY]))
+                return ShardIndex(shard, table, current, remarks)
     if known_version is not None and file_version(shard, retry) != known_version:
         raise DataError(
             f"shard {shard} has changed since the start, or is not the file that rank 0 sees: give every process "
             "the same files, and start again"
         )
-    table = build_index(shard, retry)
-    stored = table.replace_schema_metadata({_FORMAT_KEY: _FORMAT, _SHARD_KEY: current.encode()})
+    table, remarks = build_index(shard, retry)
+    stored = table.replace_schema_metadata(
+        {_FORMAT_KEY: _FORMAT, _SHARD_KEY: current.encode(), _REMARKS_KEY: json.dumps(remarks).encode()}
+    )
     for path in places:
         try:
             with temporary_beside(path) as temporary:
@@ -251,7 +254,7 @@ def load_index(
             break
         except OSError as error:
             logger.info("index of %s cannot be stored in %s: %s", shard, path.parent, error)
-    return ShardIndex(shard, table, current)
+    return ShardIndex(shard, table, current, remarks)
 
 
 def _lies_within(table: pa.Table, size: int) -> bool:
@@ -310,10 +313,12 @@ def rebuild_indexes(shards: Sequence[Shard], cache: Path, workers: int) -> Itera
 
 def _rebuild_index(shard: Shard, cache: Path) -> tuple[str, bool]:
     try:
-        table = load_index(shard, cache, rebuild=True).table
+        index = load_index(shard, cache, rebuild=True)
     except DataError as error:
         return str(error), False
+    table = index.table
     width, caption, label = (table.column(name).to_numpy() for name in ("width", "caption_length", "label"))
     has = {"a readable image": width > 0, "a caption": caption != ABSENT, "a class label": label >= 0}
     counts = [f"{int(rows.sum())} with {what}" for what, rows in has.items()]
-    return f"{shard}: {table.num_rows} samples, {', '.join(counts)}", True
+    lines = [f"{shard}: {table.num_rows} samples, {', '.join(counts)}", *told([(shard.name, index.remarks)])]
+    return "\n  ".join(lines), True

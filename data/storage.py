@@ -139,7 +139,10 @@ def file_version(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> FileVersio
         try:
             info = _repeated(shard.url, "info", retry, 0)
         except StoreError as error:
-            raise DataError(f"shard {shard} cannot be read ({error}): check the URL and the access to it") from None
+            raise DataError(
+                f"shard {shard} cannot be read ({error}): check the URL and the access to it; of a pattern that "
+                "names more shards than exist, * takes those that do"
+            ) from None
         if info.get("size") is None:
             raise DataError(f"shard {shard}: the server tells no size, so ranges of it cannot be read")
         keys = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "Last-Modified", "updated")
@@ -271,8 +274,10 @@ def _local(name: str, key: str, spec: str) -> list[Path]:
     if any(sign in name for sign in "*?["):
         return [Path(match) for match in sorted(glob.glob(name))]
     if not path.is_file():
+        exist = re.sub(r"\{[^{}]*\}", "*", spec)  # as numbers are missing where a download failed
+        remedy = f", or take those that exist: {redact(exist)!r}" if exist != spec else ""
         raise DataError(
-            f"shard {path} does not exist (from {key} = {redact(spec)!r}); check the path, or build "
+            f"shard {path} does not exist (from {key} = {redact(spec)!r}); check the path{remedy}, or build "
             "shards with launch/shard.py"
         )
     return [path]

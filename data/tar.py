@@ -7,6 +7,7 @@ long names are understood.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -14,6 +15,7 @@ from typing import NamedTuple, Protocol
 BLOCK = 512
 _MAX_EXTENSION = 1 << 20  # the most bytes of a long name, or of the pax records of a member
 _MAX_OFFSET = 1 << 62
+_MAX_PADDING, _PIECE = 1 << 20, 1 << 16  # bytes behind the end mark that are looked at, and so many at once
 _REGULAR = (b"0", b"\0", b"7")
 _NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: no bytes follow, whatever the size
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
@@ -42,17 +44,21 @@ class Member(NamedTuple):
 def members(file: Bytes) -> Iterator[Member]:
     """The regular files of a tar, in order. Links, devices, folders and sparse files are left out.
 
-    Raises TarError where a header is damaged or the file ends without an end mark, after it has yielded what came
-    before.
+    An empty file has none. Raises TarError where a header is damaged, the file ends without an end mark or another tar
+    follows it, after it has yielded what came before.
     """
     offset, extended, name = 0, dict[bytes, bytes](), None
     while True:
         header = file.read_at(offset, BLOCK)
+        if not header and not offset:
+            return
         if len(header) < BLOCK:
             raise TarError("no end mark" if offset and not header else "a header is cut off")
         if not header.strip(b"\0"):
+            if (another := _header_after(file, offset)) is not None:
+                raise TarError(f"another tar begins behind its end, at byte {another}: join tars by tar -A, not by cat")
             return
-        if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 0x20:
+        if not _is_header(header):
             raise TarError(f"no header at byte {offset}")
         kind, size, data = header[156:157], _number(header[124:136]), offset + BLOCK
         # Pax records and the long name of the next member; global records and long links, which are skipped.
@@ -76,6 +82,24 @@ def members(file: Bytes) -> Iterator[Member]:
         offset = data + -(-size // BLOCK) * BLOCK
         if offset > _MAX_OFFSET:
             raise TarError(f"a member of {size} bytes at byte {data}")
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether a block has the checksum of a header; TarError where it is no number."""
+    return _number(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * 0x20
+
+
+def _header_after(file: Bytes, offset: int) -> int | None:
+    """Where a header follows the end mark at an offset, behind zeros alone, as where tars were joined by `cat`."""
+    for start in range(offset, offset + _MAX_PADDING, _PIECE):
+        data = file.read_at(start, _PIECE)
+        zeros = (len(data) - len(data.lstrip(b"\0"))) // BLOCK * BLOCK
+        if zeros < len(data):
+            with contextlib.suppress(TarError):
+                return start + zeros if _is_header(data[zeros : zeros + BLOCK]) else None
+        if zeros < _PIECE:
+            return None
+    return None
 
 
 def _text(data: bytes) -> str:

@@ -89,7 +89,7 @@ class _Inputs:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Identities of data and encoders, which a resumed run must find again."""
-        return {"data": self.data.fingerprint, **self.encoders.fingerprints()}
+        return {**self.data.fingerprints, **self.encoders.fingerprints()}
 
 
 class _Start(NamedTuple):

@@ -82,6 +82,12 @@ def check_same_contents(meta: Mapping[str, Any], fingerprints: Mapping[str, str]
     trained = meta["fingerprints"]
     for part, fingerprint in fingerprints.items():
         if trained.get(part) != fingerprint and (part in trained or not part.endswith("_weights")):
+            if part == "order":
+                raise CheckpointError(
+                    f"{checkpoint} was begun under another order of data.sources, in which single batches did not keep "
+                    "their weights: go on with the code that it was begun with (commit "
+                    f"{meta.get('commit') or 'unknown'}), or start a new run from its weights with run.init_from"
+                )
             what = part.removesuffix("_weights").replace("_", " ")
             why = "use another run.name for a new run"
             if part.endswith("_weights"):

@@ -22,7 +22,7 @@ from .conflicts import conflicts
 from .keys import flatten, keys_of, leaf_keys, plain
 from .messages import MOST_PROBLEMS, explain
 from .schema import NAME_FORM, Section, TrainConfig, is_name
-from .yaml_files import find_config, nearest, override, read
+from .yaml_files import find_config, nearest, override_all, read
 
 S = TypeVar("S", bound=Section)
 
@@ -41,8 +41,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Plain data and overrides -> TrainConfig; all problems are reported at once in a ConfigError."""
-    for text in overrides:
-        data = override(data, text)
+    data = override_all(data, overrides)
     source += " with overrides" if overrides else ""
     config = validated(TrainConfig, data, source)
     if problems := list(conflicts(config)):

@@ -1,4 +1,5 @@
-"""Config files as plain data: YAML 1.2 scalars, `extends:`, `key=value` overrides; no key is known here."""
+"""Config files as plain data: YAML 1.2 scalars, `extends:`, `key=value` overrides; the only keys known here
+are two that stand in each other's place."""
 
 import contextlib
 import difflib
@@ -20,6 +21,7 @@ _MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 20, 20_000, 20
 _CHARACTERS_PER_VALUE = 100  # a longer text counts as several values
 _MOST_FILES = 20  # of a chain of `extends:`
 _MOST_PARTS = 20  # of the key of an override
+_SECTION, _EXCLUDING = "data", ("shards", "sources")
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -160,7 +162,17 @@ def read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends must name one config, got {quote(parent)}")
-    return _merge(read(find_config(parent, path.parent), (*chain, path.resolve())), data)
+    return _lay(read(find_config(parent, path.parent), (*chain, path.resolve())), data)
+
+
+def _lay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A file over the one that it extends, or overrides over a file. Where it gives one of two keys that exclude each
+    other, that one stands in the place of the other; where it gives both, both stay, and are refused."""
+    lower, upper = below.get(_SECTION), above.get(_SECTION)
+    if isinstance(lower, dict) and isinstance(upper, dict):
+        gone = {other for one, other in itertools.permutations(_EXCLUDING) if upper.get(one) and other not in upper}
+        below = {**below, _SECTION: {key: value for key, value in lower.items() if key not in gone}}
+    return _merge(below, above)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,6 +195,14 @@ def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return _merge(data, nested)
+
+
+def override_all(data: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """The data with all `section.key=value` of a command line laid over it."""
+    given: dict[str, Any] = {}
+    for text in texts:
+        given = override(given, text)
+    return _lay(data, given)
 
 
 def refuse_duplicates(overrides: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from data.config import DataConfig
 from data.debug import ensure_debug_assets
 from data.errors import DataError
 from data.index import ImageTextIndex, open_index, open_validation_index
+from data.order import MIXED_ORDER
 from data.precomputed_format import check_images, check_same_kind
 from data.reader import ImageTextReader, validation_batches
 from data.storage import FileVersion
@@ -52,6 +53,10 @@ class TrainingData:
             self.dataset.check_features(config.latent_size // config.model.patch_size, config.objective.repa_width)
         reader = self.reader(world.rank, world.size)
         self.batches, self.fingerprint = reader.batches, reader.fingerprint
+        self.fingerprints = {"data": reader.fingerprint}
+        """Identities of the data, and of the order of several sources; that of a single one is the same for ever."""
+        if self._index is not None and len(self._index.sources) > 1:
+            self.fingerprints["order"] = MIXED_ORDER
 
     def _shared_index(self, validation: bool = False) -> ImageTextIndex:
         """The index of the training or the validation data. Rank 0 alone asks for each shard's size and version, which

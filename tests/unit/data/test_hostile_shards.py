@@ -376,7 +376,7 @@ def test_memory_of_a_large_index(tmp_path: Path, buckets: int) -> None:
     for name in ("keys.bin", "captions.bin"):
         (folder / name).touch()
     (folder / "set.json").write_text(
-        json.dumps({"shard_sizes": [each] * shards, "fingerprint": "x", "precomputed": False})
+        json.dumps({"shard_sizes": [each] * shards, "fingerprint": "x", "precomputed": False, "remarks": []})
     )
     index = object.__new__(ImageTextIndex)
     index._open(folder)

@@ -6,8 +6,9 @@ import gc
 import gzip
 import io
 import os
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ def png(colour: str = "red", size: tuple[int, int] = (6, 4)) -> bytes:
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
@@ -192,7 +194,7 @@ def test_open_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("DIR/train-{000000..000003}.tar", r"train-000001\.tar does not exist"),
+        ("DIR/train-{000000..000003}.tar", r"train-000001\.tar does not exist.* those that exist: '.*/train-\*\.tar'"),
         ("DIR/nothing", "nothing does not exist"),
         ("DIR/empty", r"no \.tar file matches"),
         ("DIR/val-*.tar", r"no \.tar file matches"),
@@ -205,15 +207,71 @@ def test_missing_shards_are_named(tmp_path: Path, spec: str, message: str) -> No
         open_shards(spec.replace("DIR", str(tmp_path)))
 
 
-@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
-def test_a_file_that_is_no_shard_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_shard_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.tar"
-    path.write_bytes(content)
+    path.write_bytes(b"no tar at all" * 100)
     with pytest.raises(DataError, match=r"bad\.tar"):
         load_index(path)
-    path = write_tar(tmp_path / "text.tar", {"a.txt": b"only text"})
-    with pytest.raises(DataError, match="holds no image"):
-        load_index(path)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(10240), b"text", b"macOS"])
+def test_a_shard_without_samples_is_skipped_and_told(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = write_tar(tmp_path / "t" / "b.tar", {"0.png": png(), "0.txt": b"x"})
+    alone = ImageTextIndex([good])
+    empty = tmp_path / "t" / ("._b.tar" if content == b"macOS" else "a.tar")
+    empty.write_bytes(content)
+    if content == b"text":
+        write_tar(empty, {"a.txt": b"only text"})
+    index = ImageTextIndex(open_shards(str(tmp_path / "t")), tmp_path / "cache")
+    assert [index.name(*index.locate(i)) for i in range(len(index))] == ["b/0"]
+    assert index.fingerprint == alone.fingerprint, "it may be removed in mid-run"
+    caplog.clear()
+    ImageTextIndex(open_shards(str(tmp_path / "t")), tmp_path / "cache")
+    assert f"shards without a sample, which are skipped: 1, the first in '{empty.name}'" in caplog.text
+    good.unlink()
+    with pytest.raises(DataError, match=r"no shard of .* holds a sample: .*skipped: 1.*launch/shard.py"):
+        ImageTextIndex(open_shards(str(tmp_path / "t")))
+
+
+def tar_of(*names: str) -> bytes:
+    """A tar of these members in this order, whose names may come twice."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in names:
+            info, data = tarfile.TarInfo(name), png() if name.endswith(("png", "jpg")) else b"x"
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "keys", "remark"),
+    [
+        (tar_of("0.png", "1.png", "0.txt", "1.txt"), "01", "several places of their tar, .*sort=name.*: 2, .*'0'"),
+        (tar_of("0.png", "1.png", "1.txt", "0.txt"), "01", "several places of their tar.*: 1, .*'0'"),
+        (tar_of("0.png", "0.txt", "1.png", "1.txt", "0.png", "0.txt"), "010", "the key of one before them.*: 1, .*'0'"),
+        (tar_of("0.jpg", "0.png", "0.txt"), "0", "several images, of which the last.*: 1, .*'0'"),
+        (tar_of("0.png", "0.txt", "0.b.png", "a.b.png"), "0", "first dot.*: 1, .*'a.b.png'"),
+        (tar_of("0.png", "0.txt", "README", "x.pdf", "d/._0.png"), "0", "belong to no sample.*: 3, .*'README'"),
+        (tar_of("0.png", "0.txt", "1.txt"), "01", "without an image: 1, .*'1'"),
+        (tar_of("0.png", "0.txt") + tar_of("1.png"), "0", "end early.*: 1, .*another tar begins .* tar -A"),
+        (tar_of("0.png", "0.txt")[:2000], "0", "end early.*: 1, .*no end mark"),
+        (tar_of("0.png", "0.txt", "0.mask.png", "d/1.png", "d/1.txt", "2.webp") + bytes(99), ["0", "d/1", "2"], None),
+    ],
+)
+def test_members_are_joined_by_key_and_what_is_odd_is_told(
+    content: bytes, keys: Sequence[str], remark: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "s.tar").write_bytes(content)
+    index = ImageTextIndex([tmp_path / "s.tar"])
+    assert [index.name(0, i) for i in range(len(index))] == [f"s/{key}" for key in keys]
+    [said] = index.remarks or [""]
+    assert (re.search(remark, said) and said in caplog.text) if remark else not said
+    if remark and ("places" in remark or "before" in remark):
+        assert (index.image_offset != ABSENT).all()
+        assert (index.caption_length == 1).all()
 
 
 def test_a_damaged_packed_index_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

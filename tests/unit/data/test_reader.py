@@ -24,7 +24,7 @@ from data.batch import Batch
 from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
 from data.errors import DataError, SampleError
 from data.images import decode_image, image_size
-from data.index import ImageTextIndex
+from data.index import ImageTextIndex, IndexSource
 from data.reader import ImageTextReader, validation_batches
 from data.synthetic import SyntheticReader
 from data.write_shards import write_shards
@@ -77,6 +77,26 @@ def test_batches_do_not_depend_on_world_size_micro_batch_or_workers(index: Image
         parts = [take(reader(index, r, world, micro), 0, 12) for r in range(world)]
         assert [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)] == whole
     assert take(reader(index, workers=2, micro=4), 0, 12) == whole
+
+
+def test_batches_hold_the_shares_of_sources_of_any_size_at_any_world_size(tmp_path: Path) -> None:
+    sizes, weights, batch = {"small": 3, "middle": 40, "large": 200}, (0.1, 0.3, 0.6), 16
+    shards = {
+        n: write_shards([(f"{i}", png(), "png", "") for i in range(k)], tmp_path / n, k) for n, k in sizes.items()
+    }
+    index = ImageTextIndex([IndexSource(shards[n], weight=w) for n, w in zip(sizes, weights, strict=True)])
+    cfg = DataConfig(resolution=8, num_workers=0)
+
+    def counts(world: int) -> list[list[int]]:
+        parts = [take(ImageTextReader(index, cfg, 5, batch, 0.0, r, world, batch), 0, 30) for r in range(world)]
+        steps = [
+            [str(row[0]).partition("-")[0] for row in chain.from_iterable(step)] for step in zip(*parts, strict=True)
+        ]
+        return [[names.count(name) for name in sizes] for names in steps]
+
+    one = counts(1)
+    assert all(abs(n - batch * w) < 1 for step in one for n, w in zip(step, weights, strict=True)), one
+    assert counts(3) == counts(4) == one
 
 
 def test_too_little_shared_memory_is_refused(index: ImageTextIndex, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,3 +24,11 @@ def test_other_contents_are_refused_and_damaged_weights() -> None:
             check_same_contents({"fingerprints": now}, {**now, part: "x"}, CHECKPOINT)
     with pytest.raises(CheckpointError, match="other text encoder contents"):
         check_same_contents({"fingerprints": {"data": "a"}}, older, CHECKPOINT)
+
+
+def test_a_run_of_several_sources_under_their_older_order_is_refused_with_the_reason() -> None:
+    check_same_contents({"fingerprints": {"data": "a", "order": "2"}}, {"data": "a", "order": "2"}, CHECKPOINT)
+    meta = {"fingerprints": {"data": "a"}, "commit": "abc"}
+    check_same_contents(meta, {"data": "a"}, CHECKPOINT)  # of one source: its order has not changed
+    with pytest.raises(CheckpointError, match=r"another order of data.sources.*commit abc.*run.init_from"):
+        check_same_contents(meta, {"data": "a", "order": "2"}, CHECKPOINT)

@@ -305,6 +305,30 @@ def test_extends_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.run.name == "a"
 
 
+def test_shards_and_sources_stand_in_each_others_place(tmp_path: Path) -> None:
+    """Of a file that extends another, and of overrides; given together they are refused."""
+    below, above = tmp_path / "below.yaml", tmp_path / "above.yaml"
+    below.write_text("extends: mmdit_debug_mup\ndata:\n  shards: a.tar\n  flip: 0.0\n")
+    above.write_text("extends: below\ndata:\n  sources:\n    - {shards: b.tar}\n    - {shards: c.tar}\n")
+    sources = "data.sources=[{shards: d.tar}]"
+
+    def read(path: Path, *overrides: str) -> tuple[list[str], float]:
+        data = load_config(str(path), overrides).data
+        return [source.shards for source in data.all_sources()], data.flip
+
+    assert read(above) == (["b.tar", "c.tar"], 0.0)
+    assert read(below, sources) == (["d.tar"], 0.0)
+    assert read(above, "data.shards=e.tar") == (["e.tar"], 0.0)
+    assert load_config(str(above), ["data.shards=synthetic"]).data.synthetic
+    assert read(above, "data.shards=synthetic", sources) == (["d.tar"], 0.0)
+    stored = tmp_path / "stored.yaml"  # that of a run folder holds both keys
+    stored.write_text(to_yaml(load_config(str(above), ["run.name=x"])))
+    assert read(stored) == read(above)
+    assert read(stored, "data.shards=e.tar") == (["e.tar"], 0.0)
+    with pytest.raises(ConfigError, match=r"data\.shards and data\.sources exclude each other"):
+        load_config(str(below), ["data.shards=e.tar", sources])
+
+
 def test_extends_loop(tmp_path: Path) -> None:
     path = written(tmp_path, a="extends: b\n", b="extends: c\n", c="extends: a\n")
     assert "extends itself through a.yaml -> b.yaml -> c.yaml" in message(name=path)
