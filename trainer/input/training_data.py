@@ -12,7 +12,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.config import DataConfig
 from data.debug import ensure_debug_assets
-from data.errors import DataError
+from data.errors import DataError, too_many_unreadable
 from data.index import ImageTextIndex, open_index, open_validation_index
 from data.precomputed_format import check_images, check_same_kind
 from data.reader import ImageTextReader, validation_batches
@@ -72,6 +72,11 @@ class TrainingData:
             check_images(c.autoencoder, c.text_encoder, c.label_classes)
         else:
             index.dataset.check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What data.filter left out of the training data, in words."""
+        return [] if self._index is None else self._index.filtered
 
     def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
         """The reader of one rank in a world of `size`."""
@@ -167,8 +172,8 @@ def validation_bank(
         unreadable = f"{holes.total()} of {read} validation samples are unreadable (" + ", ".join(
             f"{reason}: {count}" for reason, count in sorted(holes.items())
         )
-        most = data.max_bad_share * max(1000, read)  # as in training
-        if any(reason.startswith("store: ") for reason in holes) or holes.total() > most or holes.total() == read:
+        too_many = holes.total() == read or too_many_unreadable(holes.total(), read, data.max_bad_share)
+        if too_many or any(reason.startswith("store: ") for reason in holes):
             key = "data.shards" if data.val_shards is None else "data.val_shards"
             raise DataError(f"{key}: {unreadable}): make them readable and start again")
         notes.append(f"warning: {unreadable}): validation losses are of the others")
