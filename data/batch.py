@@ -52,6 +52,11 @@ class Batch:
     bucket: Bucket | None = None
     features: torch.Tensor | None = None
 
+    def unreadable(self) -> list[tuple[str, str]]:
+        """(name, reason) of each hole."""
+        names = [name for name, weight in zip(self.names, self.weight.tolist(), strict=True) if name and not weight]
+        return list(zip(names, self.holes, strict=True))
+
     def tensor_bytes(self) -> int:
         """What its tensors take in memory."""
         return sum(each.nbytes for each in vars(self).values() if isinstance(each, torch.Tensor))

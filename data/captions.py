@@ -7,6 +7,7 @@ texts go to a file.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -177,6 +178,17 @@ class CaptionFile:
         self._by_name = np.argsort(self._table["name"], kind="stable")
         self._names = self._table["name"][self._by_name]
         self._taken = np.zeros(len(self._table), np.uint64)  # by which key's hash
+
+    def __len__(self) -> int:
+        """Images with a caption."""
+        return len(self._table) - 1  # one row stands for those that have none
+
+    def unreached(self, most: int) -> tuple[int, list[str]]:
+        """(the number of images whose caption no sample has taken up to now, the first `most` of them)."""
+        left = set(self._table["path"][(self._taken == 0) & (self._table["offset"] >= 0)].tolist())
+        named = (image for image, *_ in _lines(self._path) if isinstance(image, str | int))
+        found = dict.fromkeys(str(image) for image in named if _hash(image_path(image)) in left)
+        return len(left), list(itertools.islice(found, most))
 
     def find(self, keys: list[str]) -> np.ndarray:
         """For each sample, by its key, the captions of its image in the file: a row of their offset and size in the

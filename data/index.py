@@ -362,12 +362,16 @@ def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.
         digest.update(labels.tobytes())
 
 
+def open_sources(cfg: DataConfig) -> list[IndexSource]:
+    """The sources of a config's training data. Raises DataError where a file is missing."""
+    key = "data.sources" if cfg.sources else "data.shards"
+    return [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
+
+
 def open_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
     """The index of a config's training data. versions: as of ImageTextIndex. DataError where a shard is missing."""
-    key = "data.sources" if cfg.sources else "data.shards"
-    sources = [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
     retry = RetryPolicy(cfg.timeout_s, cfg.retries)
-    return ImageTextIndex(sources, Path(cfg.index_cache), retry, versions, cfg.filter)
+    return ImageTextIndex(open_sources(cfg), Path(cfg.index_cache), retry, versions, cfg.filter)
 
 
 def open_validation_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
