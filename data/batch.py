@@ -56,6 +56,11 @@ class Batch:
         """Those of its fields that are tensors."""
         return [each for each in vars(self).values() if isinstance(each, torch.Tensor)]
 
+    def unreadable(self) -> list[tuple[str, str]]:
+        """(name, reason) of each hole."""
+        names = [name for name, weight in zip(self.names, self.weight.tolist(), strict=True) if name and not weight]
+        return list(zip(names, self.holes, strict=True))
+
     @classmethod
     def empty(cls, keys: torch.Tensor, bucket: Bucket | None = None, **content: Any) -> Batch:
         """A batch of one row per key, all of weight 0 and without a sample. content: the fields that are not empty."""

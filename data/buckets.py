@@ -60,7 +60,7 @@ def assign(
 
     width, height: of the images in pixels; characters: of their captions; all [n].
     The bucket has the aspect ratio that is nearest by its logarithm, the square's where the size is unknown (0), and
-    the shortest length that the caption fits into by estimate, the longest where the caption's is unknown (negative).
+    the shortest length that the caption fits into by estimate, the longest where the caption's is unknown (0 or less).
     """
     sizes = sorted(dict.fromkeys(bucket[:2] for bucket in buckets), key=lambda size: size[1] / size[0])
     lengths = sorted({bucket.text_length for bucket in buckets})
@@ -71,7 +71,7 @@ def assign(
     shape = np.searchsorted(np.sqrt(ratios[1:] * ratios[:-1]), ratio)
     tokens = np.ceil(characters / characters_per_token) + SPECIAL_TOKENS
     text = np.minimum(np.searchsorted(lengths, tokens), len(lengths) - 1)
-    text = np.where(characters < 0, len(lengths) - 1, text)
+    text = np.where(characters <= 0, len(lengths) - 1, text)
     numbers = {bucket: number for number, bucket in enumerate(buckets)}
     table = np.array([[numbers[Bucket(*size, length)] for length in lengths] for size in sizes])
     return table[shape, text]

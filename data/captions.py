@@ -7,10 +7,12 @@ texts go to a file.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Container, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -30,6 +32,10 @@ _ROW = np.dtype(
 )  # path, name: hashes of an image's path, and of its last part
 _ABSENT = (0, 0, -1, 0, -1, False)
 _BLOCK = 1 << 16  # captions that are read together
+
+
+class NoCaption(SampleError):
+    """The sample is whole but has no caption."""
 
 
 class CaptionChoice(NamedTuple):
@@ -65,16 +71,18 @@ def json_member(data: bytes) -> dict[str, Any]:
 def captions_of_entry(entry: dict[str, Any]) -> CaptionChoice:
     """Captions of {"caption": text}, or of {"captions": [text, ...], "weights": [number, ...]} where weights may be
     left out; SampleError where there are none."""
-    texts = entry["captions"] if "captions" in entry else [entry.get("caption")]
+    texts = entry["captions"] if entry.get("captions") is not None else [entry.get("caption")]
+    if texts in ([None], []):
+        raise NoCaption("caption: missing")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise SampleError("caption: not JSON with a caption")
-    weights = entry.get("weights", [1.0] * len(texts)) if "captions" in entry else [1.0]
+    weights = entry.get("weights", [1.0] * len(texts)) if entry.get("captions") is not None else [1.0]
     numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 <= w <= _MAX_WEIGHT for w in weights)
     if not numbers or len(weights) != len(texts) or sum(weights) == 0:
         raise SampleError("caption: weights do not fit")
     texts = [text.encode("utf-8", "replace").decode().strip() for text in texts]  # JSON can hold half a character
     if not all(texts):
-        raise SampleError("caption: empty")
+        raise (SampleError if any(texts) else NoCaption)("caption: empty")
     if max(map(len, texts)) > _MOST_CHARACTERS:
         raise SampleError("caption: too long")
     return CaptionChoice(texts, weights)
@@ -113,8 +121,9 @@ def _first(fields: Sequence[str], names: Container[str]) -> Any:
     return next((field for field in fields if field in names), None)
 
 
-def _lines(path: Path) -> Iterator[tuple[object, object]]:
-    """Each (image, caption) of a .jsonl or .parquet file. Raises DataError where it cannot be read."""
+def _lines(path: Path, scores: Sequence[str] = ()) -> Iterator[tuple[object, object, list[object]]]:
+    """Each (image, caption, scores) of a .jsonl or .parquet file; a score that it lacks is None. Raises DataError where
+    it cannot be read."""
     expected = f'expected {{"key": image name or number, "caption": text}}; {", ".join(KEY_FIELDS[1:])} also name it'
     try:
         if path.suffix == ".parquet":
@@ -122,8 +131,10 @@ def _lines(path: Path) -> Iterator[tuple[object, object]]:
             key, text = (_first(fields, file.schema_arrow.names) for fields in (KEY_FIELDS, _TEXT_FIELDS))
             if key is None or text is None:
                 raise DataError(f"captions {path} has the columns {', '.join(file.schema_arrow.names)}: {expected}")
-            for batch in file.iter_batches(_BLOCK, columns=[key, text]):
-                yield from zip(batch.column(key).to_pylist(), batch.column(text).to_pylist(), strict=True)
+            there = [score for score in scores if score in file.schema_arrow.names]
+            for batch in file.iter_batches(_BLOCK, columns=[key, text, *there]):
+                for row in batch.to_pylist():
+                    yield row[key], row[text], [row.get(score) for score in scores]
             return
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
@@ -132,7 +143,7 @@ def _lines(path: Path) -> Iterator[tuple[object, object]]:
                 try:
                     entry = json.loads(line)
                     key, text = (_first(fields, entry) for fields in (KEY_FIELDS, _TEXT_FIELDS))
-                    yield entry[key], entry[text]
+                    yield entry[key], entry[text], [entry.get(score) for score in scores]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise DataError(f"captions {path}, line {number}: {expected}, got {line[:100]!r}") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
@@ -142,31 +153,47 @@ def _lines(path: Path) -> Iterator[tuple[object, object]]:
 class CaptionFile:
     """The captions of a file by image; their texts are appended to `texts`, a file that is open for reading as well.
 
-    Several captions of one image are all kept. Raises DataError where the file is unreadable.
+    Several captions of one image are all kept. scores: names of numbers that are read as well. Raises DataError where
+    the file is unreadable.
     """
 
-    def __init__(self, path: Path, texts: IO[bytes]) -> None:
+    def __init__(self, path: Path, texts: IO[bytes], scores: Sequence[str] = ()) -> None:
         self._path = path
+        kind = np.dtype([*_ROW.descr, ("scores", "<f8", (len(scores),))])
+        self._absent = np.array((*_ABSENT, [np.nan] * len(scores)), kind)
         blocks, rows = [], []
-        for image, value in _lines(path):
+        for image, value, numbers in _lines(path, scores):
+            scored = [float(n) if isinstance(n, int | float | Decimal) else np.nan for n in numbers]
             captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
             for caption in filter(None, (text.strip() for text in captions)):
                 if isinstance(image, str | int):  # without a caption its image becomes a hole
                     name, data = image_path(image), caption.encode("utf-8", "replace")
-                    rows.append((_hash(name), _hash(_name(name)), texts.tell(), len(data), len(caption), False))
+                    rows.append((_hash(name), _hash(_name(name)), texts.tell(), len(data), len(caption), False, scored))
                     texts.write(data)
             if len(rows) >= _BLOCK:
-                blocks.append(np.array(rows, _ROW))
+                blocks.append(np.array(rows, kind))
                 rows = []
-        table = np.concatenate([*blocks, np.array([*rows, _ABSENT], _ROW)])
+        table = np.concatenate([*blocks, np.array(rows, kind), self._absent[None]])
         self._table = _one_row_an_image(table[np.argsort(table["path"], kind="stable")], texts)
         self._by_name = np.argsort(self._table["name"], kind="stable")
         self._names = self._table["name"][self._by_name]
         self._taken = np.zeros(len(self._table), np.uint64)  # by which key's hash
 
+    def __len__(self) -> int:
+        """Images with a caption."""
+        return len(self._table) - 1  # one row stands for those that have none
+
+    def unreached(self, most: int) -> tuple[int, list[str]]:
+        """(the number of images whose caption no sample has taken up to now, the first `most` of them)."""
+        left = set(self._table["path"][(self._taken == 0) & (self._table["offset"] >= 0)].tolist())
+        named = (image for image, *_ in _lines(self._path) if isinstance(image, str | int))
+        found = dict.fromkeys(str(image) for image in named if _hash(image_path(image)) in left)
+        return len(left), list(itertools.islice(found, most))
+
     def find(self, keys: list[str]) -> np.ndarray:
         """For each sample, by its key, the captions of its image in the file: a row of their offset and size in the
-        texts (bytes), and the length of the longest in characters; offset -1, size 0, length -1 where there are none.
+        texts (bytes), the length of the longest in characters, and the scores; offset -1, size 0, length -1, scores NaN
+        where there are none.
 
         Key and image have the same path, or, where no image has the key's path, the same last part of it. Raises
         DataError where several images have that last part, or several keys come to one image by it.
@@ -181,7 +208,7 @@ class CaptionFile:
         for row in by_name[end - first > 1][:1]:
             images = [
                 str(i)
-                for i, _ in _lines(self._path)
+                for i, *_ in _lines(self._path)
                 if isinstance(i, str | int) and _name(image_path(i)) == _name(paths[row])
             ]
             raise DataError(
@@ -192,7 +219,7 @@ class CaptionFile:
         found[by_name] = end > first
         self._take(at[found], wanted[found], [key for key, one in zip(keys, found, strict=True) if one])
         rows = self._table[at]
-        rows[~found] = _ABSENT
+        rows[~found] = self._absent
         return rows
 
     def _take(self, at: np.ndarray, wanted: np.ndarray, keys: list[str]) -> None:
@@ -222,7 +249,8 @@ def _one_row_an_image(table: np.ndarray, texts: IO[bytes]) -> np.ndarray:
         if len(captions) > 1:
             data = json.dumps({"captions": list(captions)}).encode()
             offset, longest = texts.seek(0, os.SEEK_END), max(map(len, captions))
-            images[image] = (*table[first[image]].tolist()[:2], offset, len(data), longest, True)
+            for field, value in (("offset", offset), ("size", len(data)), ("length", longest), ("is_json", True)):
+                images[field][image] = value
             texts.write(data)
     texts.seek(0, os.SEEK_END)
     return images

@@ -60,6 +60,36 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, config=CONFIG)
+class ScoreConfig:
+    """Bounds of one number that samples have."""
+
+    column: str
+    """Name of the number: a column of data.captions, or, without such a file, a field of the sample's .json member."""
+    min: float | None = None
+    """The least that is kept; null has no bound."""
+    max: float | None = None
+    """The most that is kept; null has no bound."""
+
+
+@dataclass(frozen=True, config=CONFIG)
+class FilterConfig:
+    """Which samples are left out of the index. A sample that it leaves out is not read, and is no unreadable one."""
+
+    has_caption: bool = False
+    """Leave out samples that have no caption, or an empty one."""
+    min_caption_length: int = Field(default=0, ge=0)
+    """Leave out samples of which no caption has as many characters, and those that have none."""
+    max_caption_length: int | None = Field(default=None, ge=1)
+    """Leave out samples that have a caption of more characters."""
+    min_side: int = Field(default=0, ge=0)
+    """Leave out images whose shorter side has fewer pixels."""
+    max_aspect: float | None = Field(default=None, ge=1)
+    """Leave out images whose longer side is more than so many times the shorter one."""
+    scores: tuple[ScoreConfig, ...] = ()
+    """Leave out samples of which a number is out of its bounds, or missing (`[{column: aesthetic, min: 5}]`)."""
+
+
+@dataclass(frozen=True, config=CONFIG)
 class DataConfig:
     """Which samples a run trains on, and how they are read."""
 
@@ -94,11 +124,14 @@ class DataConfig:
     epochs: int | None = Field(default=None, ge=1)
     """How often the data set is read; null repeats it without end."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1, json_schema_extra=RUNTIME)
-    """Share of unreadable samples above which the run saves and stops."""
+    """Share of the samples read that may be unreadable. Above it, from ten of them on, the run saves and stops, and
+    launch/precompute.py stops."""
     max_image_pixels: int = Field(default=100_000_000, ge=1)
     """Images of more pixels count as unreadable and are not decoded; one takes up to 10 bytes of memory per pixel."""
     sources: tuple[SourceConfig, ...] = Field(default=(), json_schema_extra=RUNTIME)
     """Several data sets, each with its weight, in place of data.shards."""
+    filter: FilterConfig = FilterConfig()
+    """Samples that are left out when the shards, data.val_shards too, are indexed."""
     captions: str | None = Field(default=None, json_schema_extra=RUNTIME)
     """A .jsonl or .parquet file of captions by image, for shards (data.val_shards too) that hold no captions."""
     index_cache: str = Field(default=".cache/index", json_schema_extra=RUNTIME)

@@ -13,3 +13,11 @@ class SampleError(Exception):
 
 class StoreError(SampleError):
     """The store did not give a sample's bytes, and may give them later. Messages begin with `store: `."""
+
+
+_LEAST_BAD = 10  # unreadable samples by which a share is judged: one among the first sixteen is no share yet
+
+
+def too_many_unreadable(holes: int, read: int, most: float) -> bool:
+    """Whether `holes` unreadable samples of `read` are more than data.max_bad_share allows. most: that share."""
+    return holes > most * read and (holes >= _LEAST_BAD or not most)

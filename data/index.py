@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from .captions import CaptionFile
-from .config import DataConfig
+from .config import DataConfig, FilterConfig
 from .errors import DataError
 from .files import file_digest, folder_once, json_digest, lock, open_plain, temporary_beside
+from .filter import Filter, described, scores_of
 from .order import Source
 from .precomputed_format import Dataset, open_dataset
 from .shard_index import ABSENT, ShardIndex, load_index
@@ -34,7 +35,7 @@ from .tar_samples import told
 
 logger = logging.getLogger(__name__)
 
-_PACKED_VERSION = 6  # of the packed files
+_PACKED_VERSION = 7  # of the packed files
 _FILES = ("rows.bin", "keys.bin", "captions.bin")
 _VERSION_THREADS = 32  # a store answers within tens of milliseconds, and a set has thousands of shards
 COLUMNS = (
@@ -77,10 +78,11 @@ class ImageTextIndex:
 
     shards: paths of tars or URLs, or several sources of them. cache: folder for the packed index; None uses an unnamed
     one that is gone with the process. versions: of the shards, where another process has asked for them; None asks.
+    keep: which samples are left out.
     Attributes: `names` of the shards without .tar; `shard_sizes`, samples of each; `sources`, for the order;
     `fingerprint`, the identity of the data by names, keys, sizes and weights, whatever the folder; `dataset`, what
-    precomputed shards were made with, None where the shards hold images; `remarks` on the shards, for their user. Each
-    of COLUMNS is an attribute too: a numpy
+    precomputed shards were made with, None where the shards hold images; `remarks` on the shards, for their user;
+    `filtered`, what `keep` did to each source, in words. Each of COLUMNS is an attribute too: a numpy
     array [samples], mapped from the file.
     Raises DataError where a shard cannot be read, or precomputed shards and shards of images are mixed.
     """
@@ -106,7 +108,9 @@ class ImageTextIndex:
         cache: Path | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
         versions: Sequence[FileVersion] | None = None,
+        keep: FilterConfig = FilterConfig(),  # noqa: B008 (frozen)
     ) -> None:
+        self._keep = keep
         sources = [source for source in shards if isinstance(source, IndexSource)]
         sources = sources or [IndexSource([shard for shard in shards if not isinstance(shard, IndexSource)])]
         flat = [shard for source in sources for shard in source.shards]
@@ -136,6 +140,7 @@ class ImageTextIndex:
         self.fingerprint: str = meta["fingerprint"]
         self._precomputed: bool = meta["precomputed"]
         self.remarks: list[str] = meta["remarks"]
+        self.filtered: list[str] = meta.get("filtered", [])
         self._first = np.cumsum([0, *self.shard_sizes])
         self._files = {name: os.open(folder / f"{name}.bin", os.O_RDONLY) for name in ("rows", "keys", "captions")}
         weakref.finalize(self, _close, list(self._files.values()))
@@ -149,6 +154,8 @@ class ImageTextIndex:
         for source in sources:
             captions = file_version(source.captions).version if source.captions else ""
             identity.update(f"{len(source.shards)}\0{source.weight}\0{captions}\0".encode())
+        if self._keep != FilterConfig():
+            identity.update(f"{self._keep}".encode())
         packed = cache / identity.hexdigest()[:32] if cache else None
         if packed is not None and not _is_whole(packed):
             try:
@@ -175,7 +182,7 @@ class ImageTextIndex:
     def _pack(self, sources: Sequence[IndexSource], folder: Path, cache: Path | None, retry: RetryPolicy) -> None:
         """Write rows.bin, keys.bin, captions.bin and set.json, with the index of one shard in memory at a time."""
         sizes: list[int] = []
-        digests, remarks = [], []
+        digests, remarks, filtered = [], [], []
         kinds: dict[bool, str] = {}  # {precomputed or not: the last such shard}
         with (
             open(folder / "rows.bin", "wb") as rows,
@@ -183,12 +190,13 @@ class ImageTextIndex:
             open(folder / "captions.bin", "w+b") as texts,
         ):
             for source in sources:
-                captions = CaptionFile(source.captions, texts) if source.captions else None
+                filter = Filter(self._keep, *_where(source))
+                captions = CaptionFile(source.captions, texts, filter.columns) if source.captions else None
                 digest = hashlib.sha256()
                 for shard in source.shards:
                     number = len(sizes)
                     found = load_index(shard, cache, retry, known_version=self.versions[number])
-                    packed, names = _pack_rows(found, keys.tell(), captions)
+                    packed, names = _pack_rows(found, keys.tell(), captions, filter)
                     remarks.append((found.path.name, found.remarks))
                     if len(packed):
                         kinds[bool(packed["precomputed"].any())] = self.names[number]
@@ -201,12 +209,14 @@ class ImageTextIndex:
                     rows.write(packed.tobytes())
                     keys.write("".join(names).encode())
                     _add_to_fingerprint(digest, self.names[number], names, packed)
+                filter.check()
                 if not sum(sizes[-len(source.shards) :]):
                     raise DataError(
                         f"no shard of {source.shards[0]}{', ...' * (len(source.shards) > 1)} holds a sample: "
                         f"{'; '.join(told(remarks[-len(source.shards) :]))}; build shards with launch/shard.py"
                     )
                 digests.append(digest.hexdigest())
+                filtered.append(described(filter.left_out, filter.read))
         fingerprint = digests[0]
         if len(sources) > 1:
             weighted = [f"{source.weight!r} {digest}" for source, digest in zip(sources, digests, strict=True)]
@@ -214,6 +224,8 @@ class ImageTextIndex:
         files = {name: file_digest(folder / name) for name in _FILES}
         meta = {"shard_sizes": sizes, "fingerprint": fingerprint, "precomputed": True in kinds, "files": files}
         meta["remarks"] = told(remarks)
+        if self._keep != FilterConfig():
+            meta["filtered"] = filtered
         (folder / "set.json").write_text(json.dumps({**meta, "digest": json_digest(meta)}))
 
     def __len__(self) -> int:
@@ -319,8 +331,17 @@ def _close(descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
-def _pack_rows(index: ShardIndex, keys_before: int, captions: CaptionFile | None) -> tuple[np.ndarray, list[str]]:
-    """(ROW [n], n keys) of the samples of a shard. keys_before: bytes of the keys of all shards before it."""
+def _where(source: IndexSource) -> tuple[str, str]:
+    """(a source, what holds the numbers of its samples), for messages."""
+    shards = [str(shard) for shard in source.shards[:1]] + ["..."] * (len(source.shards) > 1)
+    return ", ".join(shards), f"the captions {source.captions}" if source.captions else "its .json member"
+
+
+def _pack_rows(
+    index: ShardIndex, keys_before: int, captions: CaptionFile | None, filter: Filter
+) -> tuple[np.ndarray, list[str]]:
+    """(ROW [n], n keys) of the samples of a shard that the filter keeps. keys_before: bytes of the keys of all shards
+    before it."""
     table = index.table
     names: list[str] = table.column("key").to_pylist()
     packed = np.zeros(len(names), ROW)
@@ -328,13 +349,17 @@ def _pack_rows(index: ShardIndex, keys_before: int, captions: CaptionFile | None
         values = table.column(column).to_numpy()
         # A size that does not fit into 32 bits becomes the largest one, which is refused as well (MAX_MEMBER_BYTES).
         packed[column] = np.minimum(values, np.iinfo(np.int32).max) if column.endswith("_size") else values
-    packed["key_size"] = [len(name.encode()) for name in names]
-    packed["key_offset"] = keys_before + np.cumsum(packed["key_size"]) - packed["key_size"]
-    if captions is not None:
+    if captions is None:
+        scores = scores_of(table.column("numbers").to_pylist() if filter.columns else [""] * len(names), filter.columns)
+    else:
         found = captions.find(names)
         packed["caption_offset"], packed["caption_size"] = found["offset"], found["size"]
         packed["caption_length"], packed["caption_is_json"] = found["length"], found["is_json"]
-        packed["caption_beside"] = True
+        packed["caption_beside"], scores = True, found["scores"]
+    kept = filter.keep(packed, scores)
+    packed, names = packed[kept], [name for name, one in zip(names, kept, strict=True) if one]
+    packed["key_size"] = [len(name.encode()) for name in names]
+    packed["key_offset"] = keys_before + np.cumsum(packed["key_size"]) - packed["key_size"]
     return packed, names
 
 
@@ -351,18 +376,24 @@ def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.
         digest.update(labels.tobytes())
 
 
+def open_sources(cfg: DataConfig) -> list[IndexSource]:
+    """The sources of a config's training data. Raises DataError where a file is missing."""
+    key = "data.sources" if cfg.sources else "data.shards"
+    return [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
+
+
 def open_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
     """The index of a config's training data. versions: as of ImageTextIndex. DataError where a shard is missing."""
-    key = "data.sources" if cfg.sources else "data.shards"
-    sources = [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
-    return ImageTextIndex(sources, Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), versions)
+    retry = RetryPolicy(cfg.timeout_s, cfg.retries)
+    return ImageTextIndex(open_sources(cfg), Path(cfg.index_cache), retry, versions, cfg.filter)
 
 
 def open_validation_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
     """The index of data.val_shards. versions: as of ImageTextIndex. Raises DataError where a shard is missing."""
     assert cfg.val_shards is not None
     source = IndexSource(open_shards(cfg.val_shards, "data.val_shards"), _captions(cfg.captions))
-    return ImageTextIndex([source], Path(cfg.index_cache), RetryPolicy(cfg.timeout_s, cfg.retries), versions)
+    retry = RetryPolicy(cfg.timeout_s, cfg.retries)
+    return ImageTextIndex([source], Path(cfg.index_cache), retry, versions, cfg.filter)
 
 
 def _captions(path: str | None) -> Path | None:

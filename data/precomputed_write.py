@@ -8,6 +8,7 @@ from how often they were stopped. A shard is complete or absent. `dataset.json` 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -25,11 +26,11 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from .captions import CaptionChoice
-from .config import DataConfig
+from .config import DataConfig, FilterConfig
 from .encoders.autoencoder import Autoencoder
 from .encoders.dinov2 import FeatureEncoder
 from .encoders.text import TextEncoder
-from .errors import DataError, SampleError, StoreError
+from .errors import DataError, SampleError, StoreError, too_many_unreadable
 from .files import lock, naming, open_plain, temporary_beside
 from .images import decode_image
 from .index import ImageTextIndex
@@ -109,7 +110,7 @@ class Precompute:
             "flips": self.flips,
             "captions": text and "all of an image, cut at max_length tokens",
             "classes": self.classes,
-            "filters": {"max_image_pixels": self.data.max_image_pixels},
+            "filters": {"max_image_pixels": self.data.max_image_pixels} | self._filter(),
             "precision": self.precision,
             "batch_size": self.batch_size,
             "source": {"fingerprint": self.index.fingerprint, "samples": len(self.index)},
@@ -118,11 +119,16 @@ class Precompute:
             "shards": len(self.shards()),
         }  # fmt: skip
 
+    def _filter(self) -> dict[str, Any]:
+        """data.filter where it is set; sets that were made without have no such entry."""
+        filter = self.data.filter
+        return {} if filter == FilterConfig() else {"filter": dataclasses.asdict(filter)}
+
     def shards(self) -> list[Samples]:
         """The samples of each output shard."""
         sizes = self.index.shard_sizes
         if self.per_shard is None:
-            return [[(shard, range(size))] for shard, size in enumerate(sizes)]
+            return [[(shard, range(size))] for shard, size in enumerate(sizes) if size]  # data.filter may leave none
         ends = np.cumsum(sizes)
         found: list[Samples] = []
         for first in range(0, len(self.index), self.per_shard):
@@ -144,9 +150,11 @@ class Precompute:
         """Write those of this process's shards that are not there yet. -> the number of holes by their reason.
 
         The process that finds all shards complete writes dataset.json. report: is called with a line per shard. Raises
-        DataError where the folder holds another set, or one that was made in another way.
+        DataError where the folder holds another set, or one that was made in another way, and where more samples of
+        this process are unreadable than data.max_bad_share allows: then the last shard is not written.
         """
         shards, holes = self.shards(), Counter[str]()
+        unreadable = read = 0
         own = range(rank, len(shards), world)
         self._make_folder()
         with self._locked():
@@ -157,13 +165,14 @@ class Precompute:
                 leftover.unlink()
         for number in own:
             path = self.path(number)
-            if path.exists():
-                report(f"{path} is there")
-            else:
-                found = self._write_shard(path, shards[number])
+            there = path.exists()
+            if not there:
+                found = self._write_shard(path, shards[number], unreadable, read)
                 holes += found
-                report(f"{path}: {sum(len(part) for _, part in shards[number])} samples, {found.total()} of them holes")
-            load_index(path)  # makes it where a kill came between shard and index
+            table = load_index(path).table  # made where a kill came between shard and index
+            bad = int((table.column("image_offset").to_numpy() == ABSENT).sum())
+            unreadable, read = unreadable + bad, read + table.num_rows
+            report(f"{path} is there" if there else f"{path}: {table.num_rows} samples, {bad} of them holes")
         if all(self.path(number).exists() for number in range(len(shards))):
             with self._locked():
                 self._write_declared(DATASET)
@@ -230,8 +239,11 @@ class Precompute:
         with temporary_beside(self.prefix.parent / name) as temporary:
             temporary.write_text(sealed(self.declared(), empty))
 
-    def _write_shard(self, path: Path, samples: Samples) -> Counter[str]:
-        """Write one output shard and rename it when it is complete. -> its holes by reason."""
+    def _write_shard(self, path: Path, samples: Samples, unreadable: int, read: int) -> Counter[str]:
+        """Write one output shard and rename it when it is complete. -> its holes by reason.
+
+        unreadable, read: samples of the shards before it.
+        """
         holes: Counter[str] = Counter()
         # Always the same name, not temporary_beside's: so it can be locked, and what a kill left is overwritten.
         beside = path.with_name(f".{path.name}.tmp")
@@ -252,11 +264,22 @@ class Precompute:
                         tar.write(sample)
                         if HOLE in sample:
                             holes[sample[HOLE]] += 1
+                        read += 1
+                        self._check_share(unreadable + holes.total(), read, holes)
                 file.flush()
                 os.fsync(file.fileno())
             index_path(path).unlink(missing_ok=True)
             os.replace(beside, path)
         return holes
+
+    def _check_share(self, unreadable: int, read: int, holes: Counter[str]) -> None:
+        if too_many_unreadable(unreadable, read, self.data.max_bad_share):
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in holes.most_common())
+            raise DataError(
+                f"{unreadable} of the {read} samples read are unreadable ({unreadable / read:.2%}), more than "
+                f"data.max_bad_share {self.data.max_bad_share:.2%} (in the last shard {reasons or 'none'}): make them "
+                "readable, leave them out by data.filter, or raise data.max_bad_share, and give the command again"
+            )
 
     def estimate(self, images_per_s: float | None) -> str:
         """What the whole set takes: terabytes and GPU-hours, by encoding a few samples of one shard.
@@ -265,8 +288,7 @@ class Precompute:
         """
         sizes: list[int] = []
         begin = time.perf_counter()
-        first = next((shard for shard, size in enumerate(self.index.shard_sizes) if size), 0)
-        for members in self.encoded([(first, range(min(_PROBE, self.index.shard_sizes[first])))]):
+        for members in self.encoded([(shard, part[:_PROBE]) for shard, part in self.shards()[0][:1]]):
             sizes.append(bytes_in_tar(members))
             if time.perf_counter() - begin > _PROBE_S:
                 break

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .captions import captions_from_bytes, json_member
+from .captions import NoCaption, captions_from_bytes, captions_of_entry, json_member
 from .errors import DataError, SampleError
 from .files import temporary_beside
 from .images import IMAGE_EXTENSIONS, image_size
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
 UNREADABLE = -2  # label where the .cls member holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
-_FORMAT = b"5"  # version of what is stored
+_FORMAT = b"6"  # version of what is stored
 # Of the metadata: the format, the version of the shard, and the remarks on it.
 _FORMAT_KEY, _SHARD_KEY, _REMARKS_KEY = b"version", b"stamp", b"remarks"
 _HIDDEN = "._"  # begins the names of the files that macOS puts beside those that it copies
@@ -44,6 +44,7 @@ _GZIP = b"\x1f\x8b"
 _HEADER_BYTES = 1 << 16  # of an image: they nearly always tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
 _MAX_LABEL = 2**31 - 1
+_MAX_NUMBER, _MOST_NUMBERS = 1e300, 64  # of a .json member
 SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),
@@ -61,6 +62,7 @@ SCHEMA = pa.schema(
         ("features_offset", pa.int64()),
         ("features_size", pa.int64()),
         ("precomputed", pa.bool_()),
+        ("numbers", pa.large_string()),
     ]
 )
 # Extensions of the members that launch/precompute.py writes; a hole holds the reason why there is no sample.
@@ -73,10 +75,11 @@ class ShardIndex:
     """Index of one shard: where the tar is, and a table with the columns of SCHEMA and one row per sample.
 
     Offsets and sizes are bytes in the tar (ABSENT and 0 where the sample lacks the member); width and height are pixels
-    (0 where the image is unreadable); caption_length is the number of characters of the longest caption (ABSENT where
-    it is unreadable). label is the number in the .cls member (ABSENT where there is no such member, UNREADABLE where it
-    holds no number). Of a precomputed sample "image" is the latents, width and height are those of the original, "text"
-    is the text states and "features" the features of the image; of a hole "caption" is its reason.
+    (0 where the image is unreadable); caption_length is the number of characters of the longest caption (0 where the
+    member holds none, ABSENT where it is unreadable). label is the number in the .cls member (ABSENT where there is no
+    such member, UNREADABLE where it holds no number). numbers is JSON of the numbers in the .json member, by name (""
+    where there are none). Of a precomputed sample "image" is the latents, width and height are those of the original,
+    "text" is the text states and "features" the features of the image; of a hole "caption" is its reason.
     version: identity of the tar's content, as of FileVersion. remarks: what its user should know.
     """
 
@@ -150,7 +153,7 @@ def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> tuple[pa.Ta
 
 def _new_row(key: str) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(SCHEMA.names, 0)
-    row.update(key=key, caption_is_json=False, caption_length=ABSENT, precomputed=False)
+    row.update(key=key, caption_is_json=False, caption_length=ABSENT, precomputed=False, numbers="")
     row.update(image_offset=ABSENT, caption_offset=ABSENT, label=ABSENT, text_offset=ABSENT)
     return row | {"features_offset": ABSENT}
 
@@ -185,16 +188,37 @@ def _add_member(samples: TarSamples, member: Member, file: Bytes) -> None:
             row["label"] = label_from_bytes(_read_whole(file, member, _MAX_JSON_BYTES))
         except SampleError:
             row["label"] = UNREADABLE
-    elif extension == "txt" or row["caption_offset"] == ABSENT:  # .txt wins over .json
-        is_json = extension == "json"
-        row.update(caption_offset=member.offset, caption_size=member.size, caption_is_json=is_json)
-        try:
-            data = _read_whole(file, member, _MAX_JSON_BYTES)
-            row["caption_length"] = max(len(text) for text in captions_from_bytes(data, is_json).texts)
-            if is_json and row["width"] == 0:  # an image that follows in the tar overwrites it
-                row["width"], row["height"] = _size_of_entry(json_member(data))
-        except SampleError:
-            row["caption_length"] = ABSENT
+    else:
+        _add_caption(row, member, file, is_json=extension == "json")
+
+
+def _add_caption(row: dict[str, object], member: Member, file: Bytes, is_json: bool) -> None:
+    data, entry = b"", dict[str, Any]()
+    with contextlib.suppress(SampleError):
+        data = _read_whole(file, member, _MAX_JSON_BYTES)
+        entry = json_member(data) if is_json else {}
+    if row["width"] == 0:  # an image that follows in the tar overwrites it
+        row["width"], row["height"] = _size_of_entry(entry)
+    if is_json:
+        row["numbers"] = _numbers_of_entry(entry)
+        if row["caption_offset"] != ABSENT:  # .txt wins over .json
+            return
+    row.update(caption_offset=member.offset, caption_size=member.size, caption_is_json=is_json)
+    try:
+        choice = captions_of_entry(entry) if entry else captions_from_bytes(data, is_json)
+        row["caption_length"] = max(map(len, choice.texts))
+    except NoCaption:
+        row["caption_length"] = 0 if len(data) == member.size else ABSENT
+    except SampleError:
+        row["caption_length"] = ABSENT
+
+
+def _numbers_of_entry(entry: dict[str, Any]) -> str:
+    """The numbers of a .json member by which data.filter may choose, as JSON; "" where there are none."""
+    numbers = {name: value for name, value in entry.items() if type(value) in (int, float) and abs(value) < _MAX_NUMBER}
+    for name in ("width", "height"):  # they have columns
+        numbers.pop(name, None)
+    return json.dumps(dict(list(numbers.items())[:_MOST_NUMBERS])) if numbers else ""
 
 
 def _size_of_entry(entry: dict[str, Any]) -> tuple[int, int]:
@@ -233,8 +257,8 @@ def load_index(
     beside = [] if isinstance(shard, Remote) else [index_path(shard)]
     places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
     for path in places if not rebuild else ():
-        # Missing or damaged, of which pyarrow says what it likes: the tar itself is the truth.
-        with contextlib.suppress(OSError, pa.ArrowException, ValueError):
+        # Missing, of an older format or damaged, of which pyarrow says what it likes: the tar itself is the truth.
+        with contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError):
             if (table := _read_stored(path, current, size)) is not None and _lies_within(table, size):
                 remarks = remarks_from(json.loads(table.schema.metadata[_REMARKS_KEY]))
                 return ShardIndex(shard, table, current, remarks)
@@ -273,8 +297,8 @@ def _lies_within(table: pa.Table, size: int) -> bool:
 def _read_stored(path: Path, version: str, size: int) -> pa.Table | None:
     """A stored index, if it is that of a shard of this version and of `size` bytes, and unpacks to no more than such a
     shard can need: a few MB of parquet may stand for many GB."""
-    # A dictionary, so that a long key is not repeated in memory.
-    with pq.ParquetFile(path, read_dictionary=["key"], page_checksum_verification=True) as file:
+    # Dictionaries, so that a long text is not repeated in memory.
+    with pq.ParquetFile(path, read_dictionary=["key", "numbers"], page_checksum_verification=True) as file:
         about, metadata = file.metadata, file.metadata.metadata or {}
         if metadata.get(_FORMAT_KEY) != _FORMAT or metadata.get(_SHARD_KEY) != version.encode():
             return None
@@ -289,12 +313,13 @@ def _read_stored(path: Path, version: str, size: int) -> pa.Table | None:
         table.validate(full=True)  # that keys are text, and are there
     if any(table.column(name).null_count for name in SCHEMA.names):
         return None
-    characters = 0
-    for chunk in table.column("key").chunks:
-        lengths = np.array([len(key) for key in chunk.dictionary.to_pylist()], np.int64)
-        characters += int(lengths[chunk.indices.to_numpy()].sum())
-    if characters > size:
-        return None
+    for name in ("key", "numbers"):
+        characters = 0
+        for chunk in table.column(name).chunks:
+            lengths = np.array([len(text) for text in chunk.dictionary.to_pylist()], np.int64)
+            characters += int(lengths[chunk.indices.to_numpy()].sum())
+        if characters > size:
+            return None
     return table.select(SCHEMA.names).cast(SCHEMA.with_metadata(table.schema.metadata))
 
 
@@ -318,7 +343,7 @@ def _rebuild_index(shard: Shard, cache: Path) -> tuple[str, bool]:
         return str(error), False
     table = index.table
     width, caption, label = (table.column(name).to_numpy() for name in ("width", "caption_length", "label"))
-    has = {"a readable image": width > 0, "a caption": caption != ABSENT, "a class label": label >= 0}
+    has = {"a readable image": width > 0, "a caption": caption > 0, "a class label": label >= 0}
     counts = [f"{int(rows.sum())} with {what}" for what, rows in has.items()]
     lines = [f"{shard}: {table.num_rows} samples, {', '.join(counts)}", *told([(shard.name, index.remarks)])]
     return "\n  ".join(lines), True

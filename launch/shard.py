@@ -1,13 +1,16 @@
-"""Build shards from images and captions, or the index of existing shards.
+"""Build shards from images and captions, the index of existing shards, or check what a run will see of them.
 
 python launch/shard.py --images DIR --output PREFIX          DIR holds NAME.jpg and NAME.txt (or NAME.json)
 python launch/shard.py --manifest FILE.jsonl --output PREFIX lines {"image": path, "caption": "..."}
 python launch/shard.py index SHARD... [--workers N]          shards, folders, patterns or URLs
+python launch/shard.py check SHARDS [--captions F] [--config NAME] [--json] [section.key=value ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from data.redaction import message
 from data.shard_index import load_index, rebuild_indexes
 from data.storage import open_shards
 from data.write_shards import images_in_folder, images_in_manifest, read_samples, write_shards
-from launch.common import run
+from launch.common import command, run
 
 
 def build_shards(args: argparse.Namespace) -> None:
@@ -51,26 +54,61 @@ def index_shards(args: argparse.Namespace) -> None:
         raise DataError(f"{len(failed)} of {len(shards)} shards have no index; the first: {failed[0]}")
 
 
-def main() -> None:
-    """Parse the command line and run one of the two commands."""
+def check(words: list[str]) -> int:
+    """Print what a run will see of shards. -> 1 where it would be stopped, or would learn no captions."""
+    parser = command("Check what a run will see of shards.", config=False, name="shard.py check")
+    parser.add_argument("shards", metavar="SHARDS", help="as data.shards")
+    parser.add_argument("--captions", help="as data.captions")
+    parser.add_argument("--config", help="a config, for its text encoder's tokenizer, text lengths, filter, resolution")
+    parser.add_argument("--samples", type=int, default=1000, help="random samples to decode (default: %(default)s)")
+    parser.add_argument("--page", type=Path, default=Path(".cache/check.html"), help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    args = parser.parse_args(words)
+    if args.samples < 1:
+        raise DataError(f"--samples must be at least 1, got {args.samples}")
+    from data.check import check_shards, write_page
+    from data.encoders.text import token_counts
+    from trainer.config.load import load_config, parse
+
+    given = ["data.sources=[]", f"data.shards={json.dumps(args.shards)}"]
+    given += [f"data.captions={json.dumps(args.captions)}"] if args.captions else []
+    given += args.overrides
+    config = load_config(args.config, given) if args.config else parse({}, "the command line", given)
+    lengths, text = config.data.text_lengths or (config.text_encoder.max_length,), config.text_encoder
+    found = check_shards(config.data, args.samples, lengths, token_counts(text), config.label_classes)
+    write_page(args.page, found)
+    print(
+        json.dumps(found.report | {"problems": found.problems, "page": str(args.page)}, indent=1)
+        if args.json
+        else message("\n".join([*found.lines, f"pairs: {args.page}", *(f"problem: {p}" for p in found.problems)]))
+    )
+    return 1 if found.problems else 0
+
+
+def main() -> int:
+    """Parse the command line and run one of the three commands."""
+    if sys.argv[1:2] == ["check"]:
+        return check(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of images with captions beside them")
     parser.add_argument("--manifest", type=Path, help="file of JSON lines, each with an image and its caption")
     parser.add_argument("--output", type=Path, help="prefix of the shards, e.g. shards/train")
     parser.add_argument("--per-shard", type=int, default=1000, help="samples per shard (default: %(default)s)")
     parser.add_argument("--resize", type=int, help="reduce the shorter side of each image to this many pixels")
-    commands = parser.add_subparsers(dest="command", metavar="index SHARD...")
+    commands = parser.add_subparsers(dest="command", metavar="{index,check}")
     index = commands.add_parser("index", help="build the index of existing shards")
     index.add_argument("shards", nargs="+", help="shards, folders, patterns or URLs")
     index.add_argument("--workers", type=int, default=1, help="shards that are indexed at the same time")
     index.add_argument(
         "--cache", type=Path, default=Path(DataConfig.index_cache), help="folder for the indexes of URLs"
     )
+    commands.add_parser("check", help="what a run will see of shards: shard.py check --help")
     args = parser.parse_args()
     if args.command == "index":
         index_shards(args)
     else:
         build_shards(args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
             raise BadDataError(
                 outage_message(bad.lost, state.holes)
                 if to_save
-                else bad_share_message(state.step, bad.share, plan.max_bad_share, state.holes)
+                else bad_share_message(state.step, bad, plan.max_bad_share, state.holes)
             )
         if stopping:
             unsaved = f"; not saved, because the last {bad.lost} samples could not be read" if to_save else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,7 @@ def load_text_encoder(
                 "of one (its config.json has a hidden_size)"
             )
         model = _load_model(cfg, config, dtype, shapes_only)
-        tokenizer_path, tokenizer_where = _tokenizer_place(cfg)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False, **tokenizer_where)
+        tokenizer = load_tokenizer(cfg)
     except DataError:
         raise
     except Exception as error:  # a config.json or a tokenizer that is damaged raises errors of any kind
@@ -154,7 +154,6 @@ def load_text_encoder(
         raise DataError(
             f"text_encoder.max_length is {cfg.max_length}, but {cfg.path!r} has {longest} positions: set at most that"
         )
-    _check_tokens(cfg, tokenizer)
     freeze(model, "meta" if shapes_only else device)
     probe = tokenizer(_PROBE_TEXT)["input_ids"]
     fingerprint = "" if shapes_only else fingerprint_of(config.to_dict(), _TEXT_FIELDS, model, probe)
@@ -176,6 +175,18 @@ def _load_model(cfg: TextEncoderConfig, config: Any, dtype: torch.dtype, shapes_
         if model_class is AutoModel:
             return AutoModel.from_config(config, trust_remote_code=False, **kind)
         return model_class._from_config(config, **kind)
+
+
+def load_tokenizer(cfg: TextEncoderConfig) -> Any:
+    """The tokenizer of a text encoder. Raises DataError where it cannot be loaded, or knows no English."""
+    quieten()
+    path, where = _tokenizer_place(cfg)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
+    except Exception as error:  # a tokenizer that is damaged raises errors of any kind
+        raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
+    _check_tokens(cfg, tokenizer)
+    return tokenizer
 
 
 def _tokenizer_place(cfg: TextEncoderConfig) -> tuple[str, dict[str, str]]:
@@ -214,3 +225,11 @@ def _check_states(cfg: TextEncoderConfig, encoder: TextEncoder) -> None:
             f"text_encoder.path: {cfg.path!r} gives states that are not finite, or the same for different captions, in "
             f"{encoder.model.dtype}: its weights are damaged, or need another parallel.precision"
         )
+
+
+def token_counts(cfg: TextEncoderConfig) -> Callable[[list[str]], list[int]] | None:
+    """A function that counts the tokens of captions, which are not cut; None where text_encoder.path is none."""
+    if cfg.path == NONE:
+        return None
+    tokenizer = load_tokenizer(cfg)
+    return lambda captions: [len(ids) for ids in tokenizer(captions, verbose=False)["input_ids"]]

@@ -67,7 +67,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     lock = on_rank_0(world, lambda: lock_folder(inputs.folder) if inputs.folder.is_dir() else None)
     start = _find_start(inputs)
     trained = _build_trained(inputs, start)
-    notes = [*_describe(inputs, start), *_slow_precision(config, world.device)]
+    notes = [*_describe(inputs, start), *_slow_precision(config, world.device), *inputs.data.notes]
     side_jobs = _build_side_jobs(inputs, trained, notes)
     lock = on_rank_0(world, lambda: lock or lock_folder(inputs.folder))
     metrics = _open_folder(inputs, start, trained.state.step, notes)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.config import DataConfig
 from data.debug import ensure_debug_assets
-from data.errors import DataError
+from data.errors import DataError, too_many_unreadable
 from data.index import ImageTextIndex, open_index, open_validation_index
 from data.order import MIXED_ORDER
 from data.precomputed_format import check_images, check_same_kind
@@ -77,6 +77,11 @@ class TrainingData:
             check_images(c.autoencoder, c.text_encoder, c.label_classes)
         else:
             index.dataset.check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What data.filter left out of the training data, in words."""
+        return [] if self._index is None else self._index.filtered
 
     def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
         """The reader of one rank in a world of `size`."""
@@ -152,6 +157,19 @@ def _open_index(
     return open_validation_index(data, versions) if validation else open_index(data, versions)
 
 
+def _looked_for(data: DataConfig, first: Mapping[str, str]) -> str:
+    """Where the missing captions of validation samples were looked for. first: a sample's "shard/key" by reason."""
+    name = first.get("caption: missing")
+    if name is None:
+        return ""
+    shard, _, key = name.partition("/")
+    sources = data.all_sources() if data.val_shards is None else ()
+    files = [source.captions for source in sources if source.captions] or [data.captions] * bool(data.captions)
+    if not files:
+        return f"; {shard}.tar has neither {key}.txt nor {key}.json with a caption, and data.captions is not set"
+    return f"; {', '.join(map(str, files))} has no image {key!r}, nor one of that last part alone"
+
+
 def validation_bank(
     batches: Iterable[Batch], encode: Callable[[Batch], T], data: DataConfig, world: World, notes: list[str]
 ) -> list[T]:
@@ -160,21 +178,24 @@ def validation_bank(
     Raises DataError, on all ranks, where a store does not give samples or too many are unreadable, because validation
     losses are compared across runs and starts, and must be of the same samples.
     """
-    bank, holes, read = [], Counter[str](), 0
+    bank, holes, read, first = [], Counter[str](), 0, dict[str, str]()
     for batch in batches:
         holes.update(batch.holes)
+        for name, reason in batch.unreadable():
+            first.setdefault(reason, name)
         read += batch.read
         bank.append(encode(batch))
     parts: list[Any] = [None] * world.size
-    dist.all_gather_object(parts, (holes, read), group=world.control)
-    holes, read = sum((part for part, _ in parts), Counter[str]()), sum(number for _, number in parts)
+    dist.all_gather_object(parts, (holes, read, first), group=world.control)
+    holes, read = sum((part for part, *_ in parts), Counter[str]()), sum(number for _, number, _ in parts)
+    first = {reason: name for *_, names in parts for reason, name in names.items()}
     if holes:
         unreadable = f"{holes.total()} of {read} validation samples are unreadable (" + ", ".join(
             f"{reason}: {count}" for reason, count in sorted(holes.items())
         )
-        most = data.max_bad_share * max(1000, read)  # as in training
-        if any(reason.startswith("store: ") for reason in holes) or holes.total() > most or holes.total() == read:
+        too_many = holes.total() == read or too_many_unreadable(holes.total(), read, data.max_bad_share)
+        if too_many or any(reason.startswith("store: ") for reason in holes):
             key = "data.shards" if data.val_shards is None else "data.val_shards"
-            raise DataError(f"{key}: {unreadable}): make them readable and start again")
+            raise DataError(f"{key}: {unreadable}){_looked_for(data, first)}: make them readable and start again")
         notes.append(f"warning: {unreadable}): validation losses are of the others")
     return bank

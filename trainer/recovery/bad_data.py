@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 
+from data.errors import too_many_unreadable
+
 from ..errors import BadDataError
 
 OUTAGE = 100  # samples lost in consecutive steps that lose nearly all of theirs
 
 
-def bad_share_message(step: int, share: float, most: float, holes: Mapping[str, int]) -> str:
-    """share: of the samples that all ranks have read; most: data.max_bad_share; holes: {reason: samples} of rank 0."""
+def bad_share_message(step: int, bad: "BadData", most: float, holes: Mapping[str, int]) -> str:
+    """bad: what all ranks have read; most: data.max_bad_share; holes: {reason: samples} of rank 0."""
     return (
-        f"{share:.2%} of the samples were unreadable, more than data.max_bad_share {most:.2%} (rank 0 saw "
-        f"{_reasons(holes)}). The run is saved at step {step}: make the samples readable again, or raise "
-        "data.max_bad_share, and start it again."
+        f"{bad.holes} of the {bad.read} samples read were unreadable ({bad.share:.2%}), more than data.max_bad_share "
+        f"{most:.2%} (rank 0 saw {_reasons(holes)}). The run is saved at step {step}: make the samples readable again, "
+        "leave them out by data.filter in a new run, or raise data.max_bad_share, and start it again."
     )
 
 
@@ -30,23 +32,28 @@ class BadData:
 
     lost: samples that consecutive steps up to now have lost in which nearly nothing could be read, because their
     gradients are of a few samples, or of none. Nearly nothing: less than a tenth, or than 1 - max_bad_share where that
-    is less. share: of all samples that were unreadable; a few bad ones among the first ones are no share yet.
+    is less. holes, read: unreadable samples and samples, both since the run has started.
     """
 
     def __init__(self, max_bad_share: float) -> None:
-        self.lost, self.share = 0, 0.0
+        self.lost = self.holes = self.read = 0
         self._most, self._least = max_bad_share, max(0.9, max_bad_share)
-        self._before = (0, 0)
+
+    @property
+    def share(self) -> float:
+        """Unreadable samples per sample."""
+        return self.holes / max(1, self.read)
 
     @property
     def too_much(self) -> bool:
-        return self.share > self._most
+        """Whether data.max_bad_share is passed."""
+        return too_many_unreadable(self.holes, self.read, self._most)
 
     def update(self, holes: int, read: int, reasons: Mapping[str, int]) -> None:
         """holes: unreadable samples, read: samples, both since the run has started; the same as in the last call change
         nothing. reasons: {reason: samples} of this rank. Raises BadDataError where the storage is gone."""
-        bad, seen = holes - self._before[0], read - self._before[1]
-        self._before, self.share = (holes, read), holes / max(1000, read)
+        bad, seen = holes - self.holes, read - self.read
+        self.holes, self.read = holes, read
         if seen:
             self.lost = self.lost + bad if bad > self._least * seen else 0
         if self.lost >= OUTAGE:

@@ -233,8 +233,9 @@ def stored(path: Path, rows: int, **columns: object) -> pa.Table:
     """A table of so many rows that says it is the index of a shard; columns: other values than zeros."""
     made = {}
     for field in SCHEMA:
-        value = columns.get(field.name, "k" if field.name == "key" else False if pa.types.is_boolean(field.type) else 0)
-        kind = field.type if field.name not in columns or field.name == "key" else None
+        text = {"key": "k", "numbers": ""}
+        value = columns.get(field.name, text.get(field.name, False if pa.types.is_boolean(field.type) else 0))
+        kind = field.type if field.name not in columns or field.name in text else None
         once = pa.array(np.zeros(rows, np.int32))
         made[field.name] = pa.DictionaryArray.from_arrays(once, pa.array([value], kind))
         if value is None:
@@ -257,6 +258,7 @@ def within_bounds(read: Any) -> Any:
         (3_000_000, {}),  # 300 MB from 200 kB
         (9, {"key": "k" * 10**5}),  # short in the file, where it stands once
         (1, {"key": "k" * 10**7}),
+        (9, {"numbers": "1" * 10**5}),
         (1, {"width": "many"}),
         (1, {"image_offset": None}),
         (0, {}),

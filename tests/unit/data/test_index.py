@@ -119,6 +119,9 @@ def test_a_stale_or_damaged_index_is_built_again(tmp_path: Path) -> None:
     assert load_index(path).table.column("key").to_pylist() == ["b"]
     index_path(path).write_bytes(b"PAR1 nonsense")
     assert load_index(path).table.column("key").to_pylist() == ["b"]
+    older = pq.read_table(index_path(path)).drop_columns(["numbers"])
+    pq.write_table(older.replace_schema_metadata({**(older.schema.metadata or {}), b"version": b"4"}), index_path(path))
+    assert load_index(path).table.column("key").to_pylist() == ["b"]
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
 
 

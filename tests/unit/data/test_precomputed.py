@@ -19,6 +19,7 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from data.batch import Batch
+from data.config import FilterConfig
 from data.debug import ensure_debug_assets
 from data.encoders.autoencoder import Autoencoder, load_autoencoder
 from data.encoders.dinov2 import load_feature_encoder
@@ -139,6 +140,27 @@ def test_a_store_that_fails_makes_no_holes(made: Made, tmp_path: Path) -> None:
     task.run(0, 1, lambda _: None)
     shards = [path.read_bytes() for path in sorted((tmp_path / "out").glob("*.tar"))]
     assert shards == [path.read_bytes() for path in sorted(made.task.prefix.parent.glob("*.tar"))]
+
+
+def test_too_many_holes_end_it_and_what_is_filtered_out_is_none(made: Made, tmp_path: Path) -> None:
+    """3 of 32 samples are unreadable, one of them for want of a caption; a restart counts the shards that are there."""
+    task = dataclasses.replace(made.task, prefix=tmp_path / "out" / "train")
+    most = dataclasses.replace(made.task.data, max_bad_share=0.0)
+    with pytest.raises(DataError, match=r"1 of the 6 samples read are unreadable \(16\.67%\), more than data\.max_bad"):
+        dataclasses.replace(task, data=most).run(0, 1, lambda _: None)
+    assert not list((tmp_path / "out").glob("*.tar"))
+    task.run(0, 1, lambda _: None)
+    (tmp_path / "out" / "train-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"2 of the 21 samples .*in the last shard none"):
+        dataclasses.replace(task, data=most).run(0, 1, lambda _: None)
+
+    keep = FilterConfig(has_caption=True)
+    index = ImageTextIndex(made.source.paths, keep=keep)
+    data = dataclasses.replace(made.task.data, filter=keep)
+    kept = dataclasses.replace(task, index=index, data=data, prefix=tmp_path / "kept" / "train")
+    assert kept.run(0, 1, lambda _: None) == {reason: 1 for reason in BAD.values() if reason != "caption: missing"}
+    assert kept.declared()["filters"]["filter"]["has_caption"] is True
+    assert len(ImageTextIndex(open_shards(str(tmp_path / "kept")))) == 31
 
 
 def test_bytes_do_not_depend_on_processes_and_stops(made: Made, tmp_path: Path) -> None:
@@ -394,8 +416,9 @@ def test_another_encoder_is_refused_and_sets_that_differ(made: Made, tmp_path: P
 
 def test_classes_need_no_text(made: Made, tmp_path: Path) -> None:
     task = dataclasses.replace(
-        made.task, text_encoder=None, classes=4, prefix=tmp_path / "out" / "train", flips=False, per_shard=10
-    )
+        made.task, text_encoder=None, classes=4, prefix=tmp_path / "out" / "train", flips=False, per_shard=10,
+        data=dataclasses.replace(made.task.data, max_bad_share=1.0),
+    )  # fmt: skip
     holes = task.run(0, 1, lambda _: None)
     assert holes["label: missing"] == 14  # those with several captions, and the bad ones
     index = ImageTextIndex(open_shards(str(tmp_path / "out")))

@@ -30,6 +30,10 @@ RUNTIME |= {"objective.repa_encoder"}
 IDENTITY = {"model.", "mup.", "train.seed", "train.global_batch_size"}
 IDENTITY |= {f"data.{key}" for key in ("resolution", "crop", "flip", "epochs", "max_image_pixels", "label_dropout")}
 IDENTITY |= {f"data.{key}" for key in ("buckets", "max_aspect", "text_lengths", "characters_per_token")}
+IDENTITY |= {
+    f"data.filter.{key}"
+    for key in ("has_caption", "min_caption_length", "max_caption_length", "min_side", "max_aspect", "scores")
+}
 IDENTITY |= {f"objective.{key}" for key in ("kind", "beta_schedule", "timestep_mean", "timestep_std")}
 IDENTITY |= {
     f"objective.{key}" for key in ("shift_base_tokens", "repa_weight", "repa_layer", "repa_width", "repa_hidden")

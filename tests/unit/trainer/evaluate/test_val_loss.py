@@ -13,7 +13,8 @@ from trainer.parallel.mesh import World
 
 def bank(world: World, holes: list[str], read: int, *overrides: str) -> list[str]:
     """The notes that a bank of one batch leaves."""
-    batch, notes = SimpleNamespace(holes=holes, read=read), []
+    names = [(f"val-000000/a/{number}", reason) for number, reason in enumerate(holes)]
+    batch, notes = SimpleNamespace(holes=holes, read=read, unreadable=lambda: names), []
     batches: Any = [batch]
     data = load_config("mmdit_debug_mup", overrides).data
     assert validation_bank(batches, lambda batch: batch, data, world, notes) == [batch]
@@ -35,3 +36,12 @@ def test_unreadable_samples(world: World) -> None:
         with pytest.raises(DataError, match=r"data\.val_shards: .* validation samples are unreadable"):
             bank(world, holes, read)
     assert bank(world, ["image: truncated"] * 11, 256, "data.max_bad_share=0.1")
+
+
+def test_what_a_missing_caption_was_looked_for_by(world: World) -> None:
+    for overrides, message in (
+        ([], r"val-000000\.tar has neither a/0\.txt nor a/0\.json with a caption, and data\.captions is not set"),
+        (["data.captions=c.jsonl"], r"c\.jsonl has no image 'a/0', nor one of that last part alone"),
+    ):
+        with pytest.raises(DataError, match=message):
+            bank(world, ["caption: missing"] * 4, 4, *overrides)
