@@ -22,7 +22,7 @@ SPECIAL_TOKENS = 2  # the most that a tokenizer adds to a caption
 _RATE_BITS = 31  # binary digits of a rate: over 2^31 steps a bucket's share is exact to less than one step
 _ROWS = 1 << 20  # rows of the index that are assigned to buckets together
 _PURPOSE_BUCKET, _PURPOSE_STEPS = 4, 5
-_ASSIGN_VERSION = 1  # of what `assign` finds, which is stored: a change of its results must change this
+_ASSIGN_VERSION = 2  # of what `assign` finds, which is stored: a change of its results must change this
 
 
 class IndexColumns(Protocol):

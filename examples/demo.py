@@ -23,6 +23,7 @@ from examples.palette import PALETTE
 from launch.common import command, run
 from launch.processes import kill_tree
 from trainer.build.inference import Inference, build_inference
+from trainer.build.run import base_rates
 from trainer.checkpoint.find import find_checkpoint
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
@@ -223,7 +224,7 @@ def write_report(folder: Path, model: Inference, checks: list[Check], minutes: f
         validated=[r for r in records if "val_loss" in r],
         prompts=prompts.read_text().splitlines() if prompts.is_file() else [],
         grids=[(int(path.stem.removeprefix("step_")), inline_png(path)) for path in grids],
-        table=model.table.describe(),
+        table=model.table.describe(base_rates(model.config)),
         folder=folder,
     )
     (folder / "report.html").write_text(text)

@@ -198,7 +198,7 @@ def _describe(inputs: _Inputs, start: _Start) -> list[str]:
         ]
     billions = sum(float(np.prod(row.shape)) for row in inputs.table.rows.values()) / 1e9
     notes = [
-        inputs.table.describe(_base_rates(inputs.config)),
+        inputs.table.describe(base_rates(inputs.config)),
         f"{inputs.folder}: {billions:.3g} B parameters, {inputs.world.size} processes",
     ]
     if start.initial is not None:
@@ -312,7 +312,7 @@ def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) ->
     """Write the run folder, from which damaged checkpoints are set aside, and tell the notes."""
     config, folder = inputs.config, inputs.folder
 
-    table = inputs.table.to_json() | {"in_use": inputs.table.in_use(_base_rates(config))}
+    table = inputs.table.to_json() | {"in_use": inputs.table.in_use(base_rates(config))}
 
     def write() -> None:
         clear_leftovers(folder)
@@ -414,7 +414,8 @@ def _plan(inputs: _Inputs) -> Plan:
     )
 
 
-def _base_rates(config: TrainConfig) -> BaseRates:
+def base_rates(config: TrainConfig) -> BaseRates:
+    """What the factors of the muP table are of."""
     return BaseRates(config.optim.lr, config.optim.weight_decay, config.optim.eps)
 
 

@@ -115,7 +115,8 @@ def test_the_bucket_of_a_sample() -> None:
     assert bucket(100, 100, 15) == (32, 32, 64), "two tokens for the tokenizer's own"
     assert bucket(100, 100, 28, per_token=2) == (32, 32, 16)
     assert bucket(300, 100, 500) == (24, 44, 64)
-    assert bucket(100, 300, 0) == (44, 24, 16)
+    assert bucket(100, 300, 1) == (44, 24, 16)
+    assert bucket(100, 300, 0) == (44, 24, 64), "a caption that is not known"
     assert bucket(0, 0, -1) == (32, 32, 64), "unknown size and length"
     border = (44 / 24) ** 0.5
     assert bucket(int(1000 * border) - 1, 1000, 0)[:2] == (32, 32)

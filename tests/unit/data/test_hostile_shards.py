@@ -25,7 +25,7 @@ from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
 from data import images
-from data.buckets import BucketOrder, StepBucket
+from data.buckets import BucketOrder
 from data.config import Bucket, DataConfig, SourceConfig
 from data.errors import DataError, SampleError
 from data.image_parts import has_more_scans
@@ -387,7 +387,7 @@ def test_memory_of_a_large_index(tmp_path: Path, buckets: int) -> None:
     BucketOrder(0, index, lengths, 2048, None, 1.0)  # of the process that comes first, and makes the files
     tracemalloc.start()
     order = BucketOrder(0, index, lengths, 2048, None, 1.0)
-    queues = order.queues(StepBucket(0, 40), range(8))
+    queues = order.queues(order.at(40), range(8))
     for _ in range(30):
         for queue in queues:
             run = next(queue)

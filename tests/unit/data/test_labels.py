@@ -174,7 +174,10 @@ def config(**sections: object) -> TrainConfig:
     ("sections", "problem"),
     [
         ({"objective": {}}, "model.learn_sigma needs objective.kind ddpm"),
-        ({"sample": {"sampler": "euler"}}, "sampler euler does not fit objective.kind ddpm: use ancestral, ddim or"),
+        (
+            {"sample": {"sampler": "euler"}},
+            "sampler euler does not fit objective.kind ddpm: use ancestral, ddim, dpm_solver or",
+        ),
         (
             {"objective": {}, "sample": {"sampler": "ddim"}},
             "ddim does not fit objective.kind rectified_flow: use",
