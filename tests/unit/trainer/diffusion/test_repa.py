@@ -33,6 +33,8 @@ from trainer.monitor.metrics import read_metrics
 from trainer.parallel.mesh import init_world
 from trainer.run import Run
 
+pytestmark = pytest.mark.slow
+
 ENCODER = ".cache/debug/dinov2"
 REPA = (
     "objective.repa_weight=0.5", "objective.repa_layer=1", f"objective.repa_encoder={ENCODER}",
