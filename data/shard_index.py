@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .captions import NoCaption, captions_from_bytes, captions_of_entry, json_member
+from .captions import NoCaption, captions_from_bytes, captions_of_entry, first_field, json_member
 from .errors import DataError, SampleError
 from .files import temporary_beside
-from .images import IMAGE_EXTENSIONS, image_size
+from .images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, image_size
 from .storage import FileVersion, LocalBytes, Remote, RemoteBytes, RetryPolicy, Shard, file_version
 from .tar import BLOCK, Bytes, Member, TarError, members
 
@@ -114,20 +115,24 @@ def _open(shard: Shard, retry: RetryPolicy) -> Iterator[Bytes]:
             yield LocalBytes(file.fileno())
 
 
-def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> pa.Table:  # noqa: B008 (frozen)
+def build_index(
+    shard: Shard,
+    retry: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
+    fields: Sequence[str] = (),
+) -> pa.Table:
     """Index a shard by reading the headers of its tar and its images, its captions and its labels. -> a table of SCHEMA
-    with one row per sample.
+    with one row per sample. fields: data.caption_fields.
 
     Of a tar that ends early the members before its end are kept (the last one becomes a hole when it is read).
     Raises DataError where the file is no tar, or holds neither an image with an extension of IMAGE_EXTENSIONS nor a
     precomputed sample.
     """
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     try:
         with _open(shard, retry) as file:
             try:
                 for member in members(file):
-                    _add_member(rows, member, file)
+                    _add_member(rows, member, file, fields)
             except TarError as error:
                 if not rows:
                     if file.read_at(0, len(_GZIP)) == _GZIP:
@@ -139,6 +144,13 @@ def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> pa.Table:  
                 logger.warning("%s ends early (%s): its last samples are missing", shard, error)
     except (TarError, SampleError, OSError) as error:
         raise DataError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
+    unread = Counter(row["unread"] for row in rows if row.get("unread"))
+    if unread and unread.total() == sum(row["image_offset"] != ABSENT for row in rows):
+        formats = ", ".join(f"{count} x {extension}" for extension, count in unread.items())
+        raise DataError(
+            f"{shard} holds images of formats that are not read ({formats}): convert them to one of "
+            f"{', '.join(IMAGE_EXTENSIONS)}"
+        )
     if not any(row["image_offset"] != ABSENT or row["precomputed"] for row in rows):
         raise DataError(
             f"{shard} holds no image: expected members like KEY.jpg and KEY.txt with one of the extensions "
@@ -156,7 +168,7 @@ def _size(file: Bytes, member: Member) -> tuple[int, int]:
     return 0, 0
 
 
-def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> None:
+def _add_member(rows: list[dict[str, Any]], member: Member, file: Bytes, fields: Sequence[str]) -> None:
     """Enter one member of the tar into the row of its key. The members of a sample are neighbours in the tar, so that
     is the last row, or a new one."""
     match = _MEMBER.match(member.name)
@@ -164,18 +176,23 @@ def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> N
         return
     key = match[1].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     extension = match[2].lower()
-    if extension not in (*IMAGE_EXTENSIONS, "txt", "json", "cls", LATENTS, TEXT, FEATURES, HOLE):
+    plain = [field.lower() for field in fields] or ["txt"]
+    others = ("json", "cls", LATENTS, TEXT, FEATURES, HOLE)
+    if extension not in (*IMAGE_EXTENSIONS, *UNREAD_EXTENSIONS, *plain, *others):
         return
     if not rows or rows[-1]["key"] != key:
-        row: dict[str, object] = dict.fromkeys(SCHEMA.names, 0)
+        row: dict[str, Any] = dict.fromkeys(SCHEMA.names, 0)
         row.update(key=key, caption_is_json=False, caption_length=ABSENT, precomputed=False, numbers="")
         row.update(image_offset=ABSENT, caption_offset=ABSENT, label=ABSENT, text_offset=ABSENT)
         row.update(features_offset=ABSENT)
         rows.append(row)
     row = rows[-1]
     if extension in IMAGE_EXTENSIONS:
-        row.update(image_offset=member.offset, image_size=member.size)
+        row.update(image_offset=member.offset, image_size=member.size, unread=None)
         row["width"], row["height"] = _size(file, member)
+    elif extension in UNREAD_EXTENSIONS:
+        if row["image_offset"] == ABSENT:  # its reason is found when it is read
+            row.update(image_offset=member.offset, image_size=member.size, unread=extension)
     elif extension == LATENTS:
         row.update(image_offset=member.offset, image_size=member.size, precomputed=True)
     elif extension == TEXT:
@@ -190,10 +207,13 @@ def _add_member(rows: list[dict[str, object]], member: Member, file: Bytes) -> N
         except SampleError:
             row["label"] = UNREADABLE
     else:
-        _add_caption(row, member, file, is_json=extension == "json")
+        _add_caption(row, member, file, None if extension == "json" else plain.index(extension), fields)
 
 
-def _add_caption(row: dict[str, object], member: Member, file: Bytes, is_json: bool) -> None:
+def _add_caption(row: dict[str, Any], member: Member, file: Bytes, place: int | None, fields: Sequence[str]) -> None:
+    """Enter a .json member, or the plain one of fields[place], whose caption counts where no field before it is
+    filled."""
+    is_json = place is None
     data, entry = b"", dict[str, Any]()
     with contextlib.suppress(SampleError):
         data = _read_whole(file, member, _MAX_JSON_BYTES)
@@ -202,11 +222,19 @@ def _add_caption(row: dict[str, object], member: Member, file: Bytes, is_json: b
         row["width"], row["height"] = _size_of_entry(entry)
     if is_json:
         row["numbers"] = _numbers_of_entry(entry)
-        if row["caption_offset"] != ABSENT:  # .txt wins over .json
-            return
+        fields = () if "tokens" in entry else fields  # a precomputed one
+        found = first_field(entry, fields)
+        place = fields.index(found) if found else len(fields)
+    elif fields and not data.strip():
+        place = len(fields)
+    rank = 2 * place + is_json  # of one field the plain member wins
+    # Of two equal ones the first .json and the last plain member are taken.
+    if row["caption_offset"] != ABSENT and rank + is_json > row["caption_rank"]:
+        return
+    row["caption_rank"] = rank
     row.update(caption_offset=member.offset, caption_size=member.size, caption_is_json=is_json)
     try:
-        choice = captions_of_entry(entry) if entry else captions_from_bytes(data, is_json)
+        choice = captions_of_entry(entry, fields) if entry else captions_from_bytes(data, is_json)
         row["caption_length"] = max(map(len, choice.texts))
     except NoCaption:
         row["caption_length"] = 0 if len(data) == member.size else ABSENT
@@ -229,14 +257,16 @@ def _size_of_entry(entry: dict[str, Any]) -> tuple[int, int]:
     return width, height
 
 
-def index_path(tar_path: Path) -> Path:
-    """Where the index of a local shard is stored."""
-    return tar_path.with_name(tar_path.name + ".index.parquet")
+def index_path(tar_path: Path, fields: Sequence[str] = ()) -> Path:
+    """Where the index of a local shard is stored. fields: data.caption_fields."""
+    choice = f".{hashlib.sha256(repr(tuple(fields)).encode()).hexdigest()[:8]}" if fields else ""
+    return tar_path.with_name(f"{tar_path.name}{choice}.index.parquet")
 
 
-def _cached_path(shard: Shard, cache: Path) -> Path:
+def _cached_path(shard: Shard, cache: Path, fields: Sequence[str] = ()) -> Path:
     """Where the index of a shard is stored that cannot have one beside it."""
     where = shard.url.partition("?")[0] if isinstance(shard, Remote) else str(shard.resolve())
+    where += f"\0{tuple(fields)}" if fields else ""
     return cache / f"{hashlib.sha256(where.encode()).hexdigest()[:32]}.index.parquet"
 
 
@@ -246,17 +276,19 @@ def load_index(
     retry: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
     rebuild: bool = False,
     known_version: FileVersion | None = None,
+    fields: Sequence[str] = (),
 ) -> ShardIndex:
     """The stored index of a shard. It is built, and stored in the first folder that can be written, where it is
     missing, is that of another version of the shard, or `rebuild` is set.
 
     cache: folder for an index that cannot be stored beside its shard; None keeps such an index in memory alone.
-    known_version: of the shard, where it was asked for already, maybe by another process. Raises DataError where the
+    known_version: of the shard, where it was asked for already, maybe by another process. fields: data.caption_fields,
+    each choice of which has an index of its own. Raises DataError where the
     shard cannot be read, or the index must be built and the shard has another version by now, or in this process.
     """
     size, current = known_version or file_version(shard, retry)
-    beside = [] if isinstance(shard, Remote) else [index_path(shard)]
-    places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
+    beside = [] if isinstance(shard, Remote) else [index_path(shard, fields)]
+    places = [*beside, *([_cached_path(shard, cache, fields)] if cache else [])]
     for path in places if not rebuild else ():
         # Missing, of an older format or damaged, of which pyarrow says what it likes: the tar itself is the truth.
         with contextlib.suppress(OSError, pa.ArrowException, UnicodeDecodeError, KeyError):
@@ -267,7 +299,7 @@ def load_index(
             f"shard {shard} has changed since the start, or is not the file that rank 0 sees: give every process "
             "the same files, and start again"
         )
-    table = build_index(shard, retry)
+    table = build_index(shard, retry, fields)
     stored = table.replace_schema_metadata({_FORMAT_KEY: _FORMAT, _SHARD_KEY: current.encode()})
     for path in places:
         try:

@@ -387,7 +387,7 @@ def test_memory_of_a_large_index(tmp_path: Path, buckets: int) -> None:
     BucketOrder(0, index, lengths, 2048, None, 1.0)  # of the process that comes first, and makes the files
     tracemalloc.start()
     order = BucketOrder(0, index, lengths, 2048, None, 1.0)
-    queues = order.queues(StepBucket(0, 40), range(8))
+    queues = order.queues(StepBucket(order.buckets[0], 40), range(8))
     for _ in range(30):
         for queue in queues:
             run = next(queue)
