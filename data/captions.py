@@ -6,12 +6,15 @@ texts go to a file.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import glob
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -21,10 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import DataError, SampleError
+from .redaction import quote
+from .storage import expand_all
 
 KEY_FIELDS = ("key", "image_id", "image", "__key__")
 # The last where a WebDataset was turned into parquet, whose columns are extensions.
 _TEXT_FIELDS = ("caption", "captions", "txt")
+_SUFFIXES = (".jsonl", ".parquet")
 _MAX_WEIGHT = 1e9
 _MOST_CHARACTERS = 100_000  # of a caption: tokenizers are slow, and no encoder reads as much
 _ROW = np.dtype(
@@ -32,6 +38,13 @@ _ROW = np.dtype(
 )  # path, name: hashes of an image's path, and of its last part
 _ABSENT = (0, 0, -1, 0, -1, False)
 _BLOCK = 1 << 16  # captions that are read together
+
+
+class CaptionRules(NamedTuple):
+    """data.caption_fields and data.caption_key."""
+
+    fields: tuple[str, ...] = ()
+    key: str | None = None
 
 
 class NoCaption(SampleError):
@@ -55,12 +68,23 @@ class CaptionChoice(NamedTuple):
         return max(number for number, weight in enumerate(self.weights) if weight)  # by rounding
 
 
+def _decoded(data: bytes) -> str:
+    """Text as editors write it: UTF-8 with a byte order mark or without, or UTF-16 with one."""
+    try:
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleError("caption: not utf-8") from error
+
+
+def _whole_characters(text: str) -> str:
+    """Halves of characters, which JSON can hold: two that belong together are joined, and a single one is left out."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+
+
 def json_member(data: bytes) -> dict[str, Any]:
     """The object in a .json member; SampleError where there is none."""
     try:
-        entry = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise SampleError("caption: not utf-8") from error
+        entry = json.loads(_decoded(data))
     except (ValueError, RecursionError) as error:
         raise SampleError("caption: not JSON with a caption") from error
     if not isinstance(entry, dict):
@@ -68,9 +92,22 @@ def json_member(data: bytes) -> dict[str, Any]:
     return entry
 
 
-def captions_of_entry(entry: dict[str, Any]) -> CaptionChoice:
+def first_field(entry: dict[str, Any], fields: Sequence[str]) -> str | None:
+    """The first field that holds a caption, or several; None where none does."""
+    return next((field for field in fields if _is_filled(entry.get(field))), None)
+
+
+def _is_filled(value: object) -> bool:
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
+def captions_of_entry(entry: dict[str, Any], fields: Sequence[str] = ()) -> CaptionChoice:
     """Captions of {"caption": text}, or of {"captions": [text, ...], "weights": [number, ...]} where weights may be
-    left out; SampleError where there are none."""
+    left out; or, with `fields`, the text or texts of the first of them that is filled. SampleError where there are
+    none."""
+    if fields:
+        value = entry.get(first_field(entry, fields) or "")
+        entry = {"captions": value} if isinstance(value, list) else {"caption": value}
     texts = entry["captions"] if entry.get("captions") is not None else [entry.get("caption")]
     if texts in ([None], []):
         raise NoCaption("caption: missing")
@@ -80,7 +117,7 @@ def captions_of_entry(entry: dict[str, Any]) -> CaptionChoice:
     numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 <= w <= _MAX_WEIGHT for w in weights)
     if not numbers or len(weights) != len(texts) or sum(weights) == 0:
         raise SampleError("caption: weights do not fit")
-    texts = [text.encode("utf-8", "replace").decode().strip() for text in texts]  # JSON can hold half a character
+    texts = [_whole_characters(text).strip() for text in texts]
     if not all(texts):
         raise (SampleError if any(texts) else NoCaption)("caption: empty")
     if max(map(len, texts)) > _MOST_CHARACTERS:
@@ -88,14 +125,9 @@ def captions_of_entry(entry: dict[str, Any]) -> CaptionChoice:
     return CaptionChoice(texts, weights)
 
 
-def captions_from_bytes(data: bytes, is_json: bool) -> CaptionChoice:
-    """Captions of a .txt or .json member; SampleError where there are none."""
-    if is_json:
-        return captions_of_entry(json_member(data))
-    try:
-        return captions_of_entry({"caption": data.decode("utf-8")})
-    except UnicodeDecodeError as error:
-        raise SampleError("caption: not utf-8") from error
+def captions_from_bytes(data: bytes, is_json: bool, fields: Sequence[str] = ()) -> CaptionChoice:
+    """Captions of a plain or a .json member; SampleError where there are none. fields: as of captions_of_entry."""
+    return captions_of_entry(json_member(data), fields) if is_json else captions_of_entry({"caption": _decoded(data)})
 
 
 # --------------------------------------------------------------------------------------------- files beside the shards
@@ -117,57 +149,92 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _first(fields: Sequence[str], names: Container[str]) -> Any:
-    return next((field for field in fields if field in names), None)
-
-
-def _lines(path: Path, scores: Sequence[str] = ()) -> Iterator[tuple[object, object, list[object]]]:
-    """Each (image, caption, scores) of a .jsonl or .parquet file; a score that it lacks is None. Raises DataError where
-    it cannot be read."""
-    expected = f'expected {{"key": image name or number, "caption": text}}; {", ".join(KEY_FIELDS[1:])} also name it'
+def _lines(
+    path: Path, rules: CaptionRules, scores: Sequence[str] = ()
+) -> Iterator[tuple[object, object, list[object]]]:
+    """Each (image, caption, scores) of a .jsonl or .parquet file; what it lacks is None. Raises DataError where it
+    cannot be read, or has no field for image or caption."""
+    keys, texts = (rules.key,) if rules.key else KEY_FIELDS, rules.fields or _TEXT_FIELDS
+    expected = (
+        f'expected {{"{keys[0]}": image name or number, "{texts[0]}": text}}; '
+        + (f"{', '.join(KEY_FIELDS[1:])} also name it" if rules.key is None else "data.caption_key names the image")
+        + "; data.caption_key and data.caption_fields give other names"
+    )
     try:
-        if path.suffix == ".parquet":
-            file = pq.ParquetFile(path)
-            key, text = (_first(fields, file.schema_arrow.names) for fields in (KEY_FIELDS, _TEXT_FIELDS))
-            if key is None or text is None:
-                raise DataError(f"captions {path} has the columns {', '.join(file.schema_arrow.names)}: {expected}")
-            there = [score for score in scores if score in file.schema_arrow.names]
-            for batch in file.iter_batches(_BLOCK, columns=[key, text, *there]):
-                for row in batch.to_pylist():
-                    yield row[key], row[text], [row.get(score) for score in scores]
-            return
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                    key, text = (_first(fields, entry) for fields in (KEY_FIELDS, _TEXT_FIELDS))
-                    yield entry[key], entry[text], [entry.get(score) for score in scores]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    raise DataError(f"captions {path}, line {number}: {expected}, got {line[:100]!r}") from None
+        for entry, place in _entries(path, [*keys, *texts, *scores]):
+            key = next((key for key in keys if key in entry), None) if isinstance(entry, dict) else None
+            if key is None or not any(text in entry for text in texts):
+                raise DataError(f"captions {path}, {place}: {expected}, got {str(entry)[:100]!r}")
+            yield entry[key], entry.get(first_field(entry, texts) or ""), [entry.get(score) for score in scores]
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"captions {path} cannot be read: {error}; {expected}") from None
 
 
-class CaptionFile:
-    """The captions of a file by image; their texts are appended to `texts`, a file that is open for reading as well.
+def _entries(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, str]]:
+    """(each line or row of a file, where it is). columns: that are read of a .parquet."""
+    if path.suffix == ".parquet":
+        file = pq.ParquetFile(path)
+        there = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
+        if not there:
+            yield dict.fromkeys(file.schema_arrow.names), "columns"
+        for batch in file.iter_batches(_BLOCK, columns=there):
+            yield from ((row, "columns") for row in batch.to_pylist())
+        return
+    with open(path, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                entry: Any = line.strip()
+                with contextlib.suppress(ValueError, RecursionError):
+                    entry = json.loads(line)
+                yield entry, f"line {number}"
 
-    Several captions of one image are all kept. scores: names of numbers that are read as well. Raises DataError where
-    the file is unreadable.
+
+def open_captions(spec: str) -> tuple[Path, ...]:
+    """The files that data.captions names: a path, a folder, or paths with commas, braces or wildcards. Raises DataError
+    where one is missing."""
+    if Path(spec).expanduser().is_file():
+        return (Path(spec).expanduser(),)
+    found: list[Path] = []
+    for name in expand_all(spec):
+        path = Path(name).expanduser()
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+        else:
+            files = [Path(match) for match in sorted(glob.glob(str(path)))] or [path] * path.is_file()
+        if not files:
+            raise DataError(
+                f"captions {quote(name)}: there is no such file ({' or '.join(_SUFFIXES)}, on this machine)"
+            )
+        found += files
+    return tuple(dict.fromkeys(found))
+
+
+class CaptionFile:
+    """The captions of one or several files by image; their texts are appended to `texts`, a file that is open for
+    reading as well.
+
+    Several captions of one image are all kept. rules: which fields hold image and caption. scores: names of numbers
+    that are read as well. Raises DataError where a file is unreadable.
     """
 
-    def __init__(self, path: Path, texts: IO[bytes], scores: Sequence[str] = ()) -> None:
-        self._path = path
+    def __init__(
+        self,
+        paths: Path | Sequence[Path],
+        texts: IO[bytes],
+        scores: Sequence[str] = (),
+        rules: CaptionRules = CaptionRules(),  # noqa: B008 (a tuple)
+    ) -> None:
+        self._paths, self._rules = [paths] if isinstance(paths, Path) else paths, rules
+        self._path = ", ".join(map(str, self._paths[:3])) + ", ..." * (len(self._paths) > 3)  # for messages
         kind = np.dtype([*_ROW.descr, ("scores", "<f8", (len(scores),))])
         self._absent = np.array((*_ABSENT, [np.nan] * len(scores)), kind)
         blocks, rows = [], []
-        for image, value, numbers in _lines(path, scores):
+        for image, value, numbers in self._lines(scores):
             scored = [float(n) if isinstance(n, int | float | Decimal) else np.nan for n in numbers]
             captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-            for caption in filter(None, (text.strip() for text in captions)):
+            for caption in filter(None, (_whole_characters(text).strip() for text in captions)):
                 if isinstance(image, str | int):  # without a caption its image becomes a hole
-                    name, data = image_path(image), caption.encode("utf-8", "replace")
+                    name, data = image_path(image), caption.encode()
                     rows.append((_hash(name), _hash(_name(name)), texts.tell(), len(data), len(caption), False, scored))
                     texts.write(data)
             if len(rows) >= _BLOCK:
@@ -179,6 +246,10 @@ class CaptionFile:
         self._names = self._table["name"][self._by_name]
         self._taken = np.zeros(len(self._table), np.uint64)  # by which key's hash
 
+    def _lines(self, scores: Sequence[str] = ()) -> Iterator[tuple[object, object, list[object]]]:
+        for path in self._paths:
+            yield from _lines(path, self._rules, scores)
+
     def __len__(self) -> int:
         """Images with a caption."""
         return len(self._table) - 1  # one row stands for those that have none
@@ -186,7 +257,7 @@ class CaptionFile:
     def unreached(self, most: int) -> tuple[int, list[str]]:
         """(the number of images whose caption no sample has taken up to now, the first `most` of them)."""
         left = set(self._table["path"][(self._taken == 0) & (self._table["offset"] >= 0)].tolist())
-        named = (image for image, *_ in _lines(self._path) if isinstance(image, str | int))
+        named = (image for image, *_ in self._lines() if isinstance(image, str | int))
         found = dict.fromkeys(str(image) for image in named if _hash(image_path(image)) in left)
         return len(left), list(itertools.islice(found, most))
 
@@ -208,7 +279,7 @@ class CaptionFile:
         for row in by_name[end - first > 1][:1]:
             images = [
                 str(i)
-                for i, *_ in _lines(self._path)
+                for i, *_ in self._lines()
                 if isinstance(i, str | int) and _name(image_path(i)) == _name(paths[row])
             ]
             raise DataError(

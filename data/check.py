@@ -20,7 +20,7 @@ from PIL import Image
 
 from .batch import Batch
 from .buckets import assign
-from .captions import CaptionFile
+from .captions import CaptionFile, CaptionRules
 from .config import Bucket, DataConfig
 from .errors import too_many_unreadable
 from .files import temporary_beside
@@ -125,15 +125,21 @@ def _duplicates(index: ImageTextIndex) -> dict[str, Any]:
 
 def _reach(source: IndexSource, cfg: DataConfig) -> dict[str, Any]:
     """Which images of a source's captions have no sample."""
-    assert source.captions is not None
     with tempfile.TemporaryFile() as texts:
-        captions = CaptionFile(source.captions, texts)
+        captions = CaptionFile(
+            source.captions, texts, rules=CaptionRules(key=cfg.caption_key, fields=cfg.caption_fields)
+        )
         samples = reached = 0
         for shard in source.shards:
-            keys = load_index(shard, Path(cfg.index_cache)).table.column("key").to_pylist()
+            keys = load_index(shard, Path(cfg.index_cache), fields=cfg.caption_fields).table.column("key").to_pylist()
             samples, reached = samples + len(keys), reached + int((captions.find(keys)["offset"] >= 0).sum())
         without, examples = captions.unreached(_EXAMPLES)
-    said = {"file": str(source.captions), "images": len(captions), "samples_reached": reached, "samples": samples}
+    said = {
+        "file": ", ".join(map(str, source.captions)),
+        "images": len(captions),
+        "samples_reached": reached,
+        "samples": samples,
+    }
     return said | {"images_without_sample": without, "examples_without_sample": examples}
 
 

@@ -133,7 +133,13 @@ class DataConfig:
     filter: FilterConfig = FilterConfig()
     """Samples that are left out when the shards, data.val_shards too, are indexed."""
     captions: str | None = Field(default=None, json_schema_extra=RUNTIME)
-    """A .jsonl or .parquet file of captions by image, for shards (data.val_shards too) that hold no captions."""
+    """.jsonl or .parquet files of captions by image, for shards (data.val_shards too) that hold no captions: a path, a
+    folder, or a pattern of paths with commas, braces or wildcards."""
+    caption_fields: tuple[str, ...] = ()
+    """Where a sample's caption is, the first that is there and not empty: fields of its .json member or of
+    data.captions, or plain members (`llava` is KEY.llava). Empty: KEY.txt, else `captions` or `caption`."""
+    caption_key: str | None = Field(default=None, json_schema_extra=RUNTIME)
+    """Field or column of data.captions that names the image; null takes the first of key, image_id, image, __key__."""
     index_cache: str = Field(default=".cache/index", json_schema_extra=RUNTIME)
     """Folder for packed indexes, for indexes of URLs, and for those of shards whose own folder is read-only."""
     prefetch_mib: int = Field(default=1024, ge=1, json_schema_extra=RUNTIME)

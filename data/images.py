@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,12 @@ from .image_parts import check_parts, has_more_scans
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+UNREAD_EXTENSIONS = ("heic", "heif", "avif", "gif", "tif", "tiff", "bmp", "jxl", "jp2", "svg")  # only counted
+_SIGNATURES = (
+    (rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "heic"), (rb"....ftyp(avif|avis)", "avif"), (rb"GIF8", "gif"),
+    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "tiff"), (rb"BM.{4}\0{4}", "bmp"), (rb"\xff\x0a|\0{3}\x0cJXL ", "jxl"),
+    (rb"\0{3}\x0cjP  ", "jp2"), (rb"\s*(<\?xml[^>]*>\s*)?<svg", "svg"), (rb"\s*<(!doctype html|html)", "a web page"),
+)  # fmt: skip
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # A JPEG is decoded at no less than this multiple of the target's size. Measured at 1500 x 2250 -> 256: as near to a
@@ -43,12 +50,19 @@ def _open(data: bytes) -> Iterator[Image.Image]:
     except SampleError:
         raise
     except UnidentifiedImageError as error:
-        raise SampleError("image: unreadable") from error
+        raise SampleError(f"image: {_kind(data)}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
         raise SampleError(f"image: {reason}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _kind(data: bytes) -> str:
+    """What a file is that is none of FORMATS."""
+    kinds = (kind for signature, kind in _SIGNATURES if re.match(signature, data[:512], re.DOTALL | re.IGNORECASE))
+    kind = next(kinds, None)
+    return "unreadable" if kind is None else f"{kind}, expected jpeg, png or webp"
 
 
 def _is_transposed(image: Image.Image) -> bool:

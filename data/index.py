@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .captions import CaptionFile
+from .captions import CaptionFile, CaptionRules, open_captions
 from .config import DataConfig, FilterConfig
 from .errors import DataError
 from .files import file_digest, folder_once, json_digest, lock, open_plain, temporary_beside
@@ -35,7 +35,7 @@ from .tar_samples import told
 
 logger = logging.getLogger(__name__)
 
-_PACKED_VERSION = 7  # of the packed files
+_PACKED_VERSION = 8  # of the packed files
 _FILES = ("rows.bin", "keys.bin", "captions.bin")
 _VERSION_THREADS = 32  # a store answers within tens of milliseconds, and a set has thousands of shards
 COLUMNS = (
@@ -67,10 +67,11 @@ ROW = np.dtype(
 
 
 class IndexSource:
-    """One source: its shards, the file with their captions (None where the shards hold them), and its weight."""
+    """One source: its shards, the files with their captions (none where the shards hold them), and its weight."""
 
-    def __init__(self, shards: Sequence[Shard], captions: Path | None = None, weight: float = 1.0) -> None:
-        self.shards, self.captions, self.weight = list(shards), captions, weight
+    def __init__(self, shards: Sequence[Shard], captions: Path | Sequence[Path] = (), weight: float = 1.0) -> None:
+        self.captions = [captions] if isinstance(captions, Path) else list(captions)
+        self.shards, self.weight = list(shards), weight
 
 
 class ImageTextIndex:
@@ -78,7 +79,7 @@ class ImageTextIndex:
 
     shards: paths of tars or URLs, or several sources of them. cache: folder for the packed index; None uses an unnamed
     one that is gone with the process. versions: of the shards, where another process has asked for them; None asks.
-    keep: which samples are left out.
+    keep: which samples are left out. rules: where their captions are.
     Attributes: `names` of the shards without .tar; `shard_sizes`, samples of each; `sources`, for the order;
     `fingerprint`, the identity of the data by names, keys, sizes and weights, whatever the folder; `dataset`, what
     precomputed shards were made with, None where the shards hold images; `remarks` on the shards, for their user;
@@ -109,8 +110,9 @@ class ImageTextIndex:
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
         versions: Sequence[FileVersion] | None = None,
         keep: FilterConfig = FilterConfig(),  # noqa: B008 (frozen)
+        rules: CaptionRules = CaptionRules(),  # noqa: B008 (a tuple)
     ) -> None:
-        self._keep = keep
+        self._keep, self.caption_rules = keep, rules
         sources = [source for source in shards if isinstance(source, IndexSource)]
         sources = sources or [IndexSource([shard for shard in shards if not isinstance(shard, IndexSource)])]
         flat = [shard for source in sources for shard in source.shards]
@@ -152,8 +154,10 @@ class ImageTextIndex:
         for name, known in zip(self.names, self.versions, strict=True):
             identity.update(f"{name}\0{known.version}\0".encode())
         for source in sources:
-            captions = file_version(source.captions).version if source.captions else ""
+            captions = ", ".join(file_version(path).version for path in source.captions)
             identity.update(f"{len(source.shards)}\0{source.weight}\0{captions}\0".encode())
+        if self.caption_rules != CaptionRules():
+            identity.update(f"{self.caption_rules}".encode())
         if self._keep != FilterConfig():
             identity.update(f"{self._keep}".encode())
         packed = cache / identity.hexdigest()[:32] if cache else None
@@ -191,11 +195,14 @@ class ImageTextIndex:
         ):
             for source in sources:
                 filter = Filter(self._keep, *_where(source))
-                captions = CaptionFile(source.captions, texts, filter.columns) if source.captions else None
+                captions = None
+                if source.captions:
+                    captions = CaptionFile(source.captions, texts, filter.columns, self.caption_rules)
                 digest = hashlib.sha256()
                 for shard in source.shards:
                     number = len(sizes)
-                    found = load_index(shard, cache, retry, known_version=self.versions[number])
+                    fields = self.caption_rules.fields
+                    found = load_index(shard, cache, retry, known_version=self.versions[number], fields=fields)
                     packed, names = _pack_rows(found, keys.tell(), captions, filter)
                     remarks.append((found.path.name, found.remarks))
                     if len(packed):
@@ -334,7 +341,7 @@ def _close(descriptors: list[int]) -> None:
 def _where(source: IndexSource) -> tuple[str, str]:
     """(a source, what holds the numbers of its samples), for messages."""
     shards = [str(shard) for shard in source.shards[:1]] + ["..."] * (len(source.shards) > 1)
-    return ", ".join(shards), f"the captions {source.captions}" if source.captions else "its .json member"
+    return ", ".join(shards), f"the captions {source.captions[0]}" if source.captions else "its .json member"
 
 
 def _pack_rows(
@@ -379,26 +386,26 @@ def _add_to_fingerprint(digest: Any, name: str, keys: Sequence[str], packed: np.
 def open_sources(cfg: DataConfig) -> list[IndexSource]:
     """The sources of a config's training data. Raises DataError where a file is missing."""
     key = "data.sources" if cfg.sources else "data.shards"
-    return [IndexSource(open_shards(s.shards, key), _captions(s.captions), s.weight) for s in cfg.all_sources()]
+    return [
+        IndexSource(open_shards(s.shards, key), open_captions(s.captions) if s.captions else (), s.weight)
+        for s in cfg.all_sources()
+    ]
 
 
 def open_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
     """The index of a config's training data. versions: as of ImageTextIndex. DataError where a shard is missing."""
     retry = RetryPolicy(cfg.timeout_s, cfg.retries)
-    return ImageTextIndex(open_sources(cfg), Path(cfg.index_cache), retry, versions, cfg.filter)
+    return ImageTextIndex(open_sources(cfg), Path(cfg.index_cache), retry, versions, cfg.filter, _rules(cfg))
 
 
 def open_validation_index(cfg: DataConfig, versions: Sequence[FileVersion] | None = None) -> ImageTextIndex:
     """The index of data.val_shards. versions: as of ImageTextIndex. Raises DataError where a shard is missing."""
     assert cfg.val_shards is not None
-    source = IndexSource(open_shards(cfg.val_shards, "data.val_shards"), _captions(cfg.captions))
+    captions = open_captions(cfg.captions) if cfg.captions else ()
+    source = IndexSource(open_shards(cfg.val_shards, "data.val_shards"), captions)
     retry = RetryPolicy(cfg.timeout_s, cfg.retries)
-    return ImageTextIndex([source], Path(cfg.index_cache), retry, versions, cfg.filter)
+    return ImageTextIndex([source], Path(cfg.index_cache), retry, versions, cfg.filter, _rules(cfg))
 
 
-def _captions(path: str | None) -> Path | None:
-    if path is None:
-        return None
-    if not Path(path).expanduser().is_file():
-        raise DataError(f"captions {path}: there is no such file")
-    return Path(path).expanduser()
+def _rules(cfg: DataConfig) -> CaptionRules:
+    return CaptionRules(cfg.caption_fields, cfg.caption_key)

@@ -86,7 +86,8 @@ def captions_of(index: ImageTextIndex, sample: RawSample) -> CaptionChoice:
     are none."""
     if sample.row["caption_beside"] and sample.row["caption_offset"] != ABSENT:
         return captions_from_bytes(index.caption_beside(sample.row), bool(sample.row["caption_is_json"]))
-    return captions_from_bytes(sample.member("caption"), bool(sample.row["caption_is_json"]))
+    fields = index.caption_rules.fields
+    return captions_from_bytes(sample.member("caption"), bool(sample.row["caption_is_json"]), fields)
 
 
 class _Threads:

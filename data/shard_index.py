@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -22,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .captions import NoCaption, captions_from_bytes, captions_of_entry, json_member
+from .captions import NoCaption, captions_from_bytes, captions_of_entry, first_field, json_member
 from .errors import DataError, SampleError
 from .files import temporary_beside
-from .images import IMAGE_EXTENSIONS, image_size
+from .images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, image_size
 from .storage import FileVersion, LocalBytes, Remote, RemoteBytes, RetryPolicy, Shard, file_version
 from .tar import BLOCK, Bytes, Member, TarError, members
 from .tar_samples import ENDS_EARLY, SKIPPED, Remarks, TarSamples, remarks_from, told
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
 UNREADABLE = -2  # label where the .cls member holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
-_FORMAT = b"6"  # version of what is stored
+_FORMAT = b"7"  # version of what is stored
 # Of the metadata: the format, the version of the shard, and the remarks on it.
 _FORMAT_KEY, _SHARD_KEY, _REMARKS_KEY = b"version", b"stamp", b"remarks"
 _HIDDEN = "._"  # begins the names of the files that macOS puts beside those that it copies
@@ -67,7 +68,7 @@ SCHEMA = pa.schema(
 )
 # Extensions of the members that launch/precompute.py writes; a hole holds the reason why there is no sample.
 LATENTS, TEXT, FEATURES, HOLE = "latents.npy", "text.npy", "features.npy", "hole"
-_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", LATENTS, TEXT, FEATURES, HOLE)
+_EXTENSIONS = (*IMAGE_EXTENSIONS, *UNREAD_EXTENSIONS, "json", "cls", LATENTS, TEXT, FEATURES, HOLE)
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,19 @@ def _open(shard: Shard, retry: RetryPolicy) -> Iterator[Bytes]:
             yield LocalBytes(file.fileno())
 
 
-def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> tuple[pa.Table, Remarks]:  # noqa: B008 (frozen)
+def build_index(
+    shard: Shard,
+    retry: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
+    fields: Sequence[str] = (),
+) -> tuple[pa.Table, Remarks]:
     """Index a shard by reading the headers of its tar and its images, its captions and its labels. -> a table of SCHEMA
-    with one row per sample, and remarks.
+    with one row per sample, and remarks. fields: data.caption_fields.
 
     The table is empty where there is neither an image with an extension of IMAGE_EXTENSIONS nor a precomputed sample.
     Of a tar that ends early the members before its end are kept (the last one becomes a hole when it is read).
     Raises DataError where the file is no tar.
     """
-    samples = TarSamples(_new_row, _EXTENSIONS)
+    samples = TarSamples(_new_row, (*_EXTENSIONS, *_plain(fields)))
     if shard.name.startswith(_HIDDEN):
         samples.remarks.add(SKIPPED, "a file of macOS, no tar")
         return SCHEMA.empty_table(), samples.remarks
@@ -132,7 +137,7 @@ def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> tuple[pa.Ta
         with _open(shard, retry) as file:
             try:
                 for member in members(file):
-                    _add_member(samples, member, file)
+                    _add_member(samples, member, file, fields)
             except TarError as error:
                 if not samples.rows:
                     if file.read_at(0, len(_GZIP)) == _GZIP:
@@ -145,6 +150,13 @@ def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> tuple[pa.Ta
     except (TarError, SampleError, OSError) as error:
         raise DataError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
     rows = samples.finish(lambda row: row["image_offset"] != ABSENT or row["precomputed"])
+    unread = Counter(row["unread"] for row in rows if row.get("unread"))
+    if unread and unread.total() == sum(row["image_offset"] != ABSENT for row in rows):
+        formats = ", ".join(f"{count} x {extension}" for extension, count in unread.items())
+        raise DataError(
+            f"{shard} holds images of formats that are not read ({formats}): convert them to one of "
+            f"{', '.join(IMAGE_EXTENSIONS)}"
+        )
     if not rows:
         expected = f"expected KEY.jpg and KEY.txt, with one of the extensions {', '.join(IMAGE_EXTENSIONS)}"
         samples.remarks.add(SKIPPED, f"it holds no image, {expected}")
@@ -167,14 +179,17 @@ def _size(file: Bytes, member: Member) -> tuple[int, int]:
     return 0, 0
 
 
-def _add_member(samples: TarSamples, member: Member, file: Bytes) -> None:
+def _add_member(samples: TarSamples, member: Member, file: Bytes, fields: Sequence[str]) -> None:
     """Enter one member of the tar into the row of its key."""
     if (found := samples.row_of(member.name)) is None:
         return
     row, extension = found
     if extension in IMAGE_EXTENSIONS:
-        row.update(image_offset=member.offset, image_size=member.size)
+        row.update(image_offset=member.offset, image_size=member.size, unread=None)
         row["width"], row["height"] = _size(file, member)
+    elif extension in UNREAD_EXTENSIONS:
+        if row["image_offset"] == ABSENT:  # its reason is found when it is read
+            row.update(image_offset=member.offset, image_size=member.size, unread=extension)
     elif extension == LATENTS:
         row.update(image_offset=member.offset, image_size=member.size, precomputed=True)
     elif extension == TEXT:
@@ -189,10 +204,18 @@ def _add_member(samples: TarSamples, member: Member, file: Bytes) -> None:
         except SampleError:
             row["label"] = UNREADABLE
     else:
-        _add_caption(row, member, file, is_json=extension == "json")
+        _add_caption(row, member, file, None if extension == "json" else _plain(fields).index(extension), fields)
 
 
-def _add_caption(row: dict[str, object], member: Member, file: Bytes, is_json: bool) -> None:
+def _plain(fields: Sequence[str]) -> list[str]:
+    """Extensions of the members that are a caption and nothing else."""
+    return [field.lower() for field in fields] or ["txt"]
+
+
+def _add_caption(row: dict[str, Any], member: Member, file: Bytes, place: int | None, fields: Sequence[str]) -> None:
+    """Enter a .json member, or the plain one of fields[place], whose caption counts where no field before it is
+    filled."""
+    is_json = place is None
     data, entry = b"", dict[str, Any]()
     with contextlib.suppress(SampleError):
         data = _read_whole(file, member, _MAX_JSON_BYTES)
@@ -201,11 +224,19 @@ def _add_caption(row: dict[str, object], member: Member, file: Bytes, is_json: b
         row["width"], row["height"] = _size_of_entry(entry)
     if is_json:
         row["numbers"] = _numbers_of_entry(entry)
-        if row["caption_offset"] != ABSENT:  # .txt wins over .json
-            return
+        fields = () if "tokens" in entry else fields  # a precomputed one
+        found = first_field(entry, fields)
+        place = fields.index(found) if found else len(fields)
+    elif fields and not data.strip():
+        place = len(fields)
+    rank = 2 * place + is_json  # of one field the plain member wins
+    # Of two equal ones the first .json and the last plain member are taken.
+    if row["caption_offset"] != ABSENT and rank + is_json > row["caption_rank"]:
+        return
+    row["caption_rank"] = rank
     row.update(caption_offset=member.offset, caption_size=member.size, caption_is_json=is_json)
     try:
-        choice = captions_of_entry(entry) if entry else captions_from_bytes(data, is_json)
+        choice = captions_of_entry(entry, fields) if entry else captions_from_bytes(data, is_json)
         row["caption_length"] = max(map(len, choice.texts))
     except NoCaption:
         row["caption_length"] = 0 if len(data) == member.size else ABSENT
@@ -228,14 +259,16 @@ def _size_of_entry(entry: dict[str, Any]) -> tuple[int, int]:
     return width, height
 
 
-def index_path(tar_path: Path) -> Path:
-    """Where the index of a local shard is stored."""
-    return tar_path.with_name(tar_path.name + ".index.parquet")
+def index_path(tar_path: Path, fields: Sequence[str] = ()) -> Path:
+    """Where the index of a local shard is stored. fields: data.caption_fields."""
+    choice = f".{hashlib.sha256(repr(tuple(fields)).encode()).hexdigest()[:8]}" if fields else ""
+    return tar_path.with_name(f"{tar_path.name}{choice}.index.parquet")
 
 
-def _cached_path(shard: Shard, cache: Path) -> Path:
+def _cached_path(shard: Shard, cache: Path, fields: Sequence[str] = ()) -> Path:
     """Where the index of a shard is stored that cannot have one beside it."""
     where = shard.url.partition("?")[0] if isinstance(shard, Remote) else str(shard.resolve())
+    where += f"\0{tuple(fields)}" if fields else ""
     return cache / f"{hashlib.sha256(where.encode()).hexdigest()[:32]}.index.parquet"
 
 
@@ -245,17 +278,19 @@ def load_index(
     retry: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
     rebuild: bool = False,
     known_version: FileVersion | None = None,
+    fields: Sequence[str] = (),
 ) -> ShardIndex:
     """The stored index of a shard. It is built, and stored in the first folder that can be written, where it is
     missing, is that of another version of the shard, or `rebuild` is set.
 
     cache: folder for an index that cannot be stored beside its shard; None keeps such an index in memory alone.
-    known_version: of the shard, where it was asked for already, maybe by another process. Raises DataError where the
+    known_version: of the shard, where it was asked for already, maybe by another process. fields: data.caption_fields,
+    each choice of which has an index of its own. Raises DataError where the
     shard cannot be read, or the index must be built and the shard has another version by now, or in this process.
     """
     size, current = known_version or file_version(shard, retry)
-    beside = [] if isinstance(shard, Remote) else [index_path(shard)]
-    places = [*beside, *([_cached_path(shard, cache)] if cache else [])]
+    beside = [] if isinstance(shard, Remote) else [index_path(shard, fields)]
+    places = [*beside, *([_cached_path(shard, cache, fields)] if cache else [])]
     for path in places if not rebuild else ():
         # Missing, of an older format or damaged, of which pyarrow says what it likes: the tar itself is the truth.
         with contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError):
@@ -267,7 +302,7 @@ def load_index(
             f"shard {shard} has changed since the start, or is not the file that rank 0 sees: give every process "
             "the same files, and start again"
         )
-    table, remarks = build_index(shard, retry)
+    table, remarks = build_index(shard, retry, fields)
     stored = table.replace_schema_metadata(
         {_FORMAT_KEY: _FORMAT, _SHARD_KEY: current.encode(), _REMARKS_KEY: json.dumps(remarks).encode()}
     )

@@ -228,6 +228,11 @@ def _expand(pattern: str, most: int = _MOST_SHARDS) -> list[str]:
     return [head + item + end for item in items for end in tails]
 
 
+def expand_all(spec: str) -> list[str]:
+    """The paths of several patterns, with commas between them. Raises DataError as `_expand`."""
+    return [name for part in re.split(r",(?![^{]*\})", spec) for name in _expand(part.strip())]
+
+
 def _with_environment(text: str, key: str) -> str:
     """The text with ${NAME} replaced by the variable's value. Raises DataError where the user does not list it."""
     listed = re.split(r"[\s,]+", os.environ.get(_LISTED, ""))
@@ -256,12 +261,11 @@ def open_shards(spec: str, key: str = "data.shards") -> list[Shard]:
     if spec == SYNTHETIC:
         raise DataError(f"{key} = 'synthetic' has no shards to open")
     shards: list[Shard] = []
-    for part in re.split(r",(?![^{]*\})", _with_environment(spec, key)):
-        for name in _expand(part.strip()):
-            found = _remote(name, key) if "://" in name else _local(os.path.expanduser(name), key, spec)
-            if not found:
-                raise DataError(f"{key}: no .tar file matches {redact(name)!r}; build shards with launch/shard.py")
-            shards += found
+    for name in expand_all(_with_environment(spec, key)):
+        found = _remote(name, key) if "://" in name else _local(os.path.expanduser(name), key, spec)
+        if not found:
+            raise DataError(f"{key}: no .tar file matches {redact(name)!r}; build shards with launch/shard.py")
+        shards += found
     if not shards:
         raise DataError(f"{key} = {redact(spec)!r} names no shard")
     return shards

@@ -18,17 +18,17 @@ from typing import NamedTuple
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from .captions import captions_from_bytes
+from .captions import CaptionChoice, NoCaption, captions_from_bytes, captions_of_entry
 from .config import DataConfig
 from .errors import DataError, SampleError
 from .files import held, temporary_beside
-from .images import IMAGE_EXTENSIONS, image_size, load_rgb
+from .images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, image_size, load_rgb
 from .shard_index import index_path, load_index
 
 MAX_KEY = 80  # characters, within the 100 that every reader of tars takes
 JPEG_QUALITY = 95
-# Key, image file, its extension, caption, and the class label where there is one.
-Sample = tuple[str, bytes, str, str] | tuple[str, bytes, str, str, int]
+# Key, image file, its extension, caption or captions, and the class label where there is one.
+Sample = tuple[str, bytes, str, str | CaptionChoice] | tuple[str, bytes, str, str | CaptionChoice, int]
 
 
 def write_shards(samples: Iterable[Sample], prefix: Path, per_shard: int) -> list[Path]:
@@ -67,7 +67,7 @@ def write_shards(samples: Iterable[Sample], prefix: Path, per_shard: int) -> lis
                 for sample in itertools.chain([first], itertools.islice(iterator, per_shard - 1)):
                     key, image, extension, caption, *label = sample
                     members = {"cls": str(label[0])} if label else {}
-                    tar.write({"__key__": key, extension: image, "txt": caption, **members})
+                    tar.write({"__key__": key, extension: image, **_caption_member(caption), **members})
         for path in paths:
             index_path(path).unlink(missing_ok=True)  # of an older shard of that name
     for path in paths:
@@ -79,11 +79,11 @@ def write_shards(samples: Iterable[Sample], prefix: Path, per_shard: int) -> lis
 
 
 class CaptionedImage(NamedTuple):
-    """An image file, its caption, and the key that it gets in the shard."""
+    """An image file, its captions, and the key that it gets in the shard."""
 
     key: str
     image: Path
-    caption: str
+    captions: CaptionChoice
 
 
 def _key(name: str, used: set[str]) -> str:
@@ -95,12 +95,21 @@ def _key(name: str, used: set[str]) -> str:
     return key
 
 
-def _caption_beside(image: Path) -> str:
-    """The caption in the .txt or .json file of the image's name. Raises SampleError where there is none."""
+def _caption_member(captions: str | CaptionChoice) -> dict[str, str]:
+    """The member that holds a caption, or several with their weights, by its extension."""
+    if isinstance(captions, str):
+        return {"txt": captions}
+    if len(captions.texts) == 1:
+        return {"txt": captions.texts[0]}
+    return {"json": json.dumps({"captions": captions.texts, "weights": captions.weights})}
+
+
+def _captions_beside(image: Path) -> CaptionChoice:
+    """The captions in the .txt or .json file of the image's name. Raises SampleError where there is none."""
     for extension in ("txt", "json"):
         path = image.with_suffix(f".{extension}")
         if path.is_file():
-            return captions_from_bytes(path.read_bytes(), is_json=extension == "json").texts[0]
+            return captions_from_bytes(path.read_bytes(), is_json=extension == "json")
     raise SampleError("caption: missing")
 
 
@@ -112,18 +121,22 @@ def images_in_folder(folder: Path, skipped: Counter[str]) -> list[CaptionedImage
     if not os.access(folder, os.R_OK | os.X_OK):
         raise DataError(f"--images {folder}: this folder cannot be read; check its permissions")
     extensions = {f".{e}" for e in IMAGE_EXTENSIONS}
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    images = [path for path in files if path.suffix.lower() in extensions]
+    unread = Counter(path.suffix[1:].lower() for path in files if path.suffix[1:].lower() in UNREAD_EXTENSIONS)
+    skipped.update({f"image: {extension}, expected jpeg, png or webp": number for extension, number in unread.items()})
     if not images:
-        raise DataError(f"--images {folder}: no image in this folder; expected {', '.join(sorted(extensions))}")
+        others = f" (but {unread.total()} of {', '.join(unread)}, which are not read)" if unread else ""
+        raise DataError(f"--images {folder}: no image in this folder{others}; expected {', '.join(sorted(extensions))}")
     found, used = [], set[str]()
     for image in images:
         try:
-            caption = _caption_beside(image)
+            captions = _captions_beside(image)
         except SampleError as error:
             skipped[str(error)] += 1
             continue
         name = image.relative_to(folder).with_suffix("").as_posix()
-        found.append(CaptionedImage(_key(name, used), image, caption))
+        found.append(CaptionedImage(_key(name, used), image, captions))
     if not found:
         raise DataError(
             f"--images {folder}: none of the {len(images)} images has a caption; expected NAME.txt or NAME.json "
@@ -135,7 +148,7 @@ def images_in_folder(folder: Path, skipped: Counter[str]) -> list[CaptionedImage
 def images_in_manifest(manifest: Path) -> list[CaptionedImage]:
     """The captioned images of a manifest; paths are relative to its folder. DataError where a line is bad."""
     try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
+        lines = manifest.read_text(encoding="utf-8-sig").split("\n")  # not splitlines, for which U+2028 ends a line
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--manifest {manifest} cannot be read: {error}") from error
     found, used = [], set[str]()
@@ -144,16 +157,16 @@ def images_in_manifest(manifest: Path) -> list[CaptionedImage]:
             continue
         try:
             entry = json.loads(line)
-            image, caption = manifest.parent / entry["image"], entry["caption"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            image, captions = manifest.parent / entry["image"], captions_of_entry(entry)
+        except NoCaption:
+            raise DataError(f"{manifest}, line {number}: the caption is empty") from None
+        except (SampleError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f'{manifest}, line {number}: expected {{"image": "path", "caption": "text"}}, got {line[:100]!r}'
             ) from error
-        if not caption:
-            raise DataError(f"{manifest}, line {number}: the caption is empty")
         if not image.is_file():
             raise DataError(f"{manifest}, line {number}: there is no image {image}")
-        found.append(CaptionedImage(_key(Path(entry["image"]).with_suffix("").as_posix(), used), image, caption))
+        found.append(CaptionedImage(_key(Path(entry["image"]).with_suffix("").as_posix(), used), image, captions))
     if not found:
         raise DataError(f"--manifest {manifest} is empty")
     return found
@@ -177,10 +190,10 @@ def _resized(data: bytes, side: int) -> tuple[bytes, str]:
 
 def read_samples(
     images: Sequence[CaptionedImage], resize: int | None, skipped: Counter[str]
-) -> Iterator[tuple[str, bytes, str, str]]:
-    """(key, image file, extension, caption) of each readable image, as write_shards takes it; the others are counted in
-    `skipped` by reason. resize: the most pixels of the shorter side; None keeps the files as they are. Raises DataError
-    where no image is readable."""
+) -> Iterator[tuple[str, bytes, str, CaptionChoice]]:
+    """(key, image file, extension, captions) of each readable image, as write_shards takes it; the others are counted
+    in `skipped` by reason. resize: the most pixels of the shorter side; None keeps the files as they are. Raises
+    DataError where no image is readable."""
     used = 0
     for each in images:
         extension = each.image.suffix[1:].lower()
@@ -197,6 +210,6 @@ def read_samples(
             skipped["image: cannot be read"] += 1
             continue
         used += 1
-        yield each.key, data, extension, each.caption
+        yield each.key, data, extension, each.captions
     if not used:
         raise DataError(f"none of the {len(images)} images can be read: {dict(skipped)}; nothing was written")

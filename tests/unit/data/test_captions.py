@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from data.captions import CaptionChoice, CaptionFile, captions_from_bytes
+from data.captions import CaptionChoice, CaptionFile, CaptionRules, captions_from_bytes, open_captions
 from data.errors import DataError, SampleError
 
 
@@ -23,7 +25,7 @@ from data.errors import DataError, SampleError
         ({"captions": ["a"], "weights": [0]}, "weights do not fit"),
         ({"captions": ["a"], "weights": [float("inf")]}, "weights do not fit"),
         ({"captions": ["a"], "weights": [10**400]}, "weights do not fit"),
-        ({"captions": ["a \ud800"]}, (["a ?"], [1.0])),
+        ({"captions": ["a \ud800", "\ud83d\ude00 \udc00b"]}, (["a", "\U0001f600 b"], [1.0, 1.0])),
         ({"captions": ["a"], "weights": "1"}, "weights do not fit"),
         ({"captions": [], "weights": []}, "missing"),
         ({"caption": None}, "missing"),
@@ -110,3 +112,29 @@ def test_several_captions_of_an_image_are_kept(tmp_path: Path) -> None:
     assert captions_of(tmp_path, lines, ["sa_17", "b", "c", "d"]) == [
         ["one", "and another"], ["alone"], ["x", "longer"], []
     ]  # fmt: skip
+
+
+def test_several_files_with_fields_of_other_names(tmp_path: Path) -> None:
+    """As people have them: a byte order mark, numbers of two engines, columns of their own, lines with U+2028."""
+    (tmp_path / "a.jsonl").write_text(
+        '\ufeff{"file_name": "x/1.jpg", "long": "one\u2028line"}\n{"file_name": "x/2.jpg", "long": " "}\n',
+        encoding="utf-8",
+    )
+    rows = {"file_name": ["x/2.jpg", "x/3.jpg"], "short": ["two", None], "long": [None, None]}
+    pq.write_table(pa.table(rows), tmp_path / "b.parquet")
+    paths = open_captions(f"{tmp_path}/{{a.jsonl,b.parquet}}")
+    assert paths == open_captions(str(tmp_path)) == open_captions(f"{tmp_path}/*") == (*paths,)
+    rules = CaptionRules(("long", "short"), "file_name")
+    with open(tmp_path / "texts", "w+b") as texts:
+        found = CaptionFile(paths, texts, rules=rules)
+        assert found.find(["x/1", "x/2", "x/3"])["length"].tolist() == [8, 3, -1]
+        with pytest.raises(DataError, match=r"a\.jsonl, line 1: expected .*data\.caption_key.* got .*file_name"):
+            CaptionFile(paths, texts)
+    with pytest.raises(DataError, match=r"captions '.*c\.jsonl': there is no such file"):
+        open_captions(f"{tmp_path}/a.jsonl,{tmp_path}/c.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_caption(encoding: str) -> None:
+    assert captions_from_bytes("ein Bär\u2028 ".encode(encoding), is_json=False).texts == ["ein Bär"]
+    assert captions_from_bytes('{"caption": "ein Bär"}'.encode(encoding), is_json=True).texts == ["ein Bär"]

@@ -18,8 +18,12 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from data.errors import DataError
+from data.captions import CaptionRules
+from data.config import DataConfig
+from data.errors import DataError, SampleError
+from data.images import load_rgb
 from data.index import ImageTextIndex
+from data.samples import SampleFiles, captions_of
 from data.shard_index import ABSENT, index_path, load_index
 from data.storage import open_shards
 from data.write_shards import write_shards
@@ -94,7 +98,7 @@ def test_webdataset_layout_and_odd_members(tmp_path: Path) -> None:
             "e.webp": b"",
             "e.json": b'{"caption": "hello"}',
             "f.png": png(),
-            "../../g.txt": b"\xff\xfe",
+            "../../g.txt": b"\xe4",
             "h.mask": b"3",
         },
     )
@@ -310,3 +314,41 @@ def test_a_damaged_packed_index_is_made_anew(tmp_path: Path, caplog: pytest.LogC
                 opened()
                 assert bytes(content) != (folder / name).read_bytes(), (name, kind)
     assert "is damaged: it is made anew" in caplog.text
+
+
+def test_the_field_of_the_caption_is_chosen(tmp_path: Path) -> None:
+    """The first that is filled, in the .json or as a plain member, whatever the order in the tar."""
+    members = {
+        "a.png": png(), "a.txt": b"alt", "a.json": b'{"llava": ["one", "two"], "caption": "no"}',
+        "b.json": b'{"llava": null}', "b.blip": b"from blip", "b.png": png(), "b.txt": b"alt",
+        "c.png": png(), "c.blip": b" ", "c.txt": b"alt",
+        "d.png": png(), "d.json": b'{"caption": "no"}',
+    }  # fmt: skip
+    path = write_tar(tmp_path / "s.tar", members)
+    index = ImageTextIndex([path], tmp_path / "cache", rules=CaptionRules(("llava", "blip", "txt")))
+    files = SampleFiles(index, DataConfig(), images_only=False)
+    texts = [captions_of(index, files.sample(0, i)).texts for i in range(3)]
+    assert texts == [["one", "two"], ["from blip"], ["alt"]]
+    assert index.caption_length.tolist() == [3, 9, 3, 0]
+    usual = ImageTextIndex([path], tmp_path / "cache")
+    assert usual.caption_length.tolist() == [3, 3, 3, 2], "each choice has an index of its own"
+    files = SampleFiles(usual, DataConfig(), images_only=False)
+    assert [captions_of(usual, files.sample(0, i)).texts for i in (0, 3)] == [["alt"], ["no"]]
+
+
+def test_images_of_other_formats_are_named(tmp_path: Path) -> None:
+    """By their extension in the index, by their bytes where that lies."""
+    gif = io.BytesIO()
+    Image.new("P", (2, 2)).save(gif, "GIF")
+    other = {"a.png": gif.getvalue(), "b.heic": b"\0\0\0\x18ftypheic" + b"\0" * 9, "c.jpg": b"<!DOCTYPE html><p>404"}
+    index = ImageTextIndex([write_tar(tmp_path / "s.tar", {**other, "d.gif": gif.getvalue(), "d.png": png()})])
+    files, reasons = SampleFiles(index, DataConfig(), images_only=True), []
+    for number in range(len(index)):
+        try:
+            load_rgb(files.sample(0, number).member("image"), 10**6)
+        except SampleError as error:
+            reasons.append(str(error))
+    assert reasons == [f"image: {kind}, expected jpeg, png or webp" for kind in ("gif", "heic", "a web page")]
+    path = write_tar(tmp_path / "t.tar", {"a.heic": b"x", "a.txt": b"x", "b.gif": b"x"})
+    with pytest.raises(DataError, match=r"formats that are not read \(1 x heic, 1 x gif\): convert them to one of jpg"):
+        load_index(path)

@@ -42,9 +42,10 @@ def folder(tmp_path: Path) -> Path:
     (images / "a.b.png").write_bytes(png(size=(30, 20)))
     (images / "a.b.txt").write_text("first")
     (images / "sub" / "two.png").write_bytes(png(size=(10, 40)))
-    (images / "sub" / "two.json").write_text('{"caption": "second"}')
+    (images / "sub" / "two.json").write_text('{"captions": ["second", "another"], "weights": [1, 3]}')
     (images / "no_caption.png").write_bytes(png())
     (images / "broken.png").write_bytes(b"junk")
+    (images / "phone.HEIC").write_bytes(b"x")
     (images / "broken.txt").write_text("third")
     return images
 

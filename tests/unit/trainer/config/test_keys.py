@@ -23,7 +23,7 @@ RUNTIME |= {
 }
 RUNTIME |= {"data.shards", "data.val_shards", "data.num_workers", "data.max_bad_share", "data.sources"}
 RUNTIME |= {f"data.{key}" for key in ("captions", "index_cache", "prefetch_mib", "timeout_s", "retries")}
-RUNTIME |= {"data.cache_dir", "data.cache_gib"}
+RUNTIME |= {"data.cache_dir", "data.cache_gib", "data.caption_key"}
 RUNTIME |= {f"{part}.{key}" for part in ("text_encoder", "autoencoder") for key in ("path", "subfolder")}
 RUNTIME |= {"text_encoder.device", "text_encoder.shard"}
 RUNTIME |= {"objective.repa_encoder"}
@@ -34,6 +34,7 @@ IDENTITY |= {
     f"data.filter.{key}"
     for key in ("has_caption", "min_caption_length", "max_caption_length", "min_side", "max_aspect", "scores")
 }
+IDENTITY |= {"data.caption_fields"}
 IDENTITY |= {f"objective.{key}" for key in ("kind", "beta_schedule", "timestep_mean", "timestep_std")}
 IDENTITY |= {
     f"objective.{key}" for key in ("shift_base_tokens", "repa_weight", "repa_layer", "repa_width", "repa_hidden")
