@@ -18,7 +18,7 @@ _running: list[pytest.Item] = []  # the fast test that runs now, if one does
 
 
 def _refuse(event: str, _: tuple[Any, ...]) -> None:
-    if event in _STARTS_A_PROCESS and _running:
+    if _running and event in _STARTS_A_PROCESS:  # _running first: at the end of the interpreter both are None
         pytest.skip(f"it starts a process ({event}), which make test-fast does not")
 
 

@@ -73,7 +73,11 @@ def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], toler
     for one, two in zip(ours, theirs, strict=True):
         keys = {key for key in one if not _timed(key)}
         assert keys == {key for key in two if not _timed(key)}
-        wrong = {k: (one[k], two[k]) for k in keys if abs(one[k] - two[k]) > tolerance}
+        wrong = {
+            k: (one[k], two[k])
+            for k in keys
+            if (one[k] != two[k] if isinstance(one[k], str) else abs(one[k] - two[k]) > tolerance)
+        }
         assert not wrong, f"step {one['step']}: {wrong}"
 
 

@@ -217,8 +217,9 @@ SMALLER = {
     "mmdit_0.18b_mup": "mmdit_debug_mup", "mmdit_2b_mup": "mmdit_debug_mup", "pixart_0.61b_mup": "pixart_debug_mup",
     "..000999}": "..000000}", "--workers 16": "", "--workers 64": "", "--resize 512": "--resize 32",
     "torchrun --nproc-per-node 8": "python",
-    "photos": "FOLDER/photos", "shards/train": "FOLDER/shards/train", "index shards": "index FOLDER/shards",
-    "shards=shards": "shards=FOLDER/shards", "/data/": "FOLDER/", "captions.jsonl": "FOLDER/captions.jsonl",
+    "photos": "FOLDER/photos", "shards/train": "FOLDER/shards/train",
+    "index shards": "index FOLDER/shards", "check shards": "check FOLDER/shards", "shards=shards": "shards=FOLDER/shards",
+    "/data/": "FOLDER/", "captions.jsonl": "FOLDER/captions.jsonl",
     "latents/": "FOLDER/latents/",
 }  # fmt: skip
 
