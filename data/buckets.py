@@ -162,7 +162,8 @@ class BucketOrder:
 
     A pure function of (seed, index, buckets, global batch size). With one bucket it is the Order of the index.
     epochs: None repeats for ever; with k, a bucket's positions past its k-th epoch have shard END_OF_DATA.
-    characters_per_token: data.characters_per_token, by which a caption's number of tokens is estimated.
+    characters_per_token: data.characters_per_token, by which a caption's number of tokens is estimated. first_step: the
+    step that reads the order's beginning.
     """
 
     def __init__(
@@ -173,7 +174,9 @@ class BucketOrder:
         global_batch_size: int,
         epochs: int | None,
         characters_per_token: float,
+        first_step: int = 0,
     ) -> None:
+        self._first_step = first_step
         self._ends = np.cumsum(index.shard_sizes)
         if len(buckets) == 1 or not len(index):  # an empty index is an error that Order raises
             self._bucket_of = None
@@ -196,6 +199,7 @@ class BucketOrder:
 
     def at(self, step: int) -> StepBucket:
         """The bucket of a step."""
+        step -= self._first_step
         if len(self._read) == 1:
             return StepBucket(self._read[0], step)
         found = self._schedule.at(step)

@@ -123,6 +123,9 @@ class DataConfig:
     """Probability that a class label is replaced by "no class", for models that are conditioned on classes."""
     epochs: int | None = Field(default=None, ge=1)
     """How often the data set is read; null repeats it without end."""
+    first_step: int = Field(default=0, ge=0)
+    """Step at which the order of these data begins, with the first epoch: launch/branch.py --new-data sets it where a
+    run goes on with other data, such as a set that has grown."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1, json_schema_extra=RUNTIME)
     """Share of the samples read that may be unreadable. Above it, from ten of them on, the run saves and stops, and
     launch/precompute.py stops."""

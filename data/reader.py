@@ -120,7 +120,9 @@ class ImageTextReader:
         self._batch, self._slots = global_batch_size, slots_of(rank, world, global_batch_size)
         self._buckets, self._shapes = step_shapes(buckets, global_batch_size, world, micro_batch_size)
         known = [bucket or Bucket(cfg.resolution, cfg.resolution, 0) for bucket in self._buckets]
-        self._order = BucketOrder(seed, index, known, global_batch_size, cfg.epochs, cfg.characters_per_token)
+        self._order = BucketOrder(
+            seed, index, known, global_batch_size, cfg.epochs, cfg.characters_per_token, cfg.first_step
+        )
         dropout = caption_dropout if classes is None else cfg.label_dropout
         self.decoder = _decoder(index, cfg, seed, cfg.flip, dropout, cfg.crop == "random", classes, features)
         self._workers = cfg.num_workers

@@ -1,7 +1,9 @@
 """Killed at random with SIGKILL and started again, a run logs what an uninterrupted one logs, bit for bit."""
 
+import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,31 @@ def test_a_branch_logs_what_a_run_with_its_schedule_from_the_start_logs(
     done = finished("launch/branch.py", "--checkpoint", source, "--output", folder, *constant)
     assert done.returncode == 0, done.stderr
     assert exact(train(1, folder, config=str(folder / "config.yaml"))) == uninterrupted[1]
+
+
+def test_a_run_goes_on_with_a_set_that_has_grown(tmp_path: Path) -> None:
+    """Refused in its folder. In a branch the new set begins with its first epoch, and is resumed as any other."""
+    steps = ("train.validate_every=0", "train.checkpoint_every=5")
+    half, both = (f"data.shards=.cache/debug/train-{{000000..00000{last}}}.tar" for last in (0, 1))
+    source, folder = tmp_path / "half", tmp_path / "both"
+    train(1, source, *steps, half, "train.steps=5")
+    refused = finished("launch/train.py", "--config", source / "config.yaml", both)
+    assert refused.returncode == 2
+    assert "launch/branch.py --new-data" in refused.stderr, refused.stderr
+    grown = ("--new-data", both, "data.filter.min_side=8", "train.steps=10")
+    done = finished("launch/branch.py", "--checkpoint", source, "--output", folder, *grown)
+    assert done.returncode == 0, done.stderr
+    config = str(folder / "config.yaml")
+    assert [record["step"] for record in train(1, folder, config=config)] == [*range(11)]
+    done = finished("launch/data_order.py", "--config", config, "--from-step", "5", "--to-step", "21")
+    seen = [key for line in done.stdout.splitlines() for key in json.loads(line)["keys"]]
+    assert len(seen) == 16 * 8, done.stderr
+    assert len({key.split("/")[0] for key in seen[: 3 * 8]}) == 2, "of both shards from the first step on"
+    train(1, folder, "train.steps=12", "run.allow_change=[train.steps,data.shards]", config=config)
+    shutil.rmtree(folder / "checkpoints")
+    fresh = finished("launch/train.py", "--config", config)
+    assert fresh.returncode == 2
+    assert "data.first_step is 5, and a new run begins at step 0" in fresh.stderr, fresh.stderr
 
 
 def test_another_world_size_goes_on(tmp_path: Path, uninterrupted: dict[int, list[str]]) -> None:

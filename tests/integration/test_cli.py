@@ -218,8 +218,8 @@ SMALLER = {
     "..000999}": "..000000}", "--workers 16": "", "--workers 64": "", "--resize 512": "--resize 32",
     "torchrun --nproc-per-node 8": "python",
     "photos": "FOLDER/photos", "shards/train": "FOLDER/shards/train",
-    "index shards": "index FOLDER/shards", "check shards": "check FOLDER/shards", "shards=shards": "shards=FOLDER/shards",
-    "/data/": "FOLDER/", "captions.jsonl": "FOLDER/captions.jsonl",
+    "index shards": "index FOLDER/shards", "check shards": "check FOLDER/shards",
+    "shards=shards": "shards=FOLDER/shards", "/data/": "FOLDER/", "captions.jsonl": "FOLDER/captions.jsonl",
     "latents/": "FOLDER/latents/",
 }  # fmt: skip
 

@@ -13,18 +13,21 @@ from ..checkpoint.compatible import check_pickles
 from ..checkpoint.find import find_checkpoint
 from ..checkpoint.meta import read_meta
 from ..config.load import parse, to_yaml
-from ..config.resume import differences
+from ..config.resume import differences, of_data
 from ..config.schema import NAME_FORM, TrainConfig, is_name
 from ..errors import CheckpointError, ConfigError
 from ..monitor.records import METRICS, read_lines
 from ..recovery.skipped_ranges import read_skipped_ranges, write_skipped_ranges
 
 
-def branch(source: Path, output: Path, overrides: Sequence[str], trust_pickles: bool = False) -> list[str]:
+def branch(
+    source: Path, output: Path, overrides: Sequence[str], trust_pickles: bool = False, new_data: bool = False
+) -> list[str]:
     """Make the run folder `output`, which appears whole or not at all. It holds the checkpoint `source` (of a run
     folder: its newest) and a config.yaml that goes on from it; returns what is to be told.
 
-    overrides: `section.key=value` of class schedule or runtime. Raises ConfigError for others, CheckpointError for a
+    overrides: `section.key=value` of class schedule or runtime. new_data: it goes on with other data, whose order
+    begins there, and keys of the data may change too. Raises ConfigError for others, CheckpointError for a
     checkpoint that is damaged, or of averages alone.
     """
     checkpoint = find_checkpoint(source)
@@ -35,7 +38,9 @@ def branch(source: Path, output: Path, overrides: Sequence[str], trust_pickles: 
             f"{checkpoint} holds averages of the weights alone, without the optimizer's moments: start a new run from "
             f"it with run.init_from={checkpoint}, or branch from a checkpoint in checkpoints/"
         )
-    config, changes = _config(meta, checkpoint, output, overrides)
+    if new_data:
+        overrides = [*overrides, f"data.first_step={meta['step']}"]
+    config, changes = _config(meta, checkpoint, output, overrides, new_data)
     beside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)  # of a command that was killed
     try:
@@ -50,7 +55,7 @@ def branch(source: Path, output: Path, overrides: Sequence[str], trust_pickles: 
 
 
 def _config(
-    meta: dict[str, Any], checkpoint: Path, output: Path, overrides: Sequence[str]
+    meta: dict[str, Any], checkpoint: Path, output: Path, overrides: Sequence[str], new_data: bool
 ) -> tuple[TrainConfig, list[str]]:
     """The config of the branch, which allows the schedule keys that change, and the changes as text."""
     if not is_name(output.name):
@@ -59,11 +64,12 @@ def _config(
         raise ConfigError("run.name and run.dir follow from --output: leave them out")
     config = parse(meta["config"], f"the config of {checkpoint}", overrides)
     found = differences(meta["config"], config)
-    if wrong := [each for each in found if each.kind == "identity"]:
+    if wrong := [each for each in found if each.kind == "identity" and not (new_data and of_data(each.key))]:
         raise ConfigError(
             "a branch keeps what the run is:\n  "
             + "\n  ".join(f"{each.key}: {each.before} in the checkpoint, {each.now} now" for each in wrong)
-            + "\nChange keys of class schedule or runtime (docs/config.md), or start a new run with run.init_from."
+            + "\nChange keys of class schedule or runtime (docs/config.md), with --new-data also those of the data, or "
+            "start a new run with run.init_from."
         )
     allowed = tuple(each.key for each in found if each.kind == "schedule")
     if config.train.steps < meta["step"]:
@@ -88,7 +94,9 @@ def _write(folder: Path, checkpoint: Path, meta: dict[str, Any], config: TrainCo
         source = checkpoint.parent.parent
         lines = [line.raw for line in read_lines(source) if line.record is not None and line.record["step"] <= step]
         (folder / METRICS).write_bytes(b"".join(lines))
-        if skipped := [each for each in read_skipped_ranges(source) if each.at_step <= step]:
+        if config.data.first_step != step and (
+            skipped := [each for each in read_skipped_ranges(source) if each.at_step <= step]
+        ):
             write_skipped_ranges(folder, skipped)
 
 

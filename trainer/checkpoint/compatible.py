@@ -90,6 +90,8 @@ def check_same_contents(meta: Mapping[str, Any], fingerprints: Mapping[str, str]
                 )
             what = part.removesuffix("_weights").replace("_", " ")
             why = "use another run.name for a new run"
+            if part == "data":
+                why += ", or go on with other data from here: launch/branch.py --new-data"
             if part.endswith("_weights"):
                 why = f"a file is damaged, or of another version: fetch it again, or {why}"
             raise CheckpointError(f"{checkpoint} was trained with other {what} contents than there are now: {why}")

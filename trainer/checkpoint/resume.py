@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ..config.resume import check_resume
 from ..config.schema import TrainConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..mup.table import MuTable
 from ..parallel.mesh import World
 from .compatible import check_pickles, check_same_contents, check_same_engine, check_same_model
@@ -35,14 +35,21 @@ def find_resumed(
 ) -> Resumed | None:
     """The newest undamaged checkpoint of the run folder, if there is one and this config may continue it."""
     checkpoint, damaged = newest_good(folder, world.control)
+    first = config.data.first_step
     if checkpoint is None:
+        if first:
+            raise ConfigError(f"data.first_step is {first}, and a new run begins at step 0: leave it out")
         return None
     if not config.run.resume:
         raise ConfigError(f"run.resume is false, but {folder} has checkpoints: use another run.name or remove them")
     meta = read_meta(checkpoint)
     check_same_engine(meta, engine_identity(config, world), checkpoint)
     check_pickles(meta, checkpoint, config.run.trust_pickles, "run.trust_pickles=true")
-    changes = check_resume(meta["config"], config)
+    if meta["step"] < first:
+        raise CheckpointError(f"{checkpoint} is before step {first}, at which the data of data.first_step begin")
+    changes = check_resume(meta["config"], config, meta["step"])
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
+    if first and meta["step"] == first:  # it has read none of these data
+        fingerprints = {part: value for part, value in fingerprints.items() if part not in ("data", "order")}
     check_same_contents(meta, fingerprints, checkpoint)
     return Resumed(checkpoint, meta, changes, damaged)

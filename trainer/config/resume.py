@@ -26,13 +26,21 @@ def differences(old: Mapping[str, Any], new: TrainConfig) -> list[Difference]:
     return [Difference(key, key_class(key), *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
 
 
-def check_resume(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
-    """The schedule and runtime keys that changed, as text for the log; raises ConfigError for changes that are refused.
+def of_data(key: str) -> bool:
+    """Whether a key of class identity may change where the data change: all of the data's but the resolution, which is
+    also the model's."""
+    return key.startswith("data.") and key != "data.resolution"
 
-    old: the config stored in the checkpoint, as plain data.
+
+def check_resume(old: Mapping[str, Any], new: TrainConfig, step: int) -> list[str]:
+    """The keys that changed, as text for the log; raises ConfigError for changes that are refused.
+
+    old: the config stored in the checkpoint, as plain data. step: the checkpoint's. Where data.first_step is this step,
+    the run goes on with other data, and their keys may change.
     """
     found, allowed = differences(old, new), new.run.allow_change
-    identity = [each for each in found if each.kind == "identity"]
+    free = [each for each in found if step and step == new.data.first_step and of_data(each.key)]
+    identity = [each for each in found if each.kind == "identity" and each not in free]
     schedule = [each for each in found if each.kind == "schedule" and each.key not in allowed]
     if identity or schedule:
         lines = [

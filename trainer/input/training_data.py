@@ -135,7 +135,7 @@ class TrainingData:
         if c.data.epochs is None:
             return
         epoch = index.samples_until_first_end()
-        self.steps = most = epoch * c.data.epochs // c.train.global_batch_size
+        self.steps = most = c.data.first_step + epoch * c.data.epochs // c.train.global_batch_size
         if c.train.steps > most:
             first_end = ", when the first source ends" if len(index.sources) > 1 else ""
             raise ConfigError(

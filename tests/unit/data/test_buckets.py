@@ -61,6 +61,13 @@ def order(
     return BucketOrder(seed, index, buckets, batch, epochs, 1.0)
 
 
+def test_an_order_may_begin_at_a_later_step() -> None:
+    for sizes, buckets in (([60, 40], BUCKETS), ([60, 40], BUCKETS[:1])):
+        index = random_index(sizes)
+        later = BucketOrder(3, index, buckets, 4, None, 1.0, first_step=70)
+        assert read(later, 75, 90, range(4)) == read(order(index, 4, buckets=buckets), 5, 90, range(4))
+
+
 def steps(buckets: BucketOrder, first: int, slots: range) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     """(bucket, samples) of each step, as a reader takes them: a queue a bucket, begun at its first step."""
     streams: dict[int, Any] = {}
@@ -271,9 +278,9 @@ def test_refusals(config: str, override: str, message: str) -> None:
 def test_a_resume_with_other_buckets_is_refused() -> None:
     old = plain(load_config(DEBUG))
     del old["data"]["text_lengths"], old["data"]["buckets"]  # a run of an older version
-    assert check_resume(old, load_config(DEBUG)) == []
+    assert check_resume(old, load_config(DEBUG), 4) == []
     with pytest.raises(ConfigError, match=r"data\.text_lengths: \[\] in the checkpoint, \[24, 48\] now"):
-        check_resume(old, load_config(DEBUG, ["data.text_lengths=[24,48]"]))
+        check_resume(old, load_config(DEBUG, ["data.text_lengths=[24,48]"]), 4)
 
 
 def test_micro_batches_and_time_shift_follow_the_area() -> None:

@@ -215,10 +215,10 @@ def test_built_as_configured() -> None:
 def test_keys_that_are_newer_than_a_checkpoint() -> None:
     old = plain(TrainConfig())
     del old["objective"]["beta_schedule"], old["data"]["label_dropout"], old["sample"]["sampler"]
-    assert check_resume(old, TrainConfig()) == []
+    assert check_resume(old, TrainConfig(), 4) == []
     changed = TrainConfig.model_validate({"objective": {"beta_schedule": "scaled_linear"}})
     with pytest.raises(ConfigError, match="beta_schedule: linear in the checkpoint, scaled_linear now"):
-        check_resume(old, changed)
+        check_resume(old, changed, 4)
 
 
 def test_conditions(index: ImageTextIndex) -> None:

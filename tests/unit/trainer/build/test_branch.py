@@ -37,7 +37,7 @@ def test_a_branch_holds_the_steps_up_to_its_checkpoint(tmp_path: Path) -> None:
     config = load_config(str(folder / "config.yaml"))
     assert (config.run.dir, config.run.name) == (str(folder.parent), "branch")
     assert set(config.run.allow_change) == {"optim.lr", "train.steps"}
-    assert check_resume(read_meta(checkpoint)["config"], config), "the run goes on without a word more"
+    assert check_resume(read_meta(checkpoint)["config"], config, 4), "the run goes on without a word more"
     shutil.rmtree(source)
     assert find_checkpoint(folder) == checkpoint, "whatever becomes of the source"
 
@@ -56,6 +56,21 @@ def test_what_a_branch_may_not_change(overrides: list[str], message: str, tmp_pa
         branch(OLD, tmp_path / "branch", overrides)
     assert message in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_branch_with_other_data_may_change_their_keys_but_not_the_resolution(tmp_path: Path) -> None:
+    write_skipped_ranges(shutil.copytree(OLD, tmp_path / "source"), [SkippedRange(4, 2, "of the data before")])
+    told = branch(tmp_path / "source", tmp_path / "a", ["data.shards=new", "data.epochs=1"], new_data=True)
+    assert {"changed: data.epochs: None -> 1", "changed: data.first_step: 0 -> 4"} < {*told}
+    assert not read_skipped_ranges(tmp_path / "a")
+    config = load_config(str(tmp_path / "a" / "config.yaml"))
+    old = read_meta(find_checkpoint(tmp_path / "a"))["config"]
+    assert check_resume(old, config, 4)
+    with pytest.raises(ConfigError, match=r"data\.epochs"):
+        check_resume(old, config, 3)  # of a checkpoint before them
+    for key in ("train.seed=3", "data.resolution=16"):
+        with pytest.raises(ConfigError, match="a branch keeps what the run is"):
+            branch(OLD, tmp_path / "b", [key], new_data=True)
 
 
 def test_a_snapshot_is_no_start_of_a_branch(tmp_path: Path) -> None:

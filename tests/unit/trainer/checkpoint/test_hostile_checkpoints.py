@@ -128,7 +128,7 @@ def read_as_commands_do(folder: Path, table: dict[str, Any], config: TrainConfig
     meta = read_meta(find_checkpoint(folder))
     parse(meta["config"], "the config", [])
     check_same_engine(meta, {"name": "fsdp2"}, folder)
-    check_resume(meta["config"], config)
+    check_resume(meta["config"], config, meta["step"])
     check_same_model(meta, table, folder, rules=True)
     weights_of(meta)
     state = TrainState.start(torch.device("cpu"))

@@ -34,7 +34,7 @@ IDENTITY |= {
     f"data.filter.{key}"
     for key in ("has_caption", "min_caption_length", "max_caption_length", "min_side", "max_aspect", "scores")
 }
-IDENTITY |= {"data.caption_fields"}
+IDENTITY |= {"data.caption_fields", "data.first_step"}
 IDENTITY |= {f"objective.{key}" for key in ("kind", "beta_schedule", "timestep_mean", "timestep_std")}
 IDENTITY |= {
     f"objective.{key}" for key in ("shift_base_tokens", "repa_weight", "repa_layer", "repa_width", "repa_hidden")

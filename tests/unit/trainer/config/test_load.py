@@ -448,7 +448,7 @@ def test_frozen() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- resume
 def resumed(*overrides: str) -> list[str]:
-    return check_resume(plain(load_config(DEBUG)), load_config(DEBUG, overrides))
+    return check_resume(plain(load_config(DEBUG)), load_config(DEBUG, overrides), 4)
 
 
 def test_resume_unchanged() -> None:
