@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from export.diffusers_folder import TWINS, twin_config
+from export.diffusers_folder import twin_config
+from export.forms import TWINS
 from models.layers import ClassCondition
 from trainer.config.schema import TrainConfig
 from trainer.mup.table import MuTable

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -24,10 +23,9 @@ from trainer.config.schema import RunConfig, TrainConfig
 from trainer.diffusion.ddpm import BETA_RANGES
 
 from . import pipeline as export_pipeline
-from .names import Format, shipped
+from .forms import TWINS, Format, shipped
 
 Encoders = Literal["copy", "reference"]
-TWINS = {"mmdit": "SD3Transformer2DModel", "pixart": "PixArtTransformer2DModel", "dit": "DiTTransformer2DModel"}
 _STOCK = {"pixart": "PixArtAlphaPipeline", "dit": "DiTPipeline"}
 _STOCK_CLASSES = 1000  # the null label that DiTPipeline has in its code
 _STOCK_TOKENS = 120  # to which PixArtAlphaPipeline cuts captions
@@ -35,35 +33,12 @@ _STOCK_SIZES = (32, 64, 128)  # latents that PixArtAlphaPipeline has sizes for; 
 
 
 def _tokenizer_name(tokenizer: Any) -> str:
-    """The class that reads tokenizer.json, which transformers 5 writes alone, under transformers 4 as well."""
+    """The class that reads the tokenizer's files under transformers 4 as well, where the one of tokenizer.json has a
+    name of its own, which transformers 5 takes for the same."""
     name = type(tokenizer).__name__
-    return f"{name}Fast" if hasattr(transformers, f"{name}Fast") else name
-
-
-def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
-    """Why a model of this config would not compute the same in the other code base, one reason each."""
-    model = shipped(config)
-    if form == "diffusers":
-        if model.kind not in TWINS:
-            yield f"diffusers has no model like model.kind {model.kind}; --format official writes the official names"
-            return
-        twin = TWINS[model.kind]
-        if model.mlp_ratio != 4:
-            yield f"{twin} has MLPs of 4 times the width, this model of model.mlp_ratio {model.mlp_ratio}"
-        if model.time_freq_shift != (shift := 1.0 if model.kind == "dit" else 0.0):
-            hint = "; --format official writes the official names" if model.kind == "dit" else ""
-            yield (
-                f"{twin} computes time with frequencies i / (128 - {shift:g}), this model was trained with "
-                f"model.time_freq_shift {model.time_freq_shift:g}, and would sample wrongly there{hint}"
-            )
-    else:
-        if model.kind not in ("dit", "uvit"):
-            yield f"model.kind {model.kind} goes to diffusers: leave out --format official"
-        elif model.time_freq_shift != 0:
-            yield (
-                "the official code computes time with frequencies i / 128, this model was trained with "
-                f"model.time_freq_shift {model.time_freq_shift:g}, and would sample wrongly there"
-            )
+    if name == "TokenizersBackend":
+        return "PreTrainedTokenizerFast"
+    return f"{name}Fast" if tokenizer.is_fast and not name.endswith("Fast") else name
 
 
 def without_parts(config: TrainConfig) -> Iterator[str]:

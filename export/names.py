@@ -10,21 +10,15 @@ reads.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from models.configs import ShippedConfig
-from trainer.config.schema import TrainConfig
 from trainer.mup.table import MuTable
 
-Format = Literal["diffusers", "official"]
+from .forms import Format
+
 Shape = tuple[int, ...]
 # The last layer of each residual branch takes the branch's scale; see mup.base_depth.
 _BRANCH_ENDS = ("blocks.*.out.weight", "blocks.*.out.bias", "blocks.*.mlp.fc2.weight", "blocks.*.mlp.fc2.bias")
-
-
-def shipped(config: TrainConfig) -> ShippedConfig:
-    """The model's config as one of the kinds that have names here; a kind that came later is refused by its name."""
-    return cast(ShippedConfig, config.model)
 
 
 def fold(table: MuTable, name: str) -> float:

@@ -8,7 +8,11 @@ It samples as muDiT itself does: captions at their true length, the conditional 
 the schedule of training, and pixels where the model has no autoencoder. It imports diffusers, transformers and torch.
 """
 
-from collections.abc import Callable
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +36,7 @@ class MuDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' own form)
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers' own form)
 
     def __init__(
@@ -88,41 +93,96 @@ class MuDiTPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """prompt: captions, or numbers of classes. height, width: in pixels, of a size that the model knows.
 
         latents: the noise to start from [B, C, h, w], else from `generator`. output_type: "pil", "np" or "pt" (in
-        [0, 1]), or "latent". guidance_scale 1 is no guidance.
+        [0, 1]), or "latent". guidance_scale 1 is no guidance. negative_prompt: captions in place of the empty one.
+        num_images_per_prompt: those of a prompt follow each other. callback_on_step_end: as in diffusers: it may
+        return other latents, and end the steps by pipeline._interrupt = True.
         """
-        prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
-        config, channels = self._settings, self.transformer.config.in_channels
+        if {*callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs}:
+            raise ValueError(f"a callback of this pipeline is given {self._callback_tensor_inputs} alone")
+        prompts, negatives = self._repeated(prompt, negative_prompt, num_images_per_prompt)
+        config, self._interrupt = self._settings, False
         guidance = config.guidance if guidance_scale is None else guidance_scale
-        device = self._execution_device
-        downsample = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        rows, columns = ((side // downsample if side else config.latent_size) for side in (height, width))
-        if self._class() == "DiTTransformer2DModel" and (rows, columns) != (config.latent_size,) * 2:
-            raise ValueError(f"this model knows one size: {config.latent_size * downsample} pixels per side")
-        if latents is None:
-            shape = (len(prompts), channels, rows, columns)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        x = latents.to(device, torch.float32)  # the schedulers of these models begin with a variance of 1
-
+        x = self._first_latents(len(prompts), height, width, generator, latents)
         conditional = self._predictor(prompts)
-        unconditional = self._predictor([None] * len(prompts)) if guidance != 1 else None
+        unconditional = self._predictor(negatives) if guidance != 1 else None
+        channels = self.transformer.config.in_channels
         count = config.guidance_channels or channels
         learned = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
         step_arguments = {"generator": generator} if hasattr(self.scheduler.config, "variance_type") else {}
-        self._set_timesteps(num_inference_steps or config.steps, device)
-        for t in self.progress_bar(self.scheduler.timesteps):  # pyright: ignore (untyped there)
+        self._set_timesteps(num_inference_steps or config.steps, self._execution_device)
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore (untyped there)
+            if self._interrupt:
+                break
             output = conditional(x, t)
             if unconditional is not None:
                 without = unconditional(x, t)[:, :count]
                 output[:, :count] = without + guidance * (output[:, :count] - without)
             output = output if learned else output[:, :channels]
             x = self.scheduler.step(output, t, x, return_dict=False, **step_arguments)[0]
+            if callback_on_step_end is not None:
+                x = callback_on_step_end(self, i, t, {"latents": x}).pop("latents", x)
         images: Any = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the steps, by _interrupt."""
+        return self._interrupt
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
+        """Write model_index.json, with this file beside it: save_pretrained ends with it."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inspect.getfile(type(self)), Path(save_directory) / "pipeline.py")
+        super().save_config(save_directory, push_to_hub, **options)
+
+    def to_json_string(self) -> str:
+        """The text of model_index.json, by which diffusers finds the class in pipeline.py."""
+        index = {**json.loads(super().to_json_string()), "_class_name": ["pipeline", MuDiTPipeline.__name__]}
+        return json.dumps(index, indent=2) + "\n"
+
+    def _repeated(self, prompt: Any, negative_prompt: Any, times: int) -> tuple[list[Any], list[Any]]:
+        """Prompts, and what is guided away from, `times` in a row each."""
+        prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
+        if negative_prompt is not None and self.text_encoder is None:
+            raise ValueError("negative_prompt: this model has classes, and no captions")
+        each = negative_prompt
+        negatives = [each] * len(prompts) if each is None or isinstance(each, str) else list(each)
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
+        return [each for each in prompts for _ in range(times)], [each for each in negatives for _ in range(times)]
+
+    def _first_latents(
+        self, count: int, height: int | None, width: int | None, generator: Any, latents: Tensor | None
+    ) -> Tensor:
+        """The noise [count, C, h, w] in float32 of images of a size that the model knows."""
+        config = self.transformer.config
+        downsample = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        sides = [side or self._settings.latent_size * downsample for side in (height, width)]
+        if latents is not None and height is None and width is None:
+            sides = [side * downsample for side in latents.shape[-2:]]
+        known = self._settings.latent_size * downsample
+        if self._class() == "DiTTransformer2DModel" and sides != [known] * 2:
+            raise ValueError(f"this model knows one size: {known} pixels per side, got {sides[0]} x {sides[1]}")
+        unit = downsample * config.patch_size
+        most = (getattr(config, "pos_embed_max_size", None) or max(sides)) * unit
+        if any(side % unit or not 0 < side <= most for side in sides):
+            limit = f" of at most {most}" if most < max(sides) else ""
+            raise ValueError(f"height and width must be multiples of {unit}{limit}, got {sides[0]} x {sides[1]}")
+        shape = (count, config.in_channels, sides[0] // downsample, sides[1] // downsample)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if latents.shape != shape:
+            raise ValueError(f"latents must be of shape {[*shape]}, got {[*latents.shape]}")
+        return latents.to(self._execution_device, torch.float32)  # the schedulers of these models begin at variance 1
 
     @property
     def _settings(self) -> Any:

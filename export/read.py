@@ -20,7 +20,8 @@ from trainer.files import write_atomically
 from trainer.mup.table import MuTable
 
 from .diffusers_folder import position_table, twin_config
-from .names import LAYOUTS, Format, Layout, fold, shipped
+from .forms import Format, shipped
+from .names import LAYOUTS, Layout, fold
 from .weight_files import PublishedWeights
 from .write import layout_of
 

@@ -13,8 +13,9 @@ from trainer.files import write_atomically
 from trainer.mup.table import MuTable
 from trainer.parallel.dcp import TensorReader
 
-from .diffusers_folder import Encoders, card, position_table, refusals, without_parts, write_folder
-from .names import Format, Layout, fold, layout
+from .diffusers_folder import Encoders, card, position_table, without_parts, write_folder
+from .forms import Format, refusals
+from .names import Layout, fold, layout
 from .weight_files import SafetensorsWriter
 
 GIB = 2**30

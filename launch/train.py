@@ -51,6 +51,7 @@ def main() -> int:
 
 def _train(config: TrainConfig) -> int:
     # What is slow to import comes only now: --help and a wrong key are answered at once.
+    from export.forms import export_note
     from trainer.build.run import build_run
     from trainer.loop import train
     from trainer.parallel.mesh import open_world, world_size
@@ -60,6 +61,8 @@ def _train(config: TrainConfig) -> int:
         try:
             with watched_build(config.train.watchdog_factor, config.train.watchdog_min_s):
                 job = build_run(config, world)
+            if note := export_note(config):
+                job.metrics.say(note)
             try:
                 outcome = train(job)
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,16 @@ class TextEncoder:
         return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
 
     def save(self, model_folder: Path, tokenizer_folder: Path) -> None:
-        """Write model and tokenizer in the form that from_pretrained reads."""
+        """Write model and tokenizer in the form that from_pretrained reads, of transformers 4 as well."""
         self.model.save_pretrained(model_folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(tokenizer_folder)
+        path = tokenizer_folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        if isinstance(
+            settings.get("extra_special_tokens"), list
+        ):  # whose name in transformers 4, which 5 reads too, is
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+            path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def tokenizer_subfolder(cfg: TextEncoderConfig) -> str | None:

@@ -1,12 +1,18 @@
 """Random checkpoints without a run, and launch/export.py called in this process."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.trainers import UnigramTrainer
+from torch import nn
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from export.read import write_checkpoint
 from launch import export
@@ -31,7 +37,7 @@ def config_of(kind: str, *overrides: str) -> TrainConfig:
 
 def random_checkpoint(
     folder: Path, config: TrainConfig, dtype: torch.dtype = torch.float32, scale: float = 1.0
-) -> tuple[Any, dict[str, Tensor]]:
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """(our model with its multipliers, its parameters times `scale`); the latter are the live weights of a checkpoint,
     whose averages are half of them."""
     table = build_mup_table(config)
@@ -56,3 +62,26 @@ def load_exactly(twin: type[nn.Module], folder: Path, dtype: torch.dtype) -> Any
     model, found = twin.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
     assert not any(found.values()), found
     return model.eval()
+
+
+def unigram_t5(folder: Path) -> Path:
+    """A T5 of random weights with a tokenizer of its own kind, which has learned a few captions."""
+    tokenizer = Tokenizer(Unigram())
+    tokenizer.pre_tokenizer = Metaspace()  # type: ignore[assignment]
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(
+        ["a red circle on a blue background", "a green cross", "two dogs in snow"] * 20, trainer
+    )
+    pieces = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    T5Tokenizer(vocab=pieces, extra_ids=100).save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(pieces) + 100,
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(folder)
+    return folder

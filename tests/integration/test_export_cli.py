@@ -101,6 +101,47 @@ def test_the_folders_pipeline_samples_as_we_do(
     assert meta["mup"]["sha256"] in card
 
 
+def test_the_folders_pipeline_does_what_users_of_diffusers_expect(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_export(monkeypatch, "--checkpoint", checkpoints["mmdit"], "--output", tmp_path / "out")
+    load(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").iterdir()} >= {"pipeline.py", "model_index.json", "transformer"}
+    pipeline = load(tmp_path / "again")
+    noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def sample(prompt: Any, start: torch.Tensor = noise[:1], **options: Any) -> np.ndarray:
+        return pipeline(prompt, latents=start, output_type="np", **options).images
+
+    plain = sample("a cross")
+    assert np.array_equal(plain, load(tmp_path / "out")("a cross", latents=noise[:1], output_type="np").images)
+    assert np.array_equal(plain, sample("a cross", negative_prompt=""))
+    assert np.abs(sample("a cross", negative_prompt="a red circle") - plain).max() > 1e-3
+    # Away from what it goes to is nowhere: guidance does nothing.
+    same = sample("a cross", negative_prompt="a cross", guidance_scale=3.0)
+    assert np.abs(same - sample("a cross", guidance_scale=1.0)).max() < 1e-4
+    several = sample(["a cross"], noise, num_images_per_prompt=2)
+    assert np.abs(several - sample(["a cross", "a cross"], noise)).max() < 1e-5
+    seen: list[int] = []
+
+    def stop_after_two(pipe: Any, step: int, t: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        pipe._interrupt = step == 1
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    assert np.all(sample("a cross", callback_on_step_end=stop_after_two) == 0.5)
+    assert seen == [0, 1]
+    for wrong, message in (
+        ({"height": 30}, "multiples of 4"),
+        ({"height": 64, "width": 32}, r"multiples of 4 of at most 32, got 64 x 32"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"latents": noise}, r"of shape \[1, 3, 32, 32\], got \[2, 3, 32, 32\]"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline("a cross", **wrong)
+
+
 def test_encoders_by_reference(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for way in ("copy", "reference"):
         run_export(monkeypatch, "--checkpoint", checkpoints["mmdit"], "--output", tmp_path / way, "--encoders", way)

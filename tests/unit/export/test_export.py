@@ -16,15 +16,18 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from data.debug import ensure_debug_assets
-from export.diffusers_folder import against_stock, position_table, refusals
+from export.diffusers_folder import against_stock, position_table
+from export.forms import export_note, refusals
 from export.names import LAYOUTS, fold, layout
 from tests.distributed.runs import weights
-from tests.helpers.exports import FOLDED, config_of, load_exactly, random_checkpoint, run_export
+from tests.helpers.exports import FOLDED, config_of, load_exactly, random_checkpoint, run_export, unigram_t5
 from tests.helpers.forked import environment
 from tests.helpers.paths import ROOT
 from trainer.build.engine import build_mup_table
+from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError, ConfigError
 
@@ -368,3 +371,37 @@ def test_memory_is_that_of_a_tensor(tmp_path: Path) -> None:
     assert peaks["stream"] <= limit < sum(sizes) <= peaks["hold"], (peaks, max(sizes), sum(sizes))
     streamed, held = (load_file(tmp_path / "from" / way / "w.safetensors") for way in peaks)
     assert all(torch.equal(streamed[name], held[name]) for name in held)
+
+
+@pytest.mark.parametrize(
+    ("path", "width", "name"),
+    [
+        ("", 64, "T5TokenizerFast"),
+        (".cache/debug/t5", 64, "ByT5Tokenizer"),
+        (".cache/minilm", 384, "BertTokenizerFast"),
+    ],
+)
+def test_tokenizers_are_written_for_transformers_4_as_well(
+    path: str, width: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks.older_libraries loads such folders there."""
+    ensure_debug_assets()
+    encoder = (f"text_encoder.path={path or unigram_t5(tmp_path / 't5')}", f"text_encoder.width={width}")
+    random_checkpoint(tmp_path / "run", config_of("mmdit", *encoder))
+    run_export(monkeypatch, "--checkpoint", tmp_path / "run", "--output", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["tokenizer"] == ["transformers", name]
+    settings = json.loads((tmp_path / "out" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert not isinstance(settings.get("extra_special_tokens"), list)
+    before, after = (
+        AutoTokenizer.from_pretrained(folder) for folder in (path or tmp_path / "t5", tmp_path / "out" / "tokenizer")
+    )
+    text = "a Green cross <extra_id_3> \u732b"
+    assert before(text)["input_ids"] == after(text)["input_ids"]
+
+
+def test_a_model_that_diffusers_cannot_take_is_told_before_training() -> None:
+    assert export_note(config_of("mmdit")) is None
+    note = export_note(load_config("dit_debug_mup.yaml"))
+    assert note is not None
+    assert "under official names alone: DiTTransformer2DModel computes time" in note
+    assert "nowhere" in str(export_note(config_of("uvit", "model.time_freq_shift=1")))

@@ -1,0 +1,50 @@
+"""Which other code bases can express a model of ours: diffusers, or the official repositories. No torch."""
+
+from collections.abc import Iterator
+from typing import Literal, cast, get_args
+
+from models.configs import ShippedConfig
+from trainer.config.schema import TrainConfig
+
+Format = Literal["diffusers", "official"]
+TWINS = {"mmdit": "SD3Transformer2DModel", "pixart": "PixArtTransformer2DModel", "dit": "DiTTransformer2DModel"}
+
+
+def shipped(config: TrainConfig) -> ShippedConfig:
+    """The model's config as one of the kinds that have names here; a kind that came later is refused by its name."""
+    return cast(ShippedConfig, config.model)
+
+
+def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
+    """Why a model of this config would not compute the same in the other code base, one reason each."""
+    model = shipped(config)
+    if form == "diffusers":
+        if model.kind not in TWINS:
+            yield f"diffusers has no model like model.kind {model.kind}; --format official writes the official names"
+            return
+        twin = TWINS[model.kind]
+        if model.mlp_ratio != 4:
+            yield f"{twin} has MLPs of 4 times the width, this model of model.mlp_ratio {model.mlp_ratio}"
+        if model.time_freq_shift != (shift := 1.0 if model.kind == "dit" else 0.0):
+            hint = "; --format official writes the official names" if model.kind == "dit" else ""
+            yield (
+                f"{twin} computes time with frequencies i / (128 - {shift:g}), this model was trained with "
+                f"model.time_freq_shift {model.time_freq_shift:g}, and would sample wrongly there{hint}"
+            )
+    else:
+        if model.kind not in ("dit", "uvit"):
+            yield f"model.kind {model.kind} goes to diffusers: leave out --format official"
+        elif model.time_freq_shift != 0:
+            yield (
+                "the official code computes time with frequencies i / 128, this model was trained with "
+                f"model.time_freq_shift {model.time_freq_shift:g}, and would sample wrongly there"
+            )
+
+
+def export_note(config: TrainConfig) -> str | None:
+    """What to know before training: that diffusers will not take the model, and why. None where it will."""
+    reasons = {form: [*refusals(config, form)] for form in get_args(Format)}
+    if not reasons["diffusers"]:
+        return None
+    ways = "nowhere" if reasons["official"] else "under official names alone"
+    return f"note: launch/export.py can write this model {ways}: {'; '.join(reasons['diffusers'])}"
