@@ -107,6 +107,7 @@ soak: setup
 	$(BIN)/python -m benchmarks.ends --runs 50 --output benchmarks/results/ends.json
 	$(BIN)/python -m benchmarks.fuzz --factor 50 --output benchmarks/results/fuzz.json
 	$(BIN)/python -m benchmarks.older_libraries --output benchmarks/results/older_libraries.json
+	$(BIN)/python -m benchmarks.walks --output benchmarks/results/walks.json
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json

@@ -22,8 +22,7 @@ from benchmarks.machine import write
 from data.debug import ensure_debug_assets
 from tests.helpers.exports import config_of, random_checkpoint, run_export, unigram_t5
 
-OLDER = ("transformers==4.57.*", "diffusers==0.35.*")
-ENVIRONMENT = Path(".cache/older")
+OLDER = ("transformers==4.57.*", "diffusers==0.35.*", "sentencepiece", "protobuf")
 TOLERANCE = 1e-4
 # In a process of each environment: folders -> FOLDER/VERSIONS.npy, the images of the same noise.
 _SAMPLE = """
@@ -40,15 +39,16 @@ for folder in sys.argv[2:]:
 """
 
 
-def older_python() -> Path:
-    """The interpreter of the environment with the older libraries, which is made where it is missing."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *OLDER, "sentencepiece", "protobuf"], check=True)
-        [packages] = ENVIRONMENT.glob("lib/python*/site-packages")
-        (packages / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")  # searched after its own packages
-        (ENVIRONMENT / "ready").touch()
+def environment_of(folder: Path, *packages: str) -> Path:
+    """The interpreter of an environment with these packages, which is made where it is missing. What they do not bring,
+    such as torch, it takes from this environment."""
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        [own] = folder.glob("lib/python*/site-packages")
+        (own / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")  # searched after its own packages
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+        (folder / "ready").touch()
     return python
 
 
@@ -81,7 +81,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folders = export_all(Path(temporary))
         failures: dict[str, str] = {}
-        for name, python in (("here", Path(sys.executable)), ("older", older_python())):
+        for name, python in (("here", Path(sys.executable)), ("older", environment_of(Path(".cache/older"), *OLDER))):
             for folder in folders:
                 done = subprocess.run([python, "-c", _SAMPLE, name, folder], capture_output=True, text=True)
                 if done.returncode:

@@ -2,12 +2,9 @@
 
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +12,6 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from benchmarks.kills_commands import small_autoencoder
-from data.config import DataConfig
-from data.debug import ensure_debug_assets
-from data.index import ImageTextIndex
-from data.samples import SampleFiles
-from data.storage import open_shards
 from tests.helpers.forked import environment, finished
 from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
@@ -207,70 +198,6 @@ def test_data_order(tmp_path: Path) -> None:
     assert order(3, 0) == whole
     assert order(3, 2) == order(1, 2) == whole[2:]
     assert contents(tmp_path) == {}
-
-
-# --------------------------------------------------------------------------------------------------------- docs/data.md
-
-PAGE = (ROOT / "docs" / "data.md").read_text()
-# At debug size, in one process: configs, options, and where things lie.
-SMALLER = {
-    "mmdit_0.18b_mup": "mmdit_debug_mup", "mmdit_2b_mup": "mmdit_debug_mup", "pixart_0.61b_mup": "pixart_debug_mup",
-    "..000999}": "..000000}", "--workers 16": "", "--workers 64": "", "--resize 512": "--resize 32",
-    "torchrun --nproc-per-node 8": "python",
-    "photos": "FOLDER/photos", "shards/train": "FOLDER/shards/train",
-    "index shards": "index FOLDER/shards", "check shards": "check FOLDER/shards",
-    "shards=shards": "shards=FOLDER/shards", "/data/": "FOLDER/", "captions.jsonl": "FOLDER/captions.jsonl",
-    "latents/": "FOLDER/latents/",
-}  # fmt: skip
-
-
-def photos(folder: Path, names: list[str]) -> list[Path]:
-    """Captioned images of the debug set under other names."""
-    index = ImageTextIndex(open_shards(str(ensure_debug_assets(ROOT / ".cache" / "debug") / "val-000000.tar")))
-    files = SampleFiles(index, DataConfig(), images_only=False)
-    folder.mkdir()
-    paths = []
-    for i, name in enumerate(names):
-        sample = files.sample(0, i)
-        paths.append(folder / f"{name}.png")
-        paths[-1].write_bytes(sample.member("image"))
-        paths[-1].with_suffix(".txt").write_bytes(sample.member("caption"))
-    return paths
-
-
-def test_commands_of_the_data_page(tmp_path: Path) -> None:
-    photos(tmp_path / "photos", [f"{i}" for i in range(16)])
-    sa = photos(tmp_path / "sa1b", [f"sa_{i}" for i in range(16)])
-    lines = [{"image_id": i, "caption": path.with_suffix(".txt").read_text()} for i, path in enumerate(sa)]
-    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with tarfile.open(tmp_path / "sa1b" / "sa_000000.tar", "w") as tar:
-        for path in sa:
-            tar.add(path, path.name)
-    training = (
-        *("train.steps=3", "train.validate_every=3", "train.sample_every=0", "data.val_shards=null"),
-        *("validation.samples=4", f"run.dir={tmp_path}"),
-    )
-    vae = f"autoencoder={{path: {small_autoencoder(tmp_path / 'vae')}, channels: 4, downsample: 2}}"
-    trained = 0
-    for line in (line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()):
-        for text, smaller in SMALLER.items():
-            line = line.replace(text, smaller.replace("FOLDER", str(tmp_path)))
-        python, *command = shlex.split(line, comments=True)
-        assert python == "python"
-        if command[0] == "launch/train.py":
-            command += [*training, f"run.name=run_{trained}"]
-            trained += 1
-        if "latents/" in line:
-            command.append(vae)
-        done = finished(*command)
-        assert done.returncode == 0, line + done.stdout + done.stderr
-    assert [(tmp_path / f"run_{i}" / "status.json").read_text().count("finished") for i in range(trained)] == [1, 1, 1]
-
-
-def test_settings_of_the_data_page(tmp_path: Path) -> None:
-    for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL):
-        (tmp_path / "a.yaml").write_text(f"extends: {ROOT}/configs/mmdit_2b_mup.yaml\n{block}")
-        load_config(str(tmp_path / "a.yaml"))
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
