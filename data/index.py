@@ -151,8 +151,10 @@ class ImageTextIndex:
     def _folder(self, sources: Sequence[IndexSource], cache: Path | None, retry: RetryPolicy) -> Iterator[Path]:
         """The folder of the packed index of these shards, made where it is missing."""
         identity = hashlib.sha256(f"{_PACKED_VERSION}\0".encode())
-        for name, known in zip(self.names, self.versions, strict=True):
-            identity.update(f"{name}\0{known.version}\0".encode())
+        for path, name, known in zip(self.paths, self.names, self.versions, strict=True):
+            # Of a URL the version may be its size alone, which other files have as well.
+            where = path.identity if isinstance(path, Remote) else name
+            identity.update(f"{where}\0{known.version}\0".encode())
         for source in sources:
             captions = ", ".join(file_version(path).version for path in source.captions)
             identity.update(f"{len(source.shards)}\0{source.weight}\0{captions}\0".encode())

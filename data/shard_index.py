@@ -267,7 +267,7 @@ def index_path(tar_path: Path, fields: Sequence[str] = ()) -> Path:
 
 def _cached_path(shard: Shard, cache: Path, fields: Sequence[str] = ()) -> Path:
     """Where the index of a shard is stored that cannot have one beside it."""
-    where = shard.url.partition("?")[0] if isinstance(shard, Remote) else str(shard.resolve())
+    where = shard.identity if isinstance(shard, Remote) else str(shard.resolve())
     where += f"\0{tuple(fields)}" if fields else ""
     return cache / f"{hashlib.sha256(where.encode()).hexdigest()[:32]}.index.parquet"
 

@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from .config import SYNTHETIC, DataConfig
 from .errors import DataError, SampleError, StoreError
 from .order import mix, uniforms
-from .redaction import quote, redact, remember
+from .redaction import quote, redact, remember, unsigned
 
 _PROBE_BYTES = 1 << 14
 _FIRST_DELAY_S = 0.25  # before the first repetition; doubles each time
@@ -37,9 +37,16 @@ class Remote:
     url: str
 
     @property
+    def identity(self) -> str:
+        """Which file it is: the URL without what changes whenever it is signed anew."""
+        return unsigned(self.url)
+
+    @property
     def name(self) -> str:
-        """The last part of the path."""
-        return urlsplit(self.url).path.rpartition("/")[2]
+        """The last part of the path; with the query where that names the file (`download?file=a.tar`)."""
+        parts = urlsplit(self.identity)
+        last = parts.path.rpartition("/")[2]
+        return last if last.endswith(".tar") or not parts.query else f"{last}?{parts.query}"
 
     def __str__(self) -> str:
         return redact(self.url)

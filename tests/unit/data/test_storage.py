@@ -24,7 +24,7 @@ from data.errors import DataError
 from data.index import ImageTextIndex, open_index
 from data.reader import ImageTextReader
 from data.redaction import redact
-from data.samples import _spans
+from data.samples import SampleFiles, _spans, captions_of
 from data.shard_index import index_path, load_index
 from data.storage import Remote, RetryPolicy, open_shards
 from data.write_shards import write_shards
@@ -163,6 +163,40 @@ def test_index_of_urls_is_cached_and_verified(folder: Path, tmp_path: Path) -> N
         shutil.copy(copy / "train-000000.tar", copy / "train-000002.tar")
         assert remote_index(server, cache=tmp_path / "index").shard_sizes == [60, 60, 60]
         assert {path for path, _, _ in server.requests} == {"/train-000002.tar"}, "only what changed is read"
+
+
+@pytest.mark.parametrize(
+    "path", ["download?file={}&sig={}", "{}?X-Amz-Signature={}&X-Amz-Date=1", "get.tar?f={}&se={}&sig=x"]
+)
+def test_a_query_names_the_file_and_a_signature_does_not(folder: Path, tmp_path: Path, path: str) -> None:
+    """Two files of one size, keys and sizes of members, behind a server that tells no ETag."""
+    names = ["one.tar", "two.tar"]
+    for name, caption in zip(names, ("a red apple", "a big house"), strict=True):
+        samples = [("0", (folder / "train-000000.tar").read_bytes()[512:900], "png", caption)]
+        write_shards(samples, tmp_path / "set" / name.removesuffix(".tar"), 10)[0].rename(tmp_path / name)
+
+    def file(asked: str) -> Path:
+        return tmp_path / next(name for name in names if name in asked)
+
+    with serve(file) as server:
+        server.etags = False
+
+        def index(name: str, signature: str) -> ImageTextIndex:
+            shard = Remote(f"{server.url}/{path.format(name, signature)}")
+            return ImageTextIndex([shard], tmp_path / "index", QUICK)
+
+        def captions(name: str, signature: str) -> list[str]:
+            cfg = settings(cache_dir=str(tmp_path / "blocks"))
+            files = SampleFiles(index(name, signature), cfg, False)
+            return captions_of(index(name, signature), files.sample(0, 0)).texts
+
+        first, second = index(names[0], "s1"), index(names[1], "s1")
+        assert [captions(name, "s1") for name in names] == [["a red apple"], ["a big house"]]
+        assert (first.fingerprint == second.fingerprint) == path.startswith("get.tar"), "as two files of one name have"
+        server.requests.clear()
+        assert index(names[0], "s2").fingerprint == first.fingerprint
+        assert [captions(name, "s3") for name in names] == [["a red apple"], ["a big house"]]
+        assert server.requests == [], "it is the same file, of which index and blocks are kept"
 
 
 def test_a_large_shard_is_indexed_through_a_window(tmp_path: Path) -> None:
