@@ -371,8 +371,8 @@ class Precompute:
             )
         except StoreError as error:  # it may pass, and what is stored as a hole stays one
             raise DataError(
-                f"{self.index.paths[raw.shard]}: sample {self.index.key(raw.row)}: {error}: make it readable and "
-                "give the same command again, it goes on"
+                f"{self.index.paths[raw.shard]}: sample {self.index.key(raw.row)}: {error}: make it readable "
+                f"{error.remedy and f'({error.remedy}) '}and give the same command again, it goes on"
             ) from None
         except SampleError as error:
             return _Decoded(key, raw.row, str(error), ABSENT, None, nothing)

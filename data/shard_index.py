@@ -24,10 +24,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .captions import NoCaption, captions_from_bytes, captions_of_entry, first_field, json_member
-from .errors import DataError, SampleError
+from .errors import DataError, SampleError, StoreError
 from .files import temporary_beside
 from .images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, image_size
-from .storage import FileVersion, LocalBytes, Remote, RemoteBytes, RetryPolicy, Shard, file_version
+from .storage import (
+    FileVersion,
+    LocalBytes,
+    Remote,
+    RemoteBytes,
+    RetryPolicy,
+    Shard,
+    file_version,
+    read_remote,
+    unreadable,
+)
 from .tar import BLOCK, Bytes, Member, TarError, members
 from .tar_samples import ENDS_EARLY, SKIPPED, Remarks, TarSamples, remarks_from, told
 
@@ -111,7 +121,10 @@ def _read_whole(file: Bytes, member: Member, at_most: int = MAX_MEMBER_BYTES) ->
 @contextlib.contextmanager
 def _open(shard: Shard, retry: RetryPolicy) -> Iterator[Bytes]:
     if isinstance(shard, Remote):
-        yield RemoteBytes(shard, file_version(shard, retry).size, retry)
+        size = file_version(shard, retry).size
+        if size > 1:  # a server without ranges gives a small file as a whole, and would give no sample
+            read_remote(shard.url, size - 1, size, retry, 0)
+        yield RemoteBytes(shard, size, retry)
     else:
         with open(shard, "rb") as file:
             yield LocalBytes(file.fileno())
@@ -147,6 +160,8 @@ def build_index(
                         ) from None
                     raise
                 samples.remarks.add(ENDS_EARLY, str(error))
+    except StoreError as error:
+        raise unreadable(shard, error) from None
     except (TarError, SampleError, OSError) as error:
         raise DataError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
     rows = samples.finish(lambda row: row["image_offset"] != ABSENT or row["precomputed"])

@@ -19,11 +19,14 @@ from fsspec.core import url_to_fs
 
 from .config import SYNTHETIC, DataConfig
 from .errors import DataError, SampleError, StoreError
+from .http_ranges import read_range
 from .order import mix, uniforms
 from .redaction import quote, redact, remember, unsigned
+from .store_errors import store_error
 
 _PROBE_BYTES = 1 << 14
 _FIRST_DELAY_S = 0.25  # before the first repetition; doubles each time
+_LONGEST_WAIT_S = 60.0  # for a store that asks for a pause: the watchdog waits for five minutes
 _LISTED = "MUDIT_VARIABLES"  # the environment variables that configs may name
 _MOST_SHARDS, _MOST_BRACES = 10**6, 100  # that a pattern with braces may stand for, and pairs of them
 _WINDOW = 4 << 20  # bytes of a remote file that are read at once while it is indexed
@@ -86,6 +89,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
     """Call a method of the URL's file system. Raises TimeoutError after a time."""
     system, path = _filesystem(url)
+    if method == "cat_file" and "https" in system.protocol:
+        return sync(system.loop, read_range, system, path, timeout=timeout_s, **options)
     if system.async_impl:
         return sync(system.loop, getattr(system, f"_{method}"), path, timeout=timeout_s, **options)
     result: list[Any] = []
@@ -107,33 +112,35 @@ def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
 
 
 def _repeated(url: str, method: str, retry: RetryPolicy, key: int, **options: Any) -> Any:
-    """_call, repeated after a delay that doubles. key: seeds the jitter of the delay. Raises StoreError when the last
-    repetition has failed, or SampleError where it gave too few bytes."""
-    reason = ""
+    """_call, repeated after a delay that doubles, and not before the store wants it. key: seeds the jitter of the
+    delay. Raises StoreError when the last repetition has failed, or SampleError where it gave too few bytes."""
+    failure, asked_s = SampleError(), 0.0
     for attempt in range(retry.retries + 1):
+        if attempt:
+            jitter = float(uniforms(mix(key).view("int64"), attempt - 1))
+            time.sleep(min(asked_s, _LONGEST_WAIT_S) + _FIRST_DELAY_S * 2 ** (attempt - 1) * (0.5 + jitter))
         try:
             result = _call(url, method, retry.timeout_s, **options)
             if method != "cat_file" or len(result) == options["end"] - options["start"]:
                 return result
-            reason = "short read"
+            # What is too short stays so: the tar ends early, or the server's sizes are wrong. Other failures may pass.
+            failure, asked_s = SampleError("shard: short read"), 0.0
         except DataError:
             raise
-        except FileNotFoundError:
-            reason = "not found"
-        except TimeoutError:  # fsspec's is one
-            reason = "timed out"
-        except Exception:  # client libraries raise what they like: OSError, ClientError, BotoCoreError, ...
-            reason = "read error"
-        if attempt < retry.retries:
-            jitter = float(uniforms(mix(key).view("int64"), attempt))
-            time.sleep(_FIRST_DELAY_S * 2**attempt * (0.5 + jitter))
-    # What is too short stays so: the tar ends early, or the server's sizes are wrong. Other failures may pass.
-    raise SampleError("shard: short read") if reason == "short read" else StoreError(f"store: {reason}")
+        except Exception as error:  # client libraries raise what they like: OSError, ClientError, BotoCoreError, ...
+            failure = store_error(error, url)
+            asked_s = failure.asked_s
+    raise failure
 
 
 def read_remote(url: str, start: int, end: int, retry: RetryPolicy, key: int) -> bytes:
     """Bytes start ... end of a URL. Raises SampleError where it does not give them, however often it is asked."""
     return _repeated(url, "cat_file", retry, key, start=start, end=end) if end > start else b""
+
+
+def unreadable(shard: Shard, error: StoreError) -> DataError:
+    """What to say where a store does not give a shard."""
+    return DataError(f"shard {shard} cannot be read ({error}): {error.remedy}")
 
 
 def file_version(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> FileVersion:
@@ -146,10 +153,7 @@ def file_version(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> FileVersio
         try:
             info = _repeated(shard.url, "info", retry, 0)
         except StoreError as error:
-            raise DataError(
-                f"shard {shard} cannot be read ({error}): check the URL and the access to it; of a pattern that "
-                "names more shards than exist, * takes those that do"
-            ) from None
+            raise unreadable(shard, error) from None
         if info.get("size") is None:
             raise DataError(f"shard {shard}: the server tells no size, so ranges of it cannot be read")
         keys = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "Last-Modified", "updated")
@@ -301,5 +305,9 @@ def _remote(name: str, key: str) -> list[Remote]:
     try:
         found = sorted(system.glob(path))
     except Exception as error:  # client libraries raise what they like, see _repeated
-        raise DataError(f"{key}: {redact(name)} cannot be listed ({type(error).__name__}); name the shards") from None
+        failure = store_error(error, name)
+        raise DataError(
+            f"{key}: {redact(name)} cannot be listed ({failure}): {failure.remedy}; or name the shards, as in "
+            "{000..127}.tar, which need no listing"
+        ) from None
     return [Remote(system.unstrip_protocol(match)) for match in found]

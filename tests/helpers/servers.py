@@ -27,6 +27,8 @@ class Server(ThreadingHTTPServer):
         self.faults: tuple[str, ...] = FAULTS
         self.stall_s = 30.0
         self.etags = True
+        self.override: Callable[[BaseHTTPRequestHandler], bool] = lambda _: False
+        """Answers a request in place of the files, where it returns True."""
         self.requests: list[tuple[str, int, int]] = []
         """(path, first byte, one past the last) of every GET."""
         self.heads: list[str] = []
@@ -61,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         time.sleep(self.server.latency_s)
+        if self.server.override(self):
+            return None
         name = self.path.partition("?")[0]
         fault = (
             self.server.random.choice(self.server.faults) if self.server.random.random() < self.server.faulty else ""

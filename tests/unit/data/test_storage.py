@@ -112,8 +112,8 @@ def test_a_bad_server_costs_time_only(folder: Path, local: Any) -> None:
     ("fault", "reason"),
     [
         ("stall", "store: timed out"),
-        ("reset", "store: read error"),
-        ("500", "store: read error"),
+        ("reset", "store: connection lost"),
+        ("500", "store: HTTP 500, a fault of the server"),
         ("404", "store: not found"),
         ("short", "shard: short read"),
     ],
