@@ -51,7 +51,13 @@ _FORMAT = b"7"  # version of what is stored
 _FORMAT_KEY, _SHARD_KEY, _REMARKS_KEY = b"version", b"stamp", b"remarks"
 _HIDDEN = "._"  # begins the names of the files that macOS puts beside those that it copies
 _LEAST_UNPACKED = 1 << 20  # bytes that a stored index may always have
-_GZIP = b"\x1f\x8b"
+# What begins a compressed file: (what has compressed it, what decompresses it).
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"), b"BZh": ("bzip2", "bunzip2"), b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"), b"\x50\x2a\x4d\x18": ("zstd", "unzstd"),
+    b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
+}  # fmt: skip
+_ZIP = b"PK\x03\x04"
 _HEADER_BYTES = 1 << 16  # of an image: they nearly always tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
 _MAX_LABEL = 2**31 - 1
@@ -153,11 +159,7 @@ def build_index(
                     _add_member(samples, member, file, fields)
             except TarError as error:
                 if not samples.rows:
-                    if file.read_at(0, len(_GZIP)) == _GZIP:
-                        raise DataError(
-                            f"{shard} is compressed by gzip, whatever its name says, and samples are read at their "
-                            "offsets: decompress it once, gunzip < FILE > plain/FILE"
-                        ) from None
+                    _refuse_other_archives(shard, file.read_at(0, BLOCK))
                     raise
                 samples.remarks.add(ENDS_EARLY, str(error))
     except StoreError as error:
@@ -176,6 +178,20 @@ def build_index(
         expected = f"expected KEY.jpg and KEY.txt, with one of the extensions {', '.join(IMAGE_EXTENSIONS)}"
         samples.remarks.add(SKIPPED, f"it holds no image, {expected}")
     return pa.Table.from_pylist(rows, schema=SCHEMA), samples.remarks
+
+
+def _refuse_other_archives(shard: Shard, beginning: bytes) -> None:
+    """Raise DataError with the way to an uncompressed tar where a file begins as another archive does."""
+    for magic, (name, command) in _COMPRESSED.items():
+        if beginning.startswith(magic):
+            raise DataError(
+                f"{shard} is compressed by {name}, whatever its name says, and samples are read at their offsets: "
+                f"decompress it once, {command} < FILE > plain/FILE"
+            )
+    if beginning.startswith(_ZIP):
+        raise DataError(
+            f"{shard} is a zip file, not a tar: unpack it, and pack its folder with launch/shard.py --images"
+        )
 
 
 def _new_row(key: str) -> dict[str, Any]:
