@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ _FIRST_DELAY_S = 0.25  # before the first repetition; doubles each time
 _LONGEST_WAIT_S = 60.0  # for a store that asks for a pause: the watchdog waits for five minutes
 _LISTED = "MUDIT_VARIABLES"  # the environment variables that configs may name
 _MOST_SHARDS, _MOST_BRACES = 10**6, 100  # that a pattern with braces may stand for, and pairs of them
+_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+_MOST_NAMED = 8  # folders in a message
 _WINDOW = 4 << 20  # bytes of a remote file that are read at once while it is indexed
 _RATE_BYTES, _RATE_CHUNK = 64 << 20, 4 << 20  # what read_rate reads, and how much of it at once
 
@@ -275,11 +279,45 @@ def open_shards(spec: str, key: str = "data.shards") -> list[Shard]:
     for name in expand_all(_with_environment(spec, key)):
         found = _remote(name, key) if "://" in name else _local(os.path.expanduser(name), key, spec)
         if not found:
-            raise DataError(f"{key}: no .tar file matches {redact(name)!r}; build shards with launch/shard.py")
+            raise _none_found(name, key)
         shards += found
     if not shards:
         raise DataError(f"{key} = {redact(spec)!r} names no shard")
     return shards
+
+
+def _none_found(name: str, key: str) -> DataError:
+    """What to say where a folder, or a pattern of the files in it, has no shard: what there is in its place.
+
+    Shards a level down are not taken unasked: they may be the training and the validation set.
+    """
+    folder = re.sub(r"/?(\*\.tar)?$", "", name) or "."
+    escaped = folder if "://" in folder else glob.escape(os.path.expanduser(folder))
+    below = Counter(path.rpartition("/")[0].rpartition("/")[2] for path in _listed(f"{escaped}/*/*.tar"))
+    if below:
+        folders = ", ".join(f"{quote(part)} holds {count}" for part, count in sorted(below.items())[:_MOST_NAMED])
+        more = ", ..." if len(below) > _MOST_NAMED else ""
+        return DataError(
+            f"{key}: no .tar file lies in {redact(folder)!r} itself, but in its folders ({folders}{more}): name the "
+            f"one that is meant, or all of them by '{redact(escaped)}/*/*.tar'"
+        )
+    packed = [path for path in _listed(f"{escaped}/*") if path.endswith(_PACKED)]
+    if packed:
+        return DataError(
+            f"{key}: {redact(folder)!r} has no .tar file, but compressed ones ({quote(packed[0])}), and samples are "
+            "read at their offsets in uncompressed tars: decompress them once"
+        )
+    return DataError(f"{key}: no .tar file matches {redact(name)!r}; build shards with launch/shard.py")
+
+
+def _listed(pattern: str) -> list[str]:
+    """The paths that a pattern matches; none where they cannot be listed."""
+    with contextlib.suppress(Exception):  # it serves a message alone
+        if "://" not in pattern:
+            return sorted(glob.glob(pattern))
+        system, path = _filesystem(pattern)
+        return sorted(system.glob(path))
+    return []
 
 
 def _local(name: str, key: str, spec: str) -> list[Path]:

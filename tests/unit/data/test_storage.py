@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -247,6 +253,61 @@ def test_secrets_come_from_the_environment(folder: Path, tmp_path: Path, monkeyp
 def test_braces_stand_for_a_bounded_number_of_paths(spec: str) -> None:
     with pytest.raises(DataError, match=r"more than (1000000 paths|100 pairs of braces)"):
         open_shards(spec)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pattern", "memory", "http", "s3"])
+def test_shards_in_the_folders_of_a_folder_are_told_with_what_takes_them(
+    folder: Path, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """They are not taken unasked: `train` and `val` may lie there."""
+    for name in ("train", "val[1]"):
+        shutil.copytree(folder, tmp_path / "set" / name)
+    with contextlib.ExitStack() as stack:
+        spec = f"{tmp_path}/set"
+        if kind == "pattern":
+            spec += "/*.tar"
+        elif kind == "memory":
+            fsspec.filesystem("memory").put(spec, "/set", recursive=True)
+            spec = "memory://set/"
+        elif kind == "s3":
+            spec = request.getfixturevalue("s3").removesuffix("set")
+        elif kind == "http":
+            address = stack.enter_context(listing(tmp_path))
+            spec = f"{address}/set/"
+        with pytest.raises(
+            DataError, match=r"no \.tar file lies in '.*' itself, but in its folders \('.*' holds 3"
+        ) as told:
+            open_shards(spec, "data.val_shards")
+        if kind != "s3":
+            assert "'train' holds 3, 'val[1]' holds 3" in unquote(str(told.value))
+        pattern = str(told.value).rpartition(" by ")[2].strip("'")
+        assert len(open_shards(pattern)) == (3 if kind == "s3" else 6)
+
+
+@contextlib.contextmanager
+def listing(folder: Path) -> Iterator[str]:
+    """The address of a server that lists its folders."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_folder_without_shards_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no \.tar file matches '.*'; build shards"):
+        open_shards(str(tmp_path))
+    (tmp_path / "a.tar.zst").touch()
+    with pytest.raises(
+        DataError, match=r"has no .tar file, but compressed ones \('.*a\.tar\.zst'\).*decompress"
+    ):
+        open_shards(str(tmp_path))
 
 
 @pytest.mark.parametrize(
