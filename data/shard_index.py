@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from .captions import NoCaption, captions_from_bytes, captions_of_entry, first_field, json_member
 from .errors import DataError, SampleError, StoreError
 from .files import temporary_beside
-from .images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, image_size
+from .images import IMAGE_EXTENSIONS, TAIL_BYTES, UNREAD_EXTENSIONS, ImageHeader, read_header
 from .storage import (
     FileVersion,
     LocalBytes,
@@ -39,14 +39,14 @@ from .storage import (
     unreadable,
 )
 from .tar import BLOCK, Bytes, Member, TarError, members
-from .tar_samples import ENDS_EARLY, SKIPPED, Remarks, TarSamples, remarks_from, told
+from .tar_samples import CONVERTED, ENDS_EARLY, SKIPPED, TURNED, UNUSABLE, Remarks, TarSamples, remarks_from, told
 
 logger = logging.getLogger(__name__)
 
 ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
 UNREADABLE = -2  # label where the .cls member holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
-_FORMAT = b"7"  # version of what is stored
+_FORMAT = b"8"  # version of what is stored
 # Of the metadata: the format, the version of the shard, and the remarks on it.
 _FORMAT_KEY, _SHARD_KEY, _REMARKS_KEY = b"version", b"stamp", b"remarks"
 _HIDDEN = "._"  # begins the names of the files that macOS puts beside those that it copies
@@ -57,6 +57,7 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"), b"\x50\x2a\x4d\x18": ("zstd", "unzstd"),
     b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
 }  # fmt: skip
+_PNG = b"\x89PNG"
 _ZIP = b"PK\x03\x04"
 _HEADER_BYTES = 1 << 16  # of an image: they nearly always tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
@@ -201,13 +202,28 @@ def _new_row(key: str) -> dict[str, Any]:
     return row | {"features_offset": ABSENT}
 
 
-def _size(file: Bytes, member: Member) -> tuple[int, int]:
-    """(width, height) of an image member in pixels; (0, 0) where its header is unreadable."""
+def _image_header(file: Bytes, member: Member) -> ImageHeader | None:
+    """The header of an image member; None where it is unreadable."""
+    beginning, tail = file.read_at(member.offset, min(member.size, _HEADER_BYTES)), None
+    if beginning.startswith(_PNG) and member.size > _HEADER_BYTES:
+        tail = file.read_at(member.offset + member.size - TAIL_BYTES, TAIL_BYTES)
     with contextlib.suppress(SampleError):
-        return image_size(file.read_at(member.offset, min(member.size, _HEADER_BYTES)))
+        return read_header(beginning, tail)
     with contextlib.suppress(SampleError):  # the header is longer, or the format needs all (WebP)
-        return image_size(_read_whole(file, member))
-    return 0, 0
+        return read_header(_read_whole(file, member))
+    return None
+
+
+def _add_image(row: dict[str, Any], member: Member, file: Bytes, remarks: Remarks) -> None:
+    """Enter an image into the row of its key."""
+    row.update(image_offset=member.offset, image_size=member.size, unread=None, width=0, height=0)
+    if (header := _image_header(file, member)) is None:
+        return
+    row.update(width=header.width, height=header.height)
+    if header.is_turned_png:
+        remarks.add(TURNED, row["key"])
+    if header.profile:
+        remarks.add(CONVERTED if header.profile == "converted" else UNUSABLE, row["key"])
 
 
 def _add_member(samples: TarSamples, member: Member, file: Bytes, fields: Sequence[str]) -> None:
@@ -216,8 +232,7 @@ def _add_member(samples: TarSamples, member: Member, file: Bytes, fields: Sequen
         return
     row, extension = found
     if extension in IMAGE_EXTENSIONS:
-        row.update(image_offset=member.offset, image_size=member.size, unread=None)
-        row["width"], row["height"] = _size(file, member)
+        _add_image(row, member, file, samples.remarks)
     elif extension in UNREAD_EXTENSIONS:
         if row["image_offset"] == ABSENT:  # its reason is found when it is read
             row.update(image_offset=member.offset, image_size=member.size, unread=extension)

@@ -304,9 +304,7 @@ def test_a_folder_without_shards_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no \.tar file matches '.*'; build shards"):
         open_shards(str(tmp_path))
     (tmp_path / "a.tar.zst").touch()
-    with pytest.raises(
-        DataError, match=r"has no .tar file, but compressed ones \('.*a\.tar\.zst'\).*decompress"
-    ):
+    with pytest.raises(DataError, match=r"has no .tar file, but compressed ones \('.*a\.tar\.zst'\).*decompress"):
         open_shards(str(tmp_path))
 
 
