@@ -12,7 +12,15 @@ class SampleError(Exception):
 
 
 class StoreError(SampleError):
-    """The store did not give a sample's bytes, and may give them later. Messages begin with `store: `."""
+    """The store did not give a sample's bytes, and may give them later.
+
+    reason: begins with `store: `; holes are counted under it. remedy: what the user can do. asked_s: the seconds after
+    which the store wants to be asked again.
+    """
+
+    def __init__(self, reason: str, remedy: str = "", asked_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.remedy, self.asked_s = remedy, asked_s
 
 
 _LEAST_BAD = 10  # unreadable samples by which a share is judged: one among the first sixteen is no share yet

@@ -7,12 +7,14 @@ scans for minutes. What libwebp does is bounded by the size of the image alone.
 from __future__ import annotations
 
 import re
+import zlib
 
 import numpy as np
 
 from .errors import SampleError
 
 _MOST_SEGMENTS = 4096  # before the pixels; one holds 64 kB at most, so that this allows 256 MB of profiles and previews
+_MOST_EXIF = 64  # places that may be EXIF, whose checksum is computed
 _MOST_CHUNKS = 65536  # encoders write the pixels of a PNG in chunks of 8 kB or more
 # A marker of a JPEG: not the zero that follows a 0xff among the pixels, nor one that restarts them.
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
@@ -31,6 +33,19 @@ def check_parts(data: bytes) -> None:
                 return
             at += 12 + int.from_bytes(data[at : at + 4], "big")  # length, name and checksum
         raise SampleError("image: too many parts")
+
+
+def exif_at_end(data: bytes) -> bytes:
+    """The EXIF in the last bytes of a PNG; b"" where they hold none. PNG allows it behind the pixels, where PIL finds
+    it by decoding them all."""
+    at = len(data)
+    for _ in range(_MOST_EXIF):
+        if (at := data.rfind(b"eXIf", 4, at)) < 0:
+            break
+        end = at + 4 + int.from_bytes(data[at - 4 : at], "big")
+        if end + 4 <= len(data) and zlib.crc32(data[at:end]) == int.from_bytes(data[end : end + 4], "big"):
+            return data[at + 4 : end]
+    return b""
 
 
 def has_more_scans(data: bytes, than: int) -> bool:

@@ -92,9 +92,15 @@ def open_image_set(spec: str, key: str, count: int | None = None) -> ImageSet:
             raise DataError(f"{key}: {spec}: image {number} has no caption that can be read ({error})") from None
 
     def load(number: int) -> Image.Image:
-        return load_rgb(sample(number).member("image"), DataConfig().max_image_pixels)
+        return _as_stored(sample(number).member("image"))
 
     return ImageSet(f"{key}: {spec}", json_digest([index.fingerprint, len(chosen)]), len(chosen), load, caption)
+
+
+def _as_stored(data: bytes) -> Image.Image:
+    """An image with the numbers that its file holds, whatever its ICC profile: so do the programs whose figures are
+    compared with."""
+    return load_rgb(data, DataConfig().max_image_pixels, convert_colours=False)
 
 
 def image_files(folder: Path, key: str, count: int | None) -> list[Path]:
@@ -110,7 +116,7 @@ def _folder(folder: Path, key: str, count: int | None) -> ImageSet:
     identity = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
 
     def load(number: int) -> Image.Image:
-        return load_rgb(paths[number].read_bytes(), DataConfig().max_image_pixels)
+        return _as_stored(paths[number].read_bytes())
 
     return ImageSet(f"{key}: {folder}", json_digest(identity), len(paths), load)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import SampleError
-from .image_parts import check_parts, has_more_scans
+from .icc import ProfileError, ToSrgb, to_srgb
+from .image_parts import check_parts, exif_at_end, has_more_scans
 
+IMAGE_RULES = "2"  # version of what an image with an ICC profile, or a PNG with an EXIF orientation, is taken for
+TAIL_BYTES = 1 << 16  # of a PNG, in which EXIF behind its pixels is looked for
 FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 UNREAD_EXTENSIONS = ("heic", "heif", "avif", "gif", "tif", "tiff", "bmp", "jxl", "jp2", "svg")  # only counted
@@ -65,18 +69,50 @@ def _kind(data: bytes) -> str:
     return "unreadable" if kind is None else f"{kind}, expected jpeg, png or webp"
 
 
-def _is_transposed(image: Image.Image) -> bool:
-    # PNG is left out: PIL would decode the whole image to look for EXIF behind the pixels.
-    if image.format == "PNG" or not image.info.get("exif"):
-        return False
-    return image.getexif().get(_ORIENTATION_TAG) in _TRANSPOSED
+class ImageHeader(NamedTuple):
+    """What the header of an image says of it: width and height in pixels, upright; whether it is a PNG that its EXIF
+    turns by a quarter; what becomes of its ICC profile ("" where there is none, or one of sRGB)."""
+
+    width: int
+    height: int
+    is_turned_png: bool
+    profile: Literal["", "converted", "unusable"]
+
+
+def _is_transposed(exif: Image.Exif) -> bool:
+    return exif.get(_ORIENTATION_TAG) in _TRANSPOSED
+
+
+def _exif(image: Image.Image, tail: bytes = b"") -> Image.Exif:
+    """The EXIF of an open image. tail: of a PNG, in which it may lie behind the pixels."""
+    if image.info.get("exif"):
+        return image.getexif()
+    exif = Image.Exif()
+    if image.format == "PNG" and (data := exif_at_end(tail)):
+        exif.load(b"Exif\0\0" + data)
+    return exif
+
+
+def read_header(data: bytes, tail: bytes | None = None) -> ImageHeader:
+    """The header of an image, which is not decoded. Raises SampleError where it is unreadable.
+
+    data: the file, or its beginning. tail: its last TAIL_BYTES, where `data` does not hold them.
+    """
+    with _open(data) as image:
+        width, height = image.size
+        transposed = _is_transposed(_exif(image, data[-TAIL_BYTES:] if tail is None else tail))
+        if transposed:
+            width, height = height, width
+        try:
+            profile = "" if to_srgb(image) is None else "converted"
+        except ProfileError:
+            profile = "unusable"
+        return ImageHeader(width, height, transposed and image.format == "PNG", profile)
 
 
 def image_size(data: bytes) -> tuple[int, int]:
     """(width, height) of an upright image in pixels, from its header alone. SampleError where it is unreadable."""
-    with _open(data) as image:
-        width, height = image.size
-        return (height, width) if _is_transposed(image) else (width, height)
+    return read_header(data)[:2]
 
 
 def _check_size(image: Image.Image, data: bytes, max_pixels: int) -> None:
@@ -90,13 +126,14 @@ def _check_size(image: Image.Image, data: bytes, max_pixels: int) -> None:
         raise SampleError("image: too many scans")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB: transparency is composited on white, 16-bit grey is scaled to 8 bits."""
+def _to_rgb(image: Image.Image, convert: ToSrgb | None) -> Image.Image:
+    """An image of any mode in RGB: its colours are converted, transparency is composited on white, 16-bit grey is
+    scaled to 8 bits."""
     if image.mode.startswith("I"):  # 16-bit PNG: PIL's own conversion clips instead of scaling
-        return _in_bands(image, _high_byte)
+        return _in_bands(image, lambda band: convert(_high_byte(band)) if convert else _high_byte(band))
     if image.has_transparency_data:
-        return _in_bands(image, _on_white)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return _in_bands(image, lambda band: _on_white(band, convert))
+    return image.convert("RGB") if convert is None else _in_bands(image, convert)
 
 
 def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -113,31 +150,53 @@ def _high_byte(grey: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(grey).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image, convert: ToSrgb | None) -> Image.Image:
     rgba = image.convert("RGBA")
+    if convert is not None:
+        alpha = rgba.getchannel("A")
+        rgba = convert(rgba.convert("RGB"))
+        rgba.putalpha(alpha)
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def load_rgb(data: bytes, max_pixels: int, at_least: int | tuple[int, int] | None = None) -> Image.Image:
-    """Decode an image file to an upright RGB image. Raises SampleError where it cannot be.
-
-    data: a JPEG, PNG or WebP file. max_pixels: a larger image is refused before it is decoded.
-    at_least: the shorter side, or the (height, width), in pixels that the caller needs. A JPEG may come back smaller
-    than
-        it is stored, but not smaller than that.
-    """
+def _load(
+    data: bytes, max_pixels: int, at_least: int | tuple[int, int] | None, convert_colours: bool
+) -> tuple[Image.Image, ToSrgb | None]:
+    """(an upright RGB image, what makes sRGB of it; None where it is that). Arguments as of load_rgb. What can be
+    converted after it was made smaller is left to the caller: it takes as long as decoding a JPEG."""
     with _open(data) as image:
         _check_size(image, data, max_pixels)
         width, height = image.size
         if at_least is not None:
             rows, columns = (at_least, at_least) if isinstance(at_least, int) else at_least
-            if _is_transposed(image):
+            if _is_transposed(_exif(image)):
                 rows, columns = columns, rows
             scale = max(_DRAFT_GAP * rows / height, _DRAFT_GAP * columns / width)
             image.draft(None, (int(width * scale), int(height * scale)))
         image.load()
+        convert = None
+        with suppress(ProfileError):
+            convert = to_srgb(image) if convert_colours else None
         upright = ImageOps.exif_transpose(image) if image.info.get("exif") else image
-        return _to_rgb(upright)
+        if upright.mode == "RGB" and not upright.has_transparency_data:
+            return upright, convert
+        return _to_rgb(upright, convert), None
+
+
+def load_rgb(
+    data: bytes, max_pixels: int, at_least: int | tuple[int, int] | None = None, convert_colours: bool = True
+) -> Image.Image:
+    """Decode an image file to an upright image in sRGB. Raises SampleError where it cannot be.
+
+    data: a JPEG, PNG or WebP file. max_pixels: a larger image is refused before it is decoded.
+    at_least: the shorter side, or the (height, width), in pixels that the caller needs. A JPEG may come back smaller
+    than it is stored, but not smaller than that. convert_colours: to sRGB, by the file's ICC profile; a profile that
+    cannot be used is ignored. Else the numbers in the file are taken for sRGB.
+    """
+    image, convert = _load(data, max_pixels, at_least, convert_colours)
+    image = convert(image) if convert else image
+    image.info.pop("icc_profile", None)  # else PIL would write it into a PNG
+    return image
 
 
 def decode_image(
@@ -151,7 +210,7 @@ def decode_image(
     Raises SampleError where the file cannot be decoded or holds more than max_pixels.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    image = load_rgb(data, max_pixels, at_least=(height, width))
+    image, convert = _load(data, max_pixels, (height, width), convert_colours=True)
     # The part has the whole width or the whole height of the image; its other side is rounded.
     part_width = min(image.width, max(1, round(image.height * width / height)))
     part_height = min(image.height, max(1, round(image.width * height / width)))
@@ -166,5 +225,6 @@ def decode_image(
         part = image.crop(box)
     else:
         part = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=_REDUCING_GAP)
+    part = convert(part) if convert else part
     pixels = np.asarray(part).transpose(2, 0, 1)  # [3, height, width]
     return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)

@@ -27,15 +27,16 @@ from .config import DataConfig, FilterConfig
 from .errors import DataError
 from .files import file_digest, folder_once, json_digest, lock, open_plain, temporary_beside
 from .filter import Filter, described, scores_of
+from .images import IMAGE_RULES
 from .order import Source
 from .precomputed_format import Dataset, open_dataset
 from .shard_index import ABSENT, ShardIndex, load_index
 from .storage import FileVersion, Remote, RetryPolicy, Shard, file_version, open_shards
-from .tar_samples import told
+from .tar_samples import CONVERTED, TURNED, told
 
 logger = logging.getLogger(__name__)
 
-_PACKED_VERSION = 8  # of the packed files
+_PACKED_VERSION = 9  # of the packed files
 _FILES = ("rows.bin", "keys.bin", "captions.bin")
 _VERSION_THREADS = 32  # a store answers within tens of milliseconds, and a set has thousands of shards
 COLUMNS = (
@@ -83,7 +84,8 @@ class ImageTextIndex:
     Attributes: `names` of the shards without .tar; `shard_sizes`, samples of each; `sources`, for the order;
     `fingerprint`, the identity of the data by names, keys, sizes and weights, whatever the folder; `dataset`, what
     precomputed shards were made with, None where the shards hold images; `remarks` on the shards, for their user;
-    `filtered`, what `keep` did to each source, in words. Each of COLUMNS is an attribute too: a numpy
+    `filtered`, what `keep` did to each source, in words; `image_rules`, IMAGE_RULES where there are images that they
+    speak of, else None: a run cannot go on under others. Each of COLUMNS is an attribute too: a numpy
     array [samples], mapped from the file.
     Raises DataError where a shard cannot be read, or precomputed shards and shards of images are mixed.
     """
@@ -143,6 +145,7 @@ class ImageTextIndex:
         self._precomputed: bool = meta["precomputed"]
         self.remarks: list[str] = meta["remarks"]
         self.filtered: list[str] = meta.get("filtered", [])
+        self.image_rules: str | None = meta.get("image_rules")
         self._first = np.cumsum([0, *self.shard_sizes])
         self._files = {name: os.open(folder / f"{name}.bin", os.O_RDONLY) for name in ("rows", "keys", "captions")}
         weakref.finalize(self, _close, list(self._files.values()))
@@ -151,8 +154,10 @@ class ImageTextIndex:
     def _folder(self, sources: Sequence[IndexSource], cache: Path | None, retry: RetryPolicy) -> Iterator[Path]:
         """The folder of the packed index of these shards, made where it is missing."""
         identity = hashlib.sha256(f"{_PACKED_VERSION}\0".encode())
-        for name, known in zip(self.names, self.versions, strict=True):
-            identity.update(f"{name}\0{known.version}\0".encode())
+        for path, name, known in zip(self.paths, self.names, self.versions, strict=True):
+            # Of a URL the version may be its size alone, which other files have as well.
+            where = path.identity if isinstance(path, Remote) else name
+            identity.update(f"{where}\0{known.version}\0".encode())
         for source in sources:
             captions = ", ".join(file_version(path).version for path in source.captions)
             identity.update(f"{len(source.shards)}\0{source.weight}\0{captions}\0".encode())
@@ -231,6 +236,8 @@ class ImageTextIndex:
         files = {name: file_digest(folder / name) for name in _FILES}
         meta = {"shard_sizes": sizes, "fingerprint": fingerprint, "precomputed": True in kinds, "files": files}
         meta["remarks"] = told(remarks)
+        if any(kind in found for _, found in remarks for kind in (CONVERTED, TURNED)):
+            meta["image_rules"] = IMAGE_RULES
         if self._keep != FilterConfig():
             meta["filtered"] = filtered
         (folder / "set.json").write_text(json.dumps({**meta, "digest": json_digest(meta)}))

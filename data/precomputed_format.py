@@ -244,10 +244,11 @@ def _is_declared(said: Any) -> TypeGuard[dict[str, Any]]:
 def _read(shard: Shard, path: Shard, retry: RetryPolicy) -> Dataset:
     try:
         declared = json.loads(_bytes(path, retry, _MOST_BYTES))
-    except (OSError, SampleError, DataError):
+    except (OSError, SampleError, DataError) as error:
+        why = f" ({error})" if isinstance(path, Remote) else ""
         raise DataError(
-            f"{shard} holds precomputed samples, but {path} cannot be read: finish launch/precompute.py by running it "
-            "again, and keep that file beside the shards"
+            f"{shard} holds precomputed samples, but {path} cannot be read{why}: finish launch/precompute.py by "
+            "running it again, and keep that file beside the shards"
         ) from None
     except (ValueError, RecursionError):
         declared = None

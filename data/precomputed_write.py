@@ -113,7 +113,7 @@ class Precompute:
             "filters": {"max_image_pixels": self.data.max_image_pixels} | self._filter(),
             "precision": self.precision,
             "batch_size": self.batch_size,
-            "source": {"fingerprint": self.index.fingerprint, "samples": len(self.index)},
+            "source": {"fingerprint": self.index.fingerprint, "samples": len(self.index)} | self._image_rules(),
             "samples_per_shard": self.per_shard,
             "name": self.prefix.name,
             "shards": len(self.shards()),
@@ -123,6 +123,10 @@ class Precompute:
         """data.filter where it is set; sets that were made without have no such entry."""
         filter = self.data.filter
         return {} if filter == FilterConfig() else {"filter": dataclasses.asdict(filter)}
+
+    def _image_rules(self) -> dict[str, str]:
+        """How images are read, where it matters: a set that was begun otherwise is not gone on with."""
+        return {} if self.index.image_rules is None else {"image_rules": self.index.image_rules}
 
     def shards(self) -> list[Samples]:
         """The samples of each output shard."""
@@ -371,8 +375,8 @@ class Precompute:
             )
         except StoreError as error:  # it may pass, and what is stored as a hole stays one
             raise DataError(
-                f"{self.index.paths[raw.shard]}: sample {self.index.key(raw.row)}: {error}: make it readable and "
-                "give the same command again, it goes on"
+                f"{self.index.paths[raw.shard]}: sample {self.index.key(raw.row)}: {error}: make it readable "
+                f"{error.remedy and f'({error.remedy}) '}and give the same command again, it goes on"
             ) from None
         except SampleError as error:
             return _Decoded(key, raw.row, str(error), ABSENT, None, nothing)

@@ -10,6 +10,7 @@ import sys
 import traceback
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote
 
 _LONGEST_QUOTE = 160  # characters of a value that a message repeats
 # Lengths are bounded in all patterns, so that their time grows with the text alone.
@@ -19,6 +20,14 @@ _SECRET_NAME = r"[\w.-]{0,40}(?:signature|\bsig|token|credential|key|passw(?:or)
 _USER = re.compile(r"(?<=://)(?:[^/\s]{0,300}@|[^/\s@:]{0,100}:(?!\d{0,5}(?:[/?#\s,]|$))\S{0,300}@)")
 # The values of a query by which a store signs requests. ${NAME} stands for a secret and is none.
 _SIGNED = re.compile(rf"([?&]{_SECRET_NAME}=)(?!\$\{{)[^&\s'\"\])}}]+", re.IGNORECASE)
+# Parameters of a query that change whenever a URL is signed anew, or that say who asks. `key` alone may name a file.
+_SIGNING = re.compile(
+    r"(?:x-(?:amz|goog|ms|oss|cos|obs)|q-(?:sign|ak|key|header|url))-.*|sig|.*signature|.*token_*|.*credentials?"
+    r"|.*passw(?:or)?d|.*secret|.*api-?_?key|.*access-?_?(?:key-?_?)?id|key-pair-id|policy|expires|authorization",
+    re.IGNORECASE,
+)
+# Azure's, whose names are too short to mean the same elsewhere: they count beside a `sig`.
+_SIGNING_AZURE = re.compile(r"sv|ss|srt|sp|se|st|spr|sip|sr|si|sdd|sk(?:oid|tid|t|e|s|v)|saoid|suoid|scid")
 _ASSIGNED = re.compile(
     r"(\b[\w-]{0,40}(?:passw(?:or)?d|secret|api_?key|access_?key|auth_?token)[\w-]{0,40}['\"]?\s{0,9}[:=]\s{0,9})"
     r"(?!\$\{)['\"]?[^\s'\"&,]+",
@@ -53,6 +62,18 @@ def holds_secret(text: str) -> bool:
     # The user's name may be written out, the password must not be.
     literal = user is not None and not re.fullmatch(r"(?:[^:]*:)?\$\{\w+\}@", user[0])
     return literal or _SIGNED.search(text) is not None or _KNOWN_FORM.search(text) is not None
+
+
+def unsigned(url: str) -> str:
+    """A URL without its user and without the parameters of its query that sign it, which change from start to start.
+    The others stay, because they may name the file."""
+    where, mark, query = _USER.sub("", url, count=1).partition("?")
+    if not mark:
+        return where
+    names = {part: unquote(part.partition("=")[0]).lower() for part in query.split("&")}
+    signing = (_SIGNING, _SIGNING_AZURE) if "sig" in names.values() else (_SIGNING,)
+    kept = "&".join(part for part, name in names.items() if not any(sign.fullmatch(name) for sign in signing))
+    return f"{where}?{kept}" if kept else where
 
 
 def printable(text: str) -> str:

@@ -286,7 +286,7 @@ class SampleFiles:
         if self._cache is None:
             return fetch(start, end)
         known = self._index.versions[shard]
-        name = f"{remote.url.partition('?')[0]}\0{known.version}"
+        name = f"{remote.identity}\0{known.version}"
         return self._cache.read(name, start, end, known.size, fetch)
 
 

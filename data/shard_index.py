@@ -24,24 +24,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .captions import NoCaption, captions_from_bytes, captions_of_entry, first_field, json_member
-from .errors import DataError, SampleError
+from .errors import DataError, SampleError, StoreError
 from .files import temporary_beside
-from .images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, image_size
-from .storage import FileVersion, LocalBytes, Remote, RemoteBytes, RetryPolicy, Shard, file_version
+from .images import IMAGE_EXTENSIONS, TAIL_BYTES, UNREAD_EXTENSIONS, ImageHeader, read_header
+from .storage import (
+    FileVersion,
+    LocalBytes,
+    Remote,
+    RemoteBytes,
+    RetryPolicy,
+    Shard,
+    file_version,
+    read_remote,
+    unreadable,
+)
 from .tar import BLOCK, Bytes, Member, TarError, members
-from .tar_samples import ENDS_EARLY, SKIPPED, Remarks, TarSamples, remarks_from, told
+from .tar_samples import CONVERTED, ENDS_EARLY, SKIPPED, TURNED, UNUSABLE, Remarks, TarSamples, remarks_from, told
 
 logger = logging.getLogger(__name__)
 
 ABSENT = -1  # offset of a member that the sample lacks, its label, and length of a caption that cannot be read
 UNREADABLE = -2  # label where the .cls member holds no number
 MAX_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged, and must not allocate
-_FORMAT = b"7"  # version of what is stored
+_FORMAT = b"8"  # version of what is stored
 # Of the metadata: the format, the version of the shard, and the remarks on it.
 _FORMAT_KEY, _SHARD_KEY, _REMARKS_KEY = b"version", b"stamp", b"remarks"
 _HIDDEN = "._"  # begins the names of the files that macOS puts beside those that it copies
 _LEAST_UNPACKED = 1 << 20  # bytes that a stored index may always have
-_GZIP = b"\x1f\x8b"
+# What begins a compressed file: (what has compressed it, what decompresses it).
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"), b"BZh": ("bzip2", "bunzip2"), b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"), b"\x50\x2a\x4d\x18": ("zstd", "unzstd"),
+    b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
+}  # fmt: skip
+_PNG = b"\x89PNG"
+_ZIP = b"PK\x03\x04"
 _HEADER_BYTES = 1 << 16  # of an image: they nearly always tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
 _MAX_LABEL = 2**31 - 1
@@ -111,7 +128,10 @@ def _read_whole(file: Bytes, member: Member, at_most: int = MAX_MEMBER_BYTES) ->
 @contextlib.contextmanager
 def _open(shard: Shard, retry: RetryPolicy) -> Iterator[Bytes]:
     if isinstance(shard, Remote):
-        yield RemoteBytes(shard, file_version(shard, retry).size, retry)
+        size = file_version(shard, retry).size
+        if size > 1:  # a server without ranges gives a small file as a whole, and would give no sample
+            read_remote(shard.url, size - 1, size, retry, 0)
+        yield RemoteBytes(shard, size, retry)
     else:
         with open(shard, "rb") as file:
             yield LocalBytes(file.fileno())
@@ -140,13 +160,11 @@ def build_index(
                     _add_member(samples, member, file, fields)
             except TarError as error:
                 if not samples.rows:
-                    if file.read_at(0, len(_GZIP)) == _GZIP:
-                        raise DataError(
-                            f"{shard} is compressed by gzip, whatever its name says, and samples are read at their "
-                            "offsets: decompress it once, gunzip < FILE > plain/FILE"
-                        ) from None
+                    _refuse_other_archives(shard, file.read_at(0, BLOCK))
                     raise
                 samples.remarks.add(ENDS_EARLY, str(error))
+    except StoreError as error:
+        raise unreadable(shard, error) from None
     except (TarError, SampleError, OSError) as error:
         raise DataError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
     rows = samples.finish(lambda row: row["image_offset"] != ABSENT or row["precomputed"])
@@ -163,6 +181,20 @@ def build_index(
     return pa.Table.from_pylist(rows, schema=SCHEMA), samples.remarks
 
 
+def _refuse_other_archives(shard: Shard, beginning: bytes) -> None:
+    """Raise DataError with the way to an uncompressed tar where a file begins as another archive does."""
+    for magic, (name, command) in _COMPRESSED.items():
+        if beginning.startswith(magic):
+            raise DataError(
+                f"{shard} is compressed by {name}, whatever its name says, and samples are read at their offsets: "
+                f"decompress it once, {command} < FILE > plain/FILE"
+            )
+    if beginning.startswith(_ZIP):
+        raise DataError(
+            f"{shard} is a zip file, not a tar: unpack it, and pack its folder with launch/shard.py --images"
+        )
+
+
 def _new_row(key: str) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(SCHEMA.names, 0)
     row.update(key=key, caption_is_json=False, caption_length=ABSENT, precomputed=False, numbers="")
@@ -170,13 +202,28 @@ def _new_row(key: str) -> dict[str, Any]:
     return row | {"features_offset": ABSENT}
 
 
-def _size(file: Bytes, member: Member) -> tuple[int, int]:
-    """(width, height) of an image member in pixels; (0, 0) where its header is unreadable."""
+def _image_header(file: Bytes, member: Member) -> ImageHeader | None:
+    """The header of an image member; None where it is unreadable."""
+    beginning, tail = file.read_at(member.offset, min(member.size, _HEADER_BYTES)), None
+    if beginning.startswith(_PNG) and member.size > _HEADER_BYTES:
+        tail = file.read_at(member.offset + member.size - TAIL_BYTES, TAIL_BYTES)
     with contextlib.suppress(SampleError):
-        return image_size(file.read_at(member.offset, min(member.size, _HEADER_BYTES)))
+        return read_header(beginning, tail)
     with contextlib.suppress(SampleError):  # the header is longer, or the format needs all (WebP)
-        return image_size(_read_whole(file, member))
-    return 0, 0
+        return read_header(_read_whole(file, member))
+    return None
+
+
+def _add_image(row: dict[str, Any], member: Member, file: Bytes, remarks: Remarks) -> None:
+    """Enter an image into the row of its key."""
+    row.update(image_offset=member.offset, image_size=member.size, unread=None, width=0, height=0)
+    if (header := _image_header(file, member)) is None:
+        return
+    row.update(width=header.width, height=header.height)
+    if header.is_turned_png:
+        remarks.add(TURNED, row["key"])
+    if header.profile:
+        remarks.add(CONVERTED if header.profile == "converted" else UNUSABLE, row["key"])
 
 
 def _add_member(samples: TarSamples, member: Member, file: Bytes, fields: Sequence[str]) -> None:
@@ -185,8 +232,7 @@ def _add_member(samples: TarSamples, member: Member, file: Bytes, fields: Sequen
         return
     row, extension = found
     if extension in IMAGE_EXTENSIONS:
-        row.update(image_offset=member.offset, image_size=member.size, unread=None)
-        row["width"], row["height"] = _size(file, member)
+        _add_image(row, member, file, samples.remarks)
     elif extension in UNREAD_EXTENSIONS:
         if row["image_offset"] == ABSENT:  # its reason is found when it is read
             row.update(image_offset=member.offset, image_size=member.size, unread=extension)
@@ -267,7 +313,7 @@ def index_path(tar_path: Path, fields: Sequence[str] = ()) -> Path:
 
 def _cached_path(shard: Shard, cache: Path, fields: Sequence[str] = ()) -> Path:
     """Where the index of a shard is stored that cannot have one beside it."""
-    where = shard.url.partition("?")[0] if isinstance(shard, Remote) else str(shard.resolve())
+    where = shard.identity if isinstance(shard, Remote) else str(shard.resolve())
     where += f"\0{tuple(fields)}" if fields else ""
     return cache / f"{hashlib.sha256(where.encode()).hexdigest()[:32]}.index.parquet"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +21,18 @@ from fsspec.core import url_to_fs
 
 from .config import SYNTHETIC, DataConfig
 from .errors import DataError, SampleError, StoreError
+from .http_ranges import read_range
 from .order import mix, uniforms
-from .redaction import quote, redact, remember
+from .redaction import quote, redact, remember, unsigned
+from .store_errors import store_error
 
 _PROBE_BYTES = 1 << 14
 _FIRST_DELAY_S = 0.25  # before the first repetition; doubles each time
+_LONGEST_WAIT_S = 60.0  # for a store that asks for a pause: the watchdog waits for five minutes
 _LISTED = "MUDIT_VARIABLES"  # the environment variables that configs may name
 _MOST_SHARDS, _MOST_BRACES = 10**6, 100  # that a pattern with braces may stand for, and pairs of them
+_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+_MOST_NAMED = 8  # folders in a message
 _WINDOW = 4 << 20  # bytes of a remote file that are read at once while it is indexed
 _RATE_BYTES, _RATE_CHUNK = 64 << 20, 4 << 20  # what read_rate reads, and how much of it at once
 
@@ -37,9 +44,16 @@ class Remote:
     url: str
 
     @property
+    def identity(self) -> str:
+        """Which file it is: the URL without what changes whenever it is signed anew."""
+        return unsigned(self.url)
+
+    @property
     def name(self) -> str:
-        """The last part of the path."""
-        return urlsplit(self.url).path.rpartition("/")[2]
+        """The last part of the path; with the query where that names the file (`download?file=a.tar`)."""
+        parts = urlsplit(self.identity)
+        last = parts.path.rpartition("/")[2]
+        return last if last.endswith(".tar") or not parts.query else f"{last}?{parts.query}"
 
     def __str__(self) -> str:
         return redact(self.url)
@@ -79,6 +93,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
     """Call a method of the URL's file system. Raises TimeoutError after a time."""
     system, path = _filesystem(url)
+    if method == "cat_file" and "https" in system.protocol:
+        return sync(system.loop, read_range, system, path, timeout=timeout_s, **options)
     if system.async_impl:
         return sync(system.loop, getattr(system, f"_{method}"), path, timeout=timeout_s, **options)
     result: list[Any] = []
@@ -100,33 +116,35 @@ def _call(url: str, method: str, timeout_s: float, **options: Any) -> Any:
 
 
 def _repeated(url: str, method: str, retry: RetryPolicy, key: int, **options: Any) -> Any:
-    """_call, repeated after a delay that doubles. key: seeds the jitter of the delay. Raises StoreError when the last
-    repetition has failed, or SampleError where it gave too few bytes."""
-    reason = ""
+    """_call, repeated after a delay that doubles, and not before the store wants it. key: seeds the jitter of the
+    delay. Raises StoreError when the last repetition has failed, or SampleError where it gave too few bytes."""
+    failure, asked_s = SampleError(), 0.0
     for attempt in range(retry.retries + 1):
+        if attempt:
+            jitter = float(uniforms(mix(key).view("int64"), attempt - 1))
+            time.sleep(min(asked_s, _LONGEST_WAIT_S) + _FIRST_DELAY_S * 2 ** (attempt - 1) * (0.5 + jitter))
         try:
             result = _call(url, method, retry.timeout_s, **options)
             if method != "cat_file" or len(result) == options["end"] - options["start"]:
                 return result
-            reason = "short read"
+            # What is too short stays so: the tar ends early, or the server's sizes are wrong. Other failures may pass.
+            failure, asked_s = SampleError("shard: short read"), 0.0
         except DataError:
             raise
-        except FileNotFoundError:
-            reason = "not found"
-        except TimeoutError:  # fsspec's is one
-            reason = "timed out"
-        except Exception:  # client libraries raise what they like: OSError, ClientError, BotoCoreError, ...
-            reason = "read error"
-        if attempt < retry.retries:
-            jitter = float(uniforms(mix(key).view("int64"), attempt))
-            time.sleep(_FIRST_DELAY_S * 2**attempt * (0.5 + jitter))
-    # What is too short stays so: the tar ends early, or the server's sizes are wrong. Other failures may pass.
-    raise SampleError("shard: short read") if reason == "short read" else StoreError(f"store: {reason}")
+        except Exception as error:  # client libraries raise what they like: OSError, ClientError, BotoCoreError, ...
+            failure = store_error(error, url)
+            asked_s = failure.asked_s
+    raise failure
 
 
 def read_remote(url: str, start: int, end: int, retry: RetryPolicy, key: int) -> bytes:
     """Bytes start ... end of a URL. Raises SampleError where it does not give them, however often it is asked."""
     return _repeated(url, "cat_file", retry, key, start=start, end=end) if end > start else b""
+
+
+def unreadable(shard: Shard, error: StoreError) -> DataError:
+    """What to say where a store does not give a shard."""
+    return DataError(f"shard {shard} cannot be read ({error}): {error.remedy}")
 
 
 def file_version(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> FileVersion:
@@ -139,10 +157,7 @@ def file_version(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> FileVersio
         try:
             info = _repeated(shard.url, "info", retry, 0)
         except StoreError as error:
-            raise DataError(
-                f"shard {shard} cannot be read ({error}): check the URL and the access to it; of a pattern that "
-                "names more shards than exist, * takes those that do"
-            ) from None
+            raise unreadable(shard, error) from None
         if info.get("size") is None:
             raise DataError(f"shard {shard}: the server tells no size, so ranges of it cannot be read")
         keys = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "Last-Modified", "updated")
@@ -264,11 +279,45 @@ def open_shards(spec: str, key: str = "data.shards") -> list[Shard]:
     for name in expand_all(_with_environment(spec, key)):
         found = _remote(name, key) if "://" in name else _local(os.path.expanduser(name), key, spec)
         if not found:
-            raise DataError(f"{key}: no .tar file matches {redact(name)!r}; build shards with launch/shard.py")
+            raise _none_found(name, key)
         shards += found
     if not shards:
         raise DataError(f"{key} = {redact(spec)!r} names no shard")
     return shards
+
+
+def _none_found(name: str, key: str) -> DataError:
+    """What to say where a folder, or a pattern of the files in it, has no shard: what there is in its place.
+
+    Shards a level down are not taken unasked: they may be the training and the validation set.
+    """
+    folder = re.sub(r"/?(\*\.tar)?$", "", name) or "."
+    escaped = folder if "://" in folder else glob.escape(os.path.expanduser(folder))
+    below = Counter(path.rpartition("/")[0].rpartition("/")[2] for path in _listed(f"{escaped}/*/*.tar"))
+    if below:
+        folders = ", ".join(f"{quote(part)} holds {count}" for part, count in sorted(below.items())[:_MOST_NAMED])
+        more = ", ..." if len(below) > _MOST_NAMED else ""
+        return DataError(
+            f"{key}: no .tar file lies in {redact(folder)!r} itself, but in its folders ({folders}{more}): name the "
+            f"one that is meant, or all of them by '{redact(escaped)}/*/*.tar'"
+        )
+    packed = [path for path in _listed(f"{escaped}/*") if path.endswith(_PACKED)]
+    if packed:
+        return DataError(
+            f"{key}: {redact(folder)!r} has no .tar file, but compressed ones ({quote(packed[0])}), and samples are "
+            "read at their offsets in uncompressed tars: decompress them once"
+        )
+    return DataError(f"{key}: no .tar file matches {redact(name)!r}; build shards with launch/shard.py")
+
+
+def _listed(pattern: str) -> list[str]:
+    """The paths that a pattern matches; none where they cannot be listed."""
+    with contextlib.suppress(Exception):  # it serves a message alone
+        if "://" not in pattern:
+            return sorted(glob.glob(pattern))
+        system, path = _filesystem(pattern)
+        return sorted(system.glob(path))
+    return []
 
 
 def _local(name: str, key: str, spec: str) -> list[Path]:
@@ -294,5 +343,9 @@ def _remote(name: str, key: str) -> list[Remote]:
     try:
         found = sorted(system.glob(path))
     except Exception as error:  # client libraries raise what they like, see _repeated
-        raise DataError(f"{key}: {redact(name)} cannot be listed ({type(error).__name__}); name the shards") from None
+        failure = store_error(error, name)
+        raise DataError(
+            f"{key}: {redact(name)} cannot be listed ({failure}): {failure.remedy}; or name the shards, as in "
+            "{000..127}.tar, which need no listing"
+        ) from None
     return [Remote(system.unstrip_protocol(match)) for match in found]

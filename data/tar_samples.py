@@ -21,7 +21,10 @@ _NO_IMAGE = "samples without an image"
 _IMAGES = "samples with several images, of which the last one in the tar is read"
 _AGAIN = "samples with the key of one before them, which are read as well"
 _APART = "samples in several places of their tar, which take several reads (tar --sort=name joins them)"
-KINDS = (SKIPPED, ENDS_EARLY, _STRAY, _DOTTED, _NO_IMAGE, _IMAGES, _AGAIN, _APART)
+CONVERTED = "images with an ICC profile, which are converted to sRGB"
+UNUSABLE = "images with an ICC profile that is damaged or does not fit them, which are read as sRGB"
+TURNED = "PNG images that their EXIF turns by a quarter, whose width and height are those of what is seen"
+KINDS = (SKIPPED, ENDS_EARLY, _STRAY, _DOTTED, _NO_IMAGE, _IMAGES, _AGAIN, _APART, CONVERTED, UNUSABLE, TURNED)
 
 
 class Remarks(dict[str, tuple[int, str]]):

@@ -15,7 +15,8 @@ FAULTS = ("stall", "reset", "500", "404", "short")
 
 
 class Server(ThreadingHTTPServer):
-    """files: path below the URL -> file. latency_s: before every answer. faulty: share of requests that go wrong."""
+    """files: what stands behind the host in a URL -> file. latency_s: before every answer. faulty: share of requests
+    that go wrong. etags: whether answers have them."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -25,6 +26,9 @@ class Server(ThreadingHTTPServer):
         self.files, self.latency_s, self.faulty = files, latency_s, faulty
         self.faults: tuple[str, ...] = FAULTS
         self.stall_s = 30.0
+        self.etags = True
+        self.override: Callable[[BaseHTTPRequestHandler], bool] = lambda _: False
+        """Answers a request in place of the files, where it returns True."""
         self.requests: list[tuple[str, int, int]] = []
         """(path, first byte, one past the last) of every GET."""
         self.heads: list[str] = []
@@ -59,11 +63,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         time.sleep(self.server.latency_s)
+        if self.server.override(self):
+            return None
         name = self.path.partition("?")[0]
         fault = (
             self.server.random.choice(self.server.faults) if self.server.random.random() < self.server.faulty else ""
         )
-        path = self.server.files(name.lstrip("/"))
+        path = self.server.files(self.path.lstrip("/"))
         if not path.is_file() or fault in ("404", "500"):
             return self._fail(500 if fault == "500" else 404)
         size = path.stat().st_size
@@ -79,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         self.send_response(206 if match else 200)
-        self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}-{size:x}"')
+        if self.server.etags:
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}-{size:x}"')
         if match:
             self.send_header("Content-Range", f"bytes {first}-{end - 1}/{size}")
         sent = max(0, end - first - (7 if fault == "short" else 0)) if body else end - first
@@ -95,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve(folder: Path | Callable[[str], Path], latency_s: float = 0.0, faulty: float = 0.0) -> Iterator[Server]:
     """A running server of a folder's files."""
-    files = folder if callable(folder) else lambda name: folder / name
+    files = folder if callable(folder) else lambda name: folder / name.partition("?")[0]
     server = Server(files, latency_s, faulty)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -88,6 +88,13 @@ def check_same_contents(meta: Mapping[str, Any], fingerprints: Mapping[str, str]
                     "their weights: go on with the code that it was begun with (commit "
                     f"{meta.get('commit') or 'unknown'}), or start a new run from its weights with run.init_from"
                 )
+            if part == "images":
+                raise CheckpointError(
+                    f"{checkpoint} was begun when images with an ICC profile were read as if they were sRGB, and the "
+                    "EXIF orientation of PNG did not count. The data hold such images, so it would go on with other "
+                    f"data: go on with the code that it was begun with (commit {meta.get('commit') or 'unknown'}), or "
+                    "start a new run from its weights with run.init_from"
+                )
             what = part.removesuffix("_weights").replace("_", " ")
             why = "use another run.name for a new run"
             if part == "data":

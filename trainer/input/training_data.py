@@ -54,9 +54,12 @@ class TrainingData:
         reader = self.reader(world.rank, world.size)
         self.batches, self.fingerprint = reader.batches, reader.fingerprint
         self.fingerprints = {"data": reader.fingerprint}
-        """Identities of the data, and of the order of several sources; that of a single one is the same for ever."""
+        """Identities of the data; of the order of several sources, as that of a single one is the same for ever; and of
+        how images are read, where there are some that were once read otherwise."""
         if self._index is not None and len(self._index.sources) > 1:
             self.fingerprints["order"] = MIXED_ORDER
+        if self._index is not None and self._index.image_rules is not None:
+            self.fingerprints["images"] = self._index.image_rules
 
     def _shared_index(self, validation: bool = False) -> ImageTextIndex:
         """The index of the training or the validation data. Rank 0 alone asks for each shard's size and version, which
@@ -109,8 +112,10 @@ class TrainingData:
     @property
     def validation_fingerprint(self) -> str:
         """Identity of the validation bank."""
-        data = self.fingerprint if self._index is None else self._validation_index.fingerprint
-        return f"{data}/{self._config.validation.samples}"
+        index = None if self._index is None else self._validation_index
+        if index is None or index.image_rules is None:
+            return f"{index.fingerprint if index else self.fingerprint}/{self._config.validation.samples}"
+        return f"{index.fingerprint}/{self._config.validation.samples}/{index.image_rules}"
 
     def validation_prompts(self, count: int) -> list[str]:
         """Captions, or class numbers as text, of the first `count` samples of the bank, the same on all ranks."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
-import gzip
 import io
 import os
 import re
+import shutil
+import subprocess
 import tarfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,8 +27,9 @@ from data.images import load_rgb
 from data.index import ImageTextIndex
 from data.samples import SampleFiles, captions_of
 from data.shard_index import ABSENT, index_path, load_index
-from data.storage import open_shards
+from data.storage import Remote, open_shards
 from data.write_shards import write_shards
+from tests.helpers.servers import serve
 
 
 def png(colour: str = "red", size: tuple[int, int] = (6, 4)) -> bytes:
@@ -170,12 +173,31 @@ def test_an_index_that_cannot_be_stored_is_kept_in_memory(tmp_path: Path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["s.tar"]
 
 
-def test_a_compressed_tar_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    ("compress", "name"), [("gzip", "gzip"), ("bzip2", "bzip2"), ("xz", "xz"), ("zstd -q", "zstd"), ("lz4 -q", "lz4")]
+)
+def test_a_compressed_tar_is_named_with_what_unpacks_it(tmp_path: Path, compress: str, name: str, remote: bool) -> None:
     """As SA-1B is served, under the name of a plain one."""
-    plain = write_tar(tmp_path / "plain.tar", {"a.png": png(), "a.txt": b"x"})
-    (tmp_path / "sa_000000.tar").write_bytes(gzip.compress(plain.read_bytes()))
-    with pytest.raises(DataError, match=r"sa_000000\.tar is compressed by gzip.*gunzip < FILE"):
-        load_index(tmp_path / "sa_000000.tar")
+    if shutil.which(compress.split()[0]) is None:
+        pytest.skip("not installed")
+    plain = write_tar(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"x"})
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "sa_0.tar").write_bytes(subprocess.check_output([*compress.split(), "-c", str(plain)]))
+    with serve(tmp_path) as server:
+        shard = Remote(f"{server.url}/sa_0.tar") if remote else tmp_path / "sa_0.tar"
+        with pytest.raises(DataError, match=rf"sa_0\.tar is compressed by {name}.*decompress it once, ") as caught:
+            load_index(shard)
+    command = str(caught.value).rpartition("once, ")[2].replace("FILE", "sa_0.tar")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert load_index(tmp_path / "plain" / "sa_0.tar").table.equals(load_index(plain).table)
+
+
+def test_a_zip_file_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.tar", "w") as file:
+        file.writestr("a.png", png())
+    with pytest.raises(DataError, match=r"a\.tar is a zip file, not a tar: unpack it.*launch/shard\.py --images"):
+        load_index(tmp_path / "a.tar")
 
 
 def test_a_truncated_tar_keeps_its_first_samples(tmp_path: Path) -> None:

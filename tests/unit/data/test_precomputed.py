@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import io
@@ -161,6 +162,16 @@ def test_too_many_holes_end_it_and_what_is_filtered_out_is_none(made: Made, tmp_
     assert kept.run(0, 1, lambda _: None) == {reason: 1 for reason in BAD.values() if reason != "caption: missing"}
     assert kept.declared()["filters"]["filter"]["has_caption"] is True
     assert len(ImageTextIndex(open_shards(str(tmp_path / "kept")))) == 31
+
+
+def test_a_set_that_was_begun_when_images_were_read_otherwise_is_not_gone_on_with(made: Made, tmp_path: Path) -> None:
+    task = dataclasses.replace(made.task, prefix=tmp_path / "out" / "train", per_shard=7)
+    task.run(0, 2, lambda _: None)
+    index = copy.copy(made.task.index)
+    index.image_rules = "2"
+    with pytest.raises(DataError, match=r"source"):
+        dataclasses.replace(task, index=index).run(0, 1, lambda _: None)
+    task.run(0, 1, lambda _: None)
 
 
 def test_bytes_do_not_depend_on_processes_and_stops(made: Made, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.redaction import holds_secret, message, printable, quote, redact
+from data.redaction import holds_secret, message, printable, quote, redact, unsigned
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,26 @@ def test_what_is_no_secret(text: str) -> None:
     assert not holds_secret(text)
     if "me:" not in text:
         assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    ("url", "identity"),
+    [
+        ("https://me:pw@host/a.tar", "https://host/a.tar"),
+        ("https://host/download?path=/x&file=a.tar", "https://host/download?path=/x&file=a.tar"),
+        ("https://host/d?key=a.tar&Expires=1&Signature=x&Key-Pair-Id=K&AWSAccessKeyId=A", "https://host/d?key=a.tar"),
+        (
+            "https://host/a.tar?X-Amz-Date=1&X-Amz-Signature=2&versionId=3&x-goog-date=4",
+            "https://host/a.tar?versionId=3",
+        ),
+        ("https://a.blob/x/a.tar?sv=1&se=2&sr=b&sp=r&sig=3", "https://a.blob/x/a.tar"),
+        ("https://host/d?st=a.tar&sp=1", "https://host/d?st=a.tar&sp=1"),
+        ("https://host/d?f=a.tar&token=1&api_key=2&auth%5Ftoken=3", "https://host/d?f=a.tar"),
+        ("https://host/d?tokenizer=t5&keyword=k", "https://host/d?tokenizer=t5&keyword=k"),
+    ],
+)
+def test_an_identity_has_no_signature_and_keeps_what_names_the_file(url: str, identity: str) -> None:
+    assert unsigned(url) == identity
 
 
 def test_a_message_is_redacted_and_printable() -> None:

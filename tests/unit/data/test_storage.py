@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +30,7 @@ from data.errors import DataError
 from data.index import ImageTextIndex, open_index
 from data.reader import ImageTextReader
 from data.redaction import redact
-from data.samples import _spans
+from data.samples import SampleFiles, _spans, captions_of
 from data.shard_index import index_path, load_index
 from data.storage import Remote, RetryPolicy, open_shards
 from data.write_shards import write_shards
@@ -112,8 +118,8 @@ def test_a_bad_server_costs_time_only(folder: Path, local: Any) -> None:
     ("fault", "reason"),
     [
         ("stall", "store: timed out"),
-        ("reset", "store: read error"),
-        ("500", "store: read error"),
+        ("reset", "store: connection lost"),
+        ("500", "store: HTTP 500, a fault of the server"),
         ("404", "store: not found"),
         ("short", "shard: short read"),
     ],
@@ -165,6 +171,40 @@ def test_index_of_urls_is_cached_and_verified(folder: Path, tmp_path: Path) -> N
         assert {path for path, _, _ in server.requests} == {"/train-000002.tar"}, "only what changed is read"
 
 
+@pytest.mark.parametrize(
+    "path", ["download?file={}&sig={}", "{}?X-Amz-Signature={}&X-Amz-Date=1", "get.tar?f={}&se={}&sig=x"]
+)
+def test_a_query_names_the_file_and_a_signature_does_not(folder: Path, tmp_path: Path, path: str) -> None:
+    """Two files of one size, keys and sizes of members, behind a server that tells no ETag."""
+    names = ["one.tar", "two.tar"]
+    for name, caption in zip(names, ("a red apple", "a big house"), strict=True):
+        samples = [("0", (folder / "train-000000.tar").read_bytes()[512:900], "png", caption)]
+        write_shards(samples, tmp_path / "set" / name.removesuffix(".tar"), 10)[0].rename(tmp_path / name)
+
+    def file(asked: str) -> Path:
+        return tmp_path / next(name for name in names if name in asked)
+
+    with serve(file) as server:
+        server.etags = False
+
+        def index(name: str, signature: str) -> ImageTextIndex:
+            shard = Remote(f"{server.url}/{path.format(name, signature)}")
+            return ImageTextIndex([shard], tmp_path / "index", QUICK)
+
+        def captions(name: str, signature: str) -> list[str]:
+            cfg = settings(cache_dir=str(tmp_path / "blocks"))
+            files = SampleFiles(index(name, signature), cfg, False)
+            return captions_of(index(name, signature), files.sample(0, 0)).texts
+
+        first, second = index(names[0], "s1"), index(names[1], "s1")
+        assert [captions(name, "s1") for name in names] == [["a red apple"], ["a big house"]]
+        assert (first.fingerprint == second.fingerprint) == path.startswith("get.tar"), "as two files of one name have"
+        server.requests.clear()
+        assert index(names[0], "s2").fingerprint == first.fingerprint
+        assert [captions(name, "s3") for name in names] == [["a red apple"], ["a big house"]]
+        assert server.requests == [], "it is the same file, of which index and blocks are kept"
+
+
 def test_a_large_shard_is_indexed_through_a_window(tmp_path: Path) -> None:
     big = os.urandom(6 << 20)
     [path] = write_shards([(f"{i}", big, "jpg", "x") for i in range(4)], tmp_path / "big", 10)
@@ -213,6 +253,59 @@ def test_secrets_come_from_the_environment(folder: Path, tmp_path: Path, monkeyp
 def test_braces_stand_for_a_bounded_number_of_paths(spec: str) -> None:
     with pytest.raises(DataError, match=r"more than (1000000 paths|100 pairs of braces)"):
         open_shards(spec)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pattern", "memory", "http", "s3"])
+def test_shards_in_the_folders_of_a_folder_are_told_with_what_takes_them(
+    folder: Path, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """They are not taken unasked: `train` and `val` may lie there."""
+    for name in ("train", "val[1]"):
+        shutil.copytree(folder, tmp_path / "set" / name)
+    with contextlib.ExitStack() as stack:
+        spec = f"{tmp_path}/set"
+        if kind == "pattern":
+            spec += "/*.tar"
+        elif kind == "memory":
+            fsspec.filesystem("memory").put(spec, "/set", recursive=True)
+            spec = "memory://set/"
+        elif kind == "s3":
+            spec = request.getfixturevalue("s3").removesuffix("set")
+        elif kind == "http":
+            address = stack.enter_context(listing(tmp_path))
+            spec = f"{address}/set/"
+        with pytest.raises(
+            DataError, match=r"no \.tar file lies in '.*' itself, but in its folders \('.*' holds 3"
+        ) as told:
+            open_shards(spec, "data.val_shards")
+        if kind != "s3":
+            assert "'train' holds 3, 'val[1]' holds 3" in unquote(str(told.value))
+        pattern = str(told.value).rpartition(" by ")[2].strip("'")
+        assert len(open_shards(pattern)) == (3 if kind == "s3" else 6)
+
+
+@contextlib.contextmanager
+def listing(folder: Path) -> Iterator[str]:
+    """The address of a server that lists its folders."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_folder_without_shards_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no \.tar file matches '.*'; build shards"):
+        open_shards(str(tmp_path))
+    (tmp_path / "a.tar.zst").touch()
+    with pytest.raises(DataError, match=r"has no .tar file, but compressed ones \('.*a\.tar\.zst'\).*decompress"):
+        open_shards(str(tmp_path))
 
 
 @pytest.mark.parametrize(
