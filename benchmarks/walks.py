@@ -2,8 +2,9 @@
 
     python -m benchmarks.walks --output benchmarks/results/walks.json
 
-It installs the tools into an environment of their own (6.5 GB, as they bring a torch with CUDA). The JSON has their versions and, for each set of shards, how
-many of its samples are those that were put in. The command ends with 1 where one is missing.
+It installs the tools into an environment of their own (6.5 GB, as they bring a torch with CUDA). The JSON has their
+versions and, for each set of shards, how many of its samples are those that were put in. The command ends with 1 where
+one is missing.
 """
 
 import argparse
