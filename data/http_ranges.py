@@ -20,6 +20,12 @@ async def read_range(system: Any, url: str, start: int, end: int) -> bytes:
     session = await system.set_session()
     async with session.get(system.encode_url(url), headers=headers, **options) as answer:
         answer.raise_for_status()
+        if answer.status == 200 and answer.content_type == "text/html":
+            raise StoreError(
+                "store: the server gives a web page",
+                "it may be a login, or a page about the file: take the URL behind its download button (on Hugging Face "
+                "/resolve/ in place of /blob/)",
+            )
         is_whole = start == 0 and answer.content_length == end
         if answer.status != 206 and not is_whole:
             raise StoreError(

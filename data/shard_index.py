@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -51,14 +52,22 @@ _FORMAT = b"8"  # version of what is stored
 _FORMAT_KEY, _SHARD_KEY, _REMARKS_KEY = b"version", b"stamp", b"remarks"
 _HIDDEN = "._"  # begins the names of the files that macOS puts beside those that it copies
 _LEAST_UNPACKED = 1 << 20  # bytes that a stored index may always have
-# What begins a compressed file: (what has compressed it, what decompresses it).
-_COMPRESSED = {
-    b"\x1f\x8b": ("gzip", "gunzip"), b"BZh": ("bzip2", "bunzip2"), b"\xfd7zXZ\0": ("xz", "unxz"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"), b"\x50\x2a\x4d\x18": ("zstd", "unzstd"),
-    b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
-}  # fmt: skip
+_COMPRESSED = (
+    "is compressed by {}, whatever its name says, and samples are read at their offsets: decompress it once, "
+    "{} < FILE > plain/FILE"
+)
+# What begins files that people take for tars: what they are, and what to do.
+_NO_TARS = (
+    (rb"\x1f\x8b", _COMPRESSED.format("gzip", "gunzip")),
+    (rb"BZh", _COMPRESSED.format("bzip2", "bunzip2")),
+    (rb"\xfd7zXZ\0", _COMPRESSED.format("xz", "unxz")),
+    (rb"\x28\xb5\x2f\xfd|\x50\x2a\x4d\x18", _COMPRESSED.format("zstd", "unzstd")),
+    (rb"\x04\x22\x4d\x18", _COMPRESSED.format("lz4", "unlz4")),
+    (rb"PK\x03\x04", "is a zip file, not a tar: unpack it, and pack its folder with launch/shard.py --images"),
+    (rb"\s*<(!doctype html|html)", "is a web page, not a tar: download the file itself, with a login if it wants one"),
+    (rb"version https://git-lfs", "is a git-lfs pointer, not the file: run git lfs pull where it was cloned"),
+)
 _PNG = b"\x89PNG"
-_ZIP = b"PK\x03\x04"
 _HEADER_BYTES = 1 << 16  # of an image: they nearly always tell its size
 _MAX_JSON_BYTES = 1 << 20  # a larger one holds something else (SA-1B: masks), and its caption's length is not asked for
 _MAX_LABEL = 2**31 - 1
@@ -160,7 +169,7 @@ def build_index(
                     _add_member(samples, member, file, fields)
             except TarError as error:
                 if not samples.rows:
-                    _refuse_other_archives(shard, file.read_at(0, BLOCK))
+                    _refuse_other_files(shard, file.read_at(0, BLOCK))
                     raise
                 samples.remarks.add(ENDS_EARLY, str(error))
     except StoreError as error:
@@ -181,18 +190,11 @@ def build_index(
     return pa.Table.from_pylist(rows, schema=SCHEMA), samples.remarks
 
 
-def _refuse_other_archives(shard: Shard, beginning: bytes) -> None:
-    """Raise DataError with the way to an uncompressed tar where a file begins as another archive does."""
-    for magic, (name, command) in _COMPRESSED.items():
-        if beginning.startswith(magic):
-            raise DataError(
-                f"{shard} is compressed by {name}, whatever its name says, and samples are read at their offsets: "
-                f"decompress it once, {command} < FILE > plain/FILE"
-            )
-    if beginning.startswith(_ZIP):
-        raise DataError(
-            f"{shard} is a zip file, not a tar: unpack it, and pack its folder with launch/shard.py --images"
-        )
+def _refuse_other_files(shard: Shard, beginning: bytes) -> None:
+    """Raise DataError with what to do where a file begins as another kind does."""
+    for pattern, what in _NO_TARS:
+        if re.match(pattern, beginning, re.IGNORECASE):
+            raise DataError(f"{shard} {what}")
 
 
 def _new_row(key: str) -> dict[str, Any]:

@@ -175,7 +175,8 @@ def file_version(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> FileVersio
 
 
 def read_rate(shards: Sequence[Shard], rank: int) -> float:
-    """MB/s (10^6 bytes) at which this process reads a shard: one of its own, where there are enough for all ranks."""
+    """MB/s (10^6 bytes) at which this process reads a shard: one of its own, where there are enough for all ranks.
+    Raises DataError where it cannot be read."""
     shard, retry = shards[rank % len(shards)], RetryPolicy()
     size = min(file_version(shard, retry).size, _RATE_BYTES)
     if isinstance(shard, Path) and hasattr(os, "posix_fadvise"):
@@ -185,7 +186,10 @@ def read_rate(shards: Sequence[Shard], rank: int) -> float:
     for start in range(0, size, _RATE_CHUNK):
         count = min(_RATE_CHUNK, size - start)
         if isinstance(shard, Remote):
-            read_remote(shard.url, start, start + count, retry, start)
+            try:
+                read_remote(shard.url, start, start + count, retry, start)
+            except StoreError as error:
+                raise unreadable(shard, error) from None
         else:
             with open(shard, "rb", buffering=0) as file:
                 os.pread(file.fileno(), count, start)
@@ -337,7 +341,7 @@ def _local(name: str, key: str, spec: str) -> list[Path]:
 
 
 def _remote(name: str, key: str) -> list[Remote]:
-    if "*" not in name and not name.endswith("/"):
+    if "*" not in name and ("?" in name or not name.endswith("/")):
         return [Remote(name)]
     system, path = _filesystem(name if "*" in name else f"{name}*.tar")
     try:

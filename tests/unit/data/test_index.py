@@ -193,11 +193,18 @@ def test_a_compressed_tar_is_named_with_what_unpacks_it(tmp_path: Path, compress
     assert load_index(tmp_path / "plain" / "sa_0.tar").table.equals(load_index(plain).table)
 
 
-def test_a_zip_file_is_named(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.tar", "w") as file:
+def test_other_files_that_were_downloaded_as_tars_are_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "zip.tar", "w") as file:
         file.writestr("a.png", png())
-    with pytest.raises(DataError, match=r"a\.tar is a zip file, not a tar: unpack it.*launch/shard\.py --images"):
-        load_index(tmp_path / "a.tar")
+    (tmp_path / "page.tar").write_text("\n<!DOCTYPE html><html><body>Sign in</body></html>" * 99)
+    (tmp_path / "pointer.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    for name, said in (
+        ("zip", r"is a zip file, not a tar: unpack it.*launch/shard\.py --images"),
+        ("page", "is a web page, not a tar: download the file itself"),
+        ("pointer", "is a git-lfs pointer, not the file: run git lfs pull"),
+    ):
+        with pytest.raises(DataError, match=rf"{name}\.tar {said}"):
+            load_index(tmp_path / f"{name}.tar")
 
 
 def test_a_truncated_tar_keeps_its_first_samples(tmp_path: Path) -> None:

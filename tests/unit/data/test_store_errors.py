@@ -21,7 +21,7 @@ from fsspec.registry import _registry
 from data import storage
 from data.errors import DataError, SampleError, StoreError
 from data.shard_index import build_index
-from data.storage import Remote, RetryPolicy, file_version, open_shards, read_remote
+from data.storage import Remote, RetryPolicy, file_version, open_shards, read_rate, read_remote
 from data.store_errors import store_error
 from data.write_shards import write_shards
 from tests.helpers.servers import Server, serve
@@ -97,6 +97,21 @@ def test_a_server_without_ranges_is_named_before_its_file_is_read(
     for start, end in ((0, 100), (100, 200)):
         assert str(not_given(f"{server.url}/a.tar", start, end)) == "store: the server gives no ranges"
     assert read_remote(f"{server.url}/a.tar", 0, len(whole), ONCE, 0) == whole, "all of it is what was asked for"
+
+
+def test_a_login_page_in_place_of_the_file_is_named(server: Server) -> None:
+    server.override = answering(200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>Sign in</html>" * 99)
+    assert "(store: the server gives a web page): it may be a login" in refused(f"{server.url}/a.tar")
+
+
+def test_the_read_rate_of_a_store_that_refuses_is_an_error_with_a_remedy(server: Server, tmp_path: Path) -> None:
+    server.override = answering(200, {}, (tmp_path / "a.tar").read_bytes() * 30)
+    with pytest.raises(DataError, match="the server gives no ranges"):
+        read_rate([Remote(f"{server.url}/a.tar")], 0)
+
+
+def test_a_url_whose_query_ends_with_a_slash_is_no_folder(server: Server) -> None:
+    assert open_shards(f"{server.url}/download?path=set/") == [Remote(f"{server.url}/download?path=set/")]
 
 
 def test_an_answer_that_is_longer_than_the_range_or_another_one_is_not_kept(server: Server) -> None:
