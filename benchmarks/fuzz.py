@@ -32,7 +32,11 @@ def run(factor: int, *tests: str) -> list[dict[str, Any]]:
             "test": f"{case.get('classname')}.{case.get('name')}",
             "seconds": round(float(case.get("time", 0)), 1),
             "passed": all(case.find(wrong) is None for wrong in ("failure", "error")),
-            "cases": {str(each.get("name")): int(each.get("value", 0)) for each in case.iter("property")},
+            "cases": {
+                str(each.get("name")): int(each.get("value", 0))
+                for each in case.iter("property")
+                if not str(each.get("name")).startswith("hypothesis-")
+            },
         }
         for case in cases
     ]

@@ -162,6 +162,7 @@ def file_version(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> FileVersio
             raise DataError(f"shard {shard}: the server tells no size, so ranges of it cannot be read")
         keys = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "Last-Modified", "updated")
         version = next((str(info[key]) for key in keys if info.get(key)), "")
+        version = version.encode(errors="backslashreplace").decode()  # a header may hold any bytes
         return FileVersion(int(info["size"]), f"{info['size']}:{version}")
     try:
         size = shard.stat().st_size

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers.fuzz import OUTCOMES
 from trainer.parallel.mesh import World, init_world
 
 # The models are so small that a second thread costs more than it gives, and tests run side by side.
@@ -34,6 +35,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         _running.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Cases made by chance are counted by kind, for benchmarks.fuzz."""
+    OUTCOMES.clear()
+    yield
+    item.user_properties += OUTCOMES.items()
 
 
 @pytest.fixture(scope="module")

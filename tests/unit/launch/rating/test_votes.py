@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.errors import DataError
 from launch.rating.statistics import fleiss_kappa, results, wilson
 from launch.rating.votes import QUESTIONS, Vote, Votes, order
-from tests.helpers.fuzz import fuzz
+from tests.helpers.fuzz import counted, fuzz
 
 
 def test_order() -> None:
@@ -73,7 +73,7 @@ def test_mutated_files(tmp_path_factory: pytest.TempPathFactory, changes: list[t
         at %= len(data)
         data[at : at + len(new)] = new
     path.write_bytes(data)
-    with contextlib.suppress(DataError), contextlib.closing(Votes(path)) as read:
+    with counted(DataError), contextlib.closing(Votes(path)) as read:
         results(read.all())
 
 
