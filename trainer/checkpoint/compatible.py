@@ -7,6 +7,15 @@ from typing import Any
 
 from ..errors import CheckpointError
 
+OF_DATA = ("data", "order", "images")
+"""The fingerprints that say which samples a run reads."""
+_OTHER_DATA = "go on from here as with other data (launch/branch.py --new-data)"
+_OLDER_READING = {
+    "order": "data.sources had another order, in which single batches did not keep their weights",
+    "images": "ICC profiles of images were passed over, and the EXIF orientation of PNG did not count in the index, "
+    "and the data hold such images",
+}
+
 
 def lasting(names: Iterable[str]) -> list[str]:
     """The parameters that another run can take over and an export has: all but those of REPA's projector."""
@@ -82,23 +91,16 @@ def check_same_contents(meta: Mapping[str, Any], fingerprints: Mapping[str, str]
     trained = meta["fingerprints"]
     for part, fingerprint in fingerprints.items():
         if trained.get(part) != fingerprint and (part in trained or not part.endswith("_weights")):
-            if part == "order":
+            if part in _OLDER_READING:
                 raise CheckpointError(
-                    f"{checkpoint} was begun under another order of data.sources, in which single batches did not keep "
-                    "their weights: go on with the code that it was begun with (commit "
-                    f"{meta.get('commit') or 'unknown'}), or start a new run from its weights with run.init_from"
-                )
-            if part == "images":
-                raise CheckpointError(
-                    f"{checkpoint} was begun when images with an ICC profile were read as if they were sRGB, and the "
-                    "EXIF orientation of PNG did not count. The data hold such images, so it would go on with other "
-                    f"data: go on with the code that it was begun with (commit {meta.get('commit') or 'unknown'}), or "
-                    "start a new run from its weights with run.init_from"
+                    f"{checkpoint} was begun when {_OLDER_READING[part]}: go on with the code that it was begun with "
+                    f"(commit {meta.get('commit') or 'unknown'}), or {_OTHER_DATA}, or start a new run from "
+                    "its weights with run.init_from"
                 )
             what = part.removesuffix("_weights").replace("_", " ")
             why = "use another run.name for a new run"
             if part == "data":
-                why += ", or go on with other data from here: launch/branch.py --new-data"
+                why += f", or {_OTHER_DATA}"
             if part.endswith("_weights"):
                 why = f"a file is damaged, or of another version: fetch it again, or {why}"
             raise CheckpointError(f"{checkpoint} was trained with other {what} contents than there are now: {why}")

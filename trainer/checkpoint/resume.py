@@ -8,7 +8,7 @@ from ..config.schema import TrainConfig
 from ..errors import CheckpointError, ConfigError
 from ..mup.table import MuTable
 from ..parallel.mesh import World
-from .compatible import check_pickles, check_same_contents, check_same_engine, check_same_model
+from .compatible import OF_DATA, check_pickles, check_same_contents, check_same_engine, check_same_model
 from .find import newest_good
 from .meta import read_meta
 
@@ -50,6 +50,6 @@ def find_resumed(
     changes = check_resume(meta["config"], config, meta["step"])
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
     if first and meta["step"] == first:  # it has read none of these data
-        fingerprints = {part: value for part, value in fingerprints.items() if part not in ("data", "order")}
+        fingerprints = {part: value for part, value in fingerprints.items() if part not in OF_DATA}
     check_same_contents(meta, fingerprints, checkpoint)
     return Resumed(checkpoint, meta, changes, damaged)

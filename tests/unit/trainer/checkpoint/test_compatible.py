@@ -30,5 +30,5 @@ def test_a_run_of_several_sources_under_their_older_order_is_refused_with_the_re
     check_same_contents({"fingerprints": {"data": "a", "order": "2"}}, {"data": "a", "order": "2"}, CHECKPOINT)
     meta = {"fingerprints": {"data": "a"}, "commit": "abc"}
     check_same_contents(meta, {"data": "a"}, CHECKPOINT)  # of one source: its order has not changed
-    with pytest.raises(CheckpointError, match=r"another order of data.sources.*commit abc.*run.init_from"):
+    with pytest.raises(CheckpointError, match=r"another order.*commit abc.*branch.py --new-data.*run.init_from"):
         check_same_contents(meta, {"data": "a", "order": "2"}, CHECKPOINT)

@@ -44,5 +44,5 @@ def test_a_run_that_saw_other_colours_is_refused_and_one_without_profiles_goes_o
     checkpoint = tmp_path / "step_00000004"
     check_same_contents({"fingerprints": other.fingerprints}, other.fingerprints, checkpoint)
     before = {"fingerprints": {"data": other.fingerprint}, "commit": "abc"}
-    with pytest.raises(CheckpointError, match=r"images with an ICC profile.*commit abc.*run\.init_from"):
+    with pytest.raises(CheckpointError, match=r"ICC profiles of images.*commit abc.*run\.init_from"):
         check_same_contents(before, other.fingerprints, checkpoint)
