@@ -153,6 +153,38 @@ def test_an_array_saves_its_trial_and_is_queued_again(cluster: Slurm, tmp_path: 
     assert re.search(r"resuming .*checkpoints/step_00000[0-2]\d\d", said), said
 
 
+def srun(cluster: Slurm, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """A command under srun, without torchrun."""
+    return subprocess.run(
+        ["srun", *command], cwd=ROOT, env=variables(cluster) | more, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_srun_alone_trains_one_world(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
+    """On two nodes, whose names do not resolve."""
+    train = ("launch/train.py", "--config", "mmdit_debug_mup.yaml", f"run.dir={tmp_path}", "run.name=srun", *SMALL)
+    done = srun(cluster, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", sys.executable, *train)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("finished at step 50") == 1
+    assert exact(read_metrics(tmp_path / "srun")) == uninterrupted
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_preflight_where_scontrol_is_absent(cluster: Slurm, nodes: int, tmp_path: Path) -> None:
+    """As in a container, which has no client of Slurm."""
+    command = once(["launch/preflight.py", "--config", "mmdit_debug_mup.yaml", *ADDED["preflight"], "--json"])
+    place = (f"--nodes={nodes}", "--ntasks=2", f"--ntasks-per-node={2 // nodes}")
+    inside = ("env", f"PATH={tmp_path}", sys.executable, *(word.replace("{page}", str(tmp_path)) for word in command))
+    done = srun(cluster, *place, *inside)
+    if nodes == 2:  # nor does the name of the first node resolve
+        assert done.returncode == 2
+        assert "export MASTER_ADDR=ADDRESS before srun" in done.stderr
+        assert "Traceback" not in done.stderr
+        done = srun(cluster, *place, *inside, MASTER_ADDR="127.0.0.1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(json.loads(done.stdout)["processes"]) == 2
+
+
 # docs/cluster.md at debug size: other values of options, and what is added to a command.
 VALUES = {
     "--config": "mmdit_debug_mup.yaml", "--to": "mmdit_debug_mup.yaml", "--gpus": "2", "--nodes": "1",
