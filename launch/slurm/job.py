@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.redaction import quote
+from launch.slurm.options import check_time, directives, literal, option
 from trainer.config.load import to_yaml
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
@@ -25,7 +26,8 @@ def new_folder(config: TrainConfig) -> Path:
 
 
 def options_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> list[str]:
-    """sbatch's options. a: the arguments of launch/submit.py."""
+    """sbatch's options. a: the arguments of launch/submit.py. Raises ConfigError for a time that is none."""
+    check_time(a.time, a.signal_seconds, "--signal-seconds")
     return [
         option("job-name", config.run.name), f"--nodes={a.nodes}", "--ntasks-per-node=1",
         option("partition", a.partition), option("time", a.time),
@@ -35,24 +37,6 @@ def options_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> list
         option("output", f"{literal(folder)}/slurm-%j.out"),
         f"--signal=B:USR1@{a.signal_seconds}", *a.sbatch,
     ]  # fmt: skip
-
-
-def option(name: str, value: object) -> str:
-    """An option of sbatch with a value of one word, which Slurm takes apart as a shell does."""
-    return f"--{name}={shlex.quote(str(value))}"
-
-
-def literal(path: Path) -> str:
-    """A path in which Slurm replaces nothing."""
-    return str(path).replace("%", "%%")
-
-
-def directives(options: Sequence[str]) -> str:
-    """The lines of a script that give sbatch its options. Raises ConfigError where one is more than a line."""
-    for each in options:
-        if not each.startswith("-") or not each.isprintable():
-            raise ConfigError(f"sbatch: {quote(each)} is no option; expected --NAME=VALUE on one line")
-    return "\n".join(f"#SBATCH {each}" for each in options)
 
 
 def _one_word(value: object) -> str:

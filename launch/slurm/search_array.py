@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.slurm.job import directives, literal, option
+from launch.slurm.options import check_time, directives, literal, option
 from trainer.errors import ConfigError
 from trainer.files import write_atomically
 from trainer.search.definition import Search
@@ -59,6 +59,7 @@ def submit_array(search: Search, arguments: argparse.Namespace) -> int:
     """Write the script to the study's folder and hand it to sbatch."""
     if arguments.array < 1 or arguments.gpus_per_node < 0:
         raise ConfigError("--array must be at least 1 and --gpus-per-node at least 0")
+    check_time(arguments.time, NOTICE_S, "of every array")
     folder = Study.open(search).folder  # all trials are in the study before a job starts
     (folder / "logs").mkdir(exist_ok=True)
     path = folder / "array.sbatch"

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.slurm.options import limit_s
 from tests.distributed.runs import exact, last_step, train
 from tests.helpers.forked import environment, once
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
+from trainer.errors import ConfigError
 from trainer.monitor.metrics import read_metrics
 from trainer.search.study import Study
 
@@ -151,6 +153,19 @@ def test_an_array_saves_its_trial_and_is_queued_again(cluster: Slurm, tmp_path: 
     assert [trial.state for trial in study.trials()] == ["complete"]
     said = (tmp_path / "searched" / "logs" / "0000_rank0.log").read_text()
     assert re.search(r"resuming .*checkpoints/step_00000[0-2]\d\d", said), said
+
+
+def test_time_limits_are_read_as_slurm_does(cluster: Slurm) -> None:
+    for limit in ("7", "7:00", "0:07:00", "1-2", "1-2:03", "1-02:03:00", "1:02:03:04", "1d", "0"):
+        job = ["sbatch", "--parsable", "--hold", f"--time={limit}", "--output=/dev/null", "--wrap", "true"]
+        done = subprocess.run(job, env=cluster.environment, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            with pytest.raises(ConfigError):
+                limit_s(limit)
+            continue
+        read = cluster.job(int(done.stdout))["TimeLimit"]
+        cluster.run("scancel", done.stdout.strip())
+        assert limit_s(limit) == (math.inf if read == "UNLIMITED" else limit_s(read)), f"{limit} is {read} to Slurm"
 
 
 def srun(cluster: Slurm, *command: str, **more: str) -> subprocess.CompletedProcess[str]:

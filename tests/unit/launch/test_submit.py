@@ -58,6 +58,8 @@ def test_apptainer_and_chain(
         (("train.global_batch_size=4",), "8 processes need train.global_batch_size"),
         (("--container", "a", "--apptainer", "b"), "exclude each other"),
         (("--chain", "0"), "--chain"),
+        (("--time", "4:00"), "--time 4:00 is 240 s.*300 s before"),
+        (("--signal-seconds", "3600"), "--time 01:00:00 is 3600 s.*3600 s before"),
     ],
 )
 def test_bad_input(

@@ -46,7 +46,7 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_line_is_slipped_in(tmp_path: Path) -> None:
     for changes in ({"time": "1:00\nid"}, {"partition": "gpu\nid"}, {"sbatch": ["--mem=0\nid"]}):
-        with pytest.raises(ConfigError, match="on one line"):
+        with pytest.raises(ConfigError, match="expected"):
             submit_array(search(tmp_path), arguments(**changes))
 
 
@@ -63,5 +63,7 @@ def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="sbatch is not on this machine"):
         submit_array(search(tmp_path), arguments(dry_run=False))
+    with pytest.raises(ConfigError, match="--time 3 is 180 s"):
+        submit_array(search(tmp_path), arguments(time="3"))
     with pytest.raises(ConfigError, match="--array must be at least 1"):
         submit_array(search(tmp_path), arguments(array=0))
