@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.redaction import quote
-from launch.slurm.options import check_time, directives, literal, option
+from launch.slurm.options import check_time, directives, literal, option, refusal, resources
 from trainer.config.load import to_yaml
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
@@ -31,11 +31,10 @@ def options_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> list
     return [
         option("job-name", config.run.name), f"--nodes={a.nodes}", "--ntasks-per-node=1",
         option("partition", a.partition), option("time", a.time),
-        *([f"--gpus-per-node={a.gpus_per_node}"] if a.gpus_per_node else []),
         *(option(key, value) for key in ("account", "qos") if (value := getattr(a, key))),
         "--requeue" if a.chain == 1 else "--no-requeue", "--open-mode=append",
         option("output", f"{literal(folder)}/slurm-%j.out"),
-        f"--signal=B:USR1@{a.signal_seconds}", *a.sbatch,
+        f"--signal=B:USR1@{a.signal_seconds}", *resources(a, config.data.num_workers),
     ]  # fmt: skip
 
 
@@ -57,6 +56,7 @@ def settings_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> dic
         "MUDIT_CODE": str(folder / "code"),
         "MUDIT_PYTHON": "python" if a.container or a.apptainer else sys.executable,
         "MUDIT_HOST_PYTHON": sys.executable,
+        "MUDIT_PROCESSES": str(max(1, a.gpus_per_node)),
         "MUDIT_REQUEUE": str(int(a.chain == 1)),
         "MUDIT_SHUTDOWN": str(max(10, a.signal_seconds - 30)),
     }
@@ -102,5 +102,5 @@ def submit(folder: Path, after: int | None) -> int:
     except FileNotFoundError:
         raise ConfigError("sbatch is not found: run this on a login node, or look with --dry-run") from None
     if done.returncode != 0:
-        raise ConfigError(f"sbatch refused {folder / 'job.sbatch'}: {done.stderr.strip()}")
+        raise refusal(folder / "job.sbatch", done.stderr)
     return int(done.stdout.partition(";")[0])

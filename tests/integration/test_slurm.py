@@ -52,8 +52,8 @@ def submit(cluster: Slurm, folder: Path, *options: str) -> list[int]:
     done = subprocess.run(
         [
             sys.executable, "launch/submit.py", "--config", "mmdit_debug_mup.yaml", "--nodes", "1",
-            "--gpus-per-node", "2", "--partition", slurm.PARTITION, "--time", "00:30:00", *options,
-            f"run.dir={folder.parent}", f"run.name={folder.name}", *SMALL,
+            "--gpus-per-node", "2", "--partition", slurm.PARTITION, "--time", "00:30:00",
+            *once([f"run.dir={folder.parent}", f"run.name={folder.name}", *SMALL, *options]),
         ],
         cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -166,6 +166,40 @@ def test_time_limits_are_read_as_slurm_does(cluster: Slurm) -> None:
         read = cluster.job(int(done.stdout))["TimeLimit"]
         cluster.run("scancel", done.stdout.strip())
         assert limit_s(limit) == (math.inf if read == "UNLIMITED" else limit_s(read)), f"{limit} is {read} to Slurm"
+
+
+@pytest.mark.parametrize(
+    ("given", "cpus", "memory"),
+    [
+        ((), "16", "4000M"),
+        (("--cpus-per-gpu", "3", "--mem", "1G"), "6", "1G"),
+        (("--sbatch=--mem-per-cpu=100M", "--sbatch=--cpus-per-gpu=5"), "10", "1000M"),
+        (("--gres", "gpu"), "16", "4000M"),
+    ],
+)
+def test_a_job_has_what_it_asks_for(
+    cluster: Slurm, given: tuple[str, ...], cpus: str, memory: str, tmp_path: Path
+) -> None:
+    (number,) = submit(cluster, tmp_path / "job", *given)
+    job = cluster.wait(number, "RUNNING")
+    cluster.run("scancel", str(number))
+    assert (job["NumCPUs"], job["TresPerNode"]) == (cpus, "gres:gpu:2")
+    assert f"cpu={cpus},mem={memory}," in job["TRES"]
+
+
+def test_a_node_of_gres_has_a_process_per_gpu(cluster: Slurm, tmp_path: Path) -> None:
+    (number,) = submit(cluster, tmp_path / "job", "--gres", "gpu", "train.steps=3")
+    ended = cluster.wait(number, *ENDED)
+    said = (tmp_path / "job" / "jobs" / "001" / f"slurm-{number}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", said
+    assert "2 processes" in said
+
+
+def test_more_than_a_node_has_is_refused_with_the_options(cluster: Slurm, tmp_path: Path) -> None:
+    with pytest.raises(
+        AssertionError, match=r"(?s)error: sbatch refused .*--cpus-per-gpu, --mem, --gpus-per-node, --gres"
+    ):
+        submit(cluster, tmp_path / "job", "--cpus-per-gpu", "33")
 
 
 def srun(cluster: Slurm, *command: str, **more: str) -> subprocess.CompletedProcess[str]:

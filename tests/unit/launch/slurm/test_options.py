@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from launch.slurm.options import check_time, limit_s
+from launch.common import command
+from launch.slurm.options import add_resources, check_time, limit_s, resources
 from trainer.errors import ConfigError
 
 
@@ -33,3 +34,27 @@ def test_a_job_has_time_before_its_warning() -> None:
     for signal_s in (0, -1, 65536):
         with pytest.raises(ConfigError, match=r"--signal-seconds is .*expected 1 to 65535"):
             check_time("10:00:00", signal_s, "--signal-seconds")
+
+
+def asked(*given: str, gpus: int = 4, workers: int = 2, mem: str | None = "0") -> list[str]:
+    parser = command(None, config=False)
+    add_resources(parser, mem, "")
+    arguments = parser.parse_args([*given, f"run.gpus={gpus}"])
+    arguments.gpus_per_node = gpus
+    return resources(arguments, workers)
+
+
+def test_a_node_is_asked_for_cpus_and_memory() -> None:
+    assert asked() == ["--gpus-per-node=4", "--cpus-per-task=32", "--mem=0"]
+    assert asked("--cpus-per-gpu", "12", "--mem", "500G") == ["--gpus-per-node=4", "--cpus-per-task=48", "--mem=500G"]
+    assert asked("--gres", "gpu:h100") == ["--gres=gpu:h100:4", "--cpus-per-task=32", "--mem=0"]
+    assert asked(workers=11) == ["--gpus-per-node=4", "--cpus-per-task=48", "--mem=0"], "a reader process each"
+    assert asked(gpus=0, mem=None) == ["--cpus-per-task=8"]
+
+
+def test_what_excludes_an_option_takes_its_place() -> None:
+    own = ("--sbatch=--mem-per-cpu=4G", "--sbatch=--cpus-per-gpu=6")
+    assert asked(*own) == ["--gpus-per-node=4", "--mem-per-cpu=4G", "--cpus-per-gpu=6"]
+    for wrong in (["--cpus-per-gpu", "0"], ["--cpus-per-gpu=-1"]):
+        with pytest.raises(ConfigError, match="--cpus-per-gpu at least 1"):
+            asked(*wrong)

@@ -14,6 +14,7 @@ from trainer.search.study import Study
 
 def arguments(**changes: object) -> argparse.Namespace:
     given = {"array": 4, "gpus_per_node": 8, "partition": "gpu", "time": "12:00:00", "dry_run": True, "sbatch": []}
+    given |= {"cpus_per_gpu": None, "mem": None, "gres": None}
     return argparse.Namespace(
         config="search/demo.yaml", overrides=["data.shards=a b-{000..100}.tar"], **given | changes
     )
@@ -28,6 +29,7 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in (
         "--array=0-3",
         "--gpus-per-node=8",
+        "--cpus-per-task=64",
         "--partition=gpu",
         "--time=12:00:00",
         "--requeue",
@@ -57,6 +59,8 @@ def test_one_device_needs_no_torchrun(tmp_path: Path) -> None:
     assert "torch.distributed.run" not in text
     assert "gpus-per-node" not in text
     assert "partition" not in text
+    assert "#SBATCH --cpus-per-task=8\n" in text
+    assert "mem" not in text, "what the site gives to these CPUs: other workers share the node"
 
 
 def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
