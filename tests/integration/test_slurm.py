@@ -98,6 +98,15 @@ def test_preempted_requeued_resumed_finished(
     assert exact(read_metrics(folder)) == uninterrupted
 
 
+def test_nodes_whose_names_do_not_resolve(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
+    (number,) = submit(cluster, tmp_path / "job", "--nodes", "2", "--gpus-per-node", "1")
+    ended = cluster.wait(number, *ENDED)
+    said = (tmp_path / "job" / "jobs" / "001" / f"slurm-{number}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", said
+    assert "2 nodes: mudit-node[1-2], which meet at 127.0.0.1:" in said
+    assert exact(read_metrics(tmp_path / "job")) == uninterrupted
+
+
 def test_a_chain_finishes_one_run(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
     """The first job is told to stop and is not requeued: the second, which waited for its end, goes on."""
     folder = tmp_path / "chain"
