@@ -38,20 +38,12 @@ def options_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> list
     ]  # fmt: skip
 
 
-def _one_word(value: object) -> str:
-    """For what the script's shell takes apart at spaces. Raises ConfigError where it would come out as more."""
-    text = str(value)
-    if not text.isprintable() or re.search(r"[\s*?\[]", text):
-        raise ConfigError(
-            f"a container: {quote(text)} holds spaces or wildcards; expected an image or path of one word"
-        )
-    return text
-
-
 def settings_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> dict[str, str]:
-    """The environment that train.sbatch reads. a: the arguments of launch/submit.py."""
-    mounts = ",".join(m if ":" in m else f"{m}:{m}" for m in [str(Path.cwd()), config.run.dir, *a.mount])
+    """The environment that train.sbatch reads. a: the arguments of launch/submit.py. Raises ConfigError for a path that
+    the job cannot name."""
     here = Path.cwd()
+    if ":" in str(folder):  # modules would come from elsewhere
+        raise ConfigError(f"run.dir: {quote(folder)} holds a colon, which no PYTHONPATH takes: choose another")
     settings = {
         "MUDIT_CODE": str(folder / "code"),
         "MUDIT_PYTHON": "python" if a.container or a.apptainer else sys.executable,
@@ -61,16 +53,31 @@ def settings_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> dic
         "MUDIT_SHUTDOWN": str(max(10, a.signal_seconds - 30)),
     }
     if a.container:
-        settings["MUDIT_SRUN"] = (
-            f"--container-image={_one_word(a.container)} --container-mounts={_one_word(mounts)}"
-            f" --container-workdir={_one_word(here)}"
-            " --container-env=HF_HOME,HF_HUB_OFFLINE,OMP_NUM_THREADS,PYTHONPATH"  # else the image's own win
-        )
+        settings["MUDIT_SRUN"] = shlex.join([
+            f"--container-image={_printable(a.container)}", f"--container-mounts={_mounts(a, config, here)}",
+            f"--container-workdir={here}",
+            "--container-env=HF_HOME,HF_HUB_OFFLINE,OMP_NUM_THREADS,PYTHONPATH",  # else the image's own win
+        ])  # fmt: skip
     if a.apptainer:
-        settings["MUDIT_INSIDE"] = (
-            f"apptainer exec --nv --bind {_one_word(mounts)} --pwd {_one_word(here)} {_one_word(a.apptainer)}"
-        )
+        binds = ["--bind", _mounts(a, config, here), "--pwd", str(here)]
+        settings["MUDIT_INSIDE"] = shlex.join(["apptainer", "exec", "--nv", *binds, _printable(a.apptainer)])
     return settings
+
+
+def _mounts(a: argparse.Namespace, config: TrainConfig, here: Path) -> str:
+    """What a container sees: the repository, the runs, and what --mount names."""
+    for path in (str(here), config.run.dir):
+        if re.search("[,:]", path):
+            raise ConfigError(f"a container: {quote(path)} holds a comma or colon, which no mount takes; move it")
+    mounts = [f"{path}:{path}" for path in (str(here), config.run.dir)]
+    return _printable(",".join([*mounts, *(m if ":" in m else f"{m}:{m}" for m in a.mount)]))
+
+
+def _printable(text: str) -> str:
+    """Raises ConfigError for what is more than a line."""
+    if not text.isprintable():
+        raise ConfigError(f"a container: {quote(text)} is no image or path, expected one line of characters")
+    return text
 
 
 def job_script(options: Sequence[str], settings: dict[str, str]) -> str:

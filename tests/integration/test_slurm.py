@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
 from trainer.monitor.metrics import read_metrics
+from trainer.provenance import rooms
 from trainer.search.study import Study
 
 from . import slurm
@@ -105,6 +107,31 @@ def test_nodes_whose_names_do_not_resolve(cluster: Slurm, uninterrupted: list[st
     assert ended["JobState"] == "COMPLETED", said
     assert "2 nodes: mudit-node[1-2], which meet at 127.0.0.1:" in said
     assert exact(read_metrics(tmp_path / "job")) == uninterrupted
+
+
+def test_spaces_in_the_names_of_folders(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
+    """Of the project, its environment, the config and the runs."""
+    project, runs = tmp_path / "my project", tmp_path / "my runs"
+    for room in (*rooms(), "configs"):
+        shutil.copytree(ROOT / room, project / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", project)
+    (project / "my environment").symlink_to(sys.prefix)
+    config = tmp_path / "my configs" / "debug.yaml"
+    config.parent.mkdir()
+    config.write_text(f"extends: {project}/configs/mmdit_debug_mup.yaml\n")
+    command = [
+        str(project / "my environment" / "bin" / "python"), "launch/submit.py", "--config", str(config), "--nodes", "1",
+        "--gpus-per-node", "2", "--partition", slurm.PARTITION, "--time", "30", f"run.dir={runs}", *SMALL,
+    ]  # fmt: skip
+    own = variables(cluster) | {"PYTHONPATH": str(project)}
+    done = subprocess.run(command, cwd=project, env=own, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    number = int(done.stdout.split()[1].rstrip(":"))
+    ended = cluster.wait(number, *ENDED)
+    said = (runs / "debug" / "jobs" / "001" / f"slurm-{number}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", said
+    assert "requeue" not in said
+    assert exact(read_metrics(runs / "debug")) == uninterrupted
 
 
 def test_a_chain_finishes_one_run(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:

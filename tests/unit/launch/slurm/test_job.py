@@ -2,10 +2,12 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from launch import submit
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
@@ -62,6 +64,34 @@ def test_a_node_without_an_address_is_reached_by_its_name(tmp_path: Path) -> Non
 def test_no_address_at_all_ends_the_job(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="MASTER_ADDR: scontrol names no first node, export its address"):
         started(tmp_path, SCRIPT.read_text(), SLURM_JOB_NODELIST="other")
+
+
+@pytest.mark.parametrize("container", ["--container", "--apptainer"])
+def test_spaces_in_paths_survive(
+    container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing in them is a word, a pattern or a command to the shell."""
+    here, runs, image = tmp_path / "my project", tmp_path / "my runs", "/the images/$(id) *"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", [
+        "submit.py", "--config", "mmdit_debug_mup", "--nodes=2", "--gpus-per-node=4", "--partition=gpu", "--time=1:0:0",
+        "--dry-run", container, image, "--mount", "/more data", f"run.dir={runs}",
+    ])  # fmt: skip
+    submit.main()
+    script = capsys.readouterr().out.replace(f"export MUDIT_HOST_PYTHON={sys.executable}", "")
+    words = started(tmp_path, script, "a key='a b'")
+    mounts = f"{here}:{here},{runs}:{runs},/more data:/more data"
+    assert words[1 : words.index("sh")] == {
+        "--container": [
+            f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={here}",
+            "--container-env=HF_HOME,HF_HUB_OFFLINE,OMP_NUM_THREADS,PYTHONPATH",
+        ],
+        "--apptainer": ["apptainer", "exec", "--nv", "--bind", mounts, "--pwd", str(here), image],
+    }[container]  # fmt: skip
+    assert words[-4:] == [
+        f"{runs}/mmdit_debug_mup/jobs/001/code/launch/train.py", "--config", "mmdit_debug_mup.yaml", "a key='a b'",
+    ]  # fmt: skip
 
 
 def test_each_node_knows_its_number(tmp_path: Path) -> None:
