@@ -38,8 +38,14 @@ def take_ranks() -> None:
 
 
 def _of_step(srun: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables for a task of srun. srun: its variables, as srun(1) explains them."""
+    """torchrun's variables for a task of srun. srun: its variables, as srun(1) explains them. Raises ConfigError where
+    GPUs of the node would stay idle, or rank 0 cannot be found."""
     on_node = tasks_per_node(srun["SLURM_STEP_TASKS_PER_NODE"])[int(srun["SLURM_NODEID"])]
+    if int(gpus := srun.get("SLURM_GPUS_ON_NODE", "0")) > on_node:
+        raise ConfigError(
+            f"srun has started {on_node} of the tasks on this node of {gpus} GPUs, and each takes one GPU: expected "
+            f"--ntasks-per-node {gpus}"
+        )
     # With --gpus-per-task each task sees its own GPU alone.
     own_gpu = "," not in srun.get("CUDA_VISIBLE_DEVICES", ",")
     port = 20000 + (8 * int(srun["SLURM_JOB_ID"]) + int(srun["SLURM_STEP_ID"])) % _PORTS

@@ -56,6 +56,7 @@ def test_other_processes_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None
         (TASK | {"OMPI_COMM_WORLD_SIZE": "16"}, "one of 16"),  # mpirun in a job: the step is of its daemons
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set.*expected RANK and WORLD_SIZE"),
         ({"RANK": "0"}, "RANK is set"),
+        (TASK | {"SLURM_GPUS_ON_NODE": "8"}, "3 of the tasks on this node of 8 GPUs.*--ntasks-per-node 8"),
     ],
 )
 def test_what_would_train_several_worlds_is_refused(
