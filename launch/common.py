@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 from data.errors import DataError
 from data.redaction import message, redact_logs_and_tracebacks
 from launch.processes import allow_open_files
+from launch.ranks import take_ranks
 from trainer.config.yaml_files import refuse_duplicates
 from trainer.errors import CheckpointError, CompileError, ConfigError, RunError
 
@@ -39,6 +40,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     redact_logs_and_tracebacks()
     allow_open_files()
     try:
+        take_ranks()
         code = main() or 0
     except (ConfigError, DataError, CheckpointError, CompileError) as error:
         code = _report(str(error), 2)

@@ -8,8 +8,6 @@ where a rate is below --least of the median, a clock is more than --clock-s off,
 """
 
 import json
-import os
-import subprocess
 
 import torch.distributed as dist
 
@@ -37,7 +35,6 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    under_srun()
     with open_world(1) as world:
         data = config.data
         read = None if data.synthetic else read_rate(open_shards(data.all_sources()[0].shards), world.rank)
@@ -48,22 +45,6 @@ def main() -> int:
             print(json.dumps(written, indent=1) if arguments.json else describe(found, problems), flush=True)
         dist.barrier(group=world.control)  # a launcher ends all processes as soon as one exits with 1
     return 1 if problems else 0
-
-
-def under_srun() -> None:
-    """Where srun has started this process, set the variables of rank and world that torchrun would set."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
-        return
-    nodes = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    head = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
-    one = os.environ["SLURM_NNODES"] == "1"
-    os.environ |= {
-        "RANK": os.environ["SLURM_PROCID"],
-        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "MASTER_ADDR": "localhost" if one else head,
-        "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000),
-    }
 
 
 if __name__ == "__main__":

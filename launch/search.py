@@ -17,6 +17,7 @@ from pathlib import Path
 from data.redaction import message
 from launch.common import add_overwrite, command, keep_files, run
 from launch.processes import kill_tree
+from launch.slurm.options import add_resources
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.errors import ConfigError
@@ -38,9 +39,7 @@ def run_search(given: Sequence[str]) -> int:
         "--time", default="24:00:00", help="limit of the array's jobs; what they leave goes on after a requeue"
     )
     parser.add_argument("--gpus-per-node", type=int, default=1, help="devices that train one trial of the array")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="more for the array: --sbatch=--account=a"
-    )
+    add_resources(parser, None, "what the site gives to a job with that many CPUs")
     parser.add_argument("--dry-run", action="store_true", help="write the array's script, and submit nothing")
     arguments = parser.parse_args(given)
     if arguments.workers < 1:

@@ -2,7 +2,7 @@
 
 python launch/submit.py --config mmdit_18b_mup.yaml --nodes 32 --gpus-per-node 8 --partition gpu --time 24:00:00 \\
     [--account A] [--qos Q] [--container IMAGE | --apptainer IMAGE.sif] [--mount /data] [--chain N] [--dry-run] \\
-    [key=value ...]
+    [--cpus-per-gpu N] [--mem SIZE] [--gres NAME] [key=value ...]
 
 A job that is told to stop (by its time limit, or by `scancel --batch --signal=USR1 JOB`) saves and requeues itself.
 Where a cluster forbids that, --chain N submits N jobs, each of which starts after the one before. The same command
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launch.common import command, run
 from launch.slurm.job import freeze, job_script, new_folder, options_of, settings_of, submit
+from launch.slurm.options import add_resources
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
@@ -37,13 +38,11 @@ def main() -> int:
     )
     parser.add_argument("--signal-seconds", type=int, default=300, help="warning before the time limit (default: 300)")
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs one after another, not requeued")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other option of sbatch: --sbatch=--mem=0"
-    )
+    add_resources(parser, "0", "0, all that it has")
     parser.add_argument("--dry-run", action="store_true", help="print the script and write nothing")
     a = parser.parse_args()
-    if a.nodes < 1 or a.gpus_per_node < 0 or a.chain < 1:
-        raise ConfigError("--nodes and --chain must be at least 1, --gpus-per-node at least 0")
+    if a.nodes < 1 or a.chain < 1:
+        raise ConfigError("--nodes and --chain must be at least 1")
     if a.container and a.apptainer:
         raise ConfigError("--container and --apptainer exclude each other")
     config = load_config(a.config, a.overrides)

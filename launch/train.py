@@ -2,6 +2,7 @@
 
 torchrun --nproc-per-node 2 launch/train.py --config mmdit_demo_mup.yaml [section.key=value ...]
 python launch/train.py --config mmdit_debug_mup.yaml
+srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python launch/train.py --config mmdit_2b_mup.yaml
 
 SIGTERM, SIGUSR1, SIGINT (Ctrl-C), SIGHUP and SIGQUIT to a worker save and end all of them within two steps; a second
 Ctrl-C ends at once. torchrun passes signals on if it is told to:

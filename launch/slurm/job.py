@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.redaction import quote
+from launch.slurm.options import check_time, directives, literal, option, refusal, resources
 from trainer.config.load import to_yaml
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
@@ -25,68 +26,58 @@ def new_folder(config: TrainConfig) -> Path:
 
 
 def options_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> list[str]:
-    """sbatch's options. a: the arguments of launch/submit.py."""
+    """sbatch's options. a: the arguments of launch/submit.py. Raises ConfigError for a time that is none."""
+    check_time(a.time, a.signal_seconds, "--signal-seconds")
     return [
         option("job-name", config.run.name), f"--nodes={a.nodes}", "--ntasks-per-node=1",
         option("partition", a.partition), option("time", a.time),
-        *([f"--gpus-per-node={a.gpus_per_node}"] if a.gpus_per_node else []),
         *(option(key, value) for key in ("account", "qos") if (value := getattr(a, key))),
         "--requeue" if a.chain == 1 else "--no-requeue", "--open-mode=append",
         option("output", f"{literal(folder)}/slurm-%j.out"),
-        f"--signal=B:USR1@{a.signal_seconds}", *a.sbatch,
+        f"--signal=B:USR1@{a.signal_seconds}", *resources(a, config.data.num_workers),
     ]  # fmt: skip
 
 
-def option(name: str, value: object) -> str:
-    """An option of sbatch with a value of one word, which Slurm takes apart as a shell does."""
-    return f"--{name}={shlex.quote(str(value))}"
-
-
-def literal(path: Path) -> str:
-    """A path in which Slurm replaces nothing."""
-    return str(path).replace("%", "%%")
-
-
-def directives(options: Sequence[str]) -> str:
-    """The lines of a script that give sbatch its options. Raises ConfigError where one is more than a line."""
-    for each in options:
-        if not each.startswith("-") or not each.isprintable():
-            raise ConfigError(f"sbatch: {quote(each)} is no option; expected --NAME=VALUE on one line")
-    return "\n".join(f"#SBATCH {each}" for each in options)
-
-
-def _one_word(value: object) -> str:
-    """For what the script's shell takes apart at spaces. Raises ConfigError where it would come out as more."""
-    text = str(value)
-    if not text.isprintable() or re.search(r"[\s*?\[]", text):
-        raise ConfigError(
-            f"a container: {quote(text)} holds spaces or wildcards; expected an image or path of one word"
-        )
-    return text
-
-
 def settings_of(a: argparse.Namespace, config: TrainConfig, folder: Path) -> dict[str, str]:
-    """The environment that train.sbatch reads. a: the arguments of launch/submit.py."""
-    mounts = ",".join(m if ":" in m else f"{m}:{m}" for m in [str(Path.cwd()), config.run.dir, *a.mount])
+    """The environment that train.sbatch reads. a: the arguments of launch/submit.py. Raises ConfigError for a path that
+    the job cannot name."""
     here = Path.cwd()
+    if ":" in str(folder):  # modules would come from elsewhere
+        raise ConfigError(f"run.dir: {quote(folder)} holds a colon, which no PYTHONPATH takes: choose another")
     settings = {
         "MUDIT_CODE": str(folder / "code"),
         "MUDIT_PYTHON": "python" if a.container or a.apptainer else sys.executable,
         "MUDIT_HOST_PYTHON": sys.executable,
+        "MUDIT_PROCESSES": str(max(1, a.gpus_per_node)),
         "MUDIT_REQUEUE": str(int(a.chain == 1)),
         "MUDIT_SHUTDOWN": str(max(10, a.signal_seconds - 30)),
     }
     if a.container:
-        settings["MUDIT_SRUN"] = (
-            f"--container-image={_one_word(a.container)} --container-mounts={_one_word(mounts)}"
-            f" --container-workdir={_one_word(here)}"
-            " --container-env=HF_HOME,HF_HUB_OFFLINE,OMP_NUM_THREADS,PYTHONPATH"  # else the image's own win
-        )
+        settings["MUDIT_SRUN"] = shlex.join([
+            f"--container-image={_printable(a.container)}", f"--container-mounts={_mounts(a, config, here)}",
+            f"--container-workdir={here}",
+            "--container-env=HF_HOME,HF_HUB_OFFLINE,OMP_NUM_THREADS,PYTHONPATH",  # else the image's own win
+        ])  # fmt: skip
     if a.apptainer:
-        settings["MUDIT_INSIDE"] = (
-            f"apptainer exec --nv --bind {_one_word(mounts)} --pwd {_one_word(here)} {_one_word(a.apptainer)}"
-        )
+        binds = ["--bind", _mounts(a, config, here), "--pwd", str(here)]
+        settings["MUDIT_INSIDE"] = shlex.join(["apptainer", "exec", "--nv", *binds, _printable(a.apptainer)])
     return settings
+
+
+def _mounts(a: argparse.Namespace, config: TrainConfig, here: Path) -> str:
+    """What a container sees: the repository, the runs, and what --mount names."""
+    for path in (str(here), config.run.dir):
+        if re.search("[,:]", path):
+            raise ConfigError(f"a container: {quote(path)} holds a comma or colon, which no mount takes; move it")
+    mounts = [f"{path}:{path}" for path in (str(here), config.run.dir)]
+    return _printable(",".join([*mounts, *(m if ":" in m else f"{m}:{m}" for m in a.mount)]))
+
+
+def _printable(text: str) -> str:
+    """Raises ConfigError for what is more than a line."""
+    if not text.isprintable():
+        raise ConfigError(f"a container: {quote(text)} is no image or path, expected one line of characters")
+    return text
 
 
 def job_script(options: Sequence[str], settings: dict[str, str]) -> str:
@@ -118,5 +109,5 @@ def submit(folder: Path, after: int | None) -> int:
     except FileNotFoundError:
         raise ConfigError("sbatch is not found: run this on a login node, or look with --dry-run") from None
     if done.returncode != 0:
-        raise ConfigError(f"sbatch refused {folder / 'job.sbatch'}: {done.stderr.strip()}")
+        raise refusal(folder / "job.sbatch", done.stderr)
     return int(done.stdout.partition(";")[0])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.slurm.job import directives, literal, option
+from launch.slurm.options import check_time, directives, literal, option, refusal, resources
 from trainer.errors import ConfigError
 from trainer.files import write_atomically
 from trainer.search.definition import Search
@@ -39,7 +39,7 @@ def array_script(search: Search, arguments: argparse.Namespace) -> str:
         option("time", arguments.time), option("output", f"{literal(search.folder.resolve())}/logs/array_%a.log"),
         "--open-mode=append", "--requeue", f"--signal=B:USR1@{NOTICE_S}",
         *([option("partition", arguments.partition)] if arguments.partition else []),
-        *([f"--gpus-per-node={gpus}"] if gpus else []), *arguments.sbatch,
+        *resources(arguments, search.proxy().data.num_workers),
     ]  # fmt: skip
     launcher = [sys.executable]
     if gpus > 1:
@@ -57,8 +57,9 @@ def array_script(search: Search, arguments: argparse.Namespace) -> str:
 
 def submit_array(search: Search, arguments: argparse.Namespace) -> int:
     """Write the script to the study's folder and hand it to sbatch."""
-    if arguments.array < 1 or arguments.gpus_per_node < 0:
-        raise ConfigError("--array must be at least 1 and --gpus-per-node at least 0")
+    if arguments.array < 1:
+        raise ConfigError("--array must be at least 1")
+    check_time(arguments.time, NOTICE_S, "of every array")
     folder = Study.open(search).folder  # all trials are in the study before a job starts
     (folder / "logs").mkdir(exist_ok=True)
     path = folder / "array.sbatch"
@@ -71,6 +72,6 @@ def submit_array(search: Search, arguments: argparse.Namespace) -> int:
     except FileNotFoundError:
         raise ConfigError(f"sbatch is not on this machine; {path} is written, submit it where Slurm is") from None
     if done.returncode:
-        raise ConfigError(f"sbatch refused {path}: {done.stderr.strip()}")
+        raise refusal(path, done.stderr)
     print(f"{done.stdout.strip()}: {search.trials} trials, {arguments.array} workers; logs in {folder / 'logs'}")
     return 0

@@ -1,6 +1,7 @@
 """A real Slurm on this machine, for tests: munged, slurmctld and slurmd with their own ports, keys and folders.
 
-One node of pretended CPUs and GPUs; no accounting. Needs root and Debian's slurmctld, slurmd, slurm-client and munge.
+Two nodes of pretended CPUs and GPUs, whose names do not resolve; no accounting. Needs root and Debian's slurmctld,
+slurmd, slurm-client and munge.
 """
 
 import contextlib
@@ -15,27 +16,27 @@ from pathlib import Path
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "srun")
 PARTITION = "debug"
+NODES = ("mudit-node1", "mudit-node2")
 
 _CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller}
-SlurmdPort={node}
+SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 MpiDefault=none
@@ -46,8 +47,9 @@ BatchStartTimeout=120
 MinJobAge=600
 ReturnToService=2
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=16 RealMemory=4000 Gres=gpu:8 State=UNKNOWN
-PartitionName={partition} Nodes={host} Default=YES MaxTime=01:00:00 State=UP OverSubscribe=FORCE:4
+NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 RealMemory=4000 Gres=gpu:8
+NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 RealMemory=4000 Gres=gpu:8
+PartitionName={partition} Nodes=ALL Default=YES MaxTime=01:00:00 State=UP OverSubscribe=FORCE:4
 """
 
 
@@ -115,12 +117,11 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     host = socket.gethostname().partition(".")[0]
-    ports = _free_ports(2)
-    conf = _CONF.format(host=host, folder=folder, controller=ports[0], node=ports[1], partition=PARTITION)
+    conf = _CONF.format(host=host, folder=folder, ports=_free_ports(3), nodes=NODES, partition=PARTITION)
     (folder / "slurm.conf").write_text(conf.lstrip())
     for number in range(8):
         (folder / f"gpu{number}").touch()
-    (folder / "gres.conf").write_text(f"NodeName={host} Name=gpu File={folder}/gpu[0-7]\n")
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -128,7 +129,7 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     daemons: list[subprocess.Popen[bytes]] = []
 
     def start(name: str, *arguments: str) -> None:
-        with open(folder / f"{name}.out", "wb") as log:
+        with open(folder / f"{name}.out", "ab") as log:
             daemons.append(subprocess.Popen([name, *arguments], env=slurm.environment, stdout=log, stderr=log))
 
     try:
@@ -138,7 +139,9 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         )  # fmt: skip
         _until(lambda: (folder / "munge.socket").exists(), "munged")
         start("slurmctld", "-D", "-c", "-f", str(folder / "slurm.conf"))
-        start("slurmd", "-D", "-c", "-N", host, "-f", str(folder / "slurm.conf"))
+        for node in NODES:
+            (folder / "spool" / node).mkdir()
+            start("slurmd", "-D", "-c", "-N", node, "-f", str(folder / "slurm.conf"))
         _until(lambda: _idle(slurm), "slurmd", slurm.logs)
         yield slurm
     finally:

@@ -1,17 +1,19 @@
 """docker/Dockerfile's own lines, run in an empty folder and a fresh environment: what it copies, and every RUN.
 
-The environment stands for the base image: it has a torch with CUDA (a stand-in of two lines, which pip must leave
-alone), and the packages of ours behind it: pip must find there all that pyproject.toml asks for, and has no index
-to go to.
+The environment stands for NVIDIA's base image: it has a torch of its own with CUDA (a stand-in of a few lines, which
+pip must leave alone), a PIP_CONSTRAINT that our versions contradict, and the packages of ours behind it: pip must find
+there all that pyproject.toml asks for, and has no index to go to.
 """
 
 import fnmatch
+import json
 import os
 import re
 import shutil
 import subprocess
 import sysconfig
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import pytest
 from tests.helpers.paths import ROOT
 
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
+TORCH = "2.12.0a0+50eac811a6.nv26.6"
 IMPORT = "import sys, models.configs, data.config, trainer.config.load as c; print(c.__file__)"
 
 
@@ -36,24 +39,26 @@ def ignored(folder: str, names: list[str]) -> set[str]:
     return {name for pattern in (*anywhere, *at_root) for name in fnmatch.filter(names, pattern)}
 
 
-def build(image: Path, dockerfile: str, cuda: str | None = "13.0") -> dict[str, str]:
+def build(image: Path, dockerfile: str, torch: str = TORCH, cuda: str | None = "13.0") -> dict[str, str]:
     """Run a Dockerfile below `image`; returns the environment of its commands. A RUN that fails raises."""
     base, tools = image / "base", image / "tools"
     venv.create(base, symlinks=True)  # pip is one of the packages behind it
     packages = base / "lib" / Path(sysconfig.get_path("purelib")).parent.name / "site-packages"
     (packages / "behind.pth").write_text(sysconfig.get_path("purelib"))
     for name, text in {
-        "torch/__init__.py": f"class version:\n    cuda = {cuda!r}\n",
-        "torch-2.11.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n",
+        "torch/__init__.py": f"class version:\n    cuda = {cuda!r}\n    git_version = '50eac8'\n",
+        f"torch-{torch}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}\n",
     }.items():
         (packages / name).parent.mkdir()
         (packages / name).write_text(text)
     tools.mkdir()
-    for name in ("useradd", "install"):  # what must not be done to this machine
+    for name in ("useradd", "install", "apt-get"):  # what must not be done to this machine
         (tools / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {image}/asked\n')
         (tools / name).chmod(0o755)
     outer = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment = {**outer, "PATH": f"{tools}:{base}/bin:{os.environ['PATH']}", "USER_ID": "1000"}
+    (image / "constraint.txt").write_text("numpy==1.26.4\npydantic==2.9.2\nsetuptools==70.3.0\n")
+    environment |= {"PIP_CONSTRAINT": f"{image}/constraint.txt"}
     environment |= {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # pip's 0 means: build with what is there
     workdir = image / "opt" / "mudit"
     workdir.mkdir(parents=True)
@@ -88,7 +93,10 @@ def test_the_image_runs_its_code(tmp_path: Path) -> None:
 
     assert say("python", "-c", "import torch; print(torch.__file__)").startswith(str(tmp_path / "base"))
     assert say(str(code / "docker/entrypoint.sh"), "python", "-c", IMPORT) == str(code / "trainer/config/load.py")
+    assert say("python", "-c", "import s3fs, importlib.metadata as m; print(m.version('torch'))") == TORCH
     assert (tmp_path / "asked").read_text().splitlines() == [
+        "apt-get update",
+        "apt-get install --yes --no-install-recommends --no-upgrade ibverbs-providers libibverbs1 librdmacm1",
         "useradd --non-unique --uid 1000 --create-home mudit",
         f"install -d -o 1000 {tmp_path}/work/runs {tmp_path}/work/cache",
     ]
@@ -99,3 +107,78 @@ def test_a_broken_line_is_seen(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
         build(tmp_path, broken)
     assert "pyproject.toml" in str(failed.value.stderr), failed.value.stderr
+
+
+@pytest.mark.parametrize(
+    ("torch", "cuda", "said"),
+    [("2.10.0", "13.0", "torch"), (TORCH, None, "the torch of BASE has no CUDA")],
+)
+def test_a_base_with_another_torch_is_refused(torch: str, cuda: str | None, said: str, tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        build(tmp_path, DOCKERFILE, torch, cuda)
+    assert said in str(failed.value.stderr), failed.value.stderr
+
+
+def test_a_torch_that_pip_replaces_fails_the_build(tmp_path: Path) -> None:
+    install = "python -m pip install -c /tmp/constraints.txt"
+    assert install in DOCKERFILE
+    replace = """sed -i s/50eac8/77777/ "$(python -c 'import torch; print(torch.__file__)')" && """
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        build(tmp_path, DOCKERFILE.replace(install, replace + install))
+    assert f"pip replaced the torch of BASE: it was {TORCH} 50eac8" in str(failed.value.stderr)
+
+
+def test_the_health_check_asks_the_driver_alone(tmp_path: Path) -> None:
+    """nvidia-smi opens no CUDA context, which takes hundreds of MiB of a GPU. Without it there is no driver to ask."""
+    (line,) = re.findall(r"(?s)^HEALTHCHECK .*?CMD (\[.*?\])$", DOCKERFILE, re.MULTILINE)
+    command = json.loads(line)
+    smi = tmp_path / "nvidia-smi"
+
+    def healthy() -> bool:
+        return subprocess.run(["/bin/sh", *command[1:]], env={"PATH": str(tmp_path)}, check=False).returncode == 0
+
+    assert command[0] == "sh"
+    assert healthy()
+    for code in (0, 1):
+        smi.write_text(f'#!/bin/sh\n[ "$*" = -L ] && exit {code}\nexit 9\n')
+        smi.chmod(0o755)
+        assert healthy() is (code == 0)
+
+
+@pytest.fixture
+def entered(tmp_path: Path) -> Callable[..., str]:
+    """What docker/entrypoint.sh runs, with stand-ins for python and for what NVIDIA's images start first."""
+    code = tmp_path / "code"
+    shutil.copytree(ROOT / "docker", code / "docker")
+    (code / "launch").mkdir()
+    for name in ("train", "estimate"):
+        (code / "launch" / f"{name}.py").touch()
+    first = tmp_path / "nvidia_entrypoint.sh"
+    first.write_text('#!/bin/sh\necho "a banner"\nexport COMPAT=yes\nexec "$@"\n')
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 8 || echo "$COMPAT" "$@"\n')
+    script = code / "docker" / "entrypoint.sh"
+    script.write_text(script.read_text().replace("/opt/nvidia/nvidia_entrypoint.sh", str(first)))
+    for each in (first, python):
+        each.chmod(0o755)
+
+    def run(*command: str, **more: str) -> str:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **more}
+        return subprocess.run([script, *command], env=environment, capture_output=True, text=True, check=True).stdout
+
+    return run
+
+
+def test_the_base_is_entered_first(entered: Callable[..., str], tmp_path: Path) -> None:
+    assert entered("estimate", "--json") == f"yes {tmp_path}/code/launch/estimate.py --json\n", "and says nothing"
+    (tmp_path / "nvidia_entrypoint.sh").unlink()
+    assert entered("estimate", "a b", COMPAT="no") == f"no {tmp_path}/code/launch/estimate.py a b\n"
+    assert entered("echo", "a") == "a\n"
+
+
+def test_train_starts_a_process_per_gpu(entered: Callable[..., str], tmp_path: Path) -> None:
+    train = f"{tmp_path}/code/launch/train.py --config x\n"
+    assert entered("train", "--config", "x") == (
+        f"yes -m torch.distributed.run --standalone --nproc-per-node 8 {train}"
+    )
+    assert entered("train", "--config", "x", SLURM_STEP_NUM_TASKS="16") == f"yes {train}", "one of srun's"

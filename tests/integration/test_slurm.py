@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from launch.slurm.options import limit_s
 from tests.distributed.runs import exact, last_step, train
 from tests.helpers.forked import environment, once
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
+from trainer.errors import ConfigError
 from trainer.monitor.metrics import read_metrics
+from trainer.provenance import rooms
 from trainer.search.study import Study
 
 from . import slurm
@@ -50,8 +54,8 @@ def submit(cluster: Slurm, folder: Path, *options: str) -> list[int]:
     done = subprocess.run(
         [
             sys.executable, "launch/submit.py", "--config", "mmdit_debug_mup.yaml", "--nodes", "1",
-            "--gpus-per-node", "2", "--partition", slurm.PARTITION, "--time", "00:30:00", *options,
-            f"run.dir={folder.parent}", f"run.name={folder.name}", *SMALL,
+            "--gpus-per-node", "2", "--partition", slurm.PARTITION, "--time", "00:30:00",
+            *once([f"run.dir={folder.parent}", f"run.name={folder.name}", *SMALL, *options]),
         ],
         cwd=ROOT, env=variables(cluster), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -94,6 +98,40 @@ def test_preempted_requeued_resumed_finished(
     meta = json.loads((folder / "checkpoints" / "step_00000050" / "meta.json").read_text())
     assert meta["commit"] == (folder / "jobs" / "001" / "code" / "COMMIT").read_text().strip()
     assert exact(read_metrics(folder)) == uninterrupted
+
+
+def test_nodes_whose_names_do_not_resolve(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
+    (number,) = submit(cluster, tmp_path / "job", "--nodes", "2", "--gpus-per-node", "1")
+    ended = cluster.wait(number, *ENDED)
+    said = (tmp_path / "job" / "jobs" / "001" / f"slurm-{number}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", said
+    assert "2 nodes: mudit-node[1-2], which meet at 127.0.0.1:" in said
+    assert exact(read_metrics(tmp_path / "job")) == uninterrupted
+
+
+def test_spaces_in_the_names_of_folders(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
+    """Of the project, its environment, the config and the runs."""
+    project, runs = tmp_path / "my project", tmp_path / "my runs"
+    for room in (*rooms(), "configs"):
+        shutil.copytree(ROOT / room, project / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", project)
+    (project / "my environment").symlink_to(sys.prefix)
+    config = tmp_path / "my configs" / "debug.yaml"
+    config.parent.mkdir()
+    config.write_text(f"extends: {project}/configs/mmdit_debug_mup.yaml\n")
+    command = [
+        str(project / "my environment" / "bin" / "python"), "launch/submit.py", "--config", str(config), "--nodes", "1",
+        "--gpus-per-node", "2", "--partition", slurm.PARTITION, "--time", "30", f"run.dir={runs}", *SMALL,
+    ]  # fmt: skip
+    own = variables(cluster) | {"PYTHONPATH": str(project)}
+    done = subprocess.run(command, cwd=project, env=own, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    number = int(done.stdout.split()[1].rstrip(":"))
+    ended = cluster.wait(number, *ENDED)
+    said = (runs / "debug" / "jobs" / "001" / f"slurm-{number}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", said
+    assert "requeue" not in said
+    assert exact(read_metrics(runs / "debug")) == uninterrupted
 
 
 def test_a_chain_finishes_one_run(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
@@ -151,6 +189,85 @@ def test_an_array_saves_its_trial_and_is_queued_again(cluster: Slurm, tmp_path: 
     assert [trial.state for trial in study.trials()] == ["complete"]
     said = (tmp_path / "searched" / "logs" / "0000_rank0.log").read_text()
     assert re.search(r"resuming .*checkpoints/step_00000[0-2]\d\d", said), said
+
+
+def test_time_limits_are_read_as_slurm_does(cluster: Slurm) -> None:
+    for limit in ("7", "7:00", "0:07:00", "1-2", "1-2:03", "1-02:03:00", "1:02:03:04", "1d", "0"):
+        job = ["sbatch", "--parsable", "--hold", f"--time={limit}", "--output=/dev/null", "--wrap", "true"]
+        done = subprocess.run(job, env=cluster.environment, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            with pytest.raises(ConfigError):
+                limit_s(limit)
+            continue
+        read = cluster.job(int(done.stdout))["TimeLimit"]
+        cluster.run("scancel", done.stdout.strip())
+        assert limit_s(limit) == (math.inf if read == "UNLIMITED" else limit_s(read)), f"{limit} is {read} to Slurm"
+
+
+@pytest.mark.parametrize(
+    ("given", "cpus", "memory"),
+    [
+        ((), "16", "4000M"),
+        (("--cpus-per-gpu", "3", "--mem", "1G"), "6", "1G"),
+        (("--sbatch=--mem-per-cpu=100M", "--sbatch=--cpus-per-gpu=5"), "10", "1000M"),
+        (("--gres", "gpu"), "16", "4000M"),
+    ],
+)
+def test_a_job_has_what_it_asks_for(
+    cluster: Slurm, given: tuple[str, ...], cpus: str, memory: str, tmp_path: Path
+) -> None:
+    (number,) = submit(cluster, tmp_path / "job", *given)
+    job = cluster.wait(number, "RUNNING")
+    cluster.run("scancel", str(number))
+    assert (job["NumCPUs"], job["TresPerNode"]) == (cpus, "gres:gpu:2")
+    assert f"cpu={cpus},mem={memory}," in job["TRES"]
+
+
+def test_a_node_of_gres_has_a_process_per_gpu(cluster: Slurm, tmp_path: Path) -> None:
+    (number,) = submit(cluster, tmp_path / "job", "--gres", "gpu", "train.steps=3")
+    ended = cluster.wait(number, *ENDED)
+    said = (tmp_path / "job" / "jobs" / "001" / f"slurm-{number}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", said
+    assert "2 processes" in said
+
+
+def test_more_than_a_node_has_is_refused_with_the_options(cluster: Slurm, tmp_path: Path) -> None:
+    with pytest.raises(
+        AssertionError, match=r"(?s)error: sbatch refused .*--cpus-per-gpu, --mem, --gpus-per-node, --gres"
+    ):
+        submit(cluster, tmp_path / "job", "--cpus-per-gpu", "33")
+
+
+def srun(cluster: Slurm, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """A command under srun, without torchrun."""
+    return subprocess.run(
+        ["srun", *command], cwd=ROOT, env=variables(cluster) | more, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_srun_alone_trains_one_world(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
+    """On two nodes, whose names do not resolve."""
+    train = ("launch/train.py", "--config", "mmdit_debug_mup.yaml", f"run.dir={tmp_path}", "run.name=srun", *SMALL)
+    done = srun(cluster, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", sys.executable, *train)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("finished at step 50") == 1
+    assert exact(read_metrics(tmp_path / "srun")) == uninterrupted
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_preflight_where_scontrol_is_absent(cluster: Slurm, nodes: int, tmp_path: Path) -> None:
+    """As in a container, which has no client of Slurm."""
+    command = once(["launch/preflight.py", "--config", "mmdit_debug_mup.yaml", *ADDED["preflight"], "--json"])
+    place = (f"--nodes={nodes}", "--ntasks=2", f"--ntasks-per-node={2 // nodes}")
+    inside = ("env", f"PATH={tmp_path}", sys.executable, *(word.replace("{page}", str(tmp_path)) for word in command))
+    done = srun(cluster, *place, *inside)
+    if nodes == 2:  # nor does the name of the first node resolve
+        assert done.returncode == 2
+        assert "export MASTER_ADDR=ADDRESS before srun" in done.stderr
+        assert "Traceback" not in done.stderr
+        done = srun(cluster, *place, *inside, MASTER_ADDR="127.0.0.1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(json.loads(done.stdout)["processes"]) == 2
 
 
 # docs/cluster.md at debug size: other values of options, and what is added to a command.

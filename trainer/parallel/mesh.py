@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..errors import ConfigError
 from .rendezvous import open_store
 
 
@@ -27,7 +28,7 @@ class World:
 
 
 def world_size() -> int:
-    """Processes of this job, as torchrun tells; 1 without it."""
+    """Processes of this job, as torchrun (or launch.ranks, under srun) tells; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -40,7 +41,7 @@ def init_world(shard: int) -> World:
     """Join the process group (of one process without torchrun). shard: ranks that share a copy of the weights."""
     size = world_size()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", _local_gpu()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         # cuDNN's attention, the default on H100 and later, gives NaN gradients with a mask at lengths of 64 more than
@@ -75,6 +76,14 @@ def open_board(world: World) -> dist.Store:
     name = [secrets.token_hex(8)]
     dist.broadcast_object_list(name, src=0, group=world.control)
     return dist.PrefixStore(name[0], store)
+
+
+def _local_gpu() -> int:
+    """Number of this process's GPU. Raises ConfigError where a node has more processes than GPUs."""
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ConfigError(f"LOCAL_RANK is {number} and this process sees {count} GPUs: start one process per GPU")
+    return number
 
 
 def _gloo_group() -> dist.ProcessGroup:

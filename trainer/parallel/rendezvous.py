@@ -5,6 +5,7 @@ restarted rank finds the addresses of ranks that are dead. So each start has a n
 lie. TORCHELASTIC_RESTART_COUNT is no such name: agents that restart because a host has come or gone do not raise it.
 """
 
+import os
 import secrets
 import time
 from datetime import timedelta
@@ -21,9 +22,13 @@ MOST_POLL_S = 0.5
 def open_store(rank: int, size: int) -> dist.Store:
     """A store that holds nothing of earlier starts, over the one of which torchrun's environment tells.
 
-    Raises RunError where a rank does not arrive.
+    Raises RunError where a rank does not arrive, or rank 0's port is taken.
     """
-    store, _, _ = next(dist.rendezvous("env://"))
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+    except (ValueError, dist.DistError) as error:  # a variable is missing; no answer there, or the port is taken
+        where = ":".join(os.environ.get(name, f"no {name}") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise RunError(f"the ranks do not find each other at {where}, which these variables name: {error}") from None
     store.set_timeout(timedelta(seconds=JOIN_S))
     return dist.PrefixStore(agree_on_name(store, rank, size, JOIN_S), store)
 

@@ -58,6 +58,8 @@ def test_apptainer_and_chain(
         (("train.global_batch_size=4",), "8 processes need train.global_batch_size"),
         (("--container", "a", "--apptainer", "b"), "exclude each other"),
         (("--chain", "0"), "--chain"),
+        (("--time", "4:00"), "--time 4:00 is 240 s.*300 s before"),
+        (("--signal-seconds", "3600"), "--time 01:00:00 is 3600 s.*3600 s before"),
     ],
 )
 def test_bad_input(
@@ -72,8 +74,8 @@ def test_bad_input(
     [
         ("run.name='a\\ntouch hacked'",), ("run.name=../up",), ("run.name=-rf",), ("run.name='a b'",),
         ("--account", "me\ntouch hacked"), ("--qos", "a\n#SBATCH --uid=root"), ("--partition", "gpu\nid"),
-        ("--time", "1:00\nid"), ("--sbatch", "id"), ("--sbatch=--mem=0\nid",), ("--container", "image --privileged"),
-        ("--apptainer", "a\nb"), ("--container", "image", "--mount", "/data *"),
+        ("--time", "1:00\nid"), ("--sbatch", "id"), ("--sbatch=--mem=0\nid",), ("--container", "image\nid"),
+        ("--apptainer", "a\nb"), ("--container", "image", "--mount", "/data\n"),
     ],
 )  # fmt: skip
 def test_nothing_given_becomes_a_line_of_the_script(
@@ -91,6 +93,16 @@ def test_values_of_sbatch_are_one_word(
     script = capsys.readouterr().out
     assert "#SBATCH --account='a --uid=0 # b'\n" in script
     assert "/50%% here/mmdit_debug_mup/jobs/001/slurm-%j.out'\n" in script
+
+
+@pytest.mark.parametrize("container", ["--container", "--apptainer"])
+def test_a_folder_that_a_job_cannot_name_is_refused(
+    container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="runs, mine' holds a comma"):
+        submitted(monkeypatch, tmp_path / "runs, mine", "--dry-run", container, "image")
+    with pytest.raises(ConfigError, match=r"12:30/.* holds a colon, which no PYTHONPATH takes"):
+        submitted(monkeypatch, tmp_path / "12:30", "--dry-run")
 
 
 def test_no_sbatch_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

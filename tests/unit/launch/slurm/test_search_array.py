@@ -14,6 +14,7 @@ from trainer.search.study import Study
 
 def arguments(**changes: object) -> argparse.Namespace:
     given = {"array": 4, "gpus_per_node": 8, "partition": "gpu", "time": "12:00:00", "dry_run": True, "sbatch": []}
+    given |= {"cpus_per_gpu": None, "mem": None, "gres": None}
     return argparse.Namespace(
         config="search/demo.yaml", overrides=["data.shards=a b-{000..100}.tar"], **given | changes
     )
@@ -28,6 +29,7 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in (
         "--array=0-3",
         "--gpus-per-node=8",
+        "--cpus-per-task=64",
         "--partition=gpu",
         "--time=12:00:00",
         "--requeue",
@@ -46,7 +48,7 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_line_is_slipped_in(tmp_path: Path) -> None:
     for changes in ({"time": "1:00\nid"}, {"partition": "gpu\nid"}, {"sbatch": ["--mem=0\nid"]}):
-        with pytest.raises(ConfigError, match="on one line"):
+        with pytest.raises(ConfigError, match="expected"):
             submit_array(search(tmp_path), arguments(**changes))
 
 
@@ -57,11 +59,15 @@ def test_one_device_needs_no_torchrun(tmp_path: Path) -> None:
     assert "torch.distributed.run" not in text
     assert "gpus-per-node" not in text
     assert "partition" not in text
+    assert "#SBATCH --cpus-per-task=8\n" in text
+    assert "mem" not in text, "what the site gives to these CPUs: other workers share the node"
 
 
 def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="sbatch is not on this machine"):
         submit_array(search(tmp_path), arguments(dry_run=False))
+    with pytest.raises(ConfigError, match="--time 3 is 180 s"):
+        submit_array(search(tmp_path), arguments(time="3"))
     with pytest.raises(ConfigError, match="--array must be at least 1"):
         submit_array(search(tmp_path), arguments(array=0))

@@ -1,5 +1,6 @@
 """Ranks of one start find each other over a store that an earlier start has used."""
 
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from trainer.errors import RunError
-from trainer.parallel.rendezvous import agree_on_name
+from trainer.parallel.rendezvous import agree_on_name, open_store
 
 RANKS = 3
 
@@ -45,3 +46,15 @@ def test_each_start_has_a_name_of_its_own(client: Callable[[], dist.Store]) -> N
         assert str(told.value).startswith("ranks [1, 2]" if rank == 0 else "ranks [0]")
     names |= {start(client, RANKS, late=0), start(client, 2, late=0), start(client, 1, late=0)}
     assert len(names) == 5
+
+
+def test_a_port_that_is_taken_and_a_missing_variable_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RunError, match=rf"at 127.0.0.1:{port}.*in use"):
+            open_store(0, 2)
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(RunError, match=r"at no MASTER_ADDR:"):
+        open_store(0, 2)
