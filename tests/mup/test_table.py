@@ -261,7 +261,6 @@ def test_multiplier_needs_a_layer_that_applies_it() -> None:
 def test_groups_hold_each_parameter_once_with_its_settings(case: Case) -> None:
     table = case.table(2.5, Settings(eps_rule="width"))
     model = case.model(2.5, table)
-    model.get_parameter("patch_embed.weight").requires_grad_(False)
     groups = param_groups(model.named_parameters(), table, lr=3e-4, weight_decay=0.1, eps=1e-8)
     named = dict(model.named_parameters())
     seen: list[str] = []
@@ -274,7 +273,7 @@ def test_groups_hold_each_parameter_once_with_its_settings(case: Case) -> None:
             assert group["weight_decay"] == pytest.approx(0.1 * scale.decay)
             assert group["eps"] == pytest.approx(1e-8 * scale.eps_width)
             seen.append(name)
-    assert sorted(seen) == sorted(case.snapshot.keys() - {"patch_embed.weight"})
+    assert sorted(seen) == sorted(case.snapshot)
     # One each: {input, output}, hidden, vector, fixed; and a fixed matrix, which decays.
     assert len(groups) == 4 + ("final_conv.weight" in case.snapshot)
 

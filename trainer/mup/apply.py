@@ -148,8 +148,6 @@ def param_groups(
     groups: dict[tuple[float, float, float], dict[str, Any]] = {}
     for name, parameter in named.items():
         row = table.rows[name]
-        if not parameter.requires_grad:
-            continue
         group = groups.setdefault(
             (row.lr, row.weight_decay, row.eps),
             {

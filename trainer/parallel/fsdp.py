@@ -71,6 +71,7 @@ class FSDP2Engine:
         # One copy of the weights needs no all-reduce between copies.
         copies = world.mesh["replicate"]
         self._copies = copies.get_group() if copies.size() > 1 else None
+        self._shard_group = world.mesh["shard"].get_group()
         mesh = world.mesh if copies.size() > 1 else world.mesh["shard"]
         shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
         sharded = [shard(unit, reshard_after_forward=sharding.reshard_after_forward) for unit in units]
@@ -87,12 +88,15 @@ class FSDP2Engine:
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), name
             self._parameters[name] = parameter
-        self._optimizer = torch.optim.AdamW(groups(dict(model.named_parameters())), betas=betas, fused=True)
-        for parameter in self._parameters.values():
+        # The update is each rank's own but for one norm, so it is made on plain shards in the parameters' memory:
+        # on DTensors each operation is dispatched in Python, once for every parameter.
+        self._shards = {name: _detached(parameter).to_local() for name, parameter in self._parameters.items()}
+        self._optimizer = torch.optim.AdamW(groups(self._shards), betas=betas, fused=True)
+        for shard in self._shards.values():
             # The state that fused AdamW makes at its first step, made now so that a checkpoint can be read into it.
-            self._optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+            self._optimizer.state[shard] = {
+                "step": torch.zeros((), dtype=torch.float32, device=shard.device),
+                **{moment: torch.zeros_like(shard) for moment in _MOMENTS},
             }
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -109,15 +113,13 @@ class FSDP2Engine:
     def step(self, lr: float, watch: Watch | None = None, max_norm: Tensor | None = None) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self._copies is not None:
-            # Copies of the weights may add up the shards' parts in another order: one of them decides for all.
-            dist.broadcast(norm, group=self._copies, group_src=0)
+        gradients = self._gradient_shards()
+        norm = self._norm(list(gradients.values()))
         clipped = torch.zeros_like(norm)
+        for name, gradient in gradients.items():
+            self._shards[name].grad = gradient
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip_norm, norm, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(self._shards.values(), self._clip_norm, norm, foreach=True)
             clipped = (norm > self._clip_norm).float()
         if max_norm is not None:
             # Under CPU offload the norm is the host's, and the flag below must be there when the optimizer reads it.
@@ -127,25 +129,39 @@ class FSDP2Engine:
         # Fused AdamW reads this flag on the device and then leaves weights, moments and step count alone.
         setattr(self._optimizer, "found_inf", skipped)  # noqa: B010 (an attribute that torch looks up by name)
         if watch is not None:
-            watch.before(self.master_shards(), self._gradient_shards())
+            watch.before(self._shards, gradients)
         self._optimizer.step()
         if watch is not None:
-            watch.after(self.master_shards())
+            watch.after(self._shards)
         self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
         device = self._world.device  # under cpu_offload they are in the host's memory
         return StepResult(norm.to(device), skipped.to(device), clipped.to(device))
 
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients, on the shards' device; the same on all ranks."""
+        norms = torch.stack(torch._foreach_norm(gradients))  # [T], of this rank's shards
+        parts = norms.square().to(self._world.device)  # under cpu_offload they are in the host's memory
+        dist.all_reduce(parts, group=self._shard_group)
+        norm = torch.linalg.vector_norm(parts.sqrt())
+        if self._copies is not None:
+            # Copies of the weights may add up the shards' parts in another order: one of them decides for all.
+            dist.broadcast(norm, group=self._copies, group_src=0)
+        return norm.to(norms.device)
+
     def optimizer_settings(self) -> dict[str, tuple[float, float, float]]:
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        names = {id(shard): name for name, shard in self._shards.items()}
         return {
-            names[id(parameter)]: (group["lr"], group["weight_decay"], group["eps"])
+            names[id(shard)]: (group["lr"], group["weight_decay"], group["eps"])
             for group in self._optimizer.param_groups
-            for parameter in group["params"]
+            for shard in group["params"]
         }
 
     def master_shards(self) -> dict[str, Tensor]:
-        return {name: _detached(parameter).to_local() for name, parameter in self._parameters.items()}
+        return dict(self._shards)
 
+    @torch.no_grad()
     def _gradient_shards(self) -> dict[str, Tensor]:
         shards: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
@@ -158,12 +174,7 @@ class FSDP2Engine:
         return _detached(self._parameters[name]).full_tensor()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        kept: dict[str, dict[str, Tensor]] = {}
-        for name, shard in self.master_shards().items():
-            state = self._optimizer.state[self._parameters[name]]
-            kept[name] = {"model": shard, "step": state["step"]}
-            kept[name] |= {moment: state[moment].to_local() for moment in _MOMENTS}
-        return kept
+        return {name: {"model": shard, **self._optimizer.state[shard]} for name, shard in self._shards.items()}
 
     def cut(self, name: str, full: Tensor) -> Tensor:
         parameter = self._parameters[name]
@@ -211,11 +222,11 @@ class FSDP2Engine:
         """Everything of a checkpoint under one name each, sharded tensors as DTensors that share memory."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            state = self._optimizer.state[parameter]
+            state = self._optimizer.state[self._shards[name]]
             tensors[f"model/{name}"] = parameter.detach()
             tensors[f"step/{name}"] = state["step"]
             for moment in _MOMENTS:
-                tensors[f"{moment}/{name}"] = state[moment]
+                tensors[f"{moment}/{name}"] = _like(state[moment], parameter)
         return tensors | self._sharded(extra)
 
     def _sharded(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
