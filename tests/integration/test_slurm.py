@@ -137,13 +137,14 @@ def test_spaces_in_the_names_of_folders(cluster: Slurm, uninterrupted: list[str]
 def test_a_chain_finishes_one_run(cluster: Slurm, uninterrupted: list[str], tmp_path: Path) -> None:
     """The first job is told to stop and is not requeued: the second, which waited for its end, goes on."""
     folder = tmp_path / "chain"
-    first, second = submit(cluster, folder, "--chain", "2")
+    first, second = submit(cluster, folder, "--chain", "2", "--gres", "gpu")
     assert cluster.job(second)["Dependency"] == f"afterany:{first}(unfulfilled)"
     preempt(cluster, folder, first)
     ends = [cluster.wait(number, *ENDED) for number in (first, second)]
     said = [(folder / "jobs" / "001" / f"slurm-{number}.out").read_text() for number in (first, second)]
     assert [(end["JobState"], end["Restarts"]) for end in ends] == [("COMPLETED", "0")] * 2, "\n".join(said)
     assert "the next job of the chain goes on with it" in said[0]
+    assert "2 processes" in said[0], "one per GPU, in whatever way GPUs are asked for"
     assert f"resuming {folder}/checkpoints/step_" in said[1]
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     assert exact(read_metrics(folder)) == uninterrupted
@@ -221,14 +222,6 @@ def test_a_job_has_what_it_asks_for(
     cluster.run("scancel", str(number))
     assert (job["NumCPUs"], job["TresPerNode"]) == (cpus, "gres:gpu:2")
     assert f"cpu={cpus},mem={memory}," in job["TRES"]
-
-
-def test_a_node_of_gres_has_a_process_per_gpu(cluster: Slurm, tmp_path: Path) -> None:
-    (number,) = submit(cluster, tmp_path / "job", "--gres", "gpu", "train.steps=3")
-    ended = cluster.wait(number, *ENDED)
-    said = (tmp_path / "job" / "jobs" / "001" / f"slurm-{number}.out").read_text()
-    assert ended["JobState"] == "COMPLETED", said
-    assert "2 processes" in said
 
 
 def test_more_than_a_node_has_is_refused_with_the_options(cluster: Slurm, tmp_path: Path) -> None:
