@@ -20,6 +20,8 @@ from trainer.coord_check.subject import build_subject, check_config
 from trainer.mup.table import ParameterRow
 from trainer.parallel.mesh import World
 
+pytestmark = pytest.mark.slow  # seconds each: `make test T=tests/mup/test_coord.py`
+
 BACKBONES = sorted(path.stem for path in CONFIG_DIR.glob("*_debug_mup.yaml"))
 # Few text tokens: what is tested is the width. Synthetic data need no encoder of the config's.
 SMALL = ("text_encoder.max_length=8", "text_encoder.width=32")

@@ -21,6 +21,8 @@ from trainer.mup.table import BaseRates, MuTable
 from .cases import BASE_WIDTH, CASES, CHANNELS, CLASSES, HEAD_DIM, TEXT_LENGTH, TEXT_WIDTH
 from .checks import adamw, train
 
+pytestmark = pytest.mark.slow  # seconds each: `make test T=tests/mup/test_depth.py`
+
 RESIDUAL = [name for name, case in CASES.items() if case.config(BASE_WIDTH, "zero").residual]
 every_residual_case = pytest.mark.parametrize("name", RESIDUAL)
 BASE_DEPTH, DEPTHS = 2, (2, 4, 8, 16)

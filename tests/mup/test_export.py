@@ -95,6 +95,7 @@ def difference(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, dtype: torc
 # In float64 what is left is the float32 of position tables and sinusoids.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
 @pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.slow
 def test_twins_of_diffusers(
     name: str, dtype: torch.dtype, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from trainer.mup.table import MuTable, ParameterRow
 from .cases import BASE_WIDTH, CASES, HEAD_DIM, Case
 from .checks import LR, WEIGHT_DECAY, adamw, largest_difference, train
 
+pytestmark = pytest.mark.slow  # seconds each: `make test T=tests/mup/test_golden.py`
+
 STEPS = 10
 EPS = 1e-8  # large enough to matter, so that a wrong epsilon shows
 

@@ -73,6 +73,7 @@ FAULTS = {
 
 @every_case
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
 def test_a_planted_fault_is_named(case: Case, fault: str) -> None:
     change, seen_by = FAULTS[fault]
     table = case.table(M)

@@ -187,6 +187,7 @@ def planted(case: Case, fault: Fault, settings: Settings | None = None) -> MuTab
 
 @every_case
 @pytest.mark.parametrize("name", faults(CASES["mmdit"]))
+@pytest.mark.slow
 def test_checks_name_exactly_the_culprits(case: Case, name: str) -> None:
     fault, updates, decays, init, multipliers = faults(case)[name]
     table = planted(case, fault)

@@ -70,6 +70,7 @@ def take(r: ImageTextReader, first: int, count: int) -> list[list[tuple[object, 
     return [rows(batches) for _, batches in islice(r.batches(first), count)]
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_world_size_micro_batch_or_workers(index: ImageTextIndex) -> None:
     whole = take(reader(index), 0, 12)
     assert all(len(step) == BATCH for step in whole)

@@ -79,6 +79,7 @@ def remote_index(server: Server, retry: RetryPolicy = QUICK, cache: Path | None 
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.slow
 def test_equal_to_a_folder_for_all_worlds_and_workers(folder: Path, local: Any, tmp_path: Path) -> None:
     with serve(folder) as server:
         index = remote_index(server)

@@ -308,6 +308,7 @@ def test_embedders_that_differ_between_blocks(tmp_path: Path, monkeypatch: pytes
 
 
 # ------------------------------------------------------------------------------------------------ files and memory
+@pytest.mark.slow
 def test_numbered_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("mmdit", *FOLDED)
     exported(tmp_path, monkeypatch, config)
@@ -355,6 +356,7 @@ print(most() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_tensor(tmp_path: Path) -> None:
     """Three times the largest tensor, whatever the size of the model; were it all held, the measure would tell."""
     overrides = ("model.width=256", "model.depth=5")

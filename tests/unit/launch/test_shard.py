@@ -117,12 +117,14 @@ def test_bad_input_is_one_message_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_exit_codes(folder: Path, tmp_path: Path) -> None:
     result = call("--images", folder, "--output", tmp_path / "train")
     assert result.returncode == 0
     assert "2 samples" in result.stdout
 
 
+@pytest.mark.slow
 def test_shards_are_indexed_by_several_processes(tmp_path: Path) -> None:
     """One that cannot be read ends none of the others, and is named."""
     paths = [write_tar(tmp_path / f"s{i}.tar", {f"{i}.png": png(), f"{i}.txt": b"x"}) for i in range(5)]

@@ -53,6 +53,7 @@ def take_steps(folder: Path, kind: str, *overrides: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mmdit", "pixart", "dit", "uvit"])
+@pytest.mark.slow
 def test_steps_read_nothing_back(kind: str, tmp_path: Path) -> None:
     repa = () if kind == "uvit" else ("objective.repa_weight=0.5", "objective.repa_layer=1")
     take_steps(tmp_path, kind, *repa)

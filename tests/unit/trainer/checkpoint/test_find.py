@@ -376,6 +376,7 @@ metrics.close()
 """
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path: Path) -> None:
     """Into the run folder, a resumed run under the same id, and nothing over a network.
 

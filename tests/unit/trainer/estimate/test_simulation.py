@@ -97,6 +97,7 @@ class CPUsRMSNorm:
         return cls.compute(x, x.shape[-1:], weight)
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_what_the_allocator_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.estimate.simulation._FusedRMSNorm", CPUsRMSNorm)
     names = [f"{kind}_debug_mup.yaml" for kind in ("mmdit", "pixart", "dit", "uvit")]
@@ -135,6 +136,7 @@ def simulated() -> Profile:
     return profile(configured("mmdit_debug_mup.yaml", "train.global_batch_size=16"), 4)
 
 
+@pytest.mark.slow
 def test_flops_are_the_formulas(simulated: Profile) -> None:
     c = configured("mmdit_debug_mup.yaml")
     text = c.text_encoder
@@ -161,6 +163,7 @@ def test_traffic_is_the_weights(simulated: Profile) -> None:
     assert simulated.accumulating.traffic["_reduce_scatter_base_"].calls == 2 * 3
 
 
+@pytest.mark.slow
 def test_other_counts_and_batches_follow(simulated: Profile) -> None:
     """One profile tells what another simulation of another world says."""
     config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16")
@@ -176,6 +179,7 @@ def test_other_counts_and_batches_follow(simulated: Profile) -> None:
     assert memory.largest_rows(4, 0, False) == 0
 
 
+@pytest.mark.slow
 def test_gradients_kept_whole_are_counted() -> None:
     config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "parallel.reshard_after_forward=false")
     found = profile(config, 4)
@@ -261,6 +265,7 @@ def test_several_sources_need_no_file() -> None:
     assert simulated_config(config).data.synthetic
 
 
+@pytest.mark.slow
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["estimate.py", "--config", "mmdit_debug_mup.yaml", "--gpus", "2", "--json", *SMALL]
     monkeypatch.setattr(sys, "argv", command)

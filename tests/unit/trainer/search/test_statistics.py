@@ -50,6 +50,7 @@ def test_shift_of_noiseless_sweeps(shift: float) -> None:
     assert found.gain == pytest.approx(0.1, abs=0.02)
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     found = [transfer(sweep(0.3, noise=0.004, seed=seed)).shift for seed in range(20)]
     covered = sum(estimate.low <= 0.3 <= estimate.high for estimate in found)
