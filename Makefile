@@ -78,11 +78,13 @@ cifar: .cache/cifar10
 demo: setup
 	$(BIN)/python -m examples.demo
 
+# Two for each core, because many tests wait for processes that they have started.
+WORKERS := $(shell echo $$((2 * $$(nproc))))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # All that CI runs. T="tests/unit/data -k order": these tests alone, without style and types.
 test: $(if $(T),.venv/ready,setup lint .cache/cifar10)
-	$(PYTEST) $(if $(T),,-n 2 --dist loadfile --no-loadscope-reorder) -m "not gpu" $(or $(T),tests)
+	$(PYTEST) $(if $(T),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) -m "not gpu" $(or $(T),tests)
 
 # While you write: no test that starts a process or takes seconds.
 test-fast: setup .cache/cifar10
