@@ -27,9 +27,12 @@ def test_trains_alike(ranks: Results, way: str) -> None:
 
 def test_collectives_of_a_step(ranks: Results) -> None:
     """Four groups, two micro-batches: weights and gradients are whole as briefly as can be; where weights stay, they
-    are gathered once and gradients reduced once. Replicas are summed once, and one of them tells the norm."""
-    gathers, once = "_allgather_base_", {"_allgather_base_": 4, "_reduce_scatter_base_": 4}
-    freed = {gathers: 2 * (4 + 3), "_reduce_scatter_base_": 2 * 4}  # forward; again in backward, but for the root
+    are gathered once and gradients reduced once. The norm is summed once over shards. Replicas are summed once, and one
+    of them tells the norm."""
+    gathers, norm = "_allgather_base_", {"allreduce_": 1}
+    once = {gathers: 4, "_reduce_scatter_base_": 4} | norm
+    # In the forward pass, and again in the backward pass but for the root.
+    freed = {gathers: 2 * (4 + 3), "_reduce_scatter_base_": 2 * 4} | norm
     for r in ranks:
         assert r["collectives"] == {
             "free": freed, "prefetch": freed, "keep": once, "keep_offload": once,

@@ -143,7 +143,8 @@ class FSDP2Engine:
         """The norm of all gradients, on the shards' device; the same on all ranks."""
         norms = torch.stack(torch._foreach_norm(gradients))  # [T], of this rank's shards
         parts = norms.square().to(self._world.device)  # under cpu_offload they are in the host's memory
-        dist.all_reduce(parts, group=self._shard_group)
+        if self._shard_group.size() > 1:
+            dist.all_reduce(parts, group=self._shard_group)
         norm = torch.linalg.vector_norm(parts.sqrt())
         if self._copies is not None:
             # Copies of the weights may add up the shards' parts in another order: one of them decides for all.
