@@ -150,6 +150,7 @@ FOLD = export_write.fold
 
 @pytest.mark.parametrize("fault", [without_multiplier, without_branches, with_biases])
 @pytest.mark.parametrize("name", ["mmdit", "pixart", "dit"])
+@pytest.mark.slow
 def test_a_factor_that_is_lost_is_seen(
     name: str, fault: Callable[[Any, str], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

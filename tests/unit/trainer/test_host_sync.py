@@ -90,6 +90,7 @@ def _reads_mask(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         ("models.mmdit.modulate", _reads_mask),
     ],
 )
+@pytest.mark.slow
 def test_a_wait_is_seen(place: str, fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place, fault)
     with pytest.raises(AssertionError, match=r"_local_scalar_dense|equal|index by a mask"):
@@ -106,7 +107,7 @@ STEP: dict[str, tuple[str, ...] | None] = {
     "trainer/step.py": None,
     "trainer/loop.py": ("train_step",),
     "trainer/state.py": ("packed", "unpacked", "of_micro_batch", "of_step", "skipped_step", "add_step", "add_reads"),
-    "trainer/parallel/fsdp.py": ("backward", "step", "master_shards", "_gradient_shards"),
+    "trainer/parallel/fsdp.py": ("backward", "step", "_norm", "master_shards", "_gradient_shards"),
     "trainer/recovery/spikes.py": ("limit", "update"),
     "trainer/monitor/mup_health.py": ("before", "after", "time_sums"),
     "trainer/input/encoding.py": ("begin", "encode", "_encode", "features", "_condition"),

@@ -148,6 +148,7 @@ def test_flops_are_the_formulas(simulated: Profile) -> None:
         assert 0.9 * 2 * step.rows * forward < step.flops["backward"] <= 2 * step.rows * forward
 
 
+@pytest.mark.slow
 def test_traffic_is_the_weights(simulated: Profile) -> None:
     """Gathered for the forward pass, the blocks for the backward pass again, reduced once; three quarters of it from
     the other three ranks."""

@@ -64,6 +64,7 @@ def test_report(study: Study) -> None:
 
 
 @pytest.mark.skipif(browser.browser() is None, reason=browser.why_not() or "")
+@pytest.mark.slow
 def test_page_in_a_browser(study: Study, tmp_path: Path) -> None:
     page, image = write_page(make_report(study)), tmp_path / "page.png"
     browser.screenshot(page, image, 1100, 2600)
