@@ -172,7 +172,8 @@ class Study:
         return "diverged", f"val_loss_ema {loss:.4g} at step {step} is above {DIVERGED_AT} x the median {median:.4g}"
 
     def trials(self) -> list[Trial]:
-        return [self._trial(frozen) for frozen in self._study.get_trials(deepcopy=False)]
+        with _damage_is_told(self.folder):
+            return [self._trial(frozen) for frozen in self._study.get_trials(deepcopy=False)]
 
     def importance(self) -> dict[str, float]:
         """Share of each key in what separates good trials from the others (PED-ANOVA); {} of too few."""
@@ -189,10 +190,14 @@ class Study:
         attributes = dict(frozen.user_attrs)
         waiting = frozen.state == TrialState.WAITING
         outcome = attributes.pop("outcome", None)
+        point = frozen.system_attrs["fixed_params"] if waiting else dict(frozen.params)
+        # A kill while it is asked for leaves a running trial without some of its values; no other is without.
+        if frozen.state != TrialState.RUNNING and (missing := self._distributions.keys() - point.keys()):
+            raise LookupError(f"trial {frozen.number} has no {min(missing)}")
         return Trial(
             number=frozen.number,
             state="waiting" if waiting else outcome if frozen.state.is_finished() else "running",
-            point=frozen.system_attrs["fixed_params"] if waiting else dict(frozen.params),
+            point=point,
             value=frozen.value if frozen.state == TrialState.COMPLETE else None,  # a pruned one has its last loss
             losses=attributes.pop("losses", []),
             reason=attributes.pop("reason", ""),

@@ -107,6 +107,7 @@ def damaged(whole: bytes, kind: str, where: float, noise: bytes) -> bytes:
 
 
 @example(damage=[("cut", 0.9, b"x")])
+@example(damage=[("drop", 0.25, b""), ("drop", 0.25, b"")])  # a value of a finished trial
 @given(damage=DAMAGE)
 @fuzz(20)
 def test_whatever_became_of_a_journal_it_is_read_or_refused_in_one_message(
