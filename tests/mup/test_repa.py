@@ -54,6 +54,7 @@ def test_the_output_multiplier_is_about_the_prediction() -> None:
 
 
 @every_case
+@pytest.mark.slow
 def test_training_follows_the_rules(case: Case) -> None:
     table = case.table(M)
     assert [check(case, table, M) for check in (wrong_updates, wrong_decays, wrong_init, wrong_multipliers)] == [[]] * 4

@@ -199,6 +199,7 @@ def test_checks_name_exactly_the_culprits(case: Case, name: str) -> None:
 
 @every_case
 @pytest.mark.parametrize("role", ["hidden", "input", "output", "vector"])
+@pytest.mark.slow
 def test_the_check_of_eps_names_exactly_the_culprits(case: Case, role: str) -> None:
     table = planted(case, on(case.names_of(role), lambda r: replace(r, eps=1.0)), Settings(eps_rule="width"))
     assert set(wrong_eps(case, table, M)) == case.names_of(role)

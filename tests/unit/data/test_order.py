@@ -147,6 +147,7 @@ def test_one_source_keeps_the_order_of_older_runs() -> None:
         ((500, 77, 900, 5), (5, 2, 1, 1e-3), 6),
     ],
 )
+@pytest.mark.slow
 def test_every_batch_holds_the_share_of_each_source_at_any_world_size(
     sizes: tuple[int, ...], weights: tuple[float, ...], batch: int
 ) -> None:

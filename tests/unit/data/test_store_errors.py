@@ -221,6 +221,7 @@ def test_s3_without_a_login_says_how_to_give_one(s3: Server) -> None:
         (503, "SlowDown", r"\(store: HTTP 503, a fault of the server\): it may pass"),
     ],
 )
+@pytest.mark.slow
 def test_what_s3_refuses_is_named(
     s3: Server, monkeypatch: pytest.MonkeyPatch, status: int, code: str, said: str
 ) -> None:
