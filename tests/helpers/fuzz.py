@@ -21,6 +21,7 @@ def fuzz(examples: int, **more: Any) -> Callable[[Any], Any]:
     return lambda test: pytest.mark.slow(chosen(test))
 
 
+READ, REFUSED = "read", "refused in one message"
 OUTCOMES = Counter[str]()
 """Cases of the running test by how they ended; tests/conftest.py writes them into its report."""
 
@@ -31,9 +32,9 @@ def counted(*refusals: type[Exception]) -> Iterator[None]:
     try:
         yield
     except refusals:
-        OUTCOMES["refused in one message"] += 1
+        OUTCOMES[REFUSED] += 1
     else:
-        OUTCOMES["read"] += 1
+        OUTCOMES[READ] += 1
 
 
 def count_samples(reasons: Iterable[str | None]) -> None:

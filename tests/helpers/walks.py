@@ -4,6 +4,7 @@ At debug size and in one process. Paths of the page lie in one folder.
 """
 
 import io
+import itertools
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,9 @@ _SMALLER = {
     "..000999}": "..000000}", "--workers 16": "", "--workers 64": "", "--resize 512": "--resize 32",
     "torchrun --nproc-per-node 8": "python",
 }  # fmt: skip
+_STEPS = (
+    "train.steps=3", "train.validate_every=3", "train.sample_every=0", "data.val_shards=null", "validation.samples=4",
+)  # fmt: skip
 _PATHS = re.compile(r"(?<![\w./-])(/data|photos|shards|web|captions\.jsonl|latents|runs)(?=[/\s'\"]|$)", re.MULTILINE)
 
 
@@ -133,38 +138,35 @@ def img2dataset_folder(folder: Path, each: list[Pair]) -> None:
 def walk(folder: Path, tools: Mapping[str, Callable[[str], None]], scripts: Mapping[str, str | Path]) -> list[str]:
     """Run the page's blocks one after another; a command that fails is an AssertionError with its output.
 
-    tools: what does the work of a program, given its command. scripts: the python of a script by the heading that it
-    is under, or by the first package that it imports; others run here. Returns the output of each command.
+    tools: what does the work of a program, given its command. scripts: the interpreter of a script by the package that
+    it imports first, "" where it is left out; others run here. Returns the output of each command.
     """
     vae = f"autoencoder={{path: {small_autoencoder(folder / 'vae')}, channels: 4, downsample: 2}}"
-    steps = ("train.steps=3", "train.validate_every=3", "train.sample_every=0", "data.val_shards=null")
-    said, trained = [], 0
+    said, names = [], (f"run_{number}" if number else "NAME" for number in itertools.count())
     for block in blocks():
-        if block.language == "python":
-            package = block.text.split()[1]
-            python = scripts.get(package, sys.executable)
-            if python:
-                said.append(_done([str(python), "-c", block.text], folder))
-        for line in block.text.splitlines() if block.language == "bash" else ():
-            for text, smaller in _SMALLER.items():
-                line = line.replace(text, smaller)
-            line = _PATHS.sub(lambda found: f"{folder}/{found[1].strip('/')}", line)
+        if block.language == "python" and (python := scripts.get(block.text.split()[1], sys.executable)):
+            said.append(_done([str(python), "-c", block.text], folder))
+        for line in map(partial(_smaller, folder), block.text.splitlines() if block.language == "bash" else ()):
             command = shlex.split(line, comments=True)
             if command[0] in tools:
                 tools[command[0]](line)
-            elif command[0] != "python":
+                continue
+            if command[0] != "python":
                 said.append(_done(["bash", "-c", f"set -eo pipefail; {line}"], folder))
-            else:
-                if command[1] == "launch/train.py" and "NAME-more" not in line:
-                    name = "NAME" if trained == 0 else f"run_{trained}"
-                    command += [*steps, "validation.samples=4", f"run.dir={folder / 'runs'}", f"run.name={name}"]
-                    trained += 1
-                if "latents" in line:
-                    command.append(vae)
-                done = finished(*command[1:])
-                assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-                said.append(done.stdout + done.stderr)
+                continue
+            if command[1] == "launch/train.py" and "NAME-more" not in line:
+                command += [*_STEPS, f"run.dir={folder / 'runs'}", f"run.name={next(names)}"]
+            done = finished(*command[1:], *([vae] if "latents" in line else []))
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+            said.append(done.stdout + done.stderr)
     return said
+
+
+def _smaller(folder: Path, line: str) -> str:
+    """A command of the page at debug size, with its paths in the folder."""
+    for text, smaller in _SMALLER.items():
+        line = line.replace(text, smaller)
+    return _PATHS.sub(lambda found: f"{folder}/{found[1].strip('/')}", line)
 
 
 def _done(command: list[str], folder: Path) -> str:

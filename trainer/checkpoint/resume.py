@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config.resume import check_resume
+from ..config.resume import check_resume, has_new_data
 from ..config.schema import TrainConfig
 from ..errors import CheckpointError, ConfigError
 from ..mup.table import MuTable
@@ -49,7 +49,7 @@ def find_resumed(
         raise CheckpointError(f"{checkpoint} is before step {first}, at which the data of data.first_step begin")
     changes = check_resume(meta["config"], config, meta["step"])
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
-    if first and meta["step"] == first:  # it has read none of these data
+    if has_new_data(config, meta["step"]):  # it has read none of these data
         fingerprints = {part: value for part, value in fingerprints.items() if part not in OF_DATA}
     check_same_contents(meta, fingerprints, checkpoint)
     return Resumed(checkpoint, meta, changes, damaged)

@@ -32,6 +32,11 @@ def of_data(key: str) -> bool:
     return key.startswith("data.") and key != "data.resolution"
 
 
+def has_new_data(config: TrainConfig, step: int) -> bool:
+    """Whether the run goes on with other data from this step on."""
+    return 0 < step == config.data.first_step
+
+
 def check_resume(old: Mapping[str, Any], new: TrainConfig, step: int) -> list[str]:
     """The keys that changed, as text for the log; raises ConfigError for changes that are refused.
 
@@ -39,7 +44,7 @@ def check_resume(old: Mapping[str, Any], new: TrainConfig, step: int) -> list[st
     the run goes on with other data, and their keys may change.
     """
     found, allowed = differences(old, new), new.run.allow_change
-    free = [each for each in found if step and step == new.data.first_step and of_data(each.key)]
+    free = [each for each in found if has_new_data(new, step) and of_data(each.key)]
     identity = [each for each in found if each.kind == "identity" and each not in free]
     schedule = [each for each in found if each.kind == "schedule" and each.key not in allowed]
     if identity or schedule:

@@ -180,7 +180,7 @@ def test_an_index_that_cannot_be_stored_is_kept_in_memory(tmp_path: Path, monkey
 def test_a_compressed_tar_is_named_with_what_unpacks_it(tmp_path: Path, compress: str, name: str, remote: bool) -> None:
     """As SA-1B is served, under the name of a plain one."""
     if shutil.which(compress.split()[0]) is None:
-        pytest.skip("not installed")
+        pytest.skip(f"{compress.split()[0]} is not installed")
     plain = write_tar(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"x"})
     (tmp_path / "plain").mkdir()
     (tmp_path / "sa_0.tar").write_bytes(subprocess.check_output([*compress.split(), "-c", str(plain)]))

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.helpers.fuzz import OUTCOMES, fuzz
+from tests.helpers.fuzz import OUTCOMES, READ, REFUSED, fuzz
 from tests.helpers.paths import ROOT
 from trainer.checkpoint.compatible import check_same_engine, check_same_model
 from trainer.checkpoint.find import find_checkpoint, weights_of
@@ -181,10 +181,10 @@ def test_any_damage_is_refused_or_does_not_matter(name: str, world: World, tmp_p
         found, message = bounded(trial)
         assert "allocate" not in message, "refused for want of memory alone"
         if found is None:
-            OUTCOMES["refused in one message"] += 1
+            OUTCOMES[REFUSED] += 1
             return
         same = all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-        OUTCOMES["read" if same else "read: forged numbers"] += 1
+        OUTCOMES[READ if same else "read: forged numbers"] += 1
         assert same or forged, "a digest that does not fit was passed over"
 
     check()

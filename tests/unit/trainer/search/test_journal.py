@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.helpers.fuzz import OUTCOMES, fuzz
+from tests.helpers.fuzz import OUTCOMES, READ, REFUSED, fuzz
 from tests.helpers.studies import fill, search
 from trainer.errors import ConfigError
 from trainer.files import append_lines
@@ -128,9 +128,9 @@ def test_whatever_became_of_a_journal_it_is_read_or_refused_in_one_message(
             assert [9.0] in [trial.losses for trial in Study.load(str(path.parent)).trials()]
     except ConfigError as error:
         told = str(error)
-        OUTCOMES["refused in one message"] += 1
+        OUTCOMES[REFUSED] += 1
     else:
-        OUTCOMES["read"] += 1
+        OUTCOMES[READ] += 1
         return
     assert str(path.parent) in told
     assert "\n" not in told or "another search" in told
