@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 from export.diffusers_folder import twin_config
 from export.forms import TWINS
 from models.layers import ClassCondition
+from trainer.build.engine import native_engine
 from trainer.config.schema import TrainConfig
 from trainer.mup.table import MuTable
-from trainer.parallel.fsdp import FSDP2Engine, Sharding
+from trainer.parallel.engine import Engine
 from trainer.parallel.mesh import World
 from trainer.parallel.precision import precision_of
 
@@ -45,7 +46,7 @@ class Twin(nn.Module):
         return [*self.model.transformer_blocks]
 
 
-def build_twin(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine:
+def build_twin(config: TrainConfig, table: MuTable, world: World) -> Engine:
     """In place of trainer.build.build_engine: the twin. Its weights are random numbers: time does not depend on them.
 
     With parallel.compile its blocks are compiled for the shapes at hand.
@@ -59,8 +60,7 @@ def build_twin(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine
     def initialise(materialised: nn.Module) -> None:
         for parameter in materialised.parameters():
             whole = parameter.detach()
-            assert isinstance(whole, DTensor)
-            whole.to_local().normal_(std=0.02)
+            (whole.to_local() if isinstance(whole, DTensor) else whole).normal_(std=0.02)
         for buffer in materialised.buffers():
             buffer.zero_()
 
@@ -68,12 +68,12 @@ def build_twin(config: TrainConfig, table: MuTable, world: World) -> FSDP2Engine
         settings = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay, "eps": config.optim.eps}
         return [{"params": list(named.values()), "lr_scale": 1.0, **settings}]
 
-    return FSDP2Engine(
-        model,
+    return native_engine(
+        config,
+        model=model,
         units=[],  # gathered whole, once a step: diffusers' DiT reads weights of its first block from outside of it
         world=world,
         precision=precision_of(config.parallel.precision, world.device),
-        sharding=Sharding(),
         initialise=initialise,
         groups=groups,
         betas=config.optim.betas,

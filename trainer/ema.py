@@ -24,12 +24,15 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:
         """average += (1 - decay) x (weight - average); nothing if `skipped`, 0 or 1 on the device, is 1."""
+        live = list(self._live.values())
         for decay, shards in self.shards.items():
-            rate = (1 - self.decay_at(decay, step)) * (1 - skipped)
             averages = [shards[name] for name in self._live]
-            # One rate per tensor: only as a list of tensors may rates lie on the device, where `skipped` is known.
-            rates = [rate.to(averages[0])] * len(averages)
-            torch._foreach_lerp_(averages, list(self._live.values()), rates)
+            # This is gradient descent on (average - weight)^2 / 2, which torch makes one kernel for all tensors, and
+            # with a flag on the device that can be read there. lerp with a rate on the device is a kernel for each.
+            torch._fused_sgd_(
+                averages, live, [], lr=1 - self.decay_at(decay, step), weight_decay=1.0, momentum=0.0, dampening=0.0,
+                nesterov=False, maximize=True, is_first_step=False, found_inf=skipped.to(averages[0].device),
+            )  # fmt: skip
 
     def reset(self, decays: Sequence[float]) -> None:
         """Start the averages of some decays again from the live weights."""

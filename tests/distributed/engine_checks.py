@@ -191,7 +191,7 @@ def another_setting_is_seen(world: World) -> dict[str, int]:
     config, found = configured("parallel.precision=fp32", *UPDATE), {}
     for key in ("lr_scale", "weight_decay", "eps"):
         engine = made(config, world)
-        group = max(engine._optimizer.param_groups, key=lambda group: group["weight_decay"])
+        group = max(engine._update._optimizer.param_groups, key=lambda group: group["weight_decay"])
         group[key] *= 2
         found[key] = len(wrong_update(config, engine, world)) - len(group["params"])
     return found

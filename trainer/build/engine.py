@@ -27,6 +27,7 @@ from ..parallel.engine import Engine
 from ..parallel.fsdp import FSDP2Engine, Sharding
 from ..parallel.mesh import World
 from ..parallel.precision import precision_of
+from ..parallel.single import SingleEngine
 from ..parallel.zero import ZeroEngine
 
 
@@ -85,10 +86,18 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> Engine:
             model, stage=parallel.zero_stage, fill_buffers=model.fill_buffers, initial=initial, **common
         )
     else:
-        sharding = Sharding(parallel.reshard_after_forward, parallel.prefetch, parallel.cpu_offload)
-        engine = FSDP2Engine(model, units=units, sharding=sharding, initialise=initialise, **common)
+        engine = native_engine(config, model=model, units=units, initialise=initialise, **common)
     _check_settings(engine, table, optim)
     return engine
+
+
+def native_engine(config: TrainConfig, world: World, **given: Any) -> FSDP2Engine | SingleEngine:
+    """The engine that is named fsdp2: on one process FSDP2 is left out, but for its offload to the host."""
+    parallel = config.parallel
+    if world.size == 1 and not parallel.cpu_offload:
+        return SingleEngine(world=world, **given)
+    sharding = Sharding(parallel.reshard_after_forward, parallel.prefetch, parallel.cpu_offload)
+    return FSDP2Engine(world=world, sharding=sharding, **given)
 
 
 def _check_settings(engine: Engine, table: MuTable, optim: OptimConfig) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -244,7 +245,9 @@ def profile(config: TrainConfig, world_size: int, rank: int = 0) -> Profile:
     objective.draw(torch.zeros(1, config.autoencoder.channels, 1, 1), torch.zeros(1, dtype=torch.int64))
     with simulated_world(world_size, resolved.shard, rank) as (world, account):
         engine = build_engine(config, table, world)
-        parameters = _nbytes(engine.master_shards().values())
+        # On one GPU the model has a bf16 copy of the weights, which is no DTensor.
+        copies = [p for p in engine.model.parameters() if not isinstance(p, DTensor) and p.dtype == torch.bfloat16]
+        parameters = _nbytes([*engine.master_shards().values(), *copies])
         other = _nbytes(engine.model.buffers())
         optimizer = account.live[STATE] - parameters - other
         ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)

@@ -1,7 +1,7 @@
 """The fsdp2 engine: fully_shard per unit (HSDP on a 2-D mesh), fused AdamW with groups by name.
 
 The order matters and raises nothing when wrong: shard, materialise, fill buffers, init, and only then build the
-optimizer; one built before fully_shard trains nothing. Degree 1 goes the same way.
+optimizer; one built before fully_shard trains nothing. On one process single.SingleEngine does the same without FSDP2.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,8 +22,7 @@ from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch, exchange
 from .mesh import World
 from .precision import Precision
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from .update import AdamWUpdate, squared_norms, total_norm
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class FSDP2Engine:
     ) -> None:
         self._world = world
         self._saver = AsyncSaver(world.device, world.checkpoint)
-        self._clip_norm = clip_norm
         model.to(torch.float64 if precision == "fp64" else torch.float32)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if precision == "bf16" else None,
@@ -88,16 +86,8 @@ class FSDP2Engine:
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), name
             self._parameters[name] = parameter
-        # The update is each rank's own but for one norm, so it is made on plain shards in the parameters' memory:
-        # on DTensors each operation is dispatched in Python, once for every parameter.
-        self._shards = {name: _detached(parameter).to_local() for name, parameter in self._parameters.items()}
-        self._optimizer = torch.optim.AdamW(groups(self._shards), betas=betas, fused=True)
-        for shard in self._shards.values():
-            # The state that fused AdamW makes at its first step, made now so that a checkpoint can be read into it.
-            self._optimizer.state[shard] = {
-                "step": torch.zeros((), dtype=torch.float32, device=shard.device),
-                **{moment: torch.zeros_like(shard) for moment in _MOMENTS},
-            }
+        shards = {name: _detached(parameter).to_local() for name, parameter in self._parameters.items()}
+        self._update = AdamWUpdate(shards, groups, betas, clip_norm)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         # Hooks of FSDP2 reduce the gradients within loss.backward. Left to the last micro-batch, they would be held
@@ -111,56 +101,30 @@ class FSDP2Engine:
         loss.backward()
 
     def step(self, lr: float, watch: Watch | None = None, max_norm: Tensor | None = None) -> StepResult:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
         gradients = self._gradient_shards()
-        norm = self._norm(list(gradients.values()))
-        clipped = torch.zeros_like(norm)
-        for name, gradient in gradients.items():
-            self._shards[name].grad = gradient
-        if self._clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._shards.values(), self._clip_norm, norm, foreach=True)
-            clipped = (norm > self._clip_norm).float()
-        if max_norm is not None:
-            # Under CPU offload the norm is the host's, and the flag below must be there when the optimizer reads it.
-            max_norm = max_norm.to(norm.device)
-        bad = ~norm.isfinite() if max_norm is None else ~norm.isfinite() | (norm > max_norm)
-        skipped = bad.float()
-        # Fused AdamW reads this flag on the device and then leaves weights, moments and step count alone.
-        setattr(self._optimizer, "found_inf", skipped)  # noqa: B010 (an attribute that torch looks up by name)
-        if watch is not None:
-            watch.before(self._shards, gradients)
-        self._optimizer.step()
-        if watch is not None:
-            watch.after(self._shards)
-        self._optimizer.zero_grad(set_to_none=True)
+        result = self._update.step(gradients, self._norm(gradients), lr, watch, max_norm)
         for parameter in self._parameters.values():
             parameter.grad = None
         device = self._world.device  # under cpu_offload they are in the host's memory
-        return StepResult(norm.to(device), skipped.to(device), clipped.to(device))
+        return StepResult(*(scalar.to(device) for scalar in result))
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
+    def _norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The norm of all gradients, on the shards' device; the same on all ranks."""
-        norms = torch.stack(torch._foreach_norm(gradients))  # [T], of this rank's shards
-        parts = norms.square().to(self._world.device)  # under cpu_offload they are in the host's memory
+        squared = squared_norms(gradients)  # [T], of this rank's shards
+        parts = squared.to(self._world.device)  # under cpu_offload they are in the host's memory
         if self._shard_group.size() > 1:
             dist.all_reduce(parts, group=self._shard_group)
-        norm = torch.linalg.vector_norm(parts.sqrt())
+        norm = total_norm(parts)
         if self._copies is not None:
             # Copies of the weights may add up the shards' parts in another order: one of them decides for all.
             dist.broadcast(norm, group=self._copies, group_src=0)
-        return norm.to(norms.device)
+        return norm.to(squared.device)
 
     def optimizer_settings(self) -> dict[str, tuple[float, float, float]]:
-        names = {id(shard): name for name, shard in self._shards.items()}
-        return {
-            names[id(shard)]: (group["lr"], group["weight_decay"], group["eps"])
-            for group in self._optimizer.param_groups
-            for shard in group["params"]
-        }
+        return self._update.settings()
 
     def master_shards(self) -> dict[str, Tensor]:
-        return dict(self._shards)
+        return dict(self._update.shards)
 
     @torch.no_grad()
     def _gradient_shards(self) -> dict[str, Tensor]:
@@ -175,7 +139,7 @@ class FSDP2Engine:
         return _detached(self._parameters[name]).full_tensor()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {name: {"model": shard, **self._optimizer.state[shard]} for name, shard in self._shards.items()}
+        return self._update.state()
 
     def cut(self, name: str, full: Tensor) -> Tensor:
         parameter = self._parameters[name]
@@ -220,22 +184,17 @@ class FSDP2Engine:
         load_tensors(folder, weights, self._world.checkpoint)
 
     def _tensors(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Everything of a checkpoint under one name each, sharded tensors as DTensors that share memory."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
-            state = self._optimizer.state[self._shards[name]]
-            tensors[f"model/{name}"] = parameter.detach()
-            tensors[f"step/{name}"] = state["step"]
-            for moment in _MOMENTS:
-                tensors[f"{moment}/{name}"] = _like(state[moment], parameter)
-        return tensors | self._sharded(extra)
+        """Everything of a checkpoint under one name each, shards as DTensors that share memory."""
+        return self._sharded({**self._update.tensors(), **extra})
 
     def _sharded(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`extra` with the shards among it as DTensors."""
+        """`extra` with the shards among it as DTensors. The counts of updates are no shards, though they are named
+        like them."""
         tensors: dict[str, Tensor] = {}
         for key, tensor in extra.items():
-            parameter = self._parameters.get(key.partition("/")[2])
-            tensors[key] = tensor if parameter is None else _like(tensor, parameter)
+            group, _, name = key.partition("/")
+            whole = group == "step" or name not in self._parameters
+            tensors[key] = tensor if whole else _like(tensor, self._parameters[name])
         return tensors
 
 

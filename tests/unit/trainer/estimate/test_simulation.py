@@ -58,7 +58,8 @@ def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, in
     ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
     rows_of = build_mup_table(config).rows
     health = Health({name: WatchedParameter(row.role, config.optim.eps) for name, row in rows_of.items()}, replicas=1)
-    state = 4 * sum(p.numel() for p in engine.model.parameters()) * (3 + len(config.ema.decays))
+    numbers = sum(p.numel() for p in engine.model.parameters())
+    state = 4 * numbers * (3 + len(config.ema.decays)) + 2 * numbers  # the model computes with a copy in bf16
 
     def one_step() -> None:
         batch = _batch(config, rows)
