@@ -23,6 +23,7 @@ from benchmarks.train_step import clock
 from models.configs import MMDiTConfig
 from models.layers import attend
 from models.mmdit import Block
+from trainer.ema import EMA
 
 Works = dict[str, Callable[[], Any]]
 
@@ -103,9 +104,10 @@ def tensors(device: torch.device, width: int, blocks: int) -> list[Tensor]:
 
 
 def averages(device: torch.device, width: int, blocks: int) -> Works:
-    """An update of the EMA with a rate that lies on the device."""
+    """An update of the EMA that the device can skip: by a flag of its own, or by a rate that lies on it."""
     live, average = (tensors(device, width, blocks) for _ in range(2))
-    rate = torch.tensor(1e-4, device=device)
+    ema = EMA({str(number): tensor for number, tensor in enumerate(live)}, (0.9999,), warmup=False)
+    rate, taken = torch.tensor(1e-4, device=device), torch.zeros((), device=device)
 
     def three_passes() -> None:
         difference = torch._foreach_sub(live, average)
@@ -117,6 +119,7 @@ def averages(device: torch.device, width: int, blocks: int) -> Works:
             one.lerp_(other, rate)
 
     return {
+        "fused_sgd": lambda: ema.update(0, taken),
         "foreach_lerp": lambda: torch._foreach_lerp_(average, live, [rate] * len(live)),
         "foreach_sub_mul_add": three_passes,
         "lerp_by_tensor": by_tensor,

@@ -35,7 +35,7 @@ def test_collectives_of_a_step(ranks: Results) -> None:
     freed = {gathers: 2 * (4 + 3), "_reduce_scatter_base_": 2 * 4} | norm
     for r in ranks:
         assert r["collectives"] == {
-            "free": freed, "prefetch": freed, "keep": once, "keep_offload": once,
+            "free": freed, "prefetch": freed, "keep": once, "keep_offload": once, "shipped": once,
             "replicas": {"allreduce_": 4, "broadcast_": 1},
         }  # fmt: skip
 

@@ -89,7 +89,9 @@ def build_inference(
     check_weights_readable(read_meta(checkpoint), checkpoint)
     encoders = Encoders(config, world)
     _check_text_encoder(encoders, checkpoint, config.text_encoder.path)
-    engine = build_engine(config, table, world)
+    # Compiling takes longer than what it saves in a few images: only where it is asked for.
+    eager = config.parallel.model_copy(update={"compile": bool(config.parallel.compile)})
+    engine = build_engine(config.model_copy(update={"parallel": eager}), table, world)
     if weights == "live" and read_meta(checkpoint).get("averages_only"):
         raise CheckpointError(f"{checkpoint} is a snapshot, which holds EMA weights alone: there are no live ones")
     group = f"ema_{config.ema.decays[0]}" if weights == "ema" else "model"

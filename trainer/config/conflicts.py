@@ -130,7 +130,7 @@ def _zero_conflicts(c: TrainConfig) -> Iterator[str]:
         yield "parallel.precision fp64 needs parallel.engine fsdp2: zero has fp32 and bf16"
     if parallel.shard != 0:
         yield "parallel.shard must be 0 under parallel.engine zero, which shards over all ranks; fsdp2 has replicas"
-    if not parallel.reshard_after_forward:
+    if parallel.reshard_after_forward is False:
         yield "parallel.reshard_after_forward false is of parallel.engine fsdp2: under zero use parallel.zero_stage 2"
     if parallel.cpu_offload:
         yield "parallel.cpu_offload needs parallel.engine fsdp2"

@@ -211,13 +211,15 @@ class ParallelConfig(Section):
     precision: Literal["bf16", "fp32", "fp64"] | None = None
     """Number type of the computation over fp32 master weights; null is bf16 on a GPU and fp32 on a CPU. fp64 is for
     tests."""
-    compile: bool = False
-    """Compile each block; a shape that would make it fall back to eager mode ends the run."""
+    compile: bool | None = None
+    """Compile each block; null does so on a GPU in training. A block that the compiler fails on runs eagerly, with a
+    warning; shapes that would need more and more graphs end the run."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What is kept for the backward pass: all activations (`none`), the blocks' inputs alone (`full`), or those and the
     outputs of matrix products and of attention (`selective`)."""
-    reshard_after_forward: bool = True
-    """Free the gathered weights between forward and backward (engine fsdp2); false, as ZeRO-2, is for small models."""
+    reshard_after_forward: bool | None = None
+    """Free the gathered weights between forward and backward (engine fsdp2); false, as ZeRO-2, is for small models;
+    null is false for models of at most 3 B parameters and where parallel.shard is 1."""
     prefetch: int = Field(default=1, ge=0)
     """Blocks whose weights are gathered ahead of their use (engine fsdp2); 0 leaves it to the engine."""
     cpu_offload: bool = False

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective, units_of
+from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective, compiles, units_of
 from ..config.load import load_config
 from ..config.resolve import resolve
 from ..config.schema import TrainConfig
@@ -25,8 +25,8 @@ def check_config(
     batch: int,
     parametrization: str | None = None,
 ) -> TrainConfig:
-    """The config of one run of the check, in fp32 unless the overrides say otherwise: bf16 would round small changes
-    away."""
+    """The config of one run of the check, in fp32 and not compiled unless the overrides say otherwise: bf16 would round
+    small changes away, and layers inside of compiled blocks cannot be followed."""
     forced = [
         "data.shards=synthetic",
         "train.micro_batch_size=null",
@@ -36,7 +36,7 @@ def check_config(
         f"optim.lr={lr}",
         *([f"mup.parametrization={parametrization}"] if parametrization else []),
     ]
-    return load_config(name, ["parallel.precision=fp32", *overrides, *forced])
+    return load_config(name, ["parallel.precision=fp32", "parallel.compile=false", *overrides, *forced])
 
 
 def without_repa(name: str, overrides: Sequence[str]) -> list[str]:
@@ -67,5 +67,5 @@ def build_subject(config: TrainConfig, world: World, table: MuTable | None = Non
         engine.backward(value, last=True)
         engine.step(config.optim.lr)
 
-    observed = observe(engine.model, units_of(engine), config.parallel.compile)
+    observed = observe(engine.model, units_of(engine), compiles(config, world))
     return Subject(engine.model, table, observed, loss, update, engine.full)

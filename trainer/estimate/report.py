@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..build.engine import build_mup_table
+from ..build.engine import build_mup_table, keeps_gathered
 from ..build.flops import image_flops
 from ..config.resolve import Resolved, resolve
 from ..config.schema import TrainConfig
@@ -204,7 +204,7 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
         said.append("It fits only without the encoders on the GPU: precompute latents and text states.")
     else:
         said.append(f"It does not fit: {cached['total']:.1f} of {cached['usable']:.1f} GiB even without encoders.")
-        kept = not config.parallel.reshard_after_forward and found["micro_batches"] > 1
+        kept = keeps_gathered(config, found["parameters"]) and found["micro_batches"] > 1
         if kept and cached["gradients"] > max(cached["activations"], cached["parameters"]):
             said.append(
                 "Accumulation keeps whole gradients under parallel.reshard_after_forward=false: set it to true, or "

@@ -1,4 +1,4 @@
-"""torch.compile per shard unit; what falls back to eager ends the run."""
+"""torch.compile per shard unit: what cannot be compiled runs eagerly, with a warning; too many graphs end the run."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental import _config as shapes
 
 from ..errors import CompileError
@@ -17,24 +17,46 @@ _aten = torch.ops.aten
 _MOST_GRAPHS = 32
 
 
-def compile_units(units: Sequence[nn.Module], backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_units(
+    units: Sequence[nn.Module], warn: Callable[[str], None], backend: str | Callable[..., Any] = "inductor"
+) -> None:
     """Compile every unit for any batch and any number of tokens: units of a class share their graphs.
 
-    Raises CompileError in the forward pass where a unit would need too many graphs; nothing ever runs uncompiled.
+    A class of units for which the compiler fails runs eagerly, which `warn` is told once. Raises CompileError in the
+    forward pass where a unit would need too many graphs.
     """
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     # Else two sizes that are equal at first (tokens and width, say) are taken for the same, and graphs multiply.
     shapes.use_duck_shape = False
+    failed: set[str] = set()
     for unit in units:
-        compiled = torch.compile(unit.forward, dynamic=True, fullgraph=True, backend=backend)
-        unit.forward = partial(_compiled, compiled, type(unit).__name__)
+        eager = unit.forward
+        compiled = torch.compile(eager, dynamic=True, fullgraph=True, backend=backend)
+        unit.forward = partial(_compiled, compiled, eager, type(unit).__name__, failed, warn)
 
 
-def _compiled(forward: Callable[..., Any], name: str, *inputs: Any) -> Any:
+def _compiled(
+    compiled: Callable[..., Any],
+    eager: Callable[..., Any],
+    name: str,
+    failed: set[str],
+    warn: Callable[[str], None],
+    *inputs: Any,
+) -> Any:
+    if name in failed:
+        return eager(*inputs)
     try:
-        return forward(*inputs)
+        return compiled(*inputs)
     except FailOnRecompileLimitHit as error:
         raise CompileError(
             f"parallel.compile: {name} was compiled {_MOST_GRAPHS} times and its inputs still vary; set "
             "parallel.compile=false, or see with TORCH_LOGS=recompiles what varies"
         ) from error
+    except TorchDynamoException as error:
+        failed.add(name)
+        reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0][:200]
+        warn(
+            f"warning: parallel.compile: {name} cannot be compiled here ({reason or type(error).__name__}) and runs "
+            "eagerly, which is slower; mend the compiler, or set parallel.compile=false"
+        )
+        return eager(*inputs)

@@ -31,7 +31,10 @@ from trainer.monitor.mup_health import Health, WatchedParameter
 from trainer.parallel.mesh import World, init_world
 from trainer.step import micro_batch_losses
 
-SMALL = ("data.shards=synthetic", "text_encoder.path=none", "text_encoder.width=32", "text_encoder.max_length=16")
+SMALL = (
+    "data.shards=synthetic", "text_encoder.path=none", "text_encoder.width=32", "text_encoder.max_length=16",
+    "parallel.reshard_after_forward=true",
+)  # fmt: skip
 TOLERANCE = 0.001
 
 
@@ -183,7 +186,8 @@ def test_other_counts_and_batches_follow(simulated: Profile) -> None:
 
 @pytest.mark.slow
 def test_gradients_kept_whole_are_counted() -> None:
-    config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "parallel.reshard_after_forward=false")
+    keep = ("train.global_batch_size=16", "parallel.reshard_after_forward=false")
+    config = load_config("mmdit_debug_mup.yaml", [*SMALL[:-1], *keep])
     found = profile(config, 4)
     memory = Memory(found, build_mup_table(config))
     assert memory.total(4, 4, True) > memory.total(4, 4, False) + 2 * found.parameters

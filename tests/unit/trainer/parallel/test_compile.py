@@ -111,7 +111,7 @@ def test_seven_token_counts_share_graphs(kind: str, mode: Any) -> None:
     first block, whose input is a view in some backbones."""
     plain, (model, units) = build(kind, "mup.base_depth=2")[0], build(kind, "mup.base_depth=2")
     checkpoint_activations(units, mode)
-    compile_units(units, backend="eager")
+    compile_units(units, pytest.fail, backend="eager")
     for shape in SHAPES:
         given = inputs(kind, shape)
         expected, found = gradients(plain, given), gradients(model, given)
@@ -126,7 +126,7 @@ def test_branch_scale_reaches_the_graph() -> None:
     outputs = []
     for more in ((), ("mup.base_depth=1",)):
         model, units = build("dit", *more)
-        compile_units(units, backend="eager")
+        compile_units(units, pytest.fail, backend="eager")
         outputs.append((model(*given)[0], build("dit", *more)[0](*given)[0]))
     assert all(torch.allclose(compiled, eager, rtol=1e-9) for compiled, eager in outputs)
     assert not torch.allclose(outputs[0][0], outputs[1][0], rtol=1e-3)
@@ -138,7 +138,7 @@ def test_a_static_shape_ends_the_run_instead_of_running_eager(monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic, **rest: compile_static(forward, **rest))
     monkeypatch.setattr(compile, "_MOST_GRAPHS", 3)
     model, units = build("dit")
-    compile_units(units, backend="eager")
+    compile_units(units, pytest.fail, backend="eager")
     with pytest.raises(CompileError, match=r"parallel\.compile: Block was compiled 3 times"):
         all(model(*inputs("dit", shape)) for shape in SHAPES)
 
@@ -146,7 +146,24 @@ def test_a_static_shape_ends_the_run_instead_of_running_eager(monkeypatch: pytes
 def test_inductor_computes_what_eager_does() -> None:
     plain, (model, units) = build("dit", "model.depth=2")[0], build("dit", "model.depth=2")
     checkpoint_activations(units, "selective")
-    compile_units(units)
+    compile_units(units, pytest.fail)
     given = inputs("dit", SHAPES[0])
     expected, found = gradients(plain, given), gradients(model, given)
     assert all(torch.allclose(found[name], expected[name], rtol=1e-8, atol=1e-10) for name in expected)
+
+
+def test_what_the_compiler_fails_on_runs_eagerly_and_says_so_once() -> None:
+    """As where Triton is not installed, or a C compiler is missing."""
+
+    def failing(graph: Any, example_inputs: Any) -> Any:
+        raise RuntimeError("Cannot find a working triton installation\nand more")
+
+    plain, (model, units) = build("mmdit")[0], build("mmdit")
+    told: list[str] = []
+    compile_units(units, told.append, backend=failing)
+    given = inputs("mmdit", SHAPES[0])
+    expected, found = gradients(plain, given), gradients(model, given)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    model(*given)
+    assert len(told) == len({type(unit) for unit in units})
+    assert "Block cannot be compiled here (Cannot find a working triton installation) and runs eagerly" in told[0]

@@ -31,6 +31,7 @@ def trained(folder: Path, config: str, engine: str | None, *more: str) -> dict[s
     with built(config, folder, *SMALL, *more, *([engine] if engine else [])) as run:
         assert isinstance(run.engine, ENGINES[engine])
         for batches in islice(run.batches(), 6):
+            assert len(batches) == (3 if any("micro_batch" in key for key in more) else 1)
             train_step(run, batches)
         return state_of(run)
 
@@ -46,11 +47,11 @@ CASES = {
     "dit_debug_mup.yaml": (),
     "uvit_debug_mup.yaml": (),
 }
-SETTINGS = {
+SETTINGS = {  # micro-batches of 2 samples of 32 pixels
     "fp32": ("parallel.precision=fp32",),
     "bf16": ("parallel.precision=bf16",),
-    "bf16, accumulating": ("parallel.precision=bf16", "train.micro_batch_size=2"),
-    "fp64, accumulating": ("parallel.precision=fp64", "train.micro_batch_size=2"),
+    "bf16, accumulating": ("parallel.precision=bf16", "train.micro_batch_size=0.03125"),
+    "fp64, accumulating": ("parallel.precision=fp64", "train.micro_batch_size=0.03125"),
     "bf16, recomputing": ("parallel.precision=bf16", "parallel.activation_checkpointing=full"),
 }
 
