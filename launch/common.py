@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from data.errors import DataError
 from data.redaction import message, redact_logs_and_tracebacks
@@ -25,6 +25,7 @@ from trainer.errors import CheckpointError, CompileError, ConfigError, RunError
 if TYPE_CHECKING:
     from trainer.build.inference import Inference
     from trainer.config.schema import TrainConfig
+    from trainer.parallel.mesh import Ranks
 
 # A command is started by its path, which puts launch/ first on the path of modules. There export.py would hide the room
 # export/: it goes, and the root of the checkout comes last.
@@ -120,26 +121,28 @@ class Opened(NamedTuple):
     config: "TrainConfig"
 
 
-def open_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Opened:
-    """path: a checkpoint, or a run folder, of which the newest is taken. However the run was sharded, the processes of
-    this command share one copy of the weights. Raises CheckpointError and ConfigError."""
+def open_checkpoint(path: Path, overrides: Sequence[str] = (), ranks: "Ranks | None" = None) -> Opened:
+    """path: a checkpoint, or a run folder, of which the newest is taken. ranks: of this command, which verify it
+    together, so that each file is read once; None: this process alone. However the run was sharded, they share one copy
+    of the weights. Raises CheckpointError and ConfigError."""
     from trainer.checkpoint.find import find_checkpoint
     from trainer.checkpoint.meta import read_meta
     from trainer.config.load import parse
 
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(path, None if ranks is None else ranks.control)
     meta = read_meta(folder)
     return Opened(folder, meta, parse(meta["config"], f"the config of {folder}", ["parallel.shard=0", *overrides]))
 
 
 @contextlib.contextmanager
-def inference(
-    checkpoint: Path, config: "TrainConfig", weights: Literal["ema", "live"] = "ema"
-) -> "Iterator[Inference]":
-    """The weights of a checkpoint on the processes of this command, for a block of code."""
+def inference(path: Path, overrides: Sequence[str] = ()) -> "Iterator[tuple[Opened, Inference]]":
+    """A checkpoint, as open_checkpoint says, with its EMA weights on the processes of this command, for a block of
+    code."""
     from trainer.build.inference import build_inference
     from trainer.config.resolve import resolve
-    from trainer.parallel.mesh import open_world, world_size
+    from trainer.parallel.mesh import open_ranks
 
-    with open_world(resolve(config, world_size()).shard) as world:
-        yield build_inference(config, checkpoint, world, weights)
+    with open_ranks() as ranks:
+        opened = open_checkpoint(path, overrides, ranks)
+        world = ranks.world(resolve(opened.config, ranks.size).shard)
+        yield opened, build_inference(opened.config, opened.folder, world)

@@ -8,12 +8,17 @@ The number of processes is that of the zero side. Both engines are in memory at 
 which run code when they are read: convert none but your own. One with files of another user needs --trust-pickles.
 """
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.common import add_overwrite, command, keep_files, run
 from trainer.config.load import parse
 from trainer.config.resolve import resolve
 from trainer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from trainer.parallel.mesh import Ranks
 
 
 def main() -> int:
@@ -26,21 +31,29 @@ def main() -> int:
     add_overwrite(parser)
     arguments = parser.parse_args()
     keep_files(arguments.overwrite, arguments.output)
+    from trainer.parallel.mesh import open_ranks
+
+    with open_ranks() as ranks:
+        write_converted(arguments, ranks)
+    return 0
+
+
+def write_converted(arguments: argparse.Namespace, ranks: "Ranks") -> None:
+    """Verify, check and convert. Raises CheckpointError and ConfigError."""
     from trainer.build.convert import convert
     from trainer.checkpoint.compatible import check_pickles, convert_command, engine_of
     from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
     from trainer.checkpoint.meta import read_meta
-    from trainer.parallel.mesh import open_world, world_size
 
-    checkpoint = find_checkpoint(arguments.checkpoint)
+    checkpoint = find_checkpoint(arguments.checkpoint, ranks.control)
     meta = read_meta(checkpoint)
     written = engine_of(meta)
     check_pickles(meta, checkpoint, arguments.trust_pickles, "--trust-pickles")
     if written["name"] == arguments.engine:
         raise CheckpointError(f"{checkpoint} was written by parallel.engine {arguments.engine} already")
-    if written["name"] == "zero" and written["world_size"] != world_size():
+    if written["name"] == "zero" and written["world_size"] != ranks.size:
         raise CheckpointError(
-            f"{checkpoint} is of {written['world_size']} processes, this command runs on {world_size()}: "
+            f"{checkpoint} is of {written['world_size']} processes, this command runs on {ranks.size}: "
             f"{convert_command(meta, {}, checkpoint)} --engine fsdp2"
         )
     if complete_checkpoints(arguments.output / "checkpoints"):
@@ -54,9 +67,7 @@ def main() -> int:
         )
         for name, stage in ((written["name"], written.get("stage", 2)), (arguments.engine, arguments.zero_stage))
     )
-    with open_world(resolve(target, world_size()).shard) as world:
-        convert(checkpoint, source, target, arguments.output, world)
-    return 0
+    convert(checkpoint, source, target, arguments.output, ranks.world(resolve(target, ranks.size).shard))
 
 
 if __name__ == "__main__":

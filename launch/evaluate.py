@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.redaction import message
 from launch.common import Opened, add_overwrite, command, keep_files, open_checkpoint, run
@@ -24,6 +24,9 @@ from trainer.errors import ConfigError
 from trainer.evaluate.suite import SuiteConfig, digest, load_suite, split_overrides
 from trainer.files import json_text, lock_folder, write_atomically
 from trainer.provenance import commit
+
+if TYPE_CHECKING:
+    from trainer.parallel.mesh import World
 
 
 def main() -> int:
@@ -37,10 +40,15 @@ def main() -> int:
     arguments = parser.parse_args()
     end_with_torchrun()
     of_suite, of_config = split_overrides(arguments.overrides)
-    opened = open_checkpoint(Path(os.path.abspath(arguments.checkpoint)))
     name, suite = load_suite(arguments.suite, of_suite)
-    folder = arguments.output or default_folder(opened, name, arguments.weights)
-    evaluate(opened, suite.applied(opened.config, of_config), name, suite, arguments.weights, folder)
+    from trainer.parallel.mesh import open_ranks
+
+    with open_ranks() as ranks:
+        opened = open_checkpoint(Path(os.path.abspath(arguments.checkpoint)), ranks=ranks)
+        config = suite.applied(opened.config, of_config)
+        folder = arguments.output or default_folder(opened, name, arguments.weights)
+        world = ranks.world(resolve(config, ranks.size).shard)
+        evaluate(opened, config, name, suite, arguments.weights, folder, world)
     return 0
 
 
@@ -54,52 +62,52 @@ def default_folder(opened: Opened, suite: str, weights: str) -> Path:
     return opened.folder.parent.parent / "evaluate" / suite / step
 
 
-def evaluate(opened: Opened, config: TrainConfig, name: str, suite: SuiteConfig, weights: Any, folder: Path) -> None:
+def evaluate(
+    opened: Opened, config: TrainConfig, name: str, suite: SuiteConfig, weights: Any, folder: Path, world: "World"
+) -> None:
     """Make the images that the folder lacks, measure all images, write results.json."""
     from trainer.build.inference import build_inference
     from trainer.collectives import on_rank_0
     from trainer.evaluate.evaluation import prepare
     from trainer.evaluate.results import claim, describe, machine, make_images, measure_images
-    from trainer.parallel.mesh import open_world, world_size
 
-    with open_world(resolve(config, world_size()).shard) as world:
-        model = build_inference(config, opened.folder, world, weights)
-        evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
-        encoders = model.encoders.fingerprints()
-        protocol = suite.protocol({**evaluation.contents, "vae": encoders["autoencoder"]})
-        identity = {
-            "suite": name,
-            "protocol_hash": digest(protocol),
-            "checkpoint": {
-                "run": config.run.name,
-                "step": opened.meta["step"],
-                "weights": weights,
-                "ema_decay": config.ema.decays[0] if weights == "ema" else None,
-                "table_hash": opened.meta["mup"]["sha256"],
-                "files_hash": digest(opened.meta.get("files", {})),
-                "text_encoder": encoders.get("text_encoder"),
-            },
+    model = build_inference(config, opened.folder, world, weights)
+    evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
+    encoders = model.encoders.fingerprints()
+    protocol = suite.protocol({**evaluation.contents, "vae": encoders["autoencoder"]})
+    identity = {
+        "suite": name,
+        "protocol_hash": digest(protocol),
+        "checkpoint": {
+            "run": config.run.name,
+            "step": opened.meta["step"],
+            "weights": weights,
+            "ema_decay": config.ema.decays[0] if weights == "ema" else None,
+            "table_hash": opened.meta["mup"]["sha256"],
+            "files_hash": digest(opened.meta.get("files", {})),
+            "text_encoder": encoders.get("text_encoder"),
+        },
+    }
+    lock = on_rank_0(world, lambda: lock_folder(folder, other="another --output"))
+    on_rank_0(world, lambda: claim(folder, identity))
+    began = time.monotonic()
+    made = make_images(evaluation, model.generate, folder)
+    making_s = time.monotonic() - began
+    figures = measure_images(evaluation, folder)
+    if world.rank == 0:
+        results = {
+            **identity,
+            "metrics": {key: score._asdict() for key, score in figures.items()},
+            "images": len(evaluation.prompts),
+            "protocol": protocol,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "commit": commit(),
+            "machine": machine(evaluation),
+            "seconds": {"images_made": made, "making": making_s, "all": time.monotonic() - began},
         }
-        lock = on_rank_0(world, lambda: lock_folder(folder, other="another --output"))
-        on_rank_0(world, lambda: claim(folder, identity))
-        began = time.monotonic()
-        made = make_images(evaluation, model.generate, folder)
-        making_s = time.monotonic() - began
-        figures = measure_images(evaluation, folder)
-        if world.rank == 0:
-            results = {
-                **identity,
-                "metrics": {key: score._asdict() for key, score in figures.items()},
-                "images": len(evaluation.prompts),
-                "protocol": protocol,
-                "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "commit": commit(),
-                "machine": machine(evaluation),
-                "seconds": {"images_made": made, "making": making_s, "all": time.monotonic() - began},
-            }
-            write_atomically(folder / "results.json", json_text(results, indent=1) + "\n")
-            print(describe(results, folder))
-        del lock  # held until here
+        write_atomically(folder / "results.json", json_text(results, indent=1) + "\n")
+        print(describe(results, folder))
+    del lock  # held until here
 
 
 def table(given: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ python launch/sample.py --checkpoint runs/demo --prompt "a red apple on a teal b
 
 from pathlib import Path
 
-from launch.common import add_overwrite, command, inference, keep_files, open_checkpoint, run
+from launch.common import add_overwrite, command, inference, keep_files, run
 
 
 def main() -> int:
@@ -22,16 +22,15 @@ def main() -> int:
     if arguments.output.suffix != ".png":
         parser.error(f"--output must end in .png, got {arguments.output}")
     keep_files(arguments.overwrite, arguments.output)
-    checkpoint, _, config = open_checkpoint(arguments.checkpoint, arguments.overrides)
     from trainer.evaluate.generate import save_grid
     from trainer.parallel.mesh import rank
 
-    with inference(checkpoint, config) as model:
+    with inference(arguments.checkpoint, arguments.overrides) as (opened, model):
         prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.count)]
         images = model.images(prompts, arguments.seed)
         if rank() == 0:
             save_grid(images, arguments.output)
-            print(f"{len(images)} images from the EMA weights of {checkpoint}: {arguments.output}")
+            print(f"{len(images)} images from the EMA weights of {opened.folder}: {arguments.output}")
     return 0
 
 

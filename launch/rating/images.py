@@ -9,7 +9,7 @@ from PIL import Image
 from data.errors import DataError, SampleError
 from data.files import temporary_beside
 from data.images import IMAGE_EXTENSIONS, image_size, load_rgb
-from launch.common import inference, open_checkpoint
+from launch.common import inference
 from trainer.checkpoint.find import find_checkpoint
 
 CHUNK = 32  # images that are made together; a stop loses no whole chunk
@@ -55,8 +55,7 @@ def make_images(source: Path, study: dict[str, Any], folder: Path) -> None:
                 raise DataError(f"{given[number]}: {error}") from None
             write_image(np.asarray(image), folder / f"{number:05d}.png")
         return
-    checkpoint, _, config = open_checkpoint(source, study["overrides"])
-    with inference(checkpoint, config) as model:
+    with inference(source, study["overrides"]) as (_, model):
         for start in sorted({number // CHUNK * CHUNK for number in missing}):
             chunk = prompts[start : start + CHUNK]
             for number, image in enumerate(model.images(chunk, study["seed"] + start), start):

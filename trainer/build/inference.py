@@ -13,7 +13,6 @@ from data.precomputed_format import check_images
 
 from ..checkpoint.compatible import check_same_model, check_weights_readable, lasting
 from ..checkpoint.meta import read_meta
-from ..collectives import together
 from ..config.resolve import Resolved, resolve
 from ..config.schema import TrainConfig
 from ..diffusion.ddpm import DDPM
@@ -76,15 +75,14 @@ class Inference:
 def build_inference(
     config: TrainConfig, checkpoint: Path, world: World, weights: Literal["ema", "live"] = "ema"
 ) -> Inference:
-    """Load the weights of a checkpoint (see find_checkpoint, which verifies it) that was trained with `config`. Raises
-    CheckpointError where it has none that can be used, DataError where an encoder cannot be."""
+    """Load the weights of a checkpoint that was trained with `config`, the same one on all ranks (see find_checkpoint,
+    which verifies it). Raises CheckpointError where it has none that can be used, DataError where an encoder cannot
+    be."""
     if config.data.synthetic:
         raise CheckpointError(f"{checkpoint} was trained on synthetic data: there is no text encoder to prompt")
     check_images(config.autoencoder, config.text_encoder, config.label_classes)
     resolved = resolve(config, world.size)
     table = build_mup_table(config)
-    if len(chosen := set(together(lambda: str(checkpoint), world.control))) > 1:
-        raise CheckpointError(f"the processes found different checkpoints ({', '.join(sorted(chosen))}): name one")
     check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
     check_weights_readable(read_meta(checkpoint), checkpoint)
     encoders = Encoders(config, world)

@@ -29,17 +29,19 @@ def find_checkpoint(path: Path, group: dist.ProcessGroup | None = None) -> Path:
     """The checkpoint that a user means: the folder itself, or the newest undamaged one of a run folder.
 
     It is verified (see verify), and newer ones that are damaged are told and left as they are: a run may be training in
-    this folder. Raises CheckpointError where there is none.
+    this folder. group: as for verify; its ranks take what rank 0 finds. Raises CheckpointError where there is none.
     """
     if (path / META).is_file():
-        verify(path, group)
-        return path
-    found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
+        found = [path]
+    else:
+        found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
     checkpoint, damaged = _newest_good(found, group)
     if checkpoint is not None:
         for damage in damaged.values() if rank() == 0 else ():
             logger.warning("warning: %s; passed over, %s is taken", damage, checkpoint)
         return checkpoint
+    if path in damaged:
+        raise CheckpointError(f"{damaged[path]}; use another checkpoint, or copy this one again")
     if damaged:
         raise CheckpointError(f"no checkpoint of {path} is undamaged: {'; '.join(damaged.values())}")
     raise CheckpointError(f'no complete checkpoint in "{path}": expected step_*/{META} there or in checkpoints/')
@@ -57,11 +59,6 @@ def verify(checkpoint: Path, group: dist.ProcessGroup | None = None) -> None:
     CheckpointError that names a damaged or missing file. In checkpoints from before there were checksums meta.json
     alone is checked.
     """
-    if damage := _damage_of(checkpoint, group):
-        raise CheckpointError(f"{damage}; use another checkpoint, or copy this one again")
-
-
-def _damage_of(checkpoint: Path, group: dist.ProcessGroup | None) -> str | None:
     number, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
     def check() -> None:
@@ -70,9 +67,8 @@ def _damage_of(checkpoint: Path, group: dist.ProcessGroup | None) -> str | None:
 
     try:
         together(check, group) if group is not None else check()
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return None
+    except OSError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _newest_good(checkpoints: Sequence[Path], group: dist.ProcessGroup | None) -> tuple[Path | None, dict[Path, str]]:
@@ -82,10 +78,12 @@ def _newest_good(checkpoints: Sequence[Path], group: dist.ProcessGroup | None) -
         dist.broadcast_object_list(found, src=0, group=group)
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(found[0]):
-        damage = _damage_of(checkpoint, group)
-        if damage is None:
+        try:
+            verify(checkpoint, group)
+        except CheckpointError as error:
+            damaged[checkpoint] = str(error)
+        else:
             return checkpoint, damaged
-        damaged[checkpoint] = damage
     return None, damaged
 
 

@@ -202,7 +202,7 @@ def simulated_world(size: int, shard: int, rank: int = 0) -> Iterator[tuple[Worl
         F.rms_norm = lambda x, shape, weight, eps=None: _FusedRMSNorm.apply(x, weight)
         torch.backends.cuda.enable_flash_sdp(True)  # a GPU's attention, also where a run on this CPU has turned it off
         with account:
-            yield World(rank, size, torch.device("cpu"), mesh, control=group, checkpoint=group), account
+            yield World(rank, size, torch.device("cpu"), group, group, mesh), account
     finally:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
         F.rms_norm = rms_norm

@@ -15,16 +15,27 @@ from .rendezvous import open_store
 
 
 @dataclass(frozen=True)
-class World:
-    """mesh axes: replicate x shard. `control` and `checkpoint` are gloo groups of their own: an asynchronous save
-    on the default group deadlocks with training, and control messages must not queue behind gradients."""
+class Ranks:
+    """The processes of a job. `control` and `checkpoint` are gloo groups of their own: an asynchronous save on the
+    default group deadlocks with training, and control messages must not queue behind gradients."""
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh
     control: dist.ProcessGroup
     checkpoint: dist.ProcessGroup
+
+    def world(self, shard: int) -> "World":
+        """The same with their mesh. shard: ranks that share a copy of the weights."""
+        mesh = init_device_mesh(self.device.type, (self.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+        return World(self.rank, self.size, self.device, self.control, self.checkpoint, mesh)
+
+
+@dataclass(frozen=True)
+class World(Ranks):
+    """Ranks that share a model. mesh axes: replicate x shard."""
+
+    mesh: DeviceMesh
 
 
 def world_size() -> int:
@@ -39,6 +50,10 @@ def rank() -> int:
 
 def init_world(shard: int) -> World:
     """Join the process group (of one process without torchrun). shard: ranks that share a copy of the weights."""
+    return _join().world(shard)
+
+
+def _join() -> Ranks:
     size = world_size()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", _local_gpu()) if cuda else torch.device("cpu")
@@ -55,18 +70,25 @@ def init_world(shard: int) -> World:
         dist.init_process_group(backend, store=open_store(rank(), size), rank=rank(), world_size=size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
-    return World(dist.get_rank(), size, device, mesh, control=_gloo_group(), checkpoint=_gloo_group())
+    return Ranks(dist.get_rank(), size, device, control=_gloo_group(), checkpoint=_gloo_group())
+
+
+@contextmanager
+def open_ranks() -> Iterator[Ranks]:
+    """The ranks of this job for a block of code, at whose end their process groups end: for commands that must talk
+    before they know how the weights are shared."""
+    ranks = _join()
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
 def open_world(shard: int) -> Iterator[World]:
     """init_world for a block of code; its process groups end with the block."""
-    world = init_world(shard)
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    with open_ranks() as ranks:
+        yield ranks.world(shard)
 
 
 def open_board(world: World) -> dist.Store:
