@@ -1,37 +1,65 @@
 """Memory, FLOPs, traffic, time and cost of a config on a cluster, without a GPU: from one step in a simulated world.
 
-python launch/estimate.py --config mmdit_18b_mup.yaml --gpus 256 [--json] [section.key=value ...]
+python launch/estimate.py --config mmdit_18b_mup.yaml --gpus 256 [--card h200] [--json] [section.key=value ...]
 
-Exits 0 where the run fits into the GPU's memory, 1 where it does not. Two things were measured on no GPU: what CUDA,
-NCCL and the allocator hold beside the tensors (3 GiB are reserved), and the encoders' working memory before a step.
+Exits 0 where the run fits into the GPU's memory, 1 where it does not. Time is a MODEL: the slower of arithmetic and
+network, with published rates of the card; no GPU has confirmed it. Two things are in no figure: what CUDA, NCCL and the
+allocator hold beside the tensors (3 GiB are reserved), and the encoders' working memory before a step.
 """
 
+import argparse
+import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from launch.common import command, run
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
 
+if TYPE_CHECKING:
+    from trainer.estimate.cluster import Cluster
+
+_CARDS = ("h100", "h200", "b200", "a100", "mi300x")
+
 
 def main() -> int:
     parser = command(__doc__)
     parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--gpu-memory-gb", type=float, default=80.0, help="of each GPU (default: 80)")
-    parser.add_argument("--gpu-tflops", type=float, default=989.0, help="peak in bf16, not sparse (default: 989)")
-    parser.add_argument("--mfu", type=float, default=0.35, help="model FLOP/s over peak, expected or measured (0.35)")
+    parser.add_argument("--card", choices=_CARDS, default="h100", help="kind of GPU (default: h100, of 80 GB)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that share NVLink (default: 8)")
+    parser.add_argument("--gpu-memory-gb", type=float, help="of each GPU, where it is not the card's")
+    parser.add_argument("--gpu-tflops", type=float, help="peak in bf16, not sparse, where it is not the card's")
+    parser.add_argument("--network-gb-s", type=float, help="GB/s per GPU between nodes, where it is not the card's")
+    parser.add_argument("--mfu", type=float, help="model FLOP/s over peak, where measured: in place of the arithmetic")
     parser.add_argument("--price", type=float, default=2.5, help="dollars per GPU-hour (default: 2.5)")
-    parser.add_argument("--network-gb-s", type=float, default=50.0, help="GB/s per GPU between nodes (400 Gbit/s: 50)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     a = parser.parse_args()
-    if min(a.gpus, a.gpu_memory_gb, a.gpu_tflops, a.mfu, a.network_gb_s) <= 0 or a.mfu > 1 or a.price < 0:
-        raise ConfigError("--gpus, --gpu-memory-gb, --gpu-tflops, --mfu (at most 1) and --network-gb-s are positive")
+    given = (a.gpus, a.gpus_per_node, a.gpu_memory_gb, a.gpu_tflops, a.network_gb_s, a.mfu)
+    if any(value is not None and value <= 0 for value in given) or (a.mfu or 0) > 1 or a.price < 0:
+        raise ConfigError("--gpus, --gpus-per-node and the rates are positive, --mfu is at most 1, --price at least 0")
     config = load_config(a.config, a.overrides)
-    from trainer.estimate.report import Cluster, describe, estimate
+    from trainer.estimate.report import describe, estimate
 
-    cluster = Cluster(a.gpus, a.gpu_memory_gb, a.gpu_tflops, a.mfu, a.price, a.network_gb_s)
+    cluster = cluster_of(a)
     found = estimate(config, cluster)
     print(json.dumps(found, indent=1) if a.json else describe(found, cluster))
     return 0 if found["memory_gib"]["fits"] or found["memory_cached_gib"]["fits"] else 1
+
+
+def cluster_of(a: argparse.Namespace) -> "Cluster":
+    """The cluster that the options describe."""
+    from trainer.estimate.cluster import CARDS, Cluster
+
+    card = CARDS[a.card]
+    peak = a.gpu_tflops or card.peak_tflops
+    card = dataclasses.replace(
+        card,
+        peak_tflops=peak,
+        matmul_tflops=card.matmul_tflops * peak / card.peak_tflops,
+        memory_gb=a.gpu_memory_gb or card.memory_gb,
+        nic_gb_s=a.network_gb_s or card.nic_gb_s,
+    )
+    return Cluster(a.gpus, card, a.gpus_per_node, a.mfu, a.price)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +10,18 @@ from ..build.flops import image_flops
 from ..config.resolve import Resolved, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
+from .arithmetic import products_flops
+from .cluster import GIB, Cluster, usable_bytes
 from .memory import Memory
-from .simulation import Profile, Step, profile
+from .simulation import Profile, profile
+from .step_time import StepTime, Work, micro_batches, step_time
 
-GIB = 2**30
-RESERVED_GIB = 3.0  # CUDA context, NCCL's buffers, fragmentation
 CARDS_GB = (80, 141)  # H100, H200
 NODE = 8  # GPUs that a node of the smallest cluster has; below a node any number will do
 # Parameters of T5-v1.1's encoders by width, and of Stable Diffusion's autoencoders: the files need not be here.
 T5_PARAMETERS = {512: 35.3e6, 768: 109.6e6, 1024: 341.2e6, 2048: 1.22e9, 4096: 4.76e9}
 AUTOENCODER_PARAMETERS = 83.7e6
 DINOV2_PARAMETERS = {384: 22.1e6, 768: 86.6e6, 1024: 304e6, 1536: 1136e6}  # by features: S, B, L, g
-
-
-@dataclass(frozen=True)
-class Cluster:
-    gpus: int
-    memory_gb: float
-    """As sold: 1e9 bytes each, a little less than what the device has."""
-    peak_tflops: float
-    mfu: float
-    price: float
-    """Of a GPU-hour, in dollars."""
-    network_gb_s: float
-    """Of a GPU to the other nodes."""
-
-    @property
-    def usable(self) -> int:
-        return usable_bytes(self.memory_gb)
-
-
-def usable_bytes(memory_gb: float) -> int:
-    return round(memory_gb * 1e9 - RESERVED_GIB * GIB)
 
 
 def encoder_bytes(config: TrainConfig) -> dict[str, int]:
@@ -78,11 +57,6 @@ def _stored_parameters(path: str, subfolder: str | None) -> int | None:
     return total if files else None
 
 
-def micro_batches(config: TrainConfig, gpus: int, rows: int) -> int:
-    """Micro-batches of a step on each GPU, at most `rows` samples each."""
-    return math.ceil(math.ceil(config.train.global_batch_size / gpus) / rows)
-
-
 def smallest_count(config: TrainConfig, memory: Memory, usable: int) -> tuple[int, int] | None:
     """(fewest GPUs that hold the run, samples of a micro-batch there): whole nodes above one node, the weights sharded
     over all. None where the global batch does not feed enough of them."""
@@ -97,27 +71,23 @@ def smallest_count(config: TrainConfig, memory: Memory, usable: int) -> tuple[in
     return None
 
 
-def traffic(config: TrainConfig, resolved: Resolved, step: Step, parameters: int, count: int) -> dict[str, Any]:
-    """Collectives of a step and the bytes that a GPU receives by them; weights are gathered in every micro-batch."""
-    found = {}
-    for name, factor in (("_allgather_base_", count), ("_reduce_scatter_base_", 1)):
-        if name in step.traffic:
-            calls, size = step.traffic[name]
-            found[name.strip("_").replace("_base", "")] = {"calls": calls * factor, "gib": size * factor / GIB}
-    replicas = resolved.world_size // resolved.shard
-    if replicas > 1:
-        size = 2 * parameters * (replicas - 1) / replicas
-        found["allreduce"] = {"calls": step.traffic["_reduce_scatter_base_"].calls, "gib": size / GIB}
-    return found
-
-
-def _timed(config: TrainConfig, cluster: Cluster, flops: int) -> dict[str, float]:
-    """Time and cost of the run's arithmetic at the cluster's MFU. flops: of an image."""
+def timed(config: TrainConfig, cluster: Cluster, step: StepTime) -> dict[str, Any]:
+    """Time, speed and cost of a run whose steps take `step`."""
     batch = config.train.global_batch_size
-    seconds = batch * flops / (cluster.gpus * cluster.peak_tflops * 1e12 * cluster.mfu)
-    hours = seconds * config.train.steps / 3600
-    dollars = hours * cluster.gpus * cluster.price
-    return {"step_s": seconds, "images_per_s": batch / seconds, "days": hours / 24, "dollars": dollars}
+    hours = step.step_s * config.train.steps / 3600
+    peak = cluster.gpus * cluster.card.peak_tflops * 1e12
+    return {
+        "step_s": step.step_s,
+        "slower_s": step.slower_s,
+        "sum_s": step.sum_s,
+        "arithmetic_s": step.arithmetic_s,
+        "network_s": step.network.seconds,
+        "parts_s": {**step.passes._asdict(), "text_encoder": step.encoding_s, "parameters": step.update_s},
+        "mfu": batch * image_flops(config) / (step.step_s * peak),
+        "images_per_s": batch / step.step_s,
+        "days": hours / 24,
+        "dollars": hours * cluster.gpus * cluster.price,
+    }
 
 
 def _placed(
@@ -153,7 +123,8 @@ def _checkpoint_gib(config: TrainConfig, parameters: int) -> dict[str, float]:
 
 
 def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = None) -> dict[str, Any]:
-    """All figures of the page, as data for JSON. simulated: a profile of this config, where there is one already."""
+    """All figures of the page, as data for JSON. simulated: a profile of this config, where there is one already.
+    Raises ConfigError where the number of GPUs does not fit the config."""
     resolved = resolve(config, cluster.gpus)
     table = build_mup_table(config)
     simulated = simulated or profile(config, cluster.gpus)
@@ -162,20 +133,18 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     cached = Memory(simulated, table, 0, config.parallel)
     rows = resolved.micro_batch_rows
     count = micro_batches(config, cluster.gpus, rows)
-    step = simulated.steps[1]
-    parameters = sum(math.prod(row.shape) for row in table.rows.values())
-
-    flops_per_image = image_flops(config)
-    recompute = round(step.flops["recompute"] / step.rows)
+    work = Work(config)
+    parameters = work.parameters
     text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # each weight: 2 FLOPs, 2 bytes
-    moved = traffic(config, resolved, step, 4 * parameters // resolved.shard, count)
-    network_s = sum(entry["gib"] for entry in moved.values()) * GIB / (cluster.network_gb_s * 1e9)
+    recomputed = work.passes(rows).recomputed(config.parallel.activation_checkpointing)
+    steps = step_time(config, cluster, work, text_flops), step_time(config, cluster, work)
+    moved = steps[1].network
     result = {
         "config": config.run.name,
         "gpus": cluster.gpus,
         "parameters": parameters,
-        "flops_per_image": flops_per_image,
-        "recompute_flops_per_image": recompute,
+        "flops_per_image": image_flops(config),
+        "recompute_flops_per_image": products_flops(recomputed) // rows,
         "text_encoder_flops_per_image": text_flops,
         "micro_batch": rows,
         "micro_batches": count,
@@ -183,10 +152,15 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
         "memory_gib": _placed(config, online, cluster, resolved, count > 1),
         "memory_cached_gib": _placed(config, cached, cluster, resolved, count > 1),
         "host_gib": cached.host(resolved.shard, rows, count > 1) / GIB,
-        "collectives": {**moved, "seconds_at_network_rate": network_s},
-        "mfu": cluster.mfu,
-        "time": _timed(config, cluster, flops_per_image + text_flops),
-        "time_cached": _timed(config, cluster, flops_per_image),
+        "collectives": {
+            **{
+                name: {"calls": each.calls, "gib": each.bytes / GIB, "seconds": each.seconds}
+                for name, each in moved.collectives.items()
+            },
+            "seconds_at_network_rate": moved.seconds,
+        },
+        "time": timed(config, cluster, steps[0]),
+        "time_cached": timed(config, cluster, steps[1]),
         "checkpoint_gib": _checkpoint_gib(config, parameters),
     }
     result["advice"] = advice(config, cluster, result)
@@ -216,16 +190,15 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
             said.append("parallel.activation_checkpointing=full trades activations for recomputation.")
         if found["shard"] < found["gpus"]:
             said.append("parallel.shard=0 shards the weights over all GPUs.")
-    seconds, network = found["time"]["step_s"], found["collectives"]["seconds_at_network_rate"]
-    if network > seconds:
+    arithmetic, network = found["time"]["arithmetic_s"], found["time"]["network_s"]
+    if network > arithmetic:
         said.append(
-            f"The network is the limit: {network:.2f} s per step at {cluster.network_gb_s:g} GB/s per GPU, "
-            f"{seconds:.2f} s of arithmetic. A larger global batch or fewer GPUs would use them better; so does "
-            "parallel.shard = the GPUs of a few nodes, where memory allows."
+            f"The network is the limit: {network:.2f} s per step beside {arithmetic:.2f} s of arithmetic. A larger "
+            "global batch or fewer GPUs would use them better; --plan compares values of parallel.shard."
         )
-    elif network > 0.5 * seconds:
+    elif network > 0.5 * arithmetic:
         said.append(
-            f"Traffic ({network:.2f} s per step) hides behind arithmetic ({seconds:.2f} s) only if it overlaps."
+            f"Traffic ({network:.2f} s per step) hides behind arithmetic ({arithmetic:.2f} s) only if it overlaps."
         )
     if config.parallel.engine == "zero":
         said.append(
@@ -237,12 +210,21 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
     return said
 
 
+def _time_line(encoders: str, time: dict[str, Any]) -> str:
+    return (
+        f"encoders {encoders}: {time['step_s']:.3g} s per step ({time['arithmetic_s']:.3g} s of arithmetic, "
+        f"{time['network_s']:.3g} s of network; {time['slower_s']:.3g} s where they overlap, {time['sum_s']:.3g} s "
+        f"where not), {time['mfu']:.0%} MFU, {time['images_per_s']:.0f} images/s, {time['days']:.1f} days, "
+        f"${time['dollars']:,.0f}"
+    )
+
+
 def describe(found: dict[str, Any], cluster: Cluster) -> str:
     """The page that a person reads, from what `estimate` returned."""
     parts = [part for part in found["memory_gib"] if part not in ("usable", "fits", "largest_micro_batch")][:-1]
     columns = ("memory_gib", "memory_cached_gib")
     lines = [
-        f"{found['config']} on {found['gpus']} GPUs of {cluster.memory_gb:g} GB: "
+        f"{found['config']} on {found['gpus']} GPUs of {cluster.card.memory_gb:g} GB: "
         f"{found['parameters'] / 1e9:.2f} B parameters, sharded over {found['shard']}; micro-batch "
         f"{found['micro_batch']} x {found['micro_batches']} per GPU",
         f"FLOPs per image: {found['flops_per_image'] / 1e12:.2f} T (forward and backward), "
@@ -260,18 +242,17 @@ def describe(found: dict[str, Any], cluster: Cluster) -> str:
         lines.append(f"{'fewest GPUs of ' + card.replace('_gb', ' GB'):<28}" + "".join(f"{t:>10}" for t in texts))
     if found["host_gib"]:
         lines.append(f"{'in the host, for each GPU':<28}{found['host_gib']:10.2f}{found['host_gib']:10.2f}")
-    moved = {name: entry for name, entry in found["collectives"].items() if isinstance(entry, dict)}
+    moved = [
+        f"{entry['gib']:.1f} GiB by {entry['calls']} {name}"
+        for name, entry in found["collectives"].items()
+        if isinstance(entry, dict)
+    ]
     lines += [
         "",
-        "received per GPU and step: "
-        + ", ".join(f"{entry['gib']:.1f} GiB by {entry['calls']} {name}" for name, entry in moved.items())
-        + f"; {found['collectives']['seconds_at_network_rate']:.2f} s at {cluster.network_gb_s:g} GB/s",
-        *(
-            f"at {cluster.mfu:.0%} MFU of {cluster.peak_tflops:g} TFLOP/s, encoders {name}: "
-            f"{t['step_s']:.2f} s per step, {t['images_per_s']:.0f} images/s, {t['days']:.1f} days, "
-            f"${t['dollars']:,.0f}"
-            for name, t in (("online", found["time"]), ("cached", found["time_cached"]))
-        ),
+        f"received per GPU and step: {', '.join(moved) or 'nothing'}; "
+        f"{found['collectives']['seconds_at_network_rate']:.2f} s",
+        "MODEL, not measured on any GPU:",
+        *(_time_line(name, found[key]) for name, key in (("online", "time"), ("cached", "time_cached"))),
         "checkpoint: "
         + ", ".join(f"{name.replace('_', ' ')} {size:.1f} GiB" for name, size in found["checkpoint_gib"].items()),
         "",

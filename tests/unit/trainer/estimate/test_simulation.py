@@ -1,5 +1,6 @@
 """The simulated step against a real one: state to the byte, FLOPs to the operation, the rest by the CPU's allocator."""
 
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -23,8 +24,8 @@ from trainer.config.schema import ParallelConfig, TrainConfig
 from trainer.ema import EMA
 from trainer.errors import ConfigError
 from trainer.estimate import report
+from trainer.estimate.cluster import CARDS, RESERVED_GIB, Cluster
 from trainer.estimate.memory import Memory
-from trainer.estimate.report import Cluster
 from trainer.estimate.simulation import ACTIVATIONS, Profile, _batch, profile, simulated_config, simulated_world
 from trainer.input.encoding import Encoders
 from trainer.monitor.mup_health import Health, WatchedParameter
@@ -36,6 +37,7 @@ SMALL = (
     "parallel.reshard_after_forward=true",
 )  # fmt: skip
 TOLERANCE = 0.001
+CLUSTER = Cluster(4, dataclasses.replace(CARDS["h100"], peak_tflops=100.0), mfu=0.5, price=2.0)
 
 
 def configured(name: str, *overrides: str) -> TrainConfig:
@@ -221,33 +223,36 @@ def test_zero_is_not_estimated_as_fsdp2(
     assert one["gather_buffers"] == buffers + (2 * numbers if stage == 3 else 0)
     assert four["parameters"] == pytest.approx(4 * numbers / 4 + 2 * numbers / (4 if stage == 3 else 1), rel=0.01)
     assert four["gradients"] == pytest.approx(gradients * numbers / (1 if stage == 1 else 4))
-    cluster = Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0)
     config = configured("mmdit_debug_mup.yaml", "parallel.engine=zero", f"parallel.zero_stage={stage}")
-    assert f"rules of ZeRO-{stage}" in "\n".join(report.estimate(config, cluster, simulated)["advice"])
+    assert f"rules of ZeRO-{stage}" in "\n".join(report.estimate(config, CLUSTER, simulated)["advice"])
 
 
 def test_report(simulated: Profile) -> None:
     config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "train.steps=3600")
-    found = report.estimate(config, Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0), simulated)
+    found = report.estimate(config, CLUSTER, simulated)
     memory = found["memory_gib"]
     parts = ("parameters", "gradients", "optimizer", "ema", "activations", "gather_buffers", "encoders")
     assert memory["total"] == pytest.approx(sum(memory[part] for part in parts))
     assert memory["fits"] is True
     assert memory["smallest_gpus"]["80_gb"] == {"gpus": 1, "micro_batch": 16}
     seconds = 16 * (found["flops_per_image"] + found["text_encoder_flops_per_image"]) / (4 * 100e12 * 0.5)
-    assert found["time"]["step_s"] == pytest.approx(seconds)
-    assert found["time"]["dollars"] == pytest.approx(seconds * 4 * 2.0)  # 3600 steps: an hour per second of a step
+    time, network = found["time"], found["collectives"]["seconds_at_network_rate"]
+    assert time["arithmetic_s"] == pytest.approx(seconds)
+    assert time["sum_s"] == pytest.approx(seconds + network)
+    assert max(seconds, network) <= time["step_s"] == time["slower_s"] < time["sum_s"]
+    assert time["dollars"] == pytest.approx(time["step_s"] * 4 * 2.0)  # 3600 steps: an hour per second of a step
     numbers = found["parameters"]
     assert found["checkpoint_gib"]["training"] == pytest.approx(16 * numbers / 2**30)  # weights, moments, one average
-    text = report.describe(found, Cluster(4, 80.0, 100.0, 0.5, 2.0, 50.0))
+    text = report.describe(found, CLUSTER)
     assert "It fits" in text
+    assert "MODEL, not measured" in text
     json.dumps(found)
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(simulated: Profile) -> None:
     config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "train.micro_batch_size=64")
-    tiny = (report.RESERVED_GIB * 2**30 + 1.3e6) / 1e9
-    found = report.estimate(config, Cluster(4, tiny, 100.0, 0.5, 2.0, 50.0), simulated)
+    tiny = dataclasses.replace(CARDS["h100"], memory_gb=(RESERVED_GIB * 2**30 + 1.3e6) / 1e9)
+    found = report.estimate(config, Cluster(4, tiny), simulated)
     assert found["memory_cached_gib"]["fits"] is False
     assert any("does not fit" in line for line in found["advice"])
     assert any("activation_checkpointing=full" in line for line in found["advice"])

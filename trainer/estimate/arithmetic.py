@@ -1,0 +1,238 @@
+"""What a GPU does in a step, operation by operation, and how long a card takes for it: a roofline.
+
+The model runs forward and backward on the meta device, where tensors have shapes and no memory, and every operation is
+noted: matrix products by shape, attention by kernel, all else by the bytes that it reads and writes. Nothing here was
+measured on a GPU: it is a model.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .cluster import Card
+
+# Rows, columns and speed of the tiles that a matrix product is cut into (cuBLAS's on Hopper; the speeds are assumed).
+_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 192, 0.98), (128, 128, 0.92), (64, 256, 0.92))
+# The last, incomplete wave of tiles is shared by all multiprocessors (stream-K): at most this much is lost by it.
+_TAIL = 1.10
+# Of the data sheet's memory rate: a copy kernel reaches 0.9 (H100: 3.02 of 3.35 TB/s), fused kernels 0.9 of that.
+STREAMED = 0.81
+LAUNCH_S = 2e-6  # between two kernels, and a kernel's own start
+# torch.compile leaves 80 of the 118 reads and writes of a token's features that a block of the 2B config makes in eager
+# mode: 80 were counted by hand in the Triton code that inductor writes for it, 118 by this module.
+COMPILED = 80 / 118
+# Products of an attention's backward pass over those of its forward pass: the scores are computed once more.
+_BACKWARD_PRODUCTS = 2.5
+# With 128 features a head or more, kernels reach more (FlashAttention-2 on H100: 0.35 of the peak, arXiv 2407.08608).
+_WIDE_HEAD = 1.25
+
+_UNREAD = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh")
+
+
+class Product(NamedTuple):
+    """A matrix product [m, k] x [k, n]."""
+
+    m: int
+    n: int
+    k: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+    def seconds(self, card: Card) -> float:
+        """The best tiles, in waves over the multiprocessors; or the memory's time."""
+        rate, processors = card.matmul_tflops * 1e12, card.multiprocessors
+        best = math.inf
+        for rows, columns, speed in _TILES:
+            tiles = math.ceil(self.m / rows) * math.ceil(self.n / columns)
+            waves = math.ceil(tiles / processors) * processors
+            best = min(best, min(waves, _TAIL * tiles) * 2 * rows * columns * self.k / (rate * speed))
+        moved = 2 * (self.m * self.k + self.k * self.n + self.m * self.n)
+        return max(best, moved / (STREAMED * card.memory_gb_s * 1e9)) + LAUNCH_S
+
+
+class Attention(NamedTuple):
+    """A fused attention. flops: of its products, the scores of a backward pass computed once more included."""
+
+    kernel: str
+    backward: bool
+    head_dim: int
+    flops: int
+
+    def seconds(self, card: Card) -> float:
+        rate = card.attention_tflops[self.kernel][self.backward] * (_WIDE_HEAD if self.head_dim >= 128 else 1.0)
+        return self.flops / (rate * 1e12) + LAUNCH_S
+
+
+class Elementwise(NamedTuple):
+    """A kernel that the memory's rate limits. bytes: read and written."""
+
+    bytes: int
+
+    def seconds(self, card: Card) -> float:
+        return self.bytes / (STREAMED * card.memory_gb_s * 1e9) + LAUNCH_S
+
+
+Operation = Product | Attention | Elementwise
+
+
+class Passes(NamedTuple):
+    """The operations of a micro-batch and how often each is made: in the forward pass by the blocks and by the rest of
+    the model, and in the backward pass."""
+
+    blocks: Counter[Operation]
+    rest: Counter[Operation]
+    backward: Counter[Operation]
+
+    def recomputed(self, mode: str) -> Counter[Operation]:
+        """What activation checkpointing computes again: the blocks, without what `selective` keeps."""
+        if mode == "none":
+            return Counter()
+        return Counter({op: n for op, n in self.blocks.items() if mode == "full" or isinstance(op, Elementwise)})
+
+
+class PassTime(NamedTuple):
+    """Seconds of a micro-batch by what limits them."""
+
+    products: float
+    attention: float
+    elementwise: float
+
+
+def count_passes(model: Any, inputs: Sequence[Any]) -> Passes:
+    """The operations of `model(*inputs)`, a backbone on the meta device, and of its backward pass."""
+    recorder = _Recorder()
+    hooks = []
+    for block in model.shard_units():
+        hooks.append(block.register_forward_pre_hook(lambda *_: recorder.enter("blocks")))
+        hooks.append(block.register_forward_hook(lambda *_: recorder.enter("rest")))
+    with recorder, _Fused(recorder):
+        prediction, features = model(*inputs)
+        loss = prediction.float().square().sum() + (0 if features is None else features.float().square().sum())
+        recorder.enter("backward")
+        loss.backward()
+    model.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    return Passes(*(recorder.counts[phase] for phase in ("blocks", "rest", "backward")))
+
+
+def pass_time(passes: Passes, card: Card, mode: str, compiled: bool) -> PassTime:
+    """Seconds of a micro-batch on a card. mode: parallel.activation_checkpointing. compiled: parallel.compile."""
+    seconds = dict.fromkeys((Product, Attention, Elementwise), 0.0)
+    for counts in (passes.blocks, passes.rest, passes.backward, passes.recomputed(mode)):
+        fused = COMPILED if compiled and counts is not passes.rest else 1.0  # blocks are compiled, one at a time
+        for op, times in counts.items():
+            seconds[type(op)] += times * op.seconds(card) * (fused if isinstance(op, Elementwise) else 1.0)
+    return PassTime(*seconds.values())
+
+
+def products_flops(counts: Counter[Operation]) -> int:
+    """FLOPs of matrix products and attention."""
+    return sum(times * op.flops for op, times in counts.items() if not isinstance(op, Elementwise))
+
+
+def parameter_bytes(shard: int, micro_batches: int, reshard: bool, averages: int) -> float:
+    """Bytes that a step of FSDP2 reads and writes for each parameter of the whole model beside the passes, on a GPU
+    that holds 1 / shard of them: casts and copies of gathering and reducing, accumulation, and the update.
+
+    A GPU alone (shard 1) casts each weight into a temporary and copies it; of several, each casts its shard, and copies
+    what it has gathered out of one buffer and the gradients into one.
+    """
+    gather = 10 if shard == 1 else 6 + 6 / shard
+    reduce = 14 if shard == 1 else 6 + 12 / shard
+    rounds = micro_batches if reshard else 1
+    accumulate = 12 * (micro_batches - 1) / (shard if reshard else 1)
+    update = 4 + 8 + 28 + 12 * averages  # norm, clipping, AdamW, averages
+    return rounds * ((2 if reshard else 1) * gather + reduce) + accumulate + update / shard
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operation under the phase that was entered last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, Counter[Operation]] = {}
+        self.enter("rest")
+
+    def enter(self, phase: str) -> None:
+        self.phase = self.counts.setdefault(phase, Counter())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            left, right = args[-2:]
+            self.phase[Product(left.shape[0], right.shape[1], left.shape[1])] += 1
+        elif name not in _UNREAD and not func.is_view:
+            tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
+            if moved := sum(_bytes(each) for each in tensors):
+                self.phase[Elementwise(moved)] += 1
+        return out
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of memory behind a tensor: an expanded one is read once."""
+    return math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride) * tensor.itemsize
+
+
+class _Fused(TorchFunctionMode):
+    """Attention and RMSNorm as a GPU runs them, each one kernel. The meta device takes both apart."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            # torch's flash kernel refuses a mask ("Flash Attention does not support non-null attn_mask").
+            return _Attend.apply(self._recorder, "flash" if mask is None else "efficient", *args[:3])
+        if func is F.rms_norm:
+            return _Normalise.apply(self._recorder, args[0], kwargs["weight"])  # as nn.RMSNorm passes it
+        return func(*args, **kwargs)
+
+
+class _Attend(torch.autograd.Function):
+    """q [B, H, N, K], k and v [B, H, L, K] -> [B, H, N, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, recorder: _Recorder, kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.recorder, ctx.kernel, ctx.flops = recorder, kernel, 4 * q.numel() * k.shape[-2]
+        recorder.phase[Attention(kernel, False, q.shape[-1], ctx.flops)] += 1
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        q, k, v = ctx.saved_tensors
+        flops = round(_BACKWARD_PRODUCTS * ctx.flops)
+        ctx.recorder.phase[Attention(ctx.kernel, True, q.shape[-1], flops)] += 1
+        return None, None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _Normalise(torch.autograd.Function):
+    """x [..., K], weight [K] -> [..., K]."""
+
+    @staticmethod
+    def forward(ctx: Any, recorder: _Recorder, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.recorder = recorder
+        recorder.phase[Elementwise(2 * _bytes(x))] += 1
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        ctx.recorder.phase[Elementwise(3 * _bytes(x))] += 1
+        return None, torch.empty_like(x), torch.empty_like(weight)

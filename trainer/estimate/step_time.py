@@ -1,0 +1,97 @@
+"""How long a step takes: the arithmetic of the passes and of the update, and the network beside it. A model."""
+
+from typing import NamedTuple
+
+from ..build.flops import image_flops
+from ..build.meta import meta_inputs, meta_model
+from ..config.resolve import Resolved, resolve
+from ..config.schema import TrainConfig
+from .arithmetic import STREAMED, Passes, PassTime, count_passes, parameter_bytes, pass_time
+from .cluster import Cluster
+from .network import Network, network
+
+# What published runs of 12 to 14 B reach of this model's roofline: launches, power, jitter between ranks, kernels that
+# wait for each other. Fitted to the runs of tests/unit/trainer/estimate/test_step_time.py, each within a quarter.
+ACHIEVED = 0.8
+_ENCODING = 0.8  # of a card's matrix products, in the text encoder's forward pass (assumed)
+
+
+class Work:
+    """What a step of a config computes. Its passes are counted once for each size of the micro-batch, and hold for all
+    of its variants in section `parallel`."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._model = config, meta_model(config)
+        self._passes: dict[int, Passes] = {}
+        self.units = [sum(p.numel() for p in unit.parameters()) for unit in self._model.shard_units()]
+        """Parameters of each block."""
+        self.parameters = sum(p.numel() for p in self._model.parameters())
+
+    def passes(self, rows: int) -> Passes:
+        """The operations of a micro-batch of `rows` images."""
+        if rows not in self._passes:
+            self._passes[rows] = count_passes(self._model, meta_inputs(self._config, rows))
+        return self._passes[rows]
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step on each GPU."""
+
+    passes: PassTime
+    """Forward and backward, of all micro-batches."""
+    encoding_s: float
+    """The text encoder's forward pass, where it runs beside the training."""
+    update_s: float
+    """What moves parameters: casts, copies, norm, clipping, AdamW and the averages."""
+    network: Network
+    overlaps: bool
+    """Whether gathers and reductions run beside the passes."""
+
+    @property
+    def arithmetic_s(self) -> float:
+        return sum(self.passes) + self.encoding_s + self.update_s
+
+    @property
+    def slower_s(self) -> float:
+        """The step where the network hides behind the arithmetic, or the arithmetic behind the network."""
+        exposed = self.network.exposed_s
+        return max(self.arithmetic_s, self.network.seconds - exposed) + exposed
+
+    @property
+    def sum_s(self) -> float:
+        """The step where neither hides."""
+        return self.arithmetic_s + self.network.seconds
+
+    @property
+    def step_s(self) -> float:
+        return self.slower_s if self.overlaps else self.sum_s
+
+
+def micro_batches(config: TrainConfig, gpus: int, rows: int) -> int:
+    """Micro-batches of a step on each GPU, at most `rows` samples each."""
+    share = -(-config.train.global_batch_size // gpus)
+    return -(-share // rows)
+
+
+def step_time(config: TrainConfig, cluster: Cluster, work: Work, encoding_flops: float = 0.0) -> StepTime:
+    """A step of `config`, a variant of that of `work`, on a cluster. encoding_flops: of the text encoder for an image,
+    where it runs beside the training. Raises ConfigError where the number of GPUs does not fit the config."""
+    resolved, card, parallel = resolve(config, cluster.gpus), cluster.card, config.parallel
+    count = micro_batches(config, cluster.gpus, resolved.micro_batch_rows)
+    sent = network(config, cluster, resolved, work.units, work.parameters - sum(work.units), count)
+    overlaps = parallel.prefetch > 0
+    if cluster.mfu is not None:
+        images = config.train.global_batch_size / cluster.gpus
+        seconds = images * (image_flops(config) + encoding_flops) / (card.peak_tflops * 1e12 * cluster.mfu)
+        return StepTime(PassTime(seconds, 0.0, 0.0), 0.0, 0.0, sent, overlaps)
+    rows = resolved.micro_batch_rows
+    one = pass_time(work.passes(rows), card, parallel.activation_checkpointing, parallel.compile)
+    encoding = count * rows * encoding_flops / (_ENCODING * card.matmul_tflops * 1e12)
+    moved = _moved(config, resolved, count) * work.parameters / (STREAMED * card.memory_gb_s * 1e9)
+    passes = PassTime(*(count * part / ACHIEVED for part in one))
+    return StepTime(passes, encoding / ACHIEVED, moved / ACHIEVED, sent, overlaps)
+
+
+def _moved(config: TrainConfig, resolved: Resolved, count: int) -> float:
+    reshard = config.parallel.reshard_after_forward
+    return parameter_bytes(resolved.shard, count, reshard, len(config.ema.decays))
