@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.backbone import build_model, declarations
 from models.configs import ModelConfig
 
-from ..config.resolve import Resolved
+from ..config.resolve import Resolved, compiles, keeps_gathered
 from ..config.schema import OptimConfig, TrainConfig
 from ..diffusion.ddpm import DDPM
 from ..diffusion.ddpm_sampling import DDPMSampler
@@ -30,8 +30,6 @@ from ..parallel.mesh import World
 from ..parallel.precision import precision_of
 from ..parallel.single import SingleEngine
 from ..parallel.zero import ZeroEngine
-
-_SMALL = 3e9  # parameters
 
 
 def build_mup_table(config: TrainConfig) -> MuTable:
@@ -66,7 +64,7 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> Engine:
     apply_multipliers(model, table)
     units = model.shard_units()
     checkpoint_activations(units, parallel.activation_checkpointing)
-    if compiles(config, world):
+    if compiles(config, on_gpu=world.device.type == "cuda"):
         compile_units(units, warn=partial(_warn, world))
 
     def groups(named_parameters: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -94,28 +92,9 @@ def build_engine(config: TrainConfig, table: MuTable, world: World) -> Engine:
     return engine
 
 
-def compiles(config: TrainConfig, world: World) -> bool:
-    """Whether blocks are compiled: where parallel.compile is null, on a GPU, but under ZeRO-3, which cannot be."""
-    parallel = config.parallel
-    if parallel.compile is not None:
-        return parallel.compile
-    return world.device.type == "cuda" and not (parallel.engine == "zero" and parallel.zero_stage == 3)
-
-
 def _warn(world: World, text: str) -> None:
     """Tell a person at once; on the error output, because this rank may be the only one that knows."""
     print(text if world.size == 1 else f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
-
-
-def keeps_gathered(config: TrainConfig, parameters: int) -> bool:
-    """Whether blocks keep their gathered weights from the forward to the backward pass; where
-    parallel.reshard_after_forward is null, small models do, and those whose shard is the whole.
-
-    They save a gather a micro-batch. What they cost is 6 bytes a parameter, the weights in bf16 and, when gradients are
-    accumulated, those in fp32: at _SMALL 18 GB of a GPU.
-    """
-    chosen = config.parallel.reshard_after_forward
-    return not chosen if chosen is not None else config.parallel.shard == 1 or parameters <= _SMALL
 
 
 def native_engine(config: TrainConfig, world: World, **given: Any) -> FSDP2Engine | SingleEngine:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective, compiles, units_of
+from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective, units_of
 from ..config.load import load_config
-from ..config.resolve import resolve
+from ..config.resolve import compiles, resolve
 from ..config.schema import TrainConfig
 from ..input.encoding import Encoders
 from ..input.training_data import TrainingData
@@ -67,5 +67,5 @@ def build_subject(config: TrainConfig, world: World, table: MuTable | None = Non
         engine.backward(value, last=True)
         engine.step(config.optim.lr)
 
-    observed = observe(engine.model, units_of(engine), compiles(config, world))
+    observed = observe(engine.model, units_of(engine), compiles(config, on_gpu=world.device.type == "cuda"))
     return Subject(engine.model, table, observed, loss, update, engine.full)

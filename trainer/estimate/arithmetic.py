@@ -145,15 +145,24 @@ def parameter_bytes(shard: int, micro_batches: int, reshard: bool, averages: int
     """Bytes that a step of FSDP2 reads and writes for each parameter of the whole model beside the passes, on a GPU
     that holds 1 / shard of them: casts and copies of gathering and reducing, accumulation, and the update.
 
-    A GPU alone (shard 1) casts each weight into a temporary and copies it; of several, each casts its shard, and copies
-    what it has gathered out of one buffer and the gradients into one.
+    Where each rank has a whole copy (shard 1) it casts each weight into a temporary and copies it; else it casts its
+    shard, and copies what it has gathered out of one buffer and the gradients into one.
     """
     gather = 10 if shard == 1 else 6 + 6 / shard
     reduce = 14 if shard == 1 else 6 + 12 / shard
     rounds = micro_batches if reshard else 1
     accumulate = 12 * (micro_batches - 1) / (shard if reshard else 1)
-    update = 4 + 8 + 28 + 12 * averages  # norm, clipping, AdamW, averages
-    return rounds * ((2 if reshard else 1) * gather + reduce) + accumulate + update / shard
+    return rounds * ((2 if reshard else 1) * gather + reduce) + accumulate + _update_bytes(averages) / shard
+
+
+def bytes_alone(micro_batches: int, averages: int) -> float:
+    """As parameter_bytes, of a GPU alone (trainer.parallel.single): gradients are cast to fp32 and added up, and the
+    updated weights cast to bf16."""
+    return 6 + 18 * (micro_batches - 1) + _update_bytes(averages) + 6
+
+
+def _update_bytes(averages: int) -> int:
+    return 4 + 8 + 28 + 12 * averages  # norm, clipping, AdamW, averages
 
 
 class _Recorder(TorchDispatchMode):

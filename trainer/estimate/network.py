@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ..config.resolve import Resolved
+from ..config.resolve import Resolved, keeps_gathered
 from ..config.schema import TrainConfig
 from .cluster import Cluster, all_reduce_seconds, gather_seconds, replica_group, shard_group
 
@@ -41,7 +41,7 @@ def network(
     weight, gradient = (2, 4) if parallel.precision in ("bf16", None) else (4, 4)
     sizes = [*units, rest]
     shards, replicas = shard_group(cluster, resolved.shard), replica_group(cluster, resolved.shard)
-    freed = parallel.reshard_after_forward
+    freed = not keeps_gathered(config, sum(sizes))
     rounds = micro_batches if freed else 1
     kept = (shards.size - 1) / shards.size  # of what is gathered, this comes from the other ranks
 

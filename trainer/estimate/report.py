@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..build.engine import build_mup_table, keeps_gathered
+from ..build.engine import build_mup_table
 from ..build.flops import image_flops
-from ..config.resolve import Resolved, resolve
+from ..config.resolve import Resolved, keeps_gathered, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from .arithmetic import products_flops

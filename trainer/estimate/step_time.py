@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from ..build.flops import image_flops
 from ..build.meta import meta_inputs, meta_model
-from ..config.resolve import Resolved, resolve
+from ..config.resolve import Resolved, compiles, keeps_gathered, resolve
 from ..config.schema import TrainConfig
-from .arithmetic import STREAMED, Passes, PassTime, count_passes, parameter_bytes, pass_time
+from .arithmetic import STREAMED, Passes, PassTime, bytes_alone, count_passes, parameter_bytes, pass_time
 from .cluster import Cluster
 from .network import Network, network
 
@@ -85,13 +85,15 @@ def step_time(config: TrainConfig, cluster: Cluster, work: Work, encoding_flops:
         seconds = images * (image_flops(config) + encoding_flops) / (card.peak_tflops * 1e12 * cluster.mfu)
         return StepTime(PassTime(seconds, 0.0, 0.0), 0.0, 0.0, sent, overlaps)
     rows = resolved.micro_batch_rows
-    one = pass_time(work.passes(rows), card, parallel.activation_checkpointing, parallel.compile)
+    one = pass_time(work.passes(rows), card, parallel.activation_checkpointing, compiles(config, on_gpu=True))
     encoding = count * rows * encoding_flops / (_ENCODING * card.matmul_tflops * 1e12)
-    moved = _moved(config, resolved, count) * work.parameters / (STREAMED * card.memory_gb_s * 1e9)
+    moved = _moved(config, resolved, work.parameters, count) * work.parameters / (STREAMED * card.memory_gb_s * 1e9)
     passes = PassTime(*(count * part / ACHIEVED for part in one))
     return StepTime(passes, encoding / ACHIEVED, moved / ACHIEVED, sent, overlaps)
 
 
-def _moved(config: TrainConfig, resolved: Resolved, count: int) -> float:
-    reshard = config.parallel.reshard_after_forward
-    return parameter_bytes(resolved.shard, count, reshard, len(config.ema.decays))
+def _moved(config: TrainConfig, resolved: Resolved, parameters: int, count: int) -> float:
+    averages, reshard = len(config.ema.decays), not keeps_gathered(config, parameters)
+    if resolved.world_size == 1 and not config.parallel.cpu_offload:
+        return bytes_alone(count, averages)
+    return parameter_bytes(resolved.shard, count, reshard, averages)

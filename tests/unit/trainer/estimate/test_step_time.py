@@ -90,8 +90,11 @@ def test_mfu_replaces_the_arithmetic() -> None:
     assert step_time(config, dataclasses.replace(cluster, mfu=None), work).step_s > expected
 
 
+FREED = ("train.global_batch_size=256", "parallel.reshard_after_forward=true")
+
+
 def test_micro_batches_cost_their_gathers() -> None:
-    one, two = (load_config("mmdit_debug_mup.yaml", ["train.global_batch_size=256", *rows]) for rows in ([], [HALF]))
+    one, two = (load_config("mmdit_debug_mup.yaml", [*FREED, *rows]) for rows in ([], [HALF]))
     whole, halves = (step_time(config, Cluster(2), Work(config)) for config in (one, two))
     assert halves.network.collectives["allgather"].calls == 2 * whole.network.collectives["allgather"].calls
     assert halves.update_s > whole.update_s
