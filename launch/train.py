@@ -46,11 +46,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     end_with_torchrun()
-    with Signals(at_once=True):  # while training the loop hears them
-        return _train(load_config(arguments.config, arguments.overrides))
+    with Signals(at_once=True) as signals:  # while training the loop hears them
+        return _train(load_config(arguments.config, arguments.overrides), signals)
 
 
-def _train(config: TrainConfig) -> int:
+def _train(config: TrainConfig, signals: Signals) -> int:
     # What is slow to import comes only now: --help and a wrong key are answered at once.
     from export.forms import export_note
     from trainer.build.run import build_run
@@ -60,8 +60,8 @@ def _train(config: TrainConfig) -> int:
 
     with open_world(resolve(config, world_size()).shard) as world:
         try:
-            with watched_build(config.train.watchdog_factor, config.train.watchdog_min_s):
-                job = build_run(config, world)
+            with watched_build(config.train.watchdog_factor, config.train.watchdog_min_s, signals) as hold:
+                job = build_run(config, world, hold)
             if note := export_note(config):
                 job.metrics.say(note)
             try:

@@ -27,7 +27,7 @@ def train(run: Run) -> str:
         return "finished"
     metrics.status("running", state.step)
     lag = plan.every.log if run.world.device.type == "cuda" else 0
-    stop_signal = StopSignal(run.world.control)
+    stop_signal = StopSignal(run.world.control, lambda reason: metrics.status("preempted", state.step, reason))
     factor, min_s = plan.watchdog_factor, plan.watchdog_min_s
     watchdog = Watchdog(run.folder, run.world, factor, min_s, lag, lambda: stop_signal.asked)
     with watchdog, stop_signal:

@@ -57,19 +57,25 @@ from .inference import image_generator, sample_images
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy")
 
 
-def build_run(config: TrainConfig, world: World) -> Run:
+def build_run(config: TrainConfig, world: World, hold: Callable[[Path], None] = lambda folder: None) -> Run:
     """Everything for the loop. User's mistakes raise ConfigError, DataError or CheckpointError before the run folder is
-    written."""
+    written. hold: is called on rank 0 with the folder once no other run can have it."""
+
+    def lock_run(folder: Path) -> Lock:
+        lock = lock_folder(folder)
+        hold(folder)
+        return lock
+
     _set_determinism(config)
     inputs = _open_inputs(config, world)
     on_rank_0(world, lambda: _check_is_run_folder(inputs.folder))
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
-    lock = on_rank_0(world, lambda: lock_folder(inputs.folder) if inputs.folder.is_dir() else None)
+    lock = on_rank_0(world, lambda: lock_run(inputs.folder) if inputs.folder.is_dir() else None)
     start = _find_start(inputs)
     trained = _build_trained(inputs, start)
     notes = [*_describe(inputs, start), *_slow_precision(config, world.device), *inputs.data.notes]
     side_jobs = _build_side_jobs(inputs, trained, notes)
-    lock = on_rank_0(world, lambda: lock or lock_folder(inputs.folder))
+    lock = on_rank_0(world, lambda: lock or lock_run(inputs.folder))
     metrics = _open_folder(inputs, start, trained.state.step, notes)
     return _assemble(inputs, trained, side_jobs, metrics, lock)
 

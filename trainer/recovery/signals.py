@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 # Of Slurm and torchrun, Ctrl-C, a terminal that is closed, Ctrl-\.
@@ -13,11 +14,13 @@ class Signals:
     """Within it the signals set `asked`, and a second Ctrl-C ends the process at once.
 
     at_once: any signal does, because there is nothing to save. What the process was told to ignore (nohup, a shell's
-    background job) it goes on ignoring, and its forks ignore all of them: they end with their parent.
+    background job) it goes on ignoring, and its forks ignore all of them: they end with their parent. before_end: is
+    called with the reason before the process is ended at once.
     """
 
-    def __init__(self, at_once: bool = False) -> None:
+    def __init__(self, at_once: bool = False, before_end: Callable[[str], None] = lambda reason: None) -> None:
         self.asked = False
+        self.before_end = before_end
         self._at_once, self._interrupted = at_once, False
 
     def __enter__(self) -> "Signals":
@@ -53,7 +56,10 @@ class Signals:
 
     def _end(self, number: int, why: str) -> None:
         _tell(f"error: {why}")
-        os._exit(128 + number)  # as a shell names it; process groups could not be left in order alone
+        try:
+            self.before_end(why)
+        finally:
+            os._exit(128 + number)  # as a shell names it; process groups could not be left in order alone
 
 
 def _tell(text: str) -> None:

@@ -1,5 +1,7 @@
 """A signal to one rank, and all ranks stop after the same step."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -14,9 +16,10 @@ class StopSignal:
     step, at most two after the signal.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, before_end: Callable[[str], None]) -> None:
+        """before_end: see Signals."""
         self._group = group
-        self._signals = Signals()
+        self._signals = Signals(before_end=before_end)
         self._sum: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> "StopSignal":

@@ -21,9 +21,11 @@ from typing import NamedTuple
 
 from data.redaction import message
 
+from ..checkpoint.find import complete_checkpoints, step_of
 from ..errors import PeerError
 from ..monitor.metrics import write_status
 from ..parallel.mesh import World, open_board
+from .signals import Signals
 
 POLL_S = 1.0  # between two looks at the board
 LOST_S = 20.0  # a neighbour without a sign of life; torch may hold Python's lock for some seconds
@@ -219,28 +221,42 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def watched_build(factor: float | None, min_s: float) -> Iterator[None]:
+def watched_build(factor: float | None, min_s: float, signals: Signals) -> Iterator[Callable[[Path], None]]:
     """End this process, with the stacks of its threads on stderr, where a run is not built in PHASE_FACTOR x min_s: a
-    file system or a server that hangs, say. factor None: it may take any time."""
+    file system or a server that hangs, say. factor None: it may take any time.
+
+    Yields what is to be called with the run's folder as soon as this process holds it: from then on status.json says
+    what ended the build, this or one of `signals`.
+    """
     limit = PHASE_FACTOR * min_s
+    held: list[Path] = []
+
+    def tell(state: str, reason: str) -> None:
+        for folder in held:
+            saved = complete_checkpoints(folder / "checkpoints")
+            with contextlib.suppress(OSError):  # a full disk, say
+                write_status(folder, state, step_of(saved[-1]) if saved else 0, message(reason))
 
     def end() -> None:
+        reason = (
+            f"the run was not built within {limit:.0f} s (10 x train.watchdog_min_s): mend what it waits for in the "
+            "stacks on stderr, or raise the key"
+        )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        print(
-            f"error: the run was not built within {limit:.0f} s (10 x train.watchdog_min_s): mend what it "
-            "waits for in the stacks above, or raise the key",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        _within(ANSWER_S, tell, "failed", reason)
         os._exit(1)
 
     timer = threading.Timer(limit, end)
     timer.daemon = True
+    before_end, signals.before_end = signals.before_end, lambda reason: tell("preempted", reason)
     if factor is not None:
         timer.start()
     try:
-        yield
+        yield held.append
     finally:
         timer.cancel()
+        signals.before_end = before_end
 
 
 def _within(seconds: float, call: Callable[..., object], *arguments: object) -> bool:

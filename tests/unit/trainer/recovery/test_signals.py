@@ -37,12 +37,15 @@ def test_each_of_them_asks(number: int, ended: list[int], capfd: pytest.CaptureF
 
 
 def test_a_second_ctrl_c_ends_at_once(ended: list[int], capfd: pytest.CaptureFixture[str]) -> None:
-    with Signals():
+    told: list[str] = []
+    with Signals(before_end=told.append):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert not ended
+        assert not told
         signal.raise_signal(signal.SIGINT)
     assert ended == [130]
+    assert told == ["ended at once by a second SIGINT: the steps since the newest checkpoint are lost"]
     assert "ended at once" in capfd.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from launch.common import _WATCHDOG
 from trainer.errors import PeerError
+from trainer.monitor.records import read_status, write_status
 from trainer.parallel.mesh import World
+from trainer.recovery.signals import Signals
 from trainer.recovery.watchdog import ASKED_S, PHASE_FACTOR, Fault, Watchdog, watched_build
 
 
@@ -81,15 +84,42 @@ def test_a_silent_neighbour_is_found(world: World, tmp_path: Path, monkeypatch: 
     assert watchdog._fault == Fault(0, "rank 1 is lost: killed, or its host is gone", stacks=False)
 
 
-def test_a_build_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_build_that_hangs_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     codes: list[int] = []
     ended = threading.Event()
     monkeypatch.setattr("os._exit", lambda code: (codes.append(code), ended.set()))
-    with watched_build(None, 0.001), watched_build(20, 0.001):
+    with watched_build(None, 0.001, Signals()), watched_build(20, 0.01, Signals()) as hold:
+        hold(tmp_path)
         assert ended.wait(20)
     assert codes == [1]
     said = capfd.readouterr().err
     assert "not built within 0 s (10 x train.watchdog_min_s)" in said
     assert "test_a_build_that_hangs_is_ended" in said, "the stacks"
-    with watched_build(20, 300):
+    state, reason = read_status(tmp_path) or ("", "")
+    assert state == "failed"
+    assert reason.startswith("the run was not built within")
+    with watched_build(20, 300, Signals()):
         pass
+
+
+def test_a_build_that_is_ended_by_a_signal_leaves_the_reason_where_the_folder_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os._exit", lambda code: None)
+    (tmp_path / "checkpoints" / "step_00000007").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000007" / "meta.json").touch()
+    write_status(tmp_path, "failed", 9, "of the start before")
+    with Signals(at_once=True) as signals:
+        with watched_build(None, 1, signals) as hold:
+            signal.raise_signal(signal.SIGTERM)
+            assert read_status(tmp_path) == ("failed", "of the start before"), "another run may train there"
+            hold(tmp_path)
+            signal.raise_signal(signal.SIGTERM)
+        told = json.loads((tmp_path / "status.json").read_bytes())
+        assert (told["state"], told["step"]) == ("preempted", 7)
+        assert told["reason"] == "ended by SIGTERM: no step was under way, so nothing is lost"
+        write_status(tmp_path, "finished", 9)
+        signal.raise_signal(signal.SIGTERM)  # after training, say
+    assert read_status(tmp_path) == ("finished", "")
