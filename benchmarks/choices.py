@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import write
 from benchmarks.train_step import clock
+from models.attention import attend
 from models.configs import MMDiTConfig
-from models.layers import attend
 from models.mmdit import Block
 from trainer.ema import EMA
 

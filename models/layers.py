@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Visible, attend
+
 NORM_EPS = 1e-6
 TIME_FEATURES = 256
 
@@ -31,7 +33,8 @@ class Declaration(NamedTuple):
 
 
 class TextCondition(NamedTuple):
-    """Text states [B, L, E] of a frozen encoder and the mask [B, L], True where there is a token."""
+    """Text states [B, L, E] of a frozen encoder and the mask [B, L], True where there is a token. Padding follows the
+    tokens."""
 
     states: Tensor
     mask: Tensor
@@ -103,9 +106,9 @@ class SelfAttention(nn.Module):
         self.qkv = QKVLinear(width, width, bias=bias)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: Visible = None) -> Tensor:
         q, k, v = split_heads(self.qkv(x), 3, self.head_dim)  # 3 x [B, N, H, K]
-        return self.out(attend(q, k, v, mask))  # [B, N, D]
+        return self.out(attend(q, k, v, seen))  # [B, N, D]
 
 
 def split_heads(x: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
@@ -115,13 +118,6 @@ def split_heads(x: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
     one copy writes the parts' gradients into that of x.
     """
     return x.unflatten(-1, (parts, -1, head_dim)).unbind(2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention: q [B, N, H, K], k and v [B, L, H, K], mask [B, 1, 1, L], True where to look -> [B, N, D]."""
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, N or L, K]
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, K]
-    return attended.transpose(1, 2).flatten(2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Visible, attend, visible, visible_from
 from .backbone import Backbone
 from .configs import MMDiTConfig
 from .layers import (
@@ -21,7 +22,6 @@ from .layers import (
     Declaration,
     OutputLinear,
     TextCondition,
-    attend,
     axis_sinusoids,
     crop_positions,
     modulate,
@@ -100,12 +100,12 @@ class Block(nn.Module):
         self.image = Stream(config)
         self.text = Stream(config)
 
-    def forward(self, x: Tensor, y: Tensor, c: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, N, D], y [B, L, D], c [B, D], mask [B, 1, 1, N + L] -> x, y."""
+    def forward(self, x: Tensor, y: Tensor, c: Tensor, seen: Visible) -> tuple[Tensor, Tensor]:
+        """x [B, N, D], y [B, L, D], c [B, D], seen: of N + L keys -> x, y."""
         q_x, k_x, v_x, mod_x = self.image.before_attention(x, c)
         q_y, k_y, v_y, mod_y = self.text.before_attention(y, c)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))  # [B, N + L, H, K]
-        attended_x, attended_y = attend(q, k, v, mask).split([x.shape[1], y.shape[1]], dim=1)  # [B, N, D], [B, L, D]
+        attended_x, attended_y = attend(q, k, v, seen).split([x.shape[1], y.shape[1]], dim=1)  # [B, N, D], [B, L, D]
         x = self.image.after_attention(x, attended_x, mod_x, self.branch_scale)  # [B, N, D]
         y = self.text.after_attention(y, attended_y, mod_y, self.branch_scale)  # [B, L, D]
         return x, y
@@ -121,12 +121,13 @@ class LastBlock(nn.Module):
         self.image = Stream(config)
         self.text = LastTextStream(config)
 
-    def forward(self, x: Tensor, y: Tensor, c: Tensor, mask: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, y: Tensor, c: Tensor, seen: Visible) -> tuple[Tensor, None]:
         """As Block.forward, without a text output."""
         q, k_x, v_x, mod = self.image.before_attention(x, c)  # [B, N, H, K]
         k_y, v_y = self.text(y, c)  # [B, L, H, K]
         k, v = torch.cat([k_x, k_y], dim=1), torch.cat([v_x, v_y], dim=1)  # [B, N + L, H, K]
-        return self.image.after_attention(x, attend(q, k, v, mask), mod, self.branch_scale), None
+        attended = attend(q, k, v, visible_from(x, seen))  # [B, N, D]
+        return self.image.after_attention(x, attended, mod, self.branch_scale), None
 
 
 class MMDiT(Backbone):
@@ -189,11 +190,11 @@ class MMDiT(Backbone):
         c = self.time_embed(time_sinusoids(t, config.time_freq_shift).to(dtype)) + self.pooled_embed(pooled)
         c = F.silu(c)  # [B, D]
         y = self.text_embed(states)  # [B, L, D]
-        attended = torch.cat([mask.new_ones(mask.shape[0], tokens.shape[1]), mask], dim=1)[:, None, None]
+        seen = visible(mask, before=tokens.shape[1])
 
         features = None
         for number, block in enumerate(self.blocks):
-            tokens, y = block(tokens, y, c, attended)  # [B, N, D], [B, L, D]
+            tokens, y = block(tokens, y, c, seen)  # [B, N, D], [B, L, D]
             if number == features_at:
                 features = self.projector(tokens)
         scale, shift = self.final_modulation(c).chunk(2, dim=-1)  # 2 x [B, D], scale first as in SD3

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Visible, attend, visible, visible_from
 from .backbone import Backbone
 from .configs import PixArtConfig
 from .layers import (
@@ -21,7 +22,6 @@ from .layers import (
     SelfAttention,
     SizedTextCondition,
     TextCondition,
-    attend,
     axis_sinusoids,
     grid_positions,
     modulate,
@@ -43,11 +43,11 @@ class CrossAttention(nn.Module):
         self.kv = QKVLinear(width, width, query=False)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        """x [B, N, D], y [B, L, D], mask [B, 1, 1, L] -> [B, N, D]."""
+    def forward(self, x: Tensor, y: Tensor, seen: Visible) -> Tensor:
+        """x [B, N, D], y [B, L, D], seen: of L keys -> [B, N, D]."""
         [q] = split_heads(self.q(x), 1, self.head_dim)  # [B, N, H, K]
         k, v = split_heads(self.kv(y), 2, self.head_dim)  # 2 x [B, L, H, K]
-        return self.out(attend(q, k, v, mask))  # [B, N, D]
+        return self.out(attend(q, k, v, seen))  # [B, N, D]
 
 
 class Block(nn.Module):
@@ -63,11 +63,11 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(d, config.head_dim)
         self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"))
 
-    def forward(self, x: Tensor, y: Tensor, modulation: Tensor, mask: Tensor) -> Tensor:
-        """x [B, N, D], y [B, L, D], modulation [B, 6, D], mask [B, 1, 1, L] -> [B, N, D]."""
+    def forward(self, x: Tensor, y: Tensor, modulation: Tensor, seen: Visible) -> Tensor:
+        """x [B, N, D], y [B, L, D], modulation [B, 6, D], seen: of L keys -> [B, N, D]."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + modulation).unbind(1)  # [B, D]
         x = x + self.branch_scale * gate[:, None] * self.attention(modulate(x, shift, scale))  # [B, N, D]
-        x = x + self.branch_scale * self.cross_attention(x, y, mask)  # [B, N, D]
+        x = x + self.branch_scale * self.cross_attention(x, y, seen)  # [B, N, D]
         return x + self.branch_scale * gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
 
 
@@ -153,11 +153,11 @@ class PixArt(Backbone):
         y = self.text_embed(condition.states.to(dtype))  # [B, L, D]
         mask = condition.mask
         # Softmax over nothing is NaN, which a weight of 0 does not undo: a row without tokens attends to its padding.
-        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
+        seen = visible_from(tokens, visible(mask | ~mask.any(1, keepdim=True)))
 
         features = None
         for number, block in enumerate(self.blocks):
-            tokens = block(tokens, y, modulation, mask)  # [B, N, D]
+            tokens = block(tokens, y, modulation, seen)  # [B, N, D]
             if number == features_at:
                 features = self.projector(tokens)
         shift, scale = (self.scale_shift_table + c[:, None]).unbind(1)  # 2 x [B, D]

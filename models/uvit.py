@@ -7,6 +7,7 @@ C channels, P patch size, E text width.
 import torch
 from torch import Tensor, nn
 
+from .attention import Visible, visible
 from .backbone import Backbone
 from .configs import UViTConfig
 from .layers import (
@@ -35,9 +36,9 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(d, eps=NORM_EPS)
         self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU())
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B, T, D], mask [B, 1, 1, T] or None -> [B, T, D]."""
-        x = x + self.attention(self.norm_attention(x), mask)  # [B, T, D]
+    def forward(self, x: Tensor, seen: Visible) -> Tensor:
+        """x [B, T, D], seen: of T keys -> [B, T, D]."""
+        x = x + self.attention(self.norm_attention(x), seen)  # [B, T, D]
         return x + self.mlp(self.norm_mlp(x))  # [B, T, D]
 
 
@@ -48,10 +49,10 @@ class SkipBlock(Block):
         super().__init__(config)
         self.skip = nn.Linear(2 * config.width, config.width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, skipped: Tensor | None = None) -> Tensor:
-        """x, skipped [B, T, D], mask [B, 1, 1, T] or None -> [B, T, D]."""
+    def forward(self, x: Tensor, seen: Visible, skipped: Tensor | None = None) -> Tensor:
+        """x, skipped [B, T, D], seen: of T keys -> [B, T, D]."""
         assert skipped is not None
-        return super().forward(self.skip(torch.cat([x, skipped], dim=-1)), mask)  # [B, T, D]
+        return super().forward(self.skip(torch.cat([x, skipped], dim=-1)), seen)  # [B, T, D]
 
 
 class UViT(Backbone):
@@ -142,23 +143,23 @@ class UViT(Backbone):
         extras = 1 + given.shape[1]
         positions = torch.cat([self.pos_embed[:extras], self.image_positions(height, width)])  # [T, D]
         tokens = torch.cat([time[:, None], given, patches], dim=1) + positions  # [B, T, D]
-        mask = None
+        seen, image = None, slice(extras, None)
         if text_mask is not None:
-            seen = text_mask.new_ones(x.shape[0], 1)
-            image = seen.expand(-1, patches.shape[1])
-            mask = torch.cat([seen, text_mask, image], dim=1)[:, None, None]  # [B, 1, 1, T]
+            # The text goes to the end, because a packed row has its padding there.
+            tokens, image = tokens.roll(-extras, dims=1), slice(patches.shape[1])
+            seen = visible(text_mask, before=patches.shape[1] + 1)
 
         features, skipped, half = None, [], config.depth // 2
         for number, block in enumerate(self.shard_units()):
             if number <= half:
-                tokens = block(tokens, mask)  # [B, T, D]
+                tokens = block(tokens, seen)  # [B, T, D]
             else:
-                tokens = block(tokens, mask, skipped.pop())  # [B, T, D]
+                tokens = block(tokens, seen, skipped.pop())  # [B, T, D]
             if number < half:
                 skipped.append(tokens)
             if number == features_at:
-                features = tokens[:, extras:]
-        prediction = unpatchify(self.final(self.norm(tokens[:, extras:])), config.patch_size, height, width)
+                features = tokens[:, image]
+        prediction = unpatchify(self.final(self.norm(tokens[:, image])), config.patch_size, height, width)
         if config.final_conv:
             prediction = self.final_conv(prediction)  # [B, C, h P, w P]
         return prediction, features
