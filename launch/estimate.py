@@ -10,46 +10,47 @@ allocator hold beside the tensors (3 GiB are reserved), and the encoders' workin
 import argparse
 import dataclasses
 import json
-from typing import TYPE_CHECKING
 
 from launch.common import command, run
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trainer.estimate.cluster import Cluster
-
-_CARDS = ("h100", "h200", "b200", "a100", "mi300x")
+from trainer.estimate.cluster import CARDS, Cluster
 
 
 def main() -> int:
     parser = command(__doc__)
     parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--card", choices=_CARDS, default="h100", help="kind of GPU (default: h100, of 80 GB)")
+    parser.add_argument("--card", choices=CARDS, default="h100", help="kind of GPU (default: h100, of 80 GB)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that share NVLink (default: 8)")
     parser.add_argument("--gpu-memory-gb", type=float, help="of each GPU, where it is not the card's")
     parser.add_argument("--gpu-tflops", type=float, help="peak in bf16, not sparse, where it is not the card's")
     parser.add_argument("--network-gb-s", type=float, help="GB/s per GPU between nodes, where it is not the card's")
     parser.add_argument("--mfu", type=float, help="model FLOP/s over peak, where measured: in place of the arithmetic")
     parser.add_argument("--price", type=float, default=2.5, help="dollars per GPU-hour (default: 2.5)")
+    parser.add_argument("--plan", action="store_true", help="compare settings: the five fastest that fit, to paste")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     a = parser.parse_args()
     given = (a.gpus, a.gpus_per_node, a.gpu_memory_gb, a.gpu_tflops, a.network_gb_s, a.mfu)
     if any(value is not None and value <= 0 for value in given) or (a.mfu or 0) > 1 or a.price < 0:
         raise ConfigError("--gpus, --gpus-per-node and the rates are positive, --mfu is at most 1, --price at least 0")
     config = load_config(a.config, a.overrides)
+    from trainer.estimate.plan import Planner, describe_plans
     from trainer.estimate.report import describe, estimate
 
     cluster = cluster_of(a)
+    if a.plan:
+        planner = Planner(config, cluster)
+        plans = planner.best()
+        text = describe_plans(plans, cluster) if plans else planner.what_would_fit()
+        print(json.dumps([plan.data(cluster) for plan in plans], indent=1) if a.json else text)
+        return 0 if plans else 1
     found = estimate(config, cluster)
     print(json.dumps(found, indent=1) if a.json else describe(found, cluster))
     return 0 if found["memory_gib"]["fits"] or found["memory_cached_gib"]["fits"] else 1
 
 
-def cluster_of(a: argparse.Namespace) -> "Cluster":
+def cluster_of(a: argparse.Namespace) -> Cluster:
     """The cluster that the options describe."""
-    from trainer.estimate.cluster import CARDS, Cluster
-
     card = CARDS[a.card]
     peak = a.gpu_tflops or card.peak_tflops
     card = dataclasses.replace(

@@ -17,10 +17,12 @@ from pathlib import Path
 from launch.common import command, run
 from launch.slurm.job import freeze, job_script, new_folder, options_of, settings_of, submit
 from launch.slurm.options import add_resources
+from trainer.build.flops import image_flops
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
+from trainer.estimate.cluster import CARDS, Cluster
 
 
 def main() -> int:
@@ -38,6 +40,7 @@ def main() -> int:
     )
     parser.add_argument("--signal-seconds", type=int, default=300, help="warning before the time limit (default: 300)")
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs one after another, not requeued")
+    parser.add_argument("--card", choices=CARDS, default="h100", help="kind of GPU (default: h100, of 80 GB)")
     add_resources(parser, "0", "0, all that it has")
     parser.add_argument("--dry-run", action="store_true", help="print the script and write nothing")
     a = parser.parse_args()
@@ -51,6 +54,8 @@ def main() -> int:
     config = config.model_copy(update={"run": placed})
     resolve(config, a.nodes * max(1, a.gpus_per_node))
     warn_without_ladder(config)
+    if a.gpus_per_node:
+        warn_of_slowness(config, Cluster(a.nodes * a.gpus_per_node, CARDS[a.card], a.gpus_per_node))
 
     folder = new_folder(config)
     script = job_script(options_of(a, config, folder), settings_of(a, config, folder))
@@ -76,6 +81,26 @@ def warn_without_ladder(config: TrainConfig) -> None:
     if width > base and not passed:
         print(
             f"warning: no passed ladder in {path}: python launch/ladder.py --config {name}.yaml --widths ... first",
+            file=sys.stderr,
+        )
+
+
+def warn_of_slowness(config: TrainConfig, cluster: Cluster) -> None:
+    """Warn of settings beside which others are more than 1.3 times faster, by the model of launch/estimate.py.
+
+    Not of a step that would be shorter than 0.1 s at a tenth of the peak: there the host's own time decides, which no
+    model has.
+    """
+    flops = config.train.global_batch_size * image_flops(config)
+    if config.parallel.engine != "fsdp2" or 10 * flops / (cluster.gpus * cluster.card.peak_tflops * 1e12) < 0.1:
+        return
+    from trainer.estimate.plan import faster_plan
+
+    if (found := faster_plan(config, cluster)) is not None:
+        plan, ratio = found
+        print(
+            f"warning: on {cluster.gpus} GPUs of this card other settings would be {ratio:.1f} times faster (MODEL; "
+            f"launch/estimate.py --plan has more): {' '.join(plan.overrides)}",
             file=sys.stderr,
         )
 

@@ -115,6 +115,7 @@ NO_TORCH = (
     "data.redaction",
     "trainer.errors",
     "trainer.config.load",
+    "trainer.estimate.cluster",
     "trainer.evaluate.suite",
     "trainer.recovery.signals",
 )

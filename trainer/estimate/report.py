@@ -46,6 +46,12 @@ def encoder_bytes(config: TrainConfig) -> dict[str, int]:
     return found
 
 
+def text_encoder_flops(config: TrainConfig) -> int:
+    """FLOPs of the text encoder for the caption of one image, padded to its full length."""
+    # Each weight: 2 FLOPs a token, 2 bytes.
+    return encoder_bytes(config).get("text_encoder", 0) * config.text_encoder.max_length
+
+
 def _stored_parameters(path: str, subfolder: str | None) -> int | None:
     """Numbers in the safetensors files of a local folder, from their headers; None where there are none."""
     files = sorted((Path(path) / (subfolder or "")).glob("*.safetensors"))
@@ -135,7 +141,7 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     count = micro_batches(config, cluster.gpus, rows)
     work = Work(config)
     parameters = work.parameters
-    text_flops = encoders.get("text_encoder", 0) * config.text_encoder.max_length  # each weight: 2 FLOPs, 2 bytes
+    text_flops = text_encoder_flops(config)
     recomputed = work.passes(rows).recomputed(config.parallel.activation_checkpointing)
     steps = step_time(config, cluster, work, text_flops), step_time(config, cluster, work)
     moved = steps[1].network

@@ -118,6 +118,7 @@ def test_a_target_without_a_ladder_is_warned_of(
         submitted(monkeypatch, tmp_path, "--dry-run", config=config)
         return "launch/ladder.py" in capsys.readouterr().err
 
+    monkeypatch.setattr(submit, "warn_of_slowness", lambda *_: None)  # seconds, of another test
     assert warned("mmdit_18b_mup")
     assert not warned("mmdit_0.18b_mup")  # the proxy is what a ladder stands on
     ladder = tmp_path / "mmdit_18b_mup_ladder" / "ladder.json"
