@@ -66,7 +66,7 @@ def main() -> int:
     began = time.monotonic()
     overrides = [*arguments.overrides, *fast_precision(arguments.overrides)]
     config = load_config(arguments.config, overrides)
-    folder = Path(config.run.dir) / str(config.run.name)
+    folder = config.run.folder
     if folder.exists():
         kept = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(kept)

@@ -9,7 +9,6 @@ python launch/data_order.py --config mmdit_demo_mup.yaml --world-size 4 --from-s
 
 import dataclasses
 import json
-from pathlib import Path
 
 from launch.common import command, run
 from trainer.config.load import load_config
@@ -35,7 +34,7 @@ def main() -> int:
     data = dataclasses.replace(config.data, num_workers=0, prefetch_mib=max(1, config.data.prefetch_mib // size))
     config = config.model_copy(update={"data": data})
     resolved = resolve(config, size)
-    skipped_ranges, step = read_skipped_ranges(Path(config.run.dir) / str(config.run.name)), first
+    skipped_ranges, step = read_skipped_ranges(config.run.folder), first
     with open_world(1) as world:
         source = TrainingData(config, resolved, world)
         readers = [

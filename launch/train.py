@@ -11,9 +11,10 @@ torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-ti
 """
 
 import argparse
+import contextlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from launch.common import command, run
 from launch.processes import end_with_torchrun
@@ -52,28 +53,42 @@ def main() -> int:
 
 def _train(config: TrainConfig, signals: Signals) -> int:
     # What is slow to import comes only now: --help and a wrong key are answered at once.
+    from torch import OutOfMemoryError
+
     from export.forms import export_note
     from trainer.build.run import build_run
+    from trainer.collectives import from_rank_0
+    from trainer.estimate.micro_batch import find_fitting, out_of_memory
     from trainer.loop import train
     from trainer.parallel.mesh import open_world, world_size
     from trainer.recovery.watchdog import watched_build
 
+    find = find_fitting(config, world_size())  # before the world opens: what is simulated has a world of its own
     with open_world(resolve(config, world_size()).shard) as world:
+        fitting = from_rank_0(world, find)
         try:
             with watched_build(config.train.watchdog_factor, config.train.watchdog_min_s, signals) as hold:
-                job = build_run(config, world, hold)
-            if note := export_note(config):
+                job = build_run(config, world, hold, fitting and fitting.size)
+            for note in filter(None, (export_note(config), fitting and fitting.describe())):
                 job.metrics.say(note)
-            try:
-                outcome = train(job)
-            finally:
-                job.metrics.close()
+            with job.lock or contextlib.nullcontext():
+                try:
+                    outcome = train(job)
+                finally:
+                    job.metrics.close()
             job.metrics.say(f"{outcome} at step {job.state.step}: {job.folder}")
         except PeerError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(1)  # groups that have lost a rank cannot be left in order: NCCL would wait for it
+            _end(f"error: {error}")
+        except OutOfMemoryError as error:
+            _end(out_of_memory(config, fitting, world.size, error))
     return 0
+
+
+def _end(text: str) -> NoReturn:
+    """End this process at once: groups that have lost a rank cannot be left in order, NCCL would wait for it."""
+    print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":

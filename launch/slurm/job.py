@@ -21,7 +21,7 @@ TEMPLATE = Path(__file__).with_name("train.sbatch")
 
 def new_folder(config: TrainConfig) -> Path:
     """The first of runs/NAME/jobs/001, 002, ... that does not exist; it is not made here."""
-    jobs = Path(config.run.dir) / str(config.run.name) / "jobs"
+    jobs = config.run.folder / "jobs"
     return jobs / f"{1 + len(list(jobs.glob('[0-9]*'))):03d}"
 
 

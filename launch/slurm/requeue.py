@@ -27,7 +27,7 @@ def main() -> int:
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
     assert config.run.name is not None
-    folder = Path(config.run.dir) / config.run.name
+    folder = config.run.folder
     state, reason = state_since(folder / "status.json", arguments.since)
     if again := failed_by_a_machine(state, reason) and has_saved(folder, arguments.since):
         print(f"the run was cut off ({reason or 'killed'}), and has saved since it started", flush=True)

@@ -57,9 +57,14 @@ from .inference import image_generator, sample_images
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy")
 
 
-def build_run(config: TrainConfig, world: World, hold: Callable[[Path], None] = lambda folder: None) -> Run:
+def build_run(
+    config: TrainConfig,
+    world: World,
+    hold: Callable[[Path], None] = lambda folder: None,
+    fitting: float | None = None,
+) -> Run:
     """Everything for the loop. User's mistakes raise ConfigError, DataError or CheckpointError before the run folder is
-    written. hold: is called on rank 0 with the folder once no other run can have it."""
+    written. hold: is called on rank 0 with the folder once no other run can have it. fitting: see resolve."""
 
     def lock_run(folder: Path) -> Lock:
         lock = lock_folder(folder)
@@ -67,7 +72,7 @@ def build_run(config: TrainConfig, world: World, hold: Callable[[Path], None] = 
         return lock
 
     _set_determinism(config)
-    inputs = _open_inputs(config, world)
+    inputs = _open_inputs(config, resolve(config, world.size, fitting), world)
     on_rank_0(world, lambda: _check_is_run_folder(inputs.folder))
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
     lock = on_rank_0(world, lambda: lock_run(inputs.folder) if inputs.folder.is_dir() else None)
@@ -134,17 +139,15 @@ def _set_determinism(config: TrainConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _open_inputs(config: TrainConfig, world: World) -> _Inputs:
-    resolved = resolve(config, world.size)
+def _open_inputs(config: TrainConfig, resolved: Resolved, world: World) -> _Inputs:
     if is_debug(config.text_encoder.path) or is_debug(config.objective.repa_encoder):
         first_on_rank_0(world, ensure_debug_assets)
     data = TrainingData(config, resolved, world)
-    assert config.run.name is not None
     return _Inputs(
         config=config,
         resolved=resolved,
         world=world,
-        folder=Path(config.run.dir) / config.run.name,
+        folder=config.run.folder,
         data=data,
         encoders=Encoders(config, world, data.dataset, align=True),
         table=build_mup_table(config),

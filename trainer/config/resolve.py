@@ -20,11 +20,12 @@ def buckets_of(c: TrainConfig) -> list[Bucket]:
     return [Bucket(*size, length) for size, length in itertools.product(sizes, lengths)]
 
 
-def micro_batch_rows(c: TrainConfig, bucket: Bucket, world_size: int) -> int:
-    """Most samples in a device's micro-batch of this bucket. Larger images make it smaller; the text does not count."""
+def micro_batch_rows(c: TrainConfig, bucket: Bucket, world_size: int, most: float | None) -> int:
+    """Most samples in a device's micro-batch of this bucket. most: as Resolved.micro_batch_size. Larger images make it
+    smaller; the text does not count."""
     share = -(-c.train.global_batch_size // world_size)
-    most = c.train.micro_batch_size
-    return share if most is None else max(1, min(share, int(most * 256**2 / (bucket.height * bucket.width))))
+    area = bucket.height * bucket.width / 256**2
+    return share if most is None else max(1, min(share, int(most / area + 1e-9)))
 
 
 def image_tokens(c: TrainConfig, bucket: Bucket) -> int:
@@ -61,22 +62,27 @@ class Resolved(NamedTuple):
     world_size: int
     shard: int
     """Ranks that share one copy of the weights."""
+    micro_batch_size: float | None
+    """Most samples that a device holds at once at 256² pixels; None is its whole share of the batch."""
     micro_batch_rows: int
     """Most samples in a device's micro-batch of square images."""
     time_shift: float
     """Shift s of the times of square images: sqrt(image tokens / objective.shift_base_tokens)."""
 
 
-def resolve(config: TrainConfig, world_size: int) -> Resolved:
-    """What follows from a config on `world_size` processes; raises ConfigError where their number does not fit."""
+def resolve(config: TrainConfig, world_size: int, fitting: float | None = None) -> Resolved:
+    """What follows from a config on `world_size` processes; raises ConfigError where their number does not fit.
+    fitting: the micro_batch_size that fits into the device, where train.micro_batch_size is auto."""
     batch, shard = config.train.global_batch_size, config.parallel.shard or world_size
     if world_size > batch:
         raise ConfigError(f"{world_size} processes need train.global_batch_size of at least as many, got {batch}")
     if world_size % shard:
         raise ConfigError(f"parallel.shard {shard} does not divide the {world_size} processes")
+    most = fitting if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
     return Resolved(
         world_size=world_size,
         shard=shard,
-        micro_batch_rows=micro_batch_rows(config, buckets_of(config)[0], world_size),
+        micro_batch_size=most,
+        micro_batch_rows=micro_batch_rows(config, buckets_of(config)[0], world_size, most),
         time_shift=math.sqrt(config.image_tokens / config.objective.shift_base_tokens),
     )

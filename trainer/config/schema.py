@@ -9,6 +9,7 @@ runtime     the change is free. Paths are runtime: what lies there is compared b
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -58,6 +59,11 @@ class RunConfig(Section):
     """Resume a checkpoint of parallel.engine zero, whose files are pickles and can run code, also if another user owns
     any of them."""
 
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.dir) / str(self.name)
+
 
 class TrainSection(Section):
     """Length, batch and seed of the run, and what happens at which step."""
@@ -66,9 +72,10 @@ class TrainSection(Section):
     """Optimizer steps of the whole run."""
     global_batch_size: int = Field(default=256, ge=1, json_schema_extra=IDENTITY)
     """Samples per optimizer step, over all devices."""
-    micro_batch_size: float | None = Field(default=None, gt=0)
+    micro_batch_size: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
     """Samples that a device holds at once at 256² pixels (a fourth of them at 512²), from which gradient accumulation
-    follows; null takes the device's whole share of the batch at once."""
+    follows. `auto` is as many as the memory model finds room for on the GPU, and on a CPU the whole share of the batch,
+    as null is everywhere."""
     seed: int = Field(default=0, ge=0, json_schema_extra=IDENTITY)
     """Seed of the initial weights, the order of the data and all noise."""
     deterministic: bool = False

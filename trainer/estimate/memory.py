@@ -26,6 +26,11 @@ from .simulation import (
 _KINDS = (*SHARDED, ACTIVATIONS, GATHERED, ACCUMULATED)
 
 
+def equal_parts(share: int, most: int) -> int:
+    """Samples of the micro-batches of a share of which `most` fit at once, all of one size but for the last."""
+    return -(-share // -(-share // most))
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of a rank for any shard count and micro-batch, from a profile. encoders: bytes of the frozen ones.
@@ -111,6 +116,13 @@ class Memory:
     def largest_rows(self, shard: int, limit: int, accumulates: bool) -> int:
         """The largest micro-batch whose bytes stay within `limit`; 0 where not even one sample fits."""
         return bisect_right(range(1, MOST_ROWS + 1), limit, key=lambda rows: self.total(shard, rows, accumulates))
+
+    def fitting_rows(self, shard: int, share: int, limit: int) -> int:
+        """The largest micro-batch of a rank's `share` of the batch whose bytes stay within `limit`; 0 where not even
+        one sample fits. A share that is taken in parts keeps gradients between them."""
+        if self.total(shard, share, False) <= limit:
+            return share
+        return min(share - 1, self.largest_rows(shard, limit, True))
 
     def total(self, shard: int, rows: int, accumulates: bool) -> int:
         return sum(self.parts(shard, rows, accumulates).values())

@@ -12,7 +12,7 @@ from ..config.resolve import resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from .cluster import GIB, Cluster
-from .memory import Memory
+from .memory import Memory, equal_parts
 from .report import encoder_bytes, smallest_count, text_encoder_flops, timed
 from .simulation import profile
 from .step_time import StepTime, Work, micro_batches, step_time
@@ -119,13 +119,10 @@ class Planner:
         encoding = 0 if precomputed else text_encoder_flops(self._config)
         for mode in RECOMPUTATION:
             memory = self._memory(mode, precomputed)
-            if memory.total(shard, self._share, False) <= usable:
-                rows = self._share
-            else:
-                rows = min(self._share - 1, memory.largest_rows(shard, usable, True))
+            rows = memory.fitting_rows(shard, self._share, usable)
             if rows < 1:
                 continue
-            variant = self._variant(shard, mode, -(-self._share // -(-self._share // rows)))
+            variant = self._variant(shard, mode, equal_parts(self._share, rows))
             rows = resolve(variant, self._cluster.gpus).micro_batch_rows
             total = memory.total(shard, rows, rows < self._share)
             if total <= usable:

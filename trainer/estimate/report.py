@@ -12,7 +12,7 @@ from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from .arithmetic import products_flops
 from .cluster import GIB, Cluster, usable_bytes
-from .memory import Memory
+from .memory import Memory, equal_parts
 from .simulation import Profile, profile
 from .step_time import StepTime, Work, micro_batches, step_time
 
@@ -69,10 +69,7 @@ def smallest_count(config: TrainConfig, memory: Memory, usable: int) -> tuple[in
     batch = config.train.global_batch_size
     for gpus in (*range(1, NODE), *range(NODE, batch + 1, NODE)):
         share = -(-batch // gpus)
-        if memory.total(gpus, share, False) <= usable:
-            return gpus, share
-        rows = min(share - 1, memory.largest_rows(gpus, usable, True))
-        if rows >= 1:
+        if rows := memory.fitting_rows(gpus, share, usable):
             return gpus, rows
     return None
 
@@ -137,6 +134,9 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     encoders = encoder_bytes(config)
     online = Memory(simulated, table, sum(encoders.values()), config.parallel)
     cached = Memory(simulated, table, 0, config.parallel)
+    if config.train.micro_batch_size == "auto":
+        config = _with_micro_batch(config, resolved, (online, cached), cluster.usable)
+        resolved = resolve(config, cluster.gpus)
     rows = resolved.micro_batch_rows
     count = micro_batches(config, cluster.gpus, rows)
     work = Work(config)
@@ -171,6 +171,18 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     }
     result["advice"] = advice(config, cluster, result)
     return result
+
+
+def _with_micro_batch(
+    config: TrainConfig, resolved: Resolved, memories: tuple[Memory, Memory], usable: int
+) -> TrainConfig:
+    """The config with the micro-batch that auto takes; without the encoders where it fits only so; one sample where
+    nothing fits."""
+    share = -(-config.train.global_batch_size // resolved.world_size)
+    fitting = (memory.fitting_rows(resolved.shard, share, usable) for memory in memories)
+    rows = equal_parts(share, next(filter(None, fitting), 1))
+    train = config.train.model_copy(update={"micro_batch_size": rows * config.data.resolution**2 / 256**2})
+    return config.model_copy(update={"train": train})
 
 
 def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list[str]:

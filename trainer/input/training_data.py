@@ -88,9 +88,9 @@ class TrainingData:
 
     def reader(self, rank: int, size: int) -> ImageTextReader | SyntheticReader:
         """The reader of one rank in a world of `size`."""
-        c, rows = self._config, self._resolved.micro_batch_rows
+        c, rows, most = self._config, self._resolved.micro_batch_rows, self._resolved.micro_batch_size
         seed, batch = c.train.seed, c.train.global_batch_size
-        buckets = {bucket: micro_batch_rows(c, bucket, size) for bucket in buckets_of(c)}
+        buckets = {bucket: micro_batch_rows(c, bucket, size, most) for bucket in buckets_of(c)}
         part = (rank, size, rows, c.label_classes, buckets)
         if self._index is None:
             return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part)

@@ -289,7 +289,7 @@ def test_micro_batches_and_time_shift_follow_the_area() -> None:
     buckets = buckets_of(config)
     assert buckets[0] == (32, 32, 48)
     assert len(buckets) == 10
-    rows = {bucket[:2]: micro_batch_rows(config, bucket, 1) for bucket in buckets}
+    rows = {bucket[:2]: micro_batch_rows(config, bucket, 1, 0.0625) for bucket in buckets}
     assert rows == {(32, 32): 4, (28, 36): 4, (36, 28): 4, (24, 44): 3, (44, 24): 3}
     flow: Any = build_objective(config, resolve(config, 1))
     keys = torch.arange(5)

@@ -1,0 +1,141 @@
+"""The micro-batch that train.micro_batch_size=auto takes: the largest for which the model of memory finds room."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.errors import DataError
+
+from ..build.engine import build_mup_table
+from ..config.resolve import resolve
+from ..config.schema import TrainConfig
+from ..errors import ConfigError
+from ..files import write_atomically
+from ..parallel.mesh import rank
+from .cluster import GIB, RESERVED_GIB
+from .memory import Memory, equal_parts
+from .report import T5_PARAMETERS, encoder_bytes
+from .simulation import profile
+
+_RECORD = "micro_batch.json"
+
+
+class Fitting(NamedTuple):
+    """A micro-batch that fits. size: at 256² pixels, as config.resolve takes it. rows: of square images. parts: bytes
+    of a GPU at the peak. usable: bytes that tensors may take."""
+
+    size: float
+    rows: int
+    micro_batches: int
+    parts: dict[str, int]
+    usable: int
+
+    def describe(self) -> str:
+        """A line for the start of the run."""
+        parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in self.parts.items())
+        return (
+            f"train.micro_batch_size=auto: {self.rows} x {self.micro_batches} per GPU, at the peak "
+            f"{sum(self.parts.values()) / GIB:.1f} of {self.usable / GIB:.1f} GiB (MODEL: {parts})"
+        )
+
+
+def fitting_micro_batch(config: TrainConfig, gpus: int, usable: int, too_large: float | None = None) -> Fitting:
+    """The largest micro-batch on each of `gpus` GPUs of which tensors may take `usable` bytes; at most half of
+    `too_large`, a size at 256² pixels. Raises ConfigError where not even one sample fits, and says what would.
+
+    A simulation: some seconds, half a minute for 18B. It makes a process group of its own, so there must be none yet.
+    """
+    area = config.data.resolution**2 / 256**2
+    share, shard = -(-config.train.global_batch_size // gpus), resolve(config, gpus).shard
+    memory = Memory(profile(config, gpus), build_mup_table(config), _encoder_bytes(config), config.parallel)
+    rows = memory.fitting_rows(shard, share, usable)
+    if too_large is not None:
+        rows = min(rows, int(too_large / area / 2 + 1e-9))
+    if rows < 1:
+        raise ConfigError(_what_would_fit(config, memory, gpus, shard, share, usable))
+    rows = equal_parts(share, rows)
+    count = -(-share // rows)
+    return Fitting(rows * area, rows, count, memory.parts(shard, rows, count > 1), usable)
+
+
+def _encoder_bytes(config: TrainConfig) -> int:
+    """Of the frozen encoders that a run loads; one of unknown size is taken for the largest T5."""
+    if config.data.synthetic:
+        return 0
+    try:
+        return sum(encoder_bytes(config).values())
+    except ConfigError:
+        return round(2 * max(T5_PARAMETERS.values()))
+
+
+def _what_would_fit(config: TrainConfig, memory: Memory, gpus: int, shard: int, share: int, usable: int) -> str:
+    parallel, alone = config.parallel, memory.parts(shard, 1, share > 1)
+    largest = max(alone, key=lambda part: alone[part])
+    advice = []
+    if parallel.activation_checkpointing != "full":
+        advice.append("parallel.activation_checkpointing=full")
+    if shard < gpus:
+        advice.append("parallel.shard=0, which shards the weights over all GPUs")
+    if memory.encoders:
+        advice.append("precomputed text (launch/precompute.py), without text_encoder.path")
+    advice.append("more GPUs")
+    return (
+        f"not even a micro-batch of one sample fits: {sum(alone.values()) / GIB:.1f} of {usable / GIB:.1f} GiB, of "
+        f"which {largest.replace('_', ' ')} {alone[largest] / GIB:.1f} (MODEL). What would help: {'; '.join(advice)}. "
+        "launch/estimate.py --plan compares them; a number in train.micro_batch_size skips this check"
+    )
+
+
+def find_fitting(config: TrainConfig, gpus: int) -> Callable[[], Fitting | None]:
+    """What train.micro_batch_size=auto takes on this machine's GPU; None where it is not auto, and on a CPU.
+
+    It is found now and on rank 0 alone, which must then give it to all, or its error: call the result for that.
+    """
+    if config.train.micro_batch_size != "auto" or not torch.cuda.is_available() or rank() != 0:
+        return lambda: None
+    found: Future[Fitting | None] = Future()
+    try:
+        found.set_result(fitting_micro_batch(config, gpus, _usable_bytes(), _recorded(config.run.folder, gpus)))
+    except (ConfigError, DataError) as error:
+        found.set_exception(error)
+    return found.result
+
+
+def out_of_memory(config: TrainConfig, fitting: Fitting | None, gpus: int, error: torch.OutOfMemoryError) -> str:
+    """The message for a run that has needed more memory than there is. The next start takes half the micro-batch."""
+    rows = resolve(config, gpus, fitting and fitting.size).micro_batch_rows
+    area = config.data.resolution**2 / 256**2
+    told = f"error: out of memory with micro-batches of {rows} samples: {str(error).partition('. ')[0]}. "
+    if config.train.micro_batch_size != "auto":
+        return told + f"Set train.micro_batch_size={max(1, rows // 2) * area:g}, or auto"
+    if rows == 1:
+        return told + "launch/estimate.py --plan tells what fits"
+    record = {"place": _place(gpus), "too_large": rows * area}
+    with contextlib.suppress(OSError):  # a full disk, say
+        write_atomically(config.run.folder / _RECORD, json.dumps(record))
+    return told + f"Start it again: it goes on from its newest checkpoint with {rows // 2}"
+
+
+def _usable_bytes() -> int:
+    """Of the GPU that rank 0 has, as it is now: another process may hold a part of it."""
+    free, _ = torch.cuda.mem_get_info(0)
+    return round(free - RESERVED_GIB * GIB)
+
+
+def _place(gpus: int) -> str:
+    """Where a micro-batch fits or does not."""
+    return f"{torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'CPU'} x {gpus}"
+
+
+def _recorded(folder: Path, gpus: int) -> float | None:
+    """The size at 256² pixels that was too large here when the run was last started, if any was."""
+    try:
+        found = json.loads((folder / _RECORD).read_text())
+        return float(found["too_large"]) if found["place"] == _place(gpus) else None
+    except (OSError, ValueError, LookupError, TypeError):  # none, or a damaged one: it is no more than a hint
+        return None
