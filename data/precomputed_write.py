@@ -31,9 +31,10 @@ from .encoders.autoencoder import Autoencoder
 from .encoders.dinov2 import FeatureEncoder
 from .encoders.text import TextEncoder
 from .errors import DataError, SampleError, StoreError, too_many_unreadable
-from .files import lock, naming, open_plain, temporary_beside
+from .files import naming, open_plain, temporary_beside
 from .images import decode_image
 from .index import ImageTextIndex
+from .lock_file import LockedError, locked
 from .order import END_OF_DATA, Chunk
 from .precomputed_format import DATASET, EMPTY_CAPTION, LAYOUT, empty_caption_of, npy, sealed
 from .samples import RawSample, SampleFiles, captions_of
@@ -166,7 +167,7 @@ class Precompute:
         names = {self.path(number).name for number in own}
         for leftover in self.prefix.parent.glob(".*.tar.*.tmp"):  # of a process that was killed while it wrote an index
             if leftover.name[1:].partition(".tar.")[0] + ".tar" in names:
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
         for number in own:
             path = self.path(number)
             there = path.exists()
@@ -193,9 +194,7 @@ class Precompute:
     def _locked(self) -> Iterator[None]:
         """Hold the lock of the set's own files (all but the shards), and remove what killed processes left of them."""
         folder = self.prefix.parent
-        with open_plain(folder / ".lock", "a") as lock_file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                lock(lock_file)
+        with open_plain(folder / ".lock", "a") as lock_file, locked(lock_file):
             for name in (DATASET, _UNFINISHED, EMPTY_CAPTION):
                 for leftover in folder.glob(f".{name}.*.tmp"):
                     leftover.unlink()
@@ -251,13 +250,12 @@ class Precompute:
         holes: Counter[str] = Counter()
         # Always the same name, not temporary_beside's: so it can be locked, and what a kill left is overwritten.
         beside = path.with_name(f".{path.name}.tmp")
-        with open_plain(beside, "ab") as file:
+        with contextlib.ExitStack() as held:
+            file = held.enter_context(open_plain(beside, "ab"))
             try:
-                lock(file, wait=False)
-            except BlockingIOError:
+                held.enter_context(locked(file, wait=False))
+            except LockedError:
                 raise DataError(f"{path} is being written by another process: start each set once at a time") from None
-            except OSError:
-                pass  # a file system without locks
             if path.exists():  # another process has just finished it
                 beside.unlink(missing_ok=True)
                 return holes

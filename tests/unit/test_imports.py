@@ -61,7 +61,7 @@ ROOMS: dict[str, Room] = {
     "trainer.mup.apply": Room(("torch",), ("trainer.mup",)),
     "trainer.diffusion": Room(("torch", "diffusers"), ("trainer.diffusion",)),
     "trainer.parallel": Room(("torch", "accelerate", "deepspeed"), ("trainer.parallel", "trainer.errors")),
-    "trainer.files": Room((), ("trainer.errors", "data.files")),
+    "trainer.files": Room((), ("trainer.errors", "data.files", "data.lock_file")),
     "trainer.provenance": Room((), ()),
     "trainer.lr_schedule": Room((), ()),
     **dict.fromkeys(

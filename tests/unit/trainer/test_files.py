@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import trainer.files
+import data.lock_file
 from data.errors import DataError
 from trainer.errors import CheckpointError
-from trainer.files import NoLocksError, _remove, lock_folder, try_lock, write_atomically
+from trainer.files import NoLocksError, lock_folder, try_lock, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,30 +42,21 @@ def test_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", missing)
     with pytest.raises(NoLocksError, match="not implemented"):
         try_lock(tmp_path / "lock")
-    monkeypatch.setattr(trainer.files, "_BEAT_S", 0.01)
+    monkeypatch.setattr(data.lock_file, "_BEAT_S", 0.01)
     owner = tmp_path / ".lock.owner"
     with lock_folder(tmp_path), pytest.raises(CheckpointError, match=r"in use by another process, .*\"pid\": "):
         lock_folder(tmp_path, wait_s=0)
     assert not owner.exists()
     dead = subprocess.Popen(["true"])
     dead.wait()
-    owner.write_text(json.dumps({"host": trainer.files._machine(), "pid": dead.pid}))
+    owner.write_text(json.dumps({"host": data.lock_file._machine(), "pid": dead.pid}))
     lock_folder(tmp_path).close()
-    monkeypatch.setattr(trainer.files, "_DEAD_S", 0.1)
+    monkeypatch.setattr(data.lock_file, "_DEAD_S", 0.1)
     for of_another_host in ('{"host": "elsewhere", "pid": 1}', "", "{"):
         owner.write_text(of_another_host)  # and nobody touches it
         with lock_folder(tmp_path):
             assert owner.read_text() != of_another_host
     assert {path.name for path in tmp_path.iterdir()} == {"lock", ".lock"}
-
-
-def test_a_dead_owners_file_is_removed_and_no_other(tmp_path: Path) -> None:
-    path = tmp_path / ".lock.owner"
-    path.write_text("the next one's")
-    _remove(path, "the dead one's")
-    assert path.read_text() == "the next one's"
-    _remove(path, "the next one's")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
