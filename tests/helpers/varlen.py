@@ -60,7 +60,7 @@ def backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
 
 
 @contextmanager
-def varlen_on_cpu(forward: Any = forward) -> Iterator[None]:
+def varlen_on_cpu(forward: Any = forward, backward: Any = backward) -> Iterator[None]:
     """A block of code in which the CPU has the operation (or the one given), and models take it. How it is derived, and
     its place in checkpointed and compiled blocks, are torch's own."""
     with torch.library._scoped_library("torch_attn", "IMPL") as library, kernel_restored():

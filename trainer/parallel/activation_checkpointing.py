@@ -6,6 +6,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+import torch.nn.attention.varlen  # has torch.ops.torch_attn made
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -20,6 +21,7 @@ _KEPT = [
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
 ]
 
 

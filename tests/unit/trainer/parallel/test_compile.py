@@ -11,8 +11,11 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental import _config as shapes
 
 from benchmarks.memory import activation_bytes
+from models.attention import kernel_restored, use_kernel
 from models.backbone import build_model
 from models.layers import ClassCondition, TextCondition
+from tests.helpers import varlen
+from tests.helpers.varlen import varlen_on_cpu
 from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
 from trainer.errors import CompileError
@@ -119,6 +122,58 @@ def test_seven_token_counts_share_graphs(kind: str, mode: Any) -> None:
     classes = len({type(unit) for unit in units})
     assert classes <= counters["stats"]["unique_graphs"] <= 2 * classes
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", ["mmdit", "pixart"])
+def test_packed_attention_is_kept_for_the_backward_pass(kind: str, mode: Any) -> None:
+    """Its output is computed once in each block, and twice under full checkpointing; gradients are those of a mask."""
+    calls = []
+
+    def counted(*inputs: Any) -> Any:
+        calls.append(len(inputs))
+        return varlen.forward(*inputs)
+
+    expected, (model, units) = gradients(build(kind)[0], inputs(kind, SHAPES[0])), build(kind)
+    checkpoint_activations(units, mode)
+    with varlen_on_cpu(counted):
+        found = gradients(model, inputs(kind, SHAPES[0]))
+    assert len(calls) == (2 if mode == "full" else 1) * len(units)
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("mmdit", "selective"), ("pixart", "none")])
+def test_packed_rows_share_graphs(kind: str, mode: Any) -> None:
+    """Of seven token counts, forward and backward, traced by autograd as for inductor."""
+    plain, (model, units) = build(kind)[0], build(kind)
+    checkpoint_activations(units, mode)
+    compile_units(units, backend="aot_eager")
+    for shape in SHAPES:
+        given = inputs(kind, shape)
+        expected = gradients(plain, given)
+        with varlen_on_cpu():
+            found = gradients(model, given)
+        assert all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected)
+    classes = len({type(unit) for unit in units})
+    assert classes <= counters["stats"]["unique_graphs"] <= 2 * classes
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("kernel", ["math", "efficient"])
+def test_a_named_kernel_is_compiled(kernel: Any) -> None:
+    """On a CPU `math` gives what eager mode does, and `efficient`, which a CPU has not, is asked for."""
+    plain, (model, units) = build("mmdit")[0], build("mmdit")
+    compile_units(units, backend="eager")
+    given = inputs("mmdit", SHAPES[0])
+    expected = gradients(plain, given)
+    with kernel_restored():
+        use_kernel(kernel)
+        if kernel == "efficient":
+            with pytest.raises(RuntimeError, match="No viable backend"):
+                gradients(model, given)
+        else:
+            found = gradients(model, given)
+            assert all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected)
 
 
 def test_branch_scale_reaches_the_graph() -> None:
