@@ -72,6 +72,11 @@ class ModelConfig(Protocol):
         """Whether the model is deep by residual branches alone, so that mup.base_depth can scale them."""
         ...
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised before attention, so that their scores are bounded."""
+        ...
+
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
         """What is wrong with images of `resolution` pixels, `side` tokens on the longest side, and captions of
         `text_length` tokens."""
@@ -105,6 +110,7 @@ class MMDiTConfig:
     """Two-stream MMDiT of Stable Diffusion 3 (Esser et al., arXiv 2403.03206, Figure 2), with QK-RMSNorm."""
 
     residual = True
+    qk_norm = True
     condition = "text"
     num_classes = 0
     learn_sigma = False
@@ -155,6 +161,7 @@ class DiTConfig:
     """DiT (Peebles & Xie, arXiv 2212.09748, Figure 3, adaLN-zero block) on class labels."""
 
     residual = True
+    qk_norm = False
     condition = "label"
     micro_conditions = False
 
@@ -197,6 +204,7 @@ class PixArtConfig:
     """PixArt-alpha (Chen et al., arXiv 2310.00426, Figure 4): DiT with cross-attention to T5 and adaLN-single."""
 
     residual = True
+    qk_norm = False
     condition = "text"
     num_classes = 0
 
@@ -249,6 +257,7 @@ class UViTConfig:
     """U-ViT (Bao et al., arXiv 2209.12152, Figure 1): everything is a token, long skips join the two halves."""
 
     residual = False  # the long skips' layers stand in the stream itself
+    qk_norm = False
     learn_sigma = False
     micro_conditions = False
 

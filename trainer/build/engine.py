@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.attention import Kernel, use_kernel
 from models.backbone import build_model, declarations
 from models.configs import ModelConfig
 
@@ -30,6 +31,7 @@ from ..parallel.mesh import World
 from ..parallel.precision import precision_of
 from ..parallel.single import SingleEngine
 from ..parallel.zero import ZeroEngine
+from .attention import attention_choice
 
 
 def build_mup_table(config: TrainConfig) -> MuTable:
@@ -54,11 +56,15 @@ def build_mup_table(config: TrainConfig) -> MuTable:
     )
 
 
-def build_engine(config: TrainConfig, table: MuTable, world: World) -> Engine:
-    """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table."""
+def build_engine(config: TrainConfig, table: MuTable, world: World, attention: Kernel | None = None) -> Engine:
+    """Model and optimizer, sharded, initialised by name; every parameter's settings are checked against the table.
+
+    attention: the kernel that this process's models take from now on; None takes the one for this config and device.
+    """
     optim, parallel = config.optim, config.parallel
     if precision_of(config.parallel.precision, world.device) != "bf16":
         torch.backends.cuda.enable_flash_sdp(True)  # on a CPU off since init_world, for the sake of bf16
+    use_kernel(attention or attention_choice(config, world).kernel)
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
     apply_multipliers(model, table)

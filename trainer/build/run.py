@@ -15,6 +15,7 @@ import torch
 
 from data.debug import ensure_debug_assets
 from data.errors import DataError
+from models.attention import kernel_in_use
 
 from ..checkpoint.compatible import check_same_model, check_weights_readable, lasting
 from ..checkpoint.find import find_checkpoint, set_aside, weights_of
@@ -50,6 +51,7 @@ from ..recovery.skipped_ranges import follow, read_skipped_ranges
 from ..run import Intervals, Plan, Run
 from ..state import TrainState
 from ..step import MicroBatch
+from .attention import attention_choice, describe
 from .engine import build_alignment, build_engine, build_mup_table, build_objective, units_of
 from .flops import image_flops
 from .inference import image_generator, sample_images
@@ -78,7 +80,8 @@ def build_run(
     lock = on_rank_0(world, lambda: lock_run(inputs.folder) if inputs.folder.is_dir() else None)
     start = _find_start(inputs)
     trained = _build_trained(inputs, start)
-    notes = [*_describe(inputs, start), *_slow_precision(config, world.device), *inputs.data.notes]
+    notes = [*_describe(inputs, start), *describe(attention_choice(config, world))]
+    notes += [*_slow_precision(config, world.device), *inputs.data.notes]
     side_jobs = _build_side_jobs(inputs, trained, notes)
     lock = on_rank_0(world, lambda: lock or lock_run(inputs.folder))
     metrics = _open_folder(inputs, start, trained.state.step, notes)
@@ -439,6 +442,7 @@ def _checkpoint_meta(inputs: _Inputs) -> dict[str, Any]:
     return {
         "config": plain(config),
         "engine": engine_identity(config, inputs.world),
+        "attention": kernel_in_use(),
         "mup": inputs.table.to_json(),
         "fingerprints": inputs.fingerprints,
         "validation": data.validation_fingerprint if config.train.validate_every else None,

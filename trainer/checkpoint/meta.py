@@ -74,6 +74,7 @@ _REQUIRED: dict[str, Check] = {
 }
 _OPTIONAL: dict[str, Check] = {  # in checkpoints of some age, or of some kind
     "engine": _with({"name": _is_text}, {"stage": _is_count, "world_size": _is_count}),
+    "attention": _is_text,
     "validation": lambda value: value is None or _is_text(value),
     "versions": _dict_of(_is_text),
     "commit": _is_text,

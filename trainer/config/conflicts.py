@@ -21,6 +21,7 @@ def conflicts(c: TrainConfig) -> Iterator[str]:
     yield from _step_conflicts(c)
     yield from _sampling_conflicts(c)
     yield from _data_conflicts(c)
+    yield from _attention_conflicts(c)
     yield from _zero_conflicts(c)
     if c.objective.repa_weight:
         yield from _repa_conflicts(c)
@@ -119,6 +120,19 @@ def _repa_conflicts(c: TrainConfig) -> Iterator[str]:
         )
     if o.repa_layer > c.model.depth:
         yield f"objective.repa_layer {o.repa_layer} is more than model.depth {c.model.depth}"
+
+
+def _attention_conflicts(c: TrainConfig) -> Iterator[str]:
+    """Kernels that do not compute in the run's precision, or that are known to be wrong for its model."""
+    kernel, precision = c.parallel.attention, c.parallel.precision
+    if kernel == "cudnn" and not c.model.qk_norm:
+        yield (
+            f"parallel.attention cudnn does not fit model.kind {c.model.kind}: its gradients are NaN where all scores "
+            "of a query lie far below 0, which only normalised queries and keys exclude; use auto"
+        )
+    able = {"fp64": ("auto",), "fp32": ("auto", "efficient")}
+    if precision in able and kernel not in able[precision]:
+        yield f"parallel.attention {kernel} does not compute in parallel.precision {precision}: leave it auto"
 
 
 def _zero_conflicts(c: TrainConfig) -> Iterator[str]:

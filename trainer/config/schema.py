@@ -221,6 +221,10 @@ class ParallelConfig(Section):
     compile: bool | None = None
     """Compile each block; null does so on a GPU in training. A block that the compiler fails on runs eagerly, with a
     warning; shapes that would need more and more graphs end the run."""
+    attention: Literal["auto", "varlen", "efficient", "cudnn", "flash3"] = "auto"
+    """Attention kernel of a GPU: FlashAttention 2 (`varlen`) or 3 (`flash3`, where installed) on packed text, torch's
+    memory-efficient one or cuDNN's with a mask; `auto` is varlen in bf16. One that fails is replaced, and the run says
+    so."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What is kept for the backward pass: all activations (`none`), the blocks' inputs alone (`full`), or those and the
     outputs of matrix products and of attention (`selective`)."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.attention.varlen  # has torch.ops.torch_attn made
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -26,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from data.batch import Batch
 from data.config import SYNTHETIC
 
+from ..build.attention import simulated_kernel
 from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective
 from ..config.resolve import resolve
 from ..config.schema import TrainConfig
@@ -158,12 +160,20 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return 4 * batch * heads * n * key.shape[2] * dim
 
 
+def _packed(query: Any, key: Any, value: Any, *rest: Any) -> int:
+    """As _attention, of rows that are full: query [B N, H, K], key [B L, H, K], L keys in each."""
+    _, _, _, most_keys, *_ = rest  # after where sequences begin, and the most queries
+    return 4 * query.numel() * most_keys
+
+
 _ATTENTION_FLOPS = {
     _ATTENTION: _attention,
     # Four products. True FLOPs leave out the scores, which the kernel computes a second time.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *rest, **kwargs: (
         2 * _attention(*rest, **kwargs)
     ),
+    torch.ops.torch_attn._varlen_attn: lambda *inputs, **_: _packed(*inputs),
+    torch.ops.torch_attn._varlen_attn_backward: lambda _, q, k, v, out, lse, *rest, **__: 2 * _packed(q, k, v, *rest),
 }
 
 
@@ -243,8 +253,8 @@ def profile(config: TrainConfig, world_size: int, rank: int = 0) -> Profile:
     table, objective = build_mup_table(config), build_objective(config, resolved)
     # An objective makes some tables once per process: they must not be made of fake tensors.
     objective.draw(torch.zeros(1, config.autoencoder.channels, 1, 1), torch.zeros(1, dtype=torch.int64))
-    with simulated_world(world_size, resolved.shard, rank) as (world, account):
-        engine = build_engine(config, table, world)
+    with simulated_world(world_size, resolved.shard, rank) as (world, account), simulated_kernel(config) as kernel:
+        engine = build_engine(config, table, world, kernel)
         # On one GPU the model has a bf16 copy of the weights, which is no DTensor.
         copies = [p for p in engine.model.parameters() if not isinstance(p, DTensor) and p.dtype == torch.bfloat16]
         parameters = _nbytes([*engine.master_shards().values(), *copies])

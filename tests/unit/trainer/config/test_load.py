@@ -595,3 +595,23 @@ def test_zero_refuses_what_it_cannot_do(override: str) -> None:
     load_config("mmdit_debug_mup.yaml", [override])
     with pytest.raises(ConfigError, match=f"{override.partition('=')[0]}.*(fsdp2|zero_stage)"):
         load_config("mmdit_debug_mup.yaml", [override, "parallel.engine=zero"])
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "problem"),
+    [
+        ("pixart", ["attention=cudnn"], "attention cudnn does not fit model.kind pixart: its gradients are NaN"),
+        ("dit", ["attention=cudnn"], "attention cudnn does not fit model.kind dit"),
+        ("mmdit", ["attention=cudnn", "precision=fp32"], "attention cudnn does not compute in parallel.precision fp32"),
+        ("uvit", ["attention=varlen", "precision=fp32"], "attention varlen does not compute .* fp32: leave it auto"),
+        ("mmdit", ["attention=efficient", "precision=fp64"], "attention efficient does not compute .* fp64"),
+    ],
+)
+def test_attention_kernels_that_are_wrong_for_the_run(config: str, overrides: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=f"parallel.{problem}"):
+        load_config(f"{config}_debug_mup.yaml", [f"parallel.{override}" for override in overrides])
+
+
+def test_attention_kernels_that_can_be_right() -> None:
+    for overrides in (["attention=cudnn"], ["attention=efficient", "precision=fp32"], ["precision=fp64"]):
+        load_config("mmdit_debug_mup.yaml", [f"parallel.{override}" for override in overrides])
