@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from launch.common import command, run
 from launch.processes import end_with_torchrun
@@ -22,7 +22,7 @@ from trainer.config.help import describe_keys
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
-from trainer.errors import PeerError
+from trainer.errors import DeviceMemoryError, PeerError
 from trainer.recovery.signals import Signals
 
 
@@ -53,12 +53,10 @@ def main() -> int:
 
 def _train(config: TrainConfig, signals: Signals) -> int:
     # What is slow to import comes only now: --help and a wrong key are answered at once.
-    from torch import OutOfMemoryError
-
     from export.forms import export_note
     from trainer.build.run import build_run
     from trainer.collectives import from_rank_0
-    from trainer.estimate.micro_batch import find_fitting, out_of_memory
+    from trainer.estimate.micro_batch import find_fitting, telling_out_of_memory
     from trainer.loop import train
     from trainer.parallel.mesh import open_world, world_size
     from trainer.recovery.watchdog import watched_build
@@ -71,24 +69,17 @@ def _train(config: TrainConfig, signals: Signals) -> int:
                 job = build_run(config, world, hold, fitting and fitting.size)
             for note in filter(None, (export_note(config), fitting and fitting.describe())):
                 job.metrics.say(note)
-            with job.lock or contextlib.nullcontext():
+            with job.lock or contextlib.nullcontext(), telling_out_of_memory(config, fitting, world.size):
                 try:
                     outcome = train(job)
                 finally:
                     job.metrics.close()
             job.metrics.say(f"{outcome} at step {job.state.step}: {job.folder}")
-        except PeerError as error:
-            _end(f"error: {error}")
-        except OutOfMemoryError as error:
-            _end(out_of_memory(config, fitting, world.size, error))
+        except (PeerError, DeviceMemoryError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)  # groups that have lost a rank, or are about to, cannot be left in order: NCCL would wait
     return 0
-
-
-def _end(text: str) -> NoReturn:
-    """End this process at once: groups that have lost a rank cannot be left in order, NCCL would wait for it."""
-    print(text, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
 
 
 if __name__ == "__main__":

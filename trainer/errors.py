@@ -27,3 +27,7 @@ class DivergedError(RunError):
 
 class PeerError(RunError):
     """Another rank failed or was lost; the message names it."""
+
+
+class DeviceMemoryError(RunError):
+    """This rank's GPU has run out of memory; the others do not know of it."""

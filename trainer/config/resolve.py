@@ -72,13 +72,13 @@ class Resolved(NamedTuple):
 
 def resolve(config: TrainConfig, world_size: int, fitting: float | None = None) -> Resolved:
     """What follows from a config on `world_size` processes; raises ConfigError where their number does not fit.
-    fitting: the micro_batch_size that fits into the device, where train.micro_batch_size is auto."""
+    fitting: the micro_batch_size that fits into the device, where train.micro_batch_size is null."""
     batch, shard = config.train.global_batch_size, config.parallel.shard or world_size
     if world_size > batch:
         raise ConfigError(f"{world_size} processes need train.global_batch_size of at least as many, got {batch}")
     if world_size % shard:
         raise ConfigError(f"parallel.shard {shard} does not divide the {world_size} processes")
-    most = fitting if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
+    most = config.train.micro_batch_size or fitting
     return Resolved(
         world_size=world_size,
         shard=shard,

@@ -65,6 +65,10 @@ class RunConfig(Section):
         return Path(self.dir) / str(self.name)
 
 
+def _auto_as_null(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
 class TrainSection(Section):
     """Length, batch and seed of the run, and what happens at which step."""
 
@@ -72,10 +76,10 @@ class TrainSection(Section):
     """Optimizer steps of the whole run."""
     global_batch_size: int = Field(default=256, ge=1, json_schema_extra=IDENTITY)
     """Samples per optimizer step, over all devices."""
-    micro_batch_size: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    micro_batch_size: Annotated[float | None, BeforeValidator(_auto_as_null)] = Field(default=None, gt=0)
     """Samples that a device holds at once at 256² pixels (a fourth of them at 512²), from which gradient accumulation
-    follows. `auto` is as many as the memory model finds room for on the GPU, and on a CPU the whole share of the batch,
-    as null is everywhere."""
+    follows; null, or `auto`, is as many as the memory model finds room for on the GPU (on a CPU the device's whole
+    share of the batch)."""
     seed: int = Field(default=0, ge=0, json_schema_extra=IDENTITY)
     """Seed of the initial weights, the order of the data and all noise."""
     deterministic: bool = False

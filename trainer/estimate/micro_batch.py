@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from data.errors import DataError
 from ..build.engine import build_mup_table
 from ..config.resolve import resolve
 from ..config.schema import TrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, DeviceMemoryError
 from ..files import write_atomically
 from ..parallel.mesh import rank
 from .cluster import GIB, RESERVED_GIB
@@ -92,11 +92,11 @@ def _what_would_fit(config: TrainConfig, memory: Memory, gpus: int, shard: int, 
 
 
 def find_fitting(config: TrainConfig, gpus: int) -> Callable[[], Fitting | None]:
-    """What train.micro_batch_size=auto takes on this machine's GPU; None where it is not auto, and on a CPU.
+    """What train.micro_batch_size=auto takes on this machine's GPU; None where the key is a number, and on a CPU.
 
     It is found now and on rank 0 alone, which must then give it to all, or its error: call the result for that.
     """
-    if config.train.micro_batch_size != "auto" or not torch.cuda.is_available() or rank() != 0:
+    if config.train.micro_batch_size is not None or not torch.cuda.is_available() or rank() != 0:
         return lambda: None
     found: Future[Fitting | None] = Future()
     try:
@@ -106,12 +106,21 @@ def find_fitting(config: TrainConfig, gpus: int) -> Callable[[], Fitting | None]
     return found.result
 
 
-def out_of_memory(config: TrainConfig, fitting: Fitting | None, gpus: int, error: torch.OutOfMemoryError) -> str:
-    """The message for a run that has needed more memory than there is. The next start takes half the micro-batch."""
+@contextlib.contextmanager
+def telling_out_of_memory(config: TrainConfig, fitting: Fitting | None, gpus: int) -> Iterator[None]:
+    """Raise DeviceMemoryError where a run needs more memory than its GPU has, and have its next start take half the
+    micro-batch, where train.micro_batch_size is null."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(_remedy(config, fitting, gpus, str(error).partition(". ")[0])) from error
+
+
+def _remedy(config: TrainConfig, fitting: Fitting | None, gpus: int, reason: str) -> str:
     rows = resolve(config, gpus, fitting and fitting.size).micro_batch_rows
     area = config.data.resolution**2 / 256**2
-    told = f"error: out of memory with micro-batches of {rows} samples: {str(error).partition('. ')[0]}. "
-    if config.train.micro_batch_size != "auto":
+    told = f"out of memory with micro-batches of {rows} samples: {reason}. "
+    if config.train.micro_batch_size is not None:
         return told + f"Set train.micro_batch_size={max(1, rows // 2) * area:g}, or auto"
     if rows == 1:
         return told + "launch/estimate.py --plan tells what fits"

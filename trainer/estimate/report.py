@@ -134,7 +134,7 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
     encoders = encoder_bytes(config)
     online = Memory(simulated, table, sum(encoders.values()), config.parallel)
     cached = Memory(simulated, table, 0, config.parallel)
-    if config.train.micro_batch_size == "auto":
+    if config.train.micro_batch_size is None:
         config = _with_micro_batch(config, resolved, (online, cached), cluster.usable)
         resolved = resolve(config, cluster.gpus)
     rows = resolved.micro_batch_rows

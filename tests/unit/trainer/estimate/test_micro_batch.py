@@ -79,7 +79,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, usable: int) -> None:
 def test_a_run_takes_it_and_learns_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = trained(tmp_path / "whole")
+    whole = trained(tmp_path / "whole", "train.micro_batch_size=auto")
     config = configured(*QUIET)
     memory = Memory(profile(config, 1), build_mup_table(config), 0, config.parallel)
     as_on_a_gpu(monkeypatch, memory.total(1, 9, True))
@@ -87,7 +87,7 @@ def test_a_run_takes_it_and_learns_the_same(
     parts = trained(tmp_path / "parts")
     assert "train.micro_batch_size=auto: 8 x 3 per GPU" in capsys.readouterr().out
     assert torch.tensor(parts).allclose(torch.tensor(whole), rtol=1e-6)
-    assert "micro_batch_size: auto" in (tmp_path / "parts" / "mmdit_debug_mup" / "config.yaml").read_text()
+    assert "micro_batch_size: null" in (tmp_path / "parts" / "mmdit_debug_mup" / "config.yaml").read_text()
 
 
 def test_out_of_memory_is_told_and_the_next_start_takes_half(
