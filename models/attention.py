@@ -24,11 +24,13 @@ from torch.nn.attention import (
 from torch.nn.attention.varlen import varlen_attn
 
 Kernel = Literal["sdpa", "varlen", "flash3", "cudnn", "efficient", "math"]
-"""`sdpa`: torch's own choice, with a mask. `varlen`: FlashAttention 2, packed. `flash3`: FlashAttention 3, packed.
-`cudnn`, `efficient`, `math`: torch's kernel of that name and no other, with a mask."""
+"""`sdpa`: torch's own choice, with a mask. `varlen` and `flash3`: FlashAttention 2 and 3, on packed rows. `cudnn`,
+`efficient` and `math`: torch's kernel of that name, with a mask. Those with a name take that kernel or raise."""
 
 PACKED: tuple[Kernel, ...] = ("varlen", "flash3")
 _BACKENDS = {
+    "varlen": SDPBackend.FLASH_ATTENTION,  # where there is no text to pack
+    "flash3": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
@@ -85,10 +87,11 @@ def visible(mask: Tensor, before: int = 0) -> Visible:
     host."""
     if _InUse.kernel not in PACKED:
         return torch.cat([mask.new_ones(mask.shape[0], before), mask], dim=1)[:, None, None]  # [B, 1, 1, before + L]
-    padding = (~mask).sum(1)  # [B]
-    lengths = torch.stack([before + mask.shape[1] - padding, padding], dim=1)  # [B, 2]
-    keys = F.pad(lengths.flatten().cumsum(0, dtype=torch.int32), (1, 0))  # [2 B + 1]
-    return Packing(keys, keys)
+    row = before + mask.shape[1]
+    first = row * torch.arange(len(mask), device=mask.device)  # [B]
+    ends = torch.stack([first, first + before + mask.sum(1)], dim=1).flatten()  # [2 B]
+    ends = F.pad(ends, (0, 1), value=row * len(mask)).int()  # [2 B + 1]
+    return Packing(ends, ends)
 
 
 def visible_from(x: Tensor, seen: Visible) -> Visible:
