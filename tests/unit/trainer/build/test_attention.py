@@ -87,6 +87,7 @@ def test_a_cpu_takes_torchs_own_choice_and_says_so(world: World, tried: list[Any
     assert tried == []
 
 
+@pytest.mark.slow
 def test_the_choice_is_told_at_the_start_and_kept_in_checkpoints(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
