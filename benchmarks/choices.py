@@ -2,29 +2,30 @@
 
     python -m benchmarks.choices --output benchmarks/results/choices_cpu.json
 
-Attention: by kernel, with a mask over padded text and without one. Padding: a block at the longest text against one at
-the mean length. Modulation: a linear layer in every block against one for all blocks. Averages and AdamW: by kernel.
+Attention: by kernel (models/attention.py), with padded text and without. Padding: a block at the longest text against
+one at the mean length. Modulation: a linear layer in every block against one for all blocks. Averages and AdamW: by
+kernel.
 Milliseconds, medians of interleaved runs; on a CPU those of this process on one core.
 """
 
 import argparse
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import write
 from benchmarks.train_step import clock
-from models.attention import attend
+from models.attention import Kernel, attend, kernel_restored, use_kernel, visible
 from models.configs import MMDiTConfig
 from models.mmdit import Block
 from trainer.ema import EMA
 
+KERNELS: tuple[Kernel, ...] = ("sdpa", "varlen", "cudnn", "efficient", "math")
 Works = dict[str, Callable[[], Any]]
 
 
@@ -43,26 +44,35 @@ def interleaved(works: Works, device: torch.device, repeats: int) -> dict[str, f
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
-def attention(device: torch.device, dtype: torch.dtype, rows: int, heads: int) -> Works:
-    """Forward and backward pass of 256 + 128 tokens, a third of the text padded."""
-    tokens, real = 384, 344
-    q, k, v = (torch.randn(rows, tokens, heads, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    mask = (torch.arange(tokens, device=device) < real)[None, None, None].expand(rows, -1, -1, -1)
-    gradient = torch.randn(rows, tokens, heads * 64, device=device, dtype=dtype)
+def attention(
+    device: torch.device, dtype: torch.dtype, rows: int, heads: int, kernels: Sequence[Kernel] = KERNELS
+) -> Works:
+    """Forward and backward pass of 256 + 128 tokens by each kernel, without padding and with a third of the text."""
+    q, k, v = (torch.randn(rows, 384, heads, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    text = (torch.arange(128, device=device) < 88).expand(rows, -1)
+    gradient = torch.randn(rows, 384, heads * 64, device=device, dtype=dtype)
 
-    def work(context: Callable[[], AbstractContextManager[Any]], mask: Tensor | None) -> Callable[[], Any]:
+    def work(kernel: Kernel, padded: bool) -> Callable[[], Any]:
+        with kernel_restored():
+            use_kernel(kernel)
+            seen = visible(text, before=256) if padded else None
+
         def run() -> None:
-            with context():
-                torch.autograd.grad(attend(q, k, v, mask), (q, k, v), gradient)
+            with kernel_restored():
+                use_kernel(kernel)
+                torch.autograd.grad(attend(q, k, v, seen), (q, k, v), gradient)
 
         return run
 
-    kernels: dict[str, Callable[[], AbstractContextManager[Any]]] = {"as_chosen_by_torch": nullcontext}
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        kernels[backend.name.lower()] = lambda backend=backend: sdpa_kernel(backend)
-    kernels["math"] = lambda: sdpa_kernel(SDPBackend.MATH)
-    masks = {"": None, "_masked": mask}
-    return {name + end: work(context, each) for name, context in kernels.items() for end, each in masks.items()}
+    return {kernel + "_padded" * padded: work(kernel, padded) for kernel in kernels for padded in (False, True)}
+
+
+def attention_3(device: torch.device, dtype: torch.dtype, rows: int, heads: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of FlashAttention 3 where it is installed. Alone, because it takes the place of FlashAttention 2."""
+    with suppress(ImportError), kernel_restored():
+        use_kernel("flash3")
+        return interleaved(attention(device, dtype, rows, heads, ["flash3"]), device, repeats)
+    return {}
 
 
 def padding(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> Works:
@@ -72,10 +82,9 @@ def padding(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> 
     def work(length: int) -> Callable[[], Any]:
         x, y = (torch.randn(rows, n, width, device=device, dtype=dtype, requires_grad=True) for n in (256, length))
         c = torch.randn(rows, width, device=device, dtype=dtype)
-        mask = torch.ones(rows, 1, 1, 256 + length, dtype=torch.bool, device=device)
 
         def run() -> None:
-            outputs = block(x, y, c, mask)
+            outputs = block(x, y, c, None)
             torch.autograd.grad([out.sum() for out in outputs], [x, y, *block.parameters()])
 
         return run
@@ -158,6 +167,7 @@ def main() -> None:
             "modulation": modulation(device, dtype, rows, width),
         }
         found[name] = {what: interleaved(each, device, arguments.repeats) for what, each in works.items()}
+        found[name]["attention"] |= attention_3(device, dtype, rows, width // 64, arguments.repeats)
     works = {"averages": averages(device, width, blocks), "adamw": adamw(device, width, blocks)}
     found["update"] = {what: interleaved(each, device, arguments.repeats) for what, each in works.items()}
     write(arguments.output, {"rows": rows, "width": width, "blocks": blocks, "milliseconds": found})

@@ -76,7 +76,8 @@ def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(choices, monkeypatch, tmp_path / "choices.json", "--repeats", "1")["milliseconds"]
-    assert {"math", "math_masked", "flash_attention"} <= found["float32"]["attention"].keys()
+    # A CPU has flash attention for whole rows alone.
+    assert found["float32"]["attention"].keys() == {"sdpa", "sdpa_padded", "varlen", "math", "math_padded"}
     assert found["update"].keys() == {"averages", "adamw"}
 
 
