@@ -13,9 +13,11 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
+from models.attention_probe import Choice
 from models.layers import time_sinusoids
 from tests.distributed.runs import exact, train
 from tests.helpers.steps import built
+from trainer.build.attention import attention_choice
 from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
 from trainer.diffusion.random import normal
@@ -23,6 +25,7 @@ from trainer.estimate import simulation as estimate
 from trainer.estimate.memory import Memory
 from trainer.loop import train_step
 from trainer.parallel.dcp import AsyncSaver
+from trainer.parallel.mesh import open_world
 from trainer.run import Run
 
 pytestmark = [
@@ -40,7 +43,13 @@ TINY = (
     "optim.warmup_steps=1", "train.deterministic=true",
 )  # fmt: skip
 BACKBONES = ("mmdit", "pixart", "dit", "uvit")
-KERNELS = ("flash", "efficient", "cudnn")  # of attention that never writes its scores to memory
+# One of each backbone, with the head dimension that it is shipped with, and few heads.
+SHIPPED = {
+    "mmdit_0.18b_mup.yaml": SMALL,
+    "pixart_0.04b_mup.yaml": (*SMALL[2:], "model.width=144"),
+    "dit_proxy_mup.yaml": ("model.width=144", "model.depth=2", "train.global_batch_size=8"),
+    "uvit_proxy_mup.yaml": ("model.width=144", "model.depth=2", "train.global_batch_size=8"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +95,8 @@ def test_trains_in_bf16_and_resumes_exactly(tmp_path: Path, way: str) -> None:
 
 
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
-    """Losses of the same steps; compiled ones as well."""
-    ways = ("precision=fp32", "precision=bf16", "compile=true")
+    """Losses of the same steps; compiled, and by other kernels of attention."""
+    ways = ("precision=fp32", "precision=bf16", "compile=true", "attention=efficient", "attention=cudnn")
     expected, *others = (train(1, tmp_path / way, *TINY, f"parallel.{way}", config=CONFIG) for way in ways)
     for lines in others:
         assert [line["loss"] for line in lines[1:]] == pytest.approx([line["loss"] for line in expected[1:]], rel=0.02)
@@ -137,14 +146,27 @@ def profiled(run: Run, folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "trace.json").read_text())["traceEvents"]
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
-def test_attention_is_fused(kind: str, tmp_path: Path) -> None:
-    """In bf16 no backbone falls back to the kernel that writes all scores to memory, masked or not."""
-    with built(f"{kind}_debug_mup.yaml", tmp_path, "model.head_dim=32", "parallel.precision=bf16") as run:
+ATTENTION = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "aten::_cudnn")
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("config", SHIPPED)
+def test_attention_is_flash(config: str, compiled: str, tmp_path: Path) -> None:
+    """With padded text and without text: as shipped, no backbone takes a kernel that is not of FlashAttention."""
+    with built(config, tmp_path, *SHIPPED[config], f"parallel.compile={compiled}") as run:
         names = {event.get("name", "") for event in profiled(run, tmp_path)}
-    used = {name for name in names if name.startswith("aten::_scaled_dot_product")}
-    assert used
-    assert all(any(kernel in name for kernel in KERNELS) for name in used), used
+    used = {name for name in names if name.startswith(ATTENTION)}
+    assert any("backward" in name for name in used), used
+    assert all("flash" in name for name in used), used
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("config", SHIPPED)
+def test_the_kernel_of_choice_is_found_right(config: str, precision: str) -> None:
+    """The probe at the start finds no fault in the kernel of each shipped shape, all heads."""
+    with open_world(1) as world:
+        choice = attention_choice(load_config(config, [f"parallel.precision={precision}"]), world)
+    assert choice == Choice("varlen" if precision == "bf16" else "efficient", {})
 
 
 def test_batches_come_on_a_stream_of_their_own(tmp_path: Path) -> None:
