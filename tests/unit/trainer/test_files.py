@@ -4,7 +4,9 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 import data.lock_file
 from data.errors import DataError
+from data.files import temporary_beside
 from trainer.errors import CheckpointError
 from trainer.files import NoLocksError, lock_folder, try_lock, write_atomically
 
@@ -31,6 +34,20 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
     write_atomically(path, b"\x89new")
     assert path.read_bytes() == b"\x89new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("write", [write_atomically, lambda path, text: temporary_beside(path).__enter__()])
+def test_a_temporary_file_is_not_written_through_a_link_at_its_name(
+    write: Callable[[Path, str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can foresee the name; here somebody has."""
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "0" * 2 * count)
+    (tmp_path / "precious").write_text("precious")
+    for count in (4, 8):
+        (tmp_path / f".file.{'0' * 2 * count}.tmp").symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError):
+        write(tmp_path / "file", "other")
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
