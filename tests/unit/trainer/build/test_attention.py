@@ -16,6 +16,7 @@ from trainer.build import attention
 from trainer.build.attention import attention_choice, describe, simulated_kernel
 from trainer.build.run import _checkpoint_meta, _open_inputs, build_run
 from trainer.config.load import load_config
+from trainer.config.resolve import resolve
 from trainer.parallel.mesh import World
 
 REJECTED = "varlen", "the output differs"
@@ -97,7 +98,7 @@ def test_the_choice_is_told_at_the_start_and_kept_in_checkpoints(
     with kernel_restored():
         run = build_run(config, world)
         assert kernel_in_use() == "math"
-        assert _checkpoint_meta(_open_inputs(config, world))["attention"] == "math"
+        assert _checkpoint_meta(_open_inputs(config, resolve(config, 1), world))["attention"] == "math"
         run.metrics.close()
         assert run.lock is not None
         run.lock.close()
