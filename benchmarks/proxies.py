@@ -62,6 +62,7 @@ CASES = {
     "gpu": Case(
         "mmdit_0.18b_mup.yaml",
         ("data.shards=synthetic", "train.global_batch_size=32", "train.steps=200", "text_encoder.max_length=64",
+         "data.text_lengths=[]",
          "text_encoder.width=256", "optim.warmup_steps=10", "objective.repa_weight=0", "parallel.compile=true",
          "train.validate_every=200", "validation.samples=64", *_QUIET),
         8,

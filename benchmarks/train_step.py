@@ -61,20 +61,20 @@ class Case(NamedTuple):
 PEER = "mmdit_384"
 _NO_REPA = "objective.repa_weight=0"  # it reads images, which are not cached
 _SHALLOW = ("model.depth=6",)
-_SHORT = "text_encoder.max_length=32"
+_SHORT = ("text_encoder.max_length=32", "data.text_lengths=[]")
 ON_CPU = {
     PEER: Case(
         "mmdit_0.18b_mup.yaml",
         8,
         EAGER,
-        (*_SHALLOW, "model.width=384", "mup.base_width=384", "text_encoder.width=384", _SHORT, _NO_REPA),
+        (*_SHALLOW, "model.width=384", "mup.base_width=384", "text_encoder.width=384", *_SHORT, _NO_REPA),
     ),
-    "pixart_288": Case("pixart_0.04b_mup.yaml", 8, EAGER, (*_SHALLOW, _SHORT)),
+    "pixart_288": Case("pixart_0.04b_mup.yaml", 8, EAGER, (*_SHALLOW, *_SHORT)),
     "dit_288": Case("dit_proxy_mup.yaml", 8, EAGER, _SHALLOW),
     "uvit_288": Case("uvit_proxy_mup.yaml", 8, (OURS,), _SHALLOW),
 }
 # Sizes for an H100 (78 GiB). 2 B leaves no room for a second model, so its twin takes part at 4 of the 19 blocks.
-_TEXT = ("text_encoder.max_length=128", _NO_REPA)
+_TEXT = ("text_encoder.max_length=128", "data.text_lengths=[]", _NO_REPA)
 ON_GPU = {
     "mmdit_0.18b": Case("mmdit_0.18b_mup.yaml", 128, ALL, _TEXT),
     "mmdit_0.7b": Case("mmdit_0.7b_mup.yaml", 48, ALL, _TEXT),
@@ -259,7 +259,7 @@ def tiny(case: Case) -> Case:
     if case.config.startswith("uvit"):
         small += ("model.input_size=4",)
     if load_config(case.config).label_classes is None:
-        small += ("text_encoder.width=16", "text_encoder.max_length=8")
+        small += ("text_encoder.width=16", "text_encoder.max_length=8", "data.text_lengths=[]")
     return case._replace(rows=2, overrides=(*case.overrides, *small))
 
 

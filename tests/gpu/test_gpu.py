@@ -36,7 +36,7 @@ pytestmark = [
 CONFIG = "mmdit_0.18b_mup.yaml"
 SMALL = (
     "data.shards=synthetic", "model.width=128", "model.depth=2", "train.global_batch_size=8",
-    "text_encoder.max_length=16", "text_encoder.width=64", "objective.repa_layer=1",
+    "text_encoder.max_length=16", "data.text_lengths=[]", "text_encoder.width=64", "objective.repa_layer=1",
 )  # fmt: skip
 TINY = (
     *SMALL, "train.steps=6", "train.log_every=1", "train.validate_every=6", "train.checkpoint_every=3",
@@ -126,7 +126,8 @@ def test_no_step_waits_for_the_device(kind: str, compiled: str, tmp_path: Path) 
 
 def test_three_token_counts_are_compiled_once(tmp_path: Path) -> None:
     """Batches of three lengths of text: after one of each nothing is compiled again."""
-    with built(CONFIG, tmp_path, *SMALL, "data.text_lengths=[4,8,16]", "parallel.compile=true") as run:
+    lengths = [text.replace("lengths=[]", "lengths=[4,8,16]") for text in SMALL]
+    with built(CONFIG, tmp_path, *lengths, "parallel.compile=true") as run:
         stream = steps(run)
         take(stream, 12)
         graphs = counters["stats"]["unique_graphs"]
@@ -194,7 +195,13 @@ def test_batches_come_on_a_stream_of_their_own(tmp_path: Path) -> None:
 )
 def test_memory_is_what_was_estimated(config: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     """Within 10 %, at the peak of a step; of what tensors hold."""
-    settings = (*overrides, "data.shards=synthetic", "objective.repa_weight=0", "text_encoder.max_length=128")
+    settings = (
+        *overrides,
+        "data.shards=synthetic",
+        "objective.repa_weight=0",
+        "text_encoder.max_length=128",
+        "data.text_lengths=[]",
+    )
     resolved = load_config(config, list(settings))
     rows = resolved.train.global_batch_size
     expected = Memory(estimate.profile(resolved, 1), build_mup_table(resolved)).total(1, rows, False)

@@ -69,7 +69,7 @@ def test_activation_checkpointing_computes_the_blocks_again() -> None:
 def test_a_block_moves_what_was_counted_by_hand() -> None:
     """115 reads and writes of each token's features in eager mode, forward and backward, by reading models/mmdit.py;
     the last block has 0.72 of another's."""
-    overrides = ["text_encoder.max_length=128", "objective.repa_weight=0", "model.depth=3"]
+    overrides = ["text_encoder.max_length=128", "data.text_lengths=[]", "objective.repa_weight=0", "model.depth=3"]
     config = load_config("mmdit_2b_mup.yaml", overrides)
     passes, features = passes_of(config, 8), 8 * (256 + 128) * 1728 * 2
     assert (moved(passes.blocks) + moved(passes.backward)) / features / 2.72 == pytest.approx(115, rel=0.1)
@@ -107,7 +107,9 @@ def test_bytes_of_a_parameter() -> None:
 @pytest.mark.parametrize(("rows", "milliseconds"), [(16, 102), (32, 154), (40, 180), (64, 255), (128, 457), (160, 555)])
 def test_the_step_of_2b_is_that_of_an_independent_count(rows: int, milliseconds: float) -> None:
     """A model of its own by hand-written formulas for one H200, 128 text tokens, compiled, within a tenth."""
-    config = load_config("mmdit_2b_mup.yaml", ["text_encoder.max_length=128", "objective.repa_weight=0"])
+    config = load_config(
+        "mmdit_2b_mup.yaml", ["text_encoder.max_length=128", "data.text_lengths=[]", "objective.repa_weight=0"]
+    )
     model, card = meta_model(config), dataclasses.replace(CARDS["h200"], matmul_tflops=790.0)
     passes = count_passes(model, meta_inputs(config, rows))
     numbers = sum(p.numel() for p in model.parameters())
