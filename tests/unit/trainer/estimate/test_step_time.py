@@ -53,7 +53,8 @@ def test_wan_14b(gpus: int, recompute: str, measured: float) -> None:
     config = load_config(
         "pixart_0.61b_mup.yaml",
         "model.width=5120 model.depth=40 model.head_dim=128 model.mlp_ratio=3 mup.base_width=1280 data.resolution=3104 "
-        f"text_encoder.max_length=512 data.text_lengths=[] train.global_batch_size={gpus} parallel.activation_checkpointing={recompute} "
+        f"text_encoder.max_length=512 data.text_lengths=[] train.global_batch_size={gpus} "
+        f"parallel.activation_checkpointing={recompute} "
         "parallel.compile=true".split(),
     )
     assert 989 * mfu(config, Cluster(gpus)) == pytest.approx(measured, rel=0.25)
