@@ -135,6 +135,14 @@ def refuse_links(folder: Path, inside: Collection[str] = (), may_be_links: Colle
                 )
 
 
+def parse_json(text: str | bytes) -> Any:
+    """json.loads for text from elsewhere: it raises ValueError alone, of deep nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def json_digest(data: Any) -> str:
     """SHA-256 of plain data, whatever the order of keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from webdataset.writer import TarWriter
 
 from .config import DataConfig
 from .errors import DataError, SampleError
-from .files import json_digest, temporary_beside
+from .files import json_digest, parse_json, temporary_beside
 from .images import IMAGE_EXTENSIONS, load_rgb
 from .index import ImageTextIndex
 from .order import mix
@@ -178,9 +178,9 @@ def read_prompts(path: str, key: str) -> list[Prompt]:
         if file.suffix == ".txt":
             return [Prompt(line.strip(), {}) for line in text.split("\n") if line.strip()]
         if file.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
+            entries = [parse_json(line) for line in text.split("\n") if line.strip()]
         else:
-            loaded = json.loads(text)
+            loaded = parse_json(text)
             entries = list(loaded.values()) if isinstance(loaded, dict) else loaded
     except (OSError, ValueError) as error:
         raise DataError(f"{key}: {file} cannot be read ({error}); docs/evaluate.md says what it is") from None

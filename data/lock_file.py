@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Self
 
-from .files import lock, naming
+from .files import lock, naming, parse_json
 
 _BEAT_S, _DEAD_S = 5.0, 60.0  # how often a lock file is touched, and for how long the dead do not touch theirs
 
@@ -120,12 +120,12 @@ def _machine() -> str:
 def _is_dead(content: str) -> bool:
     """Whether the owner is a process of this machine that has ended."""
     try:
-        owner = json.loads(content)
+        owner = parse_json(content)
         if owner["host"] == _machine():
             os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         return False
     return False
 

@@ -31,7 +31,7 @@ from .encoders.autoencoder import Autoencoder
 from .encoders.dinov2 import FeatureEncoder
 from .encoders.text import TextEncoder
 from .errors import DataError, SampleError, StoreError, too_many_unreadable
-from .files import naming, open_plain, temporary_beside
+from .files import naming, open_plain, parse_json, temporary_beside
 from .images import decode_image
 from .index import ImageTextIndex
 from .lock_file import LockedError, locked
@@ -205,11 +205,12 @@ class Precompute:
         folder, wanted = self.prefix.parent, self.declared()
         for name in (DATASET, _UNFINISHED):
             try:
-                there = json.loads((folder / name).read_text())
+                there = parse_json((folder / name).read_text())
             except FileNotFoundError:
                 continue
             except ValueError:
                 there = {}
+            there = there if isinstance(there, dict) else {}  # or damaged
             for key in wanted:
                 if there.get(key) != wanted[key]:
                     raise DataError(

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from .captions import NoCaption, captions_from_bytes, captions_of_entry, first_field, json_member
 from .errors import DataError, SampleError, StoreError
-from .files import temporary_beside
+from .files import parse_json, temporary_beside
 from .images import IMAGE_EXTENSIONS, TAIL_BYTES, UNREAD_EXTENSIONS, ImageHeader, read_header
 from .storage import (
     FileVersion,
@@ -343,7 +343,7 @@ def load_index(
         # Missing, of an older format or damaged, of which pyarrow says what it likes: the tar itself is the truth.
         with contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError):
             if (table := _read_stored(path, current, size)) is not None and _lies_within(table, size):
-                remarks = remarks_from(json.loads(table.schema.metadata[_REMARKS_KEY]))
+                remarks = remarks_from(parse_json(table.schema.metadata[_REMARKS_KEY]))
                 return ShardIndex(shard, table, current, remarks)
     if known_version is not None and file_version(shard, retry) != known_version:
         raise DataError(

@@ -21,7 +21,7 @@ from webdataset.writer import TarWriter
 from .captions import CaptionChoice, NoCaption, captions_from_bytes, captions_of_entry
 from .config import DataConfig
 from .errors import DataError, SampleError
-from .files import held, temporary_beside
+from .files import held, parse_json, temporary_beside
 from .images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, image_size, load_rgb
 from .shard_index import index_path, load_index
 
@@ -156,7 +156,7 @@ def images_in_manifest(manifest: Path) -> list[CaptionedImage]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             image, captions = manifest.parent / entry["image"], captions_of_entry(entry)
         except NoCaption:
             raise DataError(f"{manifest}, line {number}: the caption is empty") from None

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.encoders.loading import lfs_pointer
+from data.files import parse_json
 from trainer.errors import CheckpointError
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -127,7 +128,7 @@ class PublishedWeights:
                 for name in handle.keys():  # noqa: SIM118 (safe_open has no other)
                     self._opened[_PREFIXES.sub("", name, count=1)] = (handle, name)
             beside = files[0].with_name("config.json")
-            self.config: dict[str, Any] = json.loads(beside.read_text()) if beside.is_file() else {}
+            self.config: dict[str, Any] = parse_json(beside.read_text()) if beside.is_file() else {}
             self.shapes = {
                 bare: tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
                 for bare, (handle, name) in self._opened.items()
@@ -188,7 +189,7 @@ def _found_in(folder: Path) -> Iterator[_Found]:
         # The index knows which files belong together; without it their numbers do.
         for index in (folder / each for each in beside if (folder / each).is_file()):
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                names = sorted(set(parse_json(index.read_text())["weight_map"].values()))
                 files = [folder / Path(each).name for each in names]
                 counts = {files[0]: 1}
             except (ValueError, LookupError, TypeError, AttributeError):

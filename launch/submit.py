@@ -10,10 +10,10 @@ again goes on with the run. What is frozen lies in runs/NAME/jobs/NNN. --dry-run
 """
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 
+from data.files import parse_json
 from launch.common import command, run
 from launch.slurm.job import freeze, job_script, new_folder, options_of, settings_of, submit
 from launch.slurm.options import add_resources
@@ -77,7 +77,7 @@ def warn_without_ladder(config: TrainConfig) -> None:
     path = Path(config.run.dir) / f"{name}_ladder" / "ladder.json"
     passed = False
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # absent, or damaged
-        passed = json.loads(path.read_bytes())["passed"]
+        passed = parse_json(path.read_bytes())["passed"]
     if width > base and not passed:
         print(
             f"warning: no passed ladder in {path}: python launch/ladder.py --config {name}.yaml --widths ... first",

@@ -1,9 +1,11 @@
 """Memory, FLOPs, traffic, time and cost of a config on a cluster, as a dictionary and as text."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
+
+from data.errors import DataError
+from data.files import parse_json
 
 from ..build.engine import build_mup_table
 from ..build.flops import image_flops
@@ -53,13 +55,17 @@ def text_encoder_flops(config: TrainConfig) -> int:
 
 
 def _stored_parameters(path: str, subfolder: str | None) -> int | None:
-    """Numbers in the safetensors files of a local folder, from their headers; None where there are none."""
+    """Numbers in the safetensors files of a local folder, from their headers; None where there are none.
+    Raises DataError where one is damaged."""
     files = sorted((Path(path) / (subfolder or "")).glob("*.safetensors"))
     total = 0
     for each in files:
-        with open(each, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        try:
+            with open(each, "rb") as file:
+                header = parse_json(file.read(min(int.from_bytes(file.read(8), "little"), each.stat().st_size)))
+            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DataError(f"{each} cannot be read ({error}): fetch it again") from None
     return total if files else None
 
 

@@ -7,7 +7,6 @@ table.png. Values of different protocols are never put side by side.
 """
 
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.files import parse_json
 
 from ..files import json_text, write_atomically
 from .curves import Reached, compare
@@ -136,7 +136,7 @@ def read_all(runs: dict[str, Path], weights: str = "ema") -> tuple[list[Value], 
 def read(file: Path, method: str) -> tuple[str, str, str, list[Value]]:
     """(suite, hash of the protocol, weights, values) of a results.json."""
     try:
-        results: dict[str, Any] = json.loads(file.read_text())
+        results: dict[str, Any] = parse_json(file.read_text())
         suite, checkpoint = str(results["suite"]), results["checkpoint"]
         values = [
             Value(int(checkpoint["step"]), method, suite, name, float(found["value"]), found["standard_error"])
@@ -145,7 +145,7 @@ def read(file: Path, method: str) -> tuple[str, str, str, list[Value]]:
         protocol, weights = str(results["protocol_hash"]), str(checkpoint["weights"])
     except KeyError as error:
         raise DataError(f"{file} has no key {error}: it was not written by launch/evaluate.py") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     if broken := [value.metric for value in values if not math.isfinite(value.value)]:
         raise DataError(f"{file}: {broken[0]} is not a finite number")

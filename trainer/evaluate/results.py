@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import DataError
+from data.files import parse_json
 from data.image_sets import read_images, write_images
 
 from ..files import write_atomically
@@ -34,7 +35,7 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         write_atomically(file, json.dumps(identity, indent=1) + "\n")
         return
     try:
-        held = json.loads(file.read_bytes())
+        held = parse_json(file.read_bytes())
     except ValueError as error:
         raise DataError(f"{file} is damaged ({error}): remove it to measure anew, or choose another --output") from None
     if held != identity:

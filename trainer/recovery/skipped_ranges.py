@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from data.files import parse_json
+
 from ..checkpoint.find import complete_checkpoints
 from ..checkpoint.meta import read_meta
 from ..errors import CheckpointError
@@ -64,7 +66,9 @@ def read_skipped_ranges(folder: Path) -> tuple[SkippedRange, ...]:
     path, entries = folder / FILE, None
     try:
         if path.is_file():
-            entries = [SkippedRange(**entry) for entry in json.loads(path.read_text())]
+            entries = [SkippedRange(**entry) for entry in parse_json(path.read_text())]
+            if not all(type(e.at_step) is type(e.steps) is int and isinstance(e.reason, str) for e in entries):
+                raise ValueError("a number is no integer, or a reason no text")
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f'{path} cannot be read ({error}): expected [{{"at_step": ..., "steps": ..., "reason": ...}}], or no such '

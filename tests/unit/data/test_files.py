@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data.errors import DataError
-from data.files import folder_once, lock, open_plain, temporary_beside
+from data.files import folder_once, lock, open_plain, parse_json, temporary_beside
 
 
 def test_a_file_is_complete_or_absent(tmp_path: Path) -> None:
@@ -93,3 +93,9 @@ def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:
             lock(second, wait=False)
     with open(path, "w") as third:
         lock(third, wait=False)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, b"\xff", "9" * 5000, ""])
+def test_json_from_elsewhere_raises_value_errors_alone(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_json(text)

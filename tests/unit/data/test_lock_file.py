@@ -10,7 +10,7 @@ import pytest
 
 import data.lock_file
 from data.errors import DataError
-from data.lock_file import LockedError, _remove, locked
+from data.lock_file import LockedError, _is_dead, _remove, locked
 from data.precomputed_write import Precompute
 
 
@@ -50,3 +50,11 @@ def test_a_dead_owners_file_is_removed_and_no_other(tmp_path: Path) -> None:
     assert path.read_text() == "the next one's"
     _remove(path, "the next one's")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"host": 0, "pid": ' + "9" * 99 + "}", '{"pid": 1}', "[]", "\0"])
+def test_what_a_strangers_file_says_of_its_owner_is_no_proof_that_it_is_dead(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.lock_file, "_machine", lambda: 0)
+    assert not _is_dead(text)

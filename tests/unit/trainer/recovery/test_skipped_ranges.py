@@ -114,7 +114,9 @@ def test_the_folder_says_which(tmp_path: Path) -> None:
     assert read_skipped_ranges(tmp_path) == (SkippedRange(4, 2, "NaN"), SkippedRange(4, 3, "NaN"))
 
 
-@pytest.mark.parametrize("text", ["[{", '[{"at": 4}]', "4", "[4]"])
+@pytest.mark.parametrize(
+    "text", ["[{", '[{"at": 4}]', "4", "[4]", "[" * 10**5, '[{"at_step": "4", "steps": 1, "reason": ""}]', "\0"]
+)
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "jumps.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"jumps\.json cannot be read"):
