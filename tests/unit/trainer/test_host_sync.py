@@ -19,8 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.config import TextEncoderConfig
 from data.debug import ensure_debug_assets
 from data.encoders.text import load_text_encoder
+from models.attention import visible
+from models.attention_probe import Choice
 from tests.helpers.paths import ROOT
 from tests.helpers.steps import built
+from tests.helpers.varlen import varlen_on_cpu
 from trainer.ema import EMA
 from trainer.loop import train_step
 
@@ -57,6 +60,23 @@ def take_steps(folder: Path, kind: str, *overrides: str) -> None:
 def test_steps_read_nothing_back(kind: str, tmp_path: Path) -> None:
     repa = () if kind == "uvit" else ("objective.repa_weight=0.5", "objective.repa_layer=1")
     take_steps(tmp_path, kind, *repa)
+
+
+@pytest.mark.parametrize("kind", ["mmdit", "pixart"])
+@pytest.mark.slow
+def test_steps_of_packed_rows_read_nothing_back(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the kernel of these tests, which reads the lengths as a GPU's does on the device."""
+    monkeypatch.setattr("trainer.build.engine.attention_choice", lambda *_: Choice("varlen", {}))
+    with varlen_on_cpu():
+        take_steps(tmp_path, kind)
+
+
+@pytest.mark.slow
+def test_a_length_that_is_read_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.build.engine.attention_choice", lambda *_: Choice("varlen", {}))
+    monkeypatch.setattr("models.mmdit.visible", lambda mask, before: visible(mask & (mask.sum().item() > 0), before))
+    with varlen_on_cpu(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        take_steps(tmp_path, "mmdit")
 
 
 @pytest.mark.parametrize(("folder", "width"), [("debug/t5", 64), ("minilm", 384)])
@@ -101,7 +121,7 @@ def test_a_wait_is_seen(place: str, fault: Any, tmp_path: Path, monkeypatch: pyt
 
 # What runs in a step: whole files, or some functions of a file.
 STEP: dict[str, tuple[str, ...] | None] = {
-    **dict.fromkeys(f"models/{name}.py" for name in ("layers", "mmdit", "pixart", "dit", "uvit", "repa")),
+    **dict.fromkeys(f"models/{name}.py" for name in ("layers", "attention", "mmdit", "pixart", "dit", "uvit", "repa")),
     **dict.fromkeys(f"trainer/diffusion/{name}.py" for name in ("flow", "ddpm", "random", "repa")),
     "trainer/ema.py": None,
     "trainer/step.py": None,
