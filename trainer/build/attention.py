@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from models.attention import PACKED, Kernel, kernel_restored
+from models.attention import PACKED, Kernel, kernel_restored, use_kernel
 from models.attention_probe import Choice, choose_kernel
 
 from ..collectives import together
@@ -33,11 +33,13 @@ def attention_choice(config: TrainConfig, world: World) -> Choice:
 
 @contextmanager
 def simulated_kernel(config: TrainConfig) -> Iterator[Kernel]:
-    """The kernel that stands for a GPU's on tensors without memory; after the block the one in use is as before."""
+    """Take the kernel that stands for a GPU's on tensors without memory; after the block it is as before."""
     asked = config.parallel.attention
     wanted = _BY_PRECISION[config.parallel.precision or "bf16"] if asked == "auto" else asked
     with kernel_restored():
-        yield "varlen" if wanted in PACKED else "sdpa"
+        kernel: Kernel = "varlen" if wanted in PACKED else "sdpa"
+        use_kernel(kernel)
+        yield kernel
 
 
 def describe(choice: Choice) -> list[str]:

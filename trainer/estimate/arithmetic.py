@@ -69,7 +69,8 @@ class Attention(NamedTuple):
     flops: int
 
     def seconds(self, card: Card) -> float:
-        rate = card.attention_tflops[self.kernel][self.backward] * (_WIDE_HEAD if self.head_dim >= 128 else 1.0)
+        rates = card.attention_tflops.get(self.kernel, card.attention_tflops["flash"])
+        rate = rates[self.backward] * (_WIDE_HEAD if self.head_dim >= 128 else 1.0)
         return self.flops / (rate * 1e12) + LAUNCH_S
 
 
@@ -108,14 +109,15 @@ class PassTime(NamedTuple):
     elementwise: float
 
 
-def count_passes(model: Any, inputs: Sequence[Any]) -> Passes:
-    """The operations of `model(*inputs)`, a backbone on the meta device, and of its backward pass."""
-    recorder = _Recorder()
+def count_passes(model: Any, inputs: Sequence[Any], attention: str = "auto") -> Passes:
+    """The operations of `model(*inputs)`, a backbone on the meta device, and of its backward pass. attention:
+    parallel.attention; whether rows are packed is up to the kernel in use (models.attention)."""
+    recorder = _Recorder("flash3" if attention == "flash3" else "flash")
     hooks = []
     for block in model.shard_units():
         hooks.append(block.register_forward_pre_hook(lambda *_: recorder.enter("blocks")))
         hooks.append(block.register_forward_hook(lambda *_: recorder.enter("rest")))
-    with recorder, _Fused(recorder):
+    with recorder, _Fused(recorder, attention if attention in ("efficient", "cudnn") else None):
         prediction, features = model(*inputs)
         loss = prediction.float().square().sum() + (0 if features is None else features.float().square().sum())
         recorder.enter("backward")
@@ -166,10 +168,11 @@ def _update_bytes(averages: int) -> int:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every operation under the phase that was entered last."""
+    """Notes every operation under the phase that was entered last. packed: the kernel of attention over packed rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, packed: str) -> None:
         super().__init__()
+        self._packed = packed
         self.counts: dict[str, Counter[Operation]] = {}
         self.enter("rest")
 
@@ -179,7 +182,11 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
-        if name in ("mm", "addmm"):
+        if name in ("_varlen_attn", "_varlen_attn_backward"):
+            backward = name == "_varlen_attn_backward"
+            query, most_keys = args[backward], args[9 if backward else 6]  # of full rows: most_keys in each
+            self.attend(self._packed, backward, query, most_keys)
+        elif name in ("mm", "addmm"):
             left, right = args[-2:]
             self.phase[Product(left.shape[0], right.shape[1], left.shape[1])] += 1
         elif name not in _UNREAD and not func.is_view:
@@ -188,6 +195,12 @@ class _Recorder(TorchDispatchMode):
                 self.phase[Elementwise(moved)] += 1
         return out
 
+    def attend(self, kernel: str, backward: bool, query: Tensor, keys: int) -> None:
+        """Note attention of queries [..., K] to `keys` keys each."""
+        flops = 4 * query.numel() * keys
+        flops = round(_BACKWARD_PRODUCTS * flops) if backward else flops
+        self.phase[Attention(kernel, backward, query.shape[-1], flops)] += 1
+
 
 def _bytes(tensor: Tensor) -> int:
     """Bytes of memory behind a tensor: an expanded one is read once."""
@@ -195,18 +208,20 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _Fused(TorchFunctionMode):
-    """Attention and RMSNorm as a GPU runs them, each one kernel. The meta device takes both apart."""
+    """Attention and RMSNorm as a GPU runs them, each one kernel. The meta device takes both apart. kernel: of attention
+    that is not packed, None for torch's choice."""
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, recorder: _Recorder, kernel: str | None) -> None:
         super().__init__()
-        self._recorder = recorder
+        self._recorder, self._kernel = recorder, kernel
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             # torch's flash kernel refuses a mask ("Flash Attention does not support non-null attn_mask").
-            return _Attend.apply(self._recorder, "flash" if mask is None else "efficient", *args[:3])
+            kernel = self._kernel or ("flash" if mask is None else "efficient")
+            return _Attend.apply(self._recorder, kernel, *args[:3])
         if func is F.rms_norm:
             return _Normalise.apply(self._recorder, args[0], kwargs["weight"])  # as nn.RMSNorm passes it
         return func(*args, **kwargs)
@@ -218,15 +233,14 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recorder: _Recorder, kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.recorder, ctx.kernel, ctx.flops = recorder, kernel, 4 * q.numel() * k.shape[-2]
-        recorder.phase[Attention(kernel, False, q.shape[-1], ctx.flops)] += 1
+        ctx.recorder, ctx.kernel = recorder, kernel
+        recorder.attend(kernel, False, q, k.shape[-2])
         return torch.empty_like(q)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         q, k, v = ctx.saved_tensors
-        flops = round(_BACKWARD_PRODUCTS * ctx.flops)
-        ctx.recorder.phase[Attention(ctx.kernel, True, q.shape[-1], flops)] += 1
+        ctx.recorder.attend(ctx.kernel, True, q, k.shape[-2])
         return None, None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 

@@ -22,7 +22,7 @@ class Card:
     peak_tflops: bf16 of the data sheet, not sparse. matmul_tflops: the most that a matrix product was seen to reach.
     memory_gb: as sold, 1e9 bytes each. memory_gb_s: of the data sheet. nvlink_gb_s: NCCL's "bus" rate within a node.
     nic_gb_s: what the network card that each GPU has of its own was seen to carry. attention_tflops: by kernel, of its
-    forward and its backward pass with 64 features a head.
+    forward and its backward pass with 64 features a head; a kernel that is not there counts as "flash".
     """
 
     peak_tflops: float
@@ -40,10 +40,15 @@ class Card:
 # nvlink_gb_s: nccl, src/graph/topo.h: 18 links of 20.6 (Hopper: 370, NVIDIA/nccl-tests#212), 18 of 40.1 (Blackwell), 12
 # of 20 (Ampere: 240, NVIDIA/nccl#1712). MI300X: seven links of 64, at the 0.82 that NCCL's protocol leaves of NVLink's.
 # nic_gb_s: 46 to 48 of a 400 Gbit/s card (NVIDIA/nccl-tests#290), half of it for A100's 200 Gbit/s.
-# attention_tflops: H100's flash is FlashAttention-2 in the charts of arXiv 2407.08608 (512 tokens); A100's that of
-# arXiv 2307.08691. "efficient" (CUTLASS, instructions of sm80) is ASSUMED, and so are MI300X and Blackwell, which runs
-# both kernels without its own instructions.
-_HOPPER_ATTENTION = {"flash": (282.0, 198.0), "efficient": (180.0, 100.0)}
+# attention_tflops: H100's are FlashAttention-2, -3 and cuDNN in the charts of arXiv 2407.08608 (512 tokens); A100's
+# flash that of arXiv 2307.08691. "efficient" (CUTLASS, instructions of sm80) is ASSUMED, and so are MI300X and
+# Blackwell, which runs both kernels without its own instructions.
+_HOPPER_ATTENTION = {
+    "flash": (282.0, 198.0),
+    "flash3": (333.0, 272.0),
+    "cudnn": (335.0, 266.0),
+    "efficient": (180.0, 100.0),
+}
 CARDS = {
     "h100": Card(989, 794.5, 80, 3350, 132, 370, 47, _HOPPER_ATTENTION),
     "h200": Card(989, 794.5, 141, 4800, 132, 370, 47, _HOPPER_ATTENTION),

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from ..build.attention import simulated_kernel
 from ..build.flops import image_flops
 from ..build.meta import meta_inputs, meta_model
 from ..config.resolve import Resolved, compiles, keeps_gathered, resolve
@@ -18,7 +19,7 @@ _ENCODING = 0.8  # of a card's matrix products, in the text encoder's forward pa
 
 class Work:
     """What a step of a config computes. Its passes are counted once for each size of the micro-batch, and hold for all
-    of its variants in section `parallel`."""
+    of its variants in section `parallel` but for parallel.attention."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config, self._model = config, meta_model(config)
@@ -30,7 +31,9 @@ class Work:
     def passes(self, rows: int) -> Passes:
         """The operations of a micro-batch of `rows` images."""
         if rows not in self._passes:
-            self._passes[rows] = count_passes(self._model, meta_inputs(self._config, rows))
+            with simulated_kernel(self._config):
+                inputs, attention = meta_inputs(self._config, rows), self._config.parallel.attention
+                self._passes[rows] = count_passes(self._model, inputs, attention)
         return self._passes[rows]
 
 

@@ -22,11 +22,13 @@ from trainer.estimate.arithmetic import (
     products_flops,
 )
 from trainer.estimate.cluster import CARDS
+from trainer.estimate.step_time import Work
 
 KINDS = ("mmdit", "pixart", "dit", "uvit")
 
 
 def passes_of(config: TrainConfig, rows: int) -> Passes:
+    """With a mask, where the model has one: the kernel in use on a CPU packs nothing."""
     return count_passes(meta_model(config), meta_inputs(config, rows))
 
 
@@ -56,6 +58,22 @@ def test_a_mask_keeps_attention_from_the_flash_kernel() -> None:
     blocks = {kind: passes_of(load_config(f"{kind}_debug_mup.yaml"), 1).blocks for kind in KINDS}
     kernels = {kind: {op.kernel for op in ops if isinstance(op, Attention)} for kind, ops in blocks.items()}
     assert kernels == {"mmdit": {"efficient"}, "pixart": {"flash", "efficient"}, "dit": {"flash"}, "uvit": {"flash"}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "kernel"),
+    [("auto", "flash"), ("varlen", "flash"), ("flash3", "flash3"), ("efficient", "efficient"), ("cudnn", "cudnn")],
+)
+def test_attention_is_that_of_the_kernel_that_a_gpu_takes(asked: str, kernel: str) -> None:
+    """Of the same FLOPs, whether rows are packed or masked."""
+    config = load_config("mmdit_debug_mup.yaml", [f"parallel.attention={asked}"])
+    passes, masked = Work(config).passes(2), passes_of(config, 2)
+    counts = passes.blocks + passes.backward
+    assert {op.kernel for op in counts if isinstance(op, Attention)} == {kernel}
+    for phase in ("blocks", "rest", "backward"):
+        assert products_flops(getattr(passes, phase)) == products_flops(getattr(masked, phase))
+    rates = CARDS["h100"].attention_tflops
+    assert rates["efficient"] < rates["flash"] < rates["flash3"]
 
 
 def test_activation_checkpointing_computes_the_blocks_again() -> None:

@@ -92,3 +92,23 @@ def test_a_slow_config_is_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert " ".join(plan.overrides) in capsys.readouterr().err
     monkeypatch.setattr("trainer.estimate.plan.faster_plan", lambda *_: pytest.fail("a tiny model was looked into"))
     submit.warn_of_slowness(load_config("mmdit_debug_mup.yaml"), Cluster(8))
+
+
+class OneByteARow:
+    """A memory that grows by a byte a row."""
+
+    def total(self, shard: int, rows: int, accumulates: bool) -> int:
+        return rows
+
+    def largest_rows(self, shard: int, limit: int, accumulates: bool) -> int:
+        return limit
+
+
+def test_rows_that_the_micro_batch_cannot_say_are_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.micro_batch_size counts images of 256 px: the least is 64 images of 32 px."""
+    monkeypatch.setattr(Planner, "_memory", lambda *_: OneByteARow())
+    config = load_config("mmdit_debug_mup.yaml", ["train.global_batch_size=800", "text_encoder.path=none"])
+    assert planned(config, 63 / GIB) == []
+    plans = planned(config, 64 / GIB)
+    assert {plan.data(cluster(1))["micro_batch"] for plan in plans} == {64}  # of a share of 100
+    assert len(plans) == 4 * 3  # shard groups of 1, 2, 4 and 8; each kind of recomputation, since none takes all
