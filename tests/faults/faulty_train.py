@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -91,8 +92,8 @@ def slow_board(world: World) -> Any:
 build_run = trainer.build.run.build_run
 
 
-def faulty_run(config: TrainConfig, world: World) -> Run:
-    run = build_run(config, world)
+def faulty_run(config: TrainConfig, world: World, hold: Callable[[Path], None]) -> Run:
+    run = build_run(config, world, hold)
     if FAULTS["rank"] in (None, world.rank):
         trainer.build.run.follow = Faults(run).follow
     return run
