@@ -37,7 +37,7 @@ class Plan(NamedTuple):
         return [
             f"parallel.shard={parallel.shard}",
             f"parallel.activation_checkpointing={parallel.activation_checkpointing}",
-            f"train.micro_batch_size={self.config.train.micro_batch_size}",
+            f"train.micro_batch_size={self.config.train.micro_batch_size:.10g}",
         ]
 
     def why(self, cluster: Cluster) -> str:
@@ -108,9 +108,14 @@ class Planner:
         )
 
     def _shards(self) -> Iterator[int]:
-        """Sizes of a shard group that lie evenly within nodes or over whole nodes."""
-        gpus, node = self._cluster.gpus, self._cluster.gpus_per_node
-        yield from (n for n in range(1, gpus + 1) if gpus % n == 0 and (node % n == 0 or n % node == 0 or n == gpus))
+        """Sizes of a shard group that lie evenly within nodes or over whole nodes, and hold weights, moments and
+        averages in fp32: others need no simulation."""
+        gpus, node, config = self._cluster.gpus, self._cluster.gpus_per_node, self._config
+        state = 0 if config.parallel.cpu_offload else 4 * (3 + len(config.ema.decays)) * self._work.parameters
+        for n in range(1, gpus + 1):
+            even = gpus % n == 0 and (node % n == 0 or n % node == 0 or n == gpus)
+            if n == gpus or (even and state / n < self._cluster.usable):
+                yield n
 
     def _fitting(self, shard: int, precomputed: bool) -> Iterator[Plan]:
         """A plan for each kind of recomputation with the largest micro-batch that fits; none beyond the first that
@@ -123,17 +128,15 @@ class Planner:
             if rows < 1:
                 continue
             variant = self._variant(shard, mode, equal_parts(self._share, rows))
-            rows = resolve(variant, self._cluster.gpus).micro_batch_rows
-            total = memory.total(shard, rows, rows < self._share)
-            if total <= usable:
-                yield Plan(variant, precomputed, total, step_time(variant, self._cluster, self._work, encoding))
+            total = memory.total(shard, resolve(variant, self._cluster.gpus).micro_batch_rows, rows < self._share)
+            yield Plan(variant, precomputed, total, step_time(variant, self._cluster, self._work, encoding))
             if rows == self._share:
                 return
 
     def _variant(self, shard: int, mode: str, rows: int) -> TrainConfig:
         config, area = self._config, self._config.data.resolution**2
         parallel = config.parallel.model_copy(update={"shard": shard, "activation_checkpointing": mode})
-        train = config.train.model_copy(update={"micro_batch_size": max(1, rows * area // 256**2)})
+        train = config.train.model_copy(update={"micro_batch_size": rows * area / 256**2})
         return config.model_copy(update={"parallel": parallel, "train": train})
 
     def _memory(self, mode: str, precomputed: bool) -> Memory:

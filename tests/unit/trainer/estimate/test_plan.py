@@ -3,18 +3,22 @@
 import dataclasses
 import json
 import sys
+from typing import Any
 
 import pytest
 
 from launch import estimate as command
 from launch import submit
 from trainer.config.load import load_config
+from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 from trainer.estimate.cluster import CARDS, GIB, Cluster
+from trainer.estimate.memory import Memory
 from trainer.estimate.plan import Plan, Planner, describe_plans, faster_plan
 from trainer.estimate.report import estimate
 
+NOTHING: tuple[Any, Any] = (None, None)  # a profile and a table that are not read
 SMALL = ("model.depth=2", "objective.repa_weight=0")  # beside the 9.2 GiB of T5-XXL and of the autoencoder
 
 
@@ -94,21 +98,32 @@ def test_a_slow_config_is_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     submit.warn_of_slowness(load_config("mmdit_debug_mup.yaml"), Cluster(8))
 
 
-class OneByteARow:
-    """A memory that grows by a byte a row."""
+class OneMiBARow(Memory):
+    """A memory that grows by a MiB a row."""
 
     def total(self, shard: int, rows: int, accumulates: bool) -> int:
-        return rows
-
-    def largest_rows(self, shard: int, limit: int, accumulates: bool) -> int:
-        return limit
+        return rows * 2**20
 
 
-def test_rows_that_the_micro_batch_cannot_say_are_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """train.micro_batch_size counts images of 256 px: the least is 64 images of 32 px."""
-    monkeypatch.setattr(Planner, "_memory", lambda *_: OneByteARow())
-    config = load_config("mmdit_debug_mup.yaml", ["train.global_batch_size=800", "text_encoder.path=none"])
-    assert planned(config, 63 / GIB) == []
-    plans = planned(config, 64 / GIB)
-    assert {plan.data(cluster(1))["micro_batch"] for plan in plans} == {64}  # of a share of 100
+def test_overrides_say_the_rows_of_small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.micro_batch_size counts images of 256 px, of 32 px it holds 64 times as many: 49 fit of a share of 100, so
+    that 34 are taken three times."""
+    monkeypatch.setattr(Planner, "_memory", lambda *_: OneMiBARow(*NOTHING))
+    arguments = ("mmdit_debug_mup.yaml", ["train.global_batch_size=800", "text_encoder.path=none"])
+    plans = planned(load_config(*arguments), 49 / 1024)
     assert len(plans) == 4 * 3  # shard groups of 1, 2, 4 and 8; each kind of recomputation, since none takes all
+    for plan in plans:
+        assert (plan.data(cluster(1))["micro_batch"], plan.data(cluster(1))["micro_batches"]) == (34, 3)
+        pasted = load_config(arguments[0], [*arguments[1], *plan.overrides])
+        assert resolve(pasted, 8).micro_batch_rows == 34
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "gpus"), [("mmdit_2b_mup", 8), ("mmdit_18b_mup", 256)])
+def test_the_shipped_configs_follow_the_plan(name: str, gpus: int) -> None:
+    """Of shard and recomputation; the micro-batch is that of auto, which fits as the plan's does."""
+    config = load_config(name)
+    parallel = Planner(config, Cluster(gpus)).best(most=1)[0].config.parallel
+    assert parallel.shard == (config.parallel.shard or gpus)
+    assert parallel.activation_checkpointing == config.parallel.activation_checkpointing
+    assert config.train.micro_batch_size is None
