@@ -92,8 +92,8 @@ def slow_board(world: World) -> Any:
 build_run = trainer.build.run.build_run
 
 
-def faulty_run(config: TrainConfig, world: World, hold: Callable[[Path], None]) -> Run:
-    run = build_run(config, world, hold)
+def faulty_run(config: TrainConfig, world: World, hold: Callable[[Path], None], fitting: float | None) -> Run:
+    run = build_run(config, world, hold, fitting)
     if FAULTS["rank"] in (None, world.rank):
         trainer.build.run.follow = Faults(run).follow
     return run
