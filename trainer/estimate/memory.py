@@ -99,6 +99,13 @@ class Memory:
         gradients = (4 + width) * numbers if stage == 1 else 4 * numbers / shard
         return {"parameters": masters + weights, "gradients": gradients, "gather_buffers": gathered}
 
+    @property
+    def copy_alone(self) -> int:
+        """Bytes of the bf16 weights that a GPU alone holds (trainer.parallel.single), where the profile, of several
+        ranks, does not have them."""
+        alone = self.profile.shard == 1 or self.parallel.engine == "zero" or self.parallel.cpu_offload
+        return 0 if alone or self.parallel.precision not in (None, "bf16") else self._shard_bytes(1) // 2
+
     def _held(self, shard: int, rows: int, accumulates: bool) -> Tensor:
         """Bytes [moments of a step, kinds]. What is sharded grows or shrinks with this rank's part of the weights."""
         base, sample, kept = self._moments

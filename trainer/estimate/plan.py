@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..build.engine import build_mup_table
-from ..config.resolve import resolve
+from ..config.resolve import keeps_gathered, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from .cluster import GIB, Cluster
 from .memory import Memory, equal_parts
 from .report import encoder_bytes, smallest_count, text_encoder_flops, timed
-from .simulation import profile
+from .simulation import Profile, profile
 from .step_time import StepTime, Work, micro_batches, step_time
 
 RECOMPUTATION = ("none", "selective", "full")  # of parallel.activation_checkpointing, by what is computed again
@@ -73,7 +73,8 @@ class Planner:
         resolve(config, cluster.gpus)
         self._config, self._cluster, self._work = config, cluster, Work(config)
         self._table, self._encoders = build_mup_table(config), sum(encoder_bytes(config).values())
-        self._memories: dict[tuple[str, bool], Memory] = {}
+        self._profiles: dict[tuple[str, bool], Profile] = {}
+        """By recomputation, and whether gathered weights are kept."""
         self._share = -(-config.train.global_batch_size // cluster.gpus)
 
     def best(self, most: int = 5) -> list[Plan]:
@@ -98,7 +99,7 @@ class Planner:
 
     def what_would_fit(self) -> str:
         """Where no plan fits: what one GPU would hold at least, and how many GPUs would do."""
-        memory, gpus = self._memory("full", True), self._cluster.gpus
+        memory, gpus = self._memory(0, "full", True), self._cluster.gpus
         least = memory.total(gpus, 1, self._share > 1)
         found = smallest_count(self._config, memory, self._cluster.usable)
         more = "no number of GPUs that the global batch feeds" if found is None else f"{found[0]} GPUs"
@@ -123,7 +124,7 @@ class Planner:
         usable = self._cluster.usable
         encoding = 0 if precomputed else text_encoder_flops(self._config)
         for mode in RECOMPUTATION:
-            memory = self._memory(mode, precomputed)
+            memory = self._memory(shard, mode, precomputed)
             rows = memory.fitting_rows(shard, self._share, usable)
             if rows < 1:
                 continue
@@ -139,14 +140,15 @@ class Planner:
         train = config.train.model_copy(update={"micro_batch_size": rows * area / 256**2})
         return config.model_copy(update={"parallel": parallel, "train": train})
 
-    def _memory(self, mode: str, precomputed: bool) -> Memory:
-        if (mode, precomputed) not in self._memories:
-            known = self._memories.get((mode, not precomputed))
-            variant = self._variant(0, mode, self._share)
-            simulated = known.profile if known else profile(variant, min(self._cluster.gpus, _SIMULATED_WORLD))
-            encoders = 0 if precomputed else self._encoders
-            self._memories[mode, precomputed] = Memory(simulated, self._table, encoders, variant.parallel)
-        return self._memories[mode, precomputed]
+    def _memory(self, shard: int, mode: str, precomputed: bool) -> Memory:
+        variant = self._variant(shard, mode, self._share)
+        keeps = keeps_gathered(variant, self._work.parameters)
+        if (mode, keeps) not in self._profiles:
+            parallel = variant.parallel.model_copy(update={"shard": 0, "reshard_after_forward": not keeps})
+            simulated = variant.model_copy(update={"parallel": parallel})
+            self._profiles[mode, keeps] = profile(simulated, min(self._cluster.gpus, _SIMULATED_WORLD))
+        encoders = 0 if precomputed else self._encoders
+        return Memory(self._profiles[mode, keeps], self._table, encoders, variant.parallel)
 
 
 def describe_plans(plans: list[Plan], cluster: Cluster) -> str:

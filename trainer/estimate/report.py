@@ -75,7 +75,7 @@ def smallest_count(config: TrainConfig, memory: Memory, usable: int) -> tuple[in
     batch = config.train.global_batch_size
     for gpus in (*range(1, NODE), *range(NODE, batch + 1, NODE)):
         share = -(-batch // gpus)
-        if rows := memory.fitting_rows(gpus, share, usable):
+        if rows := memory.fitting_rows(gpus, share, usable - (memory.copy_alone if gpus == 1 else 0)):
             return gpus, rows
     return None
 

@@ -187,6 +187,16 @@ def test_other_counts_and_batches_follow(simulated: Profile) -> None:
 
 
 @pytest.mark.slow
+def test_a_gpu_alone_has_a_copy_of_the_weights_in_bf16(simulated: Profile) -> None:
+    config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16")
+    table = build_mup_table(config)
+    alone, of_four = Memory(profile(config, 1), table), Memory(simulated, table)
+    assert alone.copy_alone == 0
+    assert alone.parts(1, 16, False)["parameters"] == of_four.parts(1, 16, False)["parameters"] + of_four.copy_alone
+    assert of_four.copy_alone * 2 == of_four.parts(1, 16, False)["parameters"]
+
+
+@pytest.mark.slow
 def test_gradients_kept_whole_are_counted() -> None:
     keep = ("train.global_batch_size=16", "parallel.reshard_after_forward=false")
     config = load_config("mmdit_debug_mup.yaml", [*SMALL[:-1], *keep])
