@@ -45,6 +45,8 @@ def run_search(given: Sequence[str]) -> int:
     if arguments.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {arguments.workers}")
     from launch.slurm.search_array import submit_array
+    from trainer.collectives import from_rank_0
+    from trainer.estimate.micro_batch import find_fitting
     from trainer.parallel.mesh import open_world, rank, world_size
     from trainer.search.definition import load_search
     from trainer.search.live_table import Table
@@ -63,9 +65,11 @@ def run_search(given: Sequence[str]) -> int:
         worker = [sys.executable, __file__, "run", "--config", arguments.config, *arguments.overrides]
         study = Study.open(search)  # a mistake shows here, once, and not in every worker
         return run_workers(study, worker, arguments.workers, kill_tree)
+    find = find_fitting(search.proxy(), world_size())  # before the world opens, as in launch/train.py
     with open_world(resolve(search.proxy(), world_size()).shard) as world:
+        fitting = from_rank_0(world, find)
         terminal = sys.stdout  # what training prints goes to the logs of its trial
-        Worker(search, world, lambda text: print(text, file=terminal, flush=True)).work()
+        Worker(search, world, lambda text: print(text, file=terminal, flush=True), fitting and fitting.size).work()
     if rank() == 0:
         print(Table(Study.open(search)).summary())
     return 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,6 +24,8 @@ from .report import T5_PARAMETERS, encoder_bytes
 from .simulation import profile
 
 _RECORD = "micro_batch.json"
+WORKERS_PER_GPU = "MUDIT_WORKERS_PER_GPU"
+"""In the environment: how many processes share each GPU, evenly."""
 
 
 class Fitting(NamedTuple):
@@ -131,9 +134,9 @@ def _remedy(config: TrainConfig, fitting: Fitting | None, gpus: int, reason: str
 
 
 def _usable_bytes() -> int:
-    """Of the GPU that rank 0 has, as it is now: another process may hold a part of it."""
-    free, _ = torch.cuda.mem_get_info(0)
-    return round(free - RESERVED_GIB * GIB)
+    """Of the GPU that rank 0 has, as it is now: another process may hold a part of it, or be about to."""
+    free, total = torch.cuda.mem_get_info(0)
+    return round(min(free, total // int(os.environ.get(WORKERS_PER_GPU, "1"))) - RESERVED_GIB * GIB)
 
 
 def _place(gpus: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..estimate.micro_batch import WORKERS_PER_GPU
 from .live_table import Table
 from .study import Study
 
@@ -28,7 +29,7 @@ def run_workers(study: Study, command: Sequence[str], count: int, kill: Callable
     with Table(study) as table:
         try:
             for number in range(count):
-                workers.append(_start(command, number, _log(logs, number)))
+                workers.append(_start(command, number, count, _log(logs, number)))
             while any(worker.poll() is None for worker in workers):
                 table.show()
                 time.sleep(1)
@@ -55,18 +56,19 @@ def _log(folder: Path, worker: int) -> Path:
     return folder / f"worker_{worker}.log"
 
 
-def _start(command: Sequence[str], number: int, log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, **_device(number)}
+def _start(command: Sequence[str], number: int, workers: int, log: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **_device(number, workers)}
     with open(log, "a") as file:
         # In a session of its own a worker does not get the terminal's Ctrl-C, which would not let it save.
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def _device(worker: int) -> dict[str, str]:
-    """The environment that gives a worker one of this process's GPUs, in turn."""
+def _device(worker: int, workers: int) -> dict[str, str]:
+    """The environment that gives a worker one of this process's GPUs, in turn, and says how many of `workers` have
+    one."""
     count = torch.cuda.device_count()
     if not count:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(device) for device in range(count)]
-    return {"CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]}
+    return {"CUDA_VISIBLE_DEVICES": devices[worker % len(devices)], WORKERS_PER_GPU: str(-(-workers // len(devices)))}

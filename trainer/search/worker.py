@@ -49,9 +49,9 @@ class WatchedMetrics:
 class Worker:
     """One process, or all ranks of a torchrun: rank 0 speaks with the study, the others follow it."""
 
-    def __init__(self, search: Search, world: World, say: Callable[[str], None]) -> None:
-        """say: a line for the person at the terminal (called on rank 0)."""
-        self._search, self._world, self._say = search, world, say
+    def __init__(self, search: Search, world: World, say: Callable[[str], None], fitting: float | None = None) -> None:
+        """say: a line for the person at the terminal (called on rank 0). fitting: of the proxy, as of resolve."""
+        self._search, self._world, self._say, self._fitting = search, world, say, fitting
         self._study = on_rank_0(world, lambda: Study.open(search))
         self._folder = search.folder
         self._device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
@@ -98,7 +98,8 @@ class Worker:
         torch.compiler.reset()  # graphs of the trials before would count against the recompile limit
         # What training prints is the same 80 times over: it goes to a file.
         with self._log(number) as log, contextlib.redirect_stdout(log):
-            run = build_run(self._search.run_config(self._folder, number, seed, point), self._world)
+            config = self._search.run_config(self._folder, number, seed, point)
+            run = build_run(config, self._world, fitting=self._fitting)
             of_run = {"commit": run.meta["commit"], "table": run.meta["mup"]["sha256"]}
             identity = run.meta["fingerprints"] | {"validation": run.meta["validation"]}
             on_rank_0(self._world, lambda: self._study.check_data(identity) if self._study else None)

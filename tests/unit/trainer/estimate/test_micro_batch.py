@@ -15,10 +15,11 @@ from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 from trainer.estimate import micro_batch
 from trainer.estimate.memory import Memory
-from trainer.estimate.micro_batch import Fitting, fitting_micro_batch
+from trainer.estimate.micro_batch import fitting_micro_batch
 from trainer.estimate.simulation import profile
 from trainer.monitor.metrics import read_metrics
 from trainer.recovery.signals import Signals
+from trainer.search import local_workers
 
 pytestmark = pytest.mark.slow
 AREA = 32**2 / 256**2  # of the debug config's images
@@ -137,4 +138,13 @@ def test_a_damaged_record_is_no_record(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_cpu_takes_its_whole_share() -> None:
     assert micro_batch.find_fitting(configured(), 1)() is None
-    assert isinstance(Fitting(1.0, 1, 1, {}, 1), tuple)
+
+
+def test_workers_of_a_search_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three workers on two GPUs: each may take half of its GPU, also while the other has not begun."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (75 * 2**30, 80 * 2**30))
+    assert micro_batch._usable_bytes() == 72 * 2**30
+    for name, value in local_workers._device(2, 3).items():
+        monkeypatch.setenv(name, value)
+    assert micro_batch._usable_bytes() == 37 * 2**30
