@@ -48,7 +48,7 @@ PHOTO = (1500, 2250)
 SHARD_SAMPLES, SHARDS = 11_186, 900
 BATCH, WORLD = 256, 8
 SAMPLE = 10_000_000
-TOKENS, TEXT_WIDTH = 100, 4096
+TOKENS, MAX_LENGTH, TEXT_WIDTH = 100, 120, 4096
 PROCESSES = 32  # that read on a node: 8 ranks with 3 reader processes each
 
 
@@ -109,11 +109,13 @@ def throughput(folder: Path, repeats: int, count: int = 32) -> dict[str, Any]:
     }
 
 
-def precomputed_shard(folder: Path, count: int, channels: int, text: bool) -> Path:
+def precomputed_shard(
+    folder: Path, count: int, channels: int, text: bool, tokens: int = TOKENS, max_length: int = MAX_LENGTH
+) -> Path:
     """A set of random numbers of the right shapes: latents of 256 px at a downsampling of 8, one caption a sample."""
     rng = np.random.default_rng(0)
     folder.mkdir()
-    encoder = {"fingerprint": "none", "width": TEXT_WIDTH, "max_length": 120} if text else None
+    encoder = {"fingerprint": "none", "width": TEXT_WIDTH, "max_length": max_length} if text else None
     declared = {
         "layout": LAYOUT, "resolution": RESOLUTION, "flips": False, "text_encoder": encoder,
         "autoencoder": {"fingerprint": "none", "channels": channels, "downsample": 8},
@@ -125,8 +127,8 @@ def precomputed_shard(folder: Path, count: int, channels: int, text: bool) -> Pa
         for i in range(count):
             members = {"latents.npy": npy(rng.normal(size=(1, 2, channels, side, side)).astype(np.float16)), "cls": "1"}
             if text:
-                members["text.npy"] = npy(rng.integers(0, 2**14, (TOKENS, TEXT_WIDTH), np.uint16))
-                members["json"] = json.dumps({"captions": [f"caption {i}"], "weights": [1], "tokens": [TOKENS]})
+                members["text.npy"] = npy(rng.integers(0, 2**14, (tokens, TEXT_WIDTH), np.uint16))
+                members["json"] = json.dumps({"captions": [f"caption {i}"], "weights": [1], "tokens": [tokens]})
             tar.write({"__key__": f"{i:06d}", **members})
     return folder / "set.tar"
 
