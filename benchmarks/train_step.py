@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import matmul_rate, write
 from benchmarks.twins import build_twin
-from data.batch import Batch
+from data.batch import Batch, concatenate
 from data.synthetic import SyntheticReader
 from trainer.build.run import build_run
 from trainer.config.load import load_config
@@ -170,7 +170,7 @@ def full_batches(reader: SyntheticReader, first_step: int) -> Iterator[tuple[int
         for batch in micro_batches:
             if batch.text_states is not None and batch.text_mask is not None:
                 batch.text_states, batch.text_mask = batch.text_states.bfloat16(), torch.ones_like(batch.text_mask)
-        steps.append([batch.pin_memory() if torch.cuda.is_available() else batch for batch in micro_batches])
+        steps.append([concatenate([batch], pinned=torch.cuda.is_available()) for batch in micro_batches])
     for step in itertools.count(first_step):
         yield step, steps[step % 2]
 

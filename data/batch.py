@@ -83,21 +83,18 @@ class Batch:
         }
         return cls(**values | content)
 
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.pin_memory() for n, t in tensors.items() if isinstance(t, torch.Tensor)})
 
+def concatenate(parts: Sequence[Batch], pinned: bool = False) -> Batch:
+    """The rows of several batches of one kind, copied into one.
 
-def concatenate(parts: Sequence[Batch]) -> Batch:
-    """The rows of several batches of one kind in one batch."""
-    if len(parts) == 1:
-        return parts[0]
+    pinned: into page-locked memory, from which a GPU copies while the host goes on.
+    """
     joined: dict[str, Any] = {}
     for field in fields(Batch):
         values = [getattr(part, field.name) for part in parts]
         if isinstance(values[0], torch.Tensor):
-            joined[field.name] = torch.cat(values)
+            shape = (sum(map(len, values)), *values[0].shape[1:])
+            joined[field.name] = torch.cat(values, out=torch.empty(shape, dtype=values[0].dtype, pin_memory=pinned))
         elif isinstance(values[0], list):
             joined[field.name] = [item for value in values for item in value]
         else:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -90,6 +91,20 @@ def _same(batch: Any) -> Any:
     return batch
 
 
+def _copied_ahead(parts: Iterator[list[Batch]], pinned: bool) -> Iterator[Batch]:
+    """Each step's batch, copied from its parts by a thread while the step before is trained on.
+
+    The thread waits for no reader process, so it ends as soon as this stream is closed. It has to: whoever closes it to
+    read elsewhere forks reader processes next, which must not happen while a thread computes.
+    """
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(concatenate, next(parts), pinned)
+        while True:
+            # In this order: the parts of one step have left the shared memory before those of the next are fetched.
+            batch, coming = coming.result(), thread.submit(concatenate, next(parts), pinned)
+            yield batch
+
+
 class ImageTextReader:
     """One rank's training batches of images, or latents, with captions or class labels.
 
@@ -155,10 +170,13 @@ class ImageTextReader:
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator(),  # else the loader would draw its seed from the trainer's generator
         )
-        iterator = iter(loader)  # yields a batch of each worker in turn
-        for step in itertools.count(first_step):
-            batch = concatenate([next(iterator) for _ in range(max(1, workers))])
-            batch = batch.pin_memory() if torch.cuda.is_available() else batch
+        iterator, pinned = iter(loader), torch.cuda.is_available()
+        if workers:  # each yields a batch in turn
+            parts = ([next(iterator) for _ in range(workers)] for _ in itertools.count())
+            whole = _copied_ahead(parts, pinned)
+        else:
+            whole = (concatenate([batch], pinned) if pinned else batch for batch in iterator)
+        for step, batch in zip(itertools.count(first_step), whole, strict=False):
             _, rows = self._shapes[self._order.at(step).bucket]
             yield step, split(batch, rows)
 

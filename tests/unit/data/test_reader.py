@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import resource
 import shutil
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -19,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data.batch
 import data.reader
 from data.batch import Batch
 from data.config import AutoencoderConfig, DataConfig, TextEncoderConfig
@@ -135,6 +139,85 @@ class WorkersInTurn:
                 workers.append(chain([next(worker)], worker))  # it looks at its number when it begins
         while True:
             yield from map(next, workers)
+
+
+def copying_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+@pytest.mark.parametrize(("workers", "gpu"), [(0, False), (0, True), (1, False), (3, False), (3, True)])
+def test_batches_are_copied_by_a_thread_into_page_locked_memory_on_a_gpu(
+    index: ImageTextIndex, workers: int, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are those of one process that copies nothing."""
+    whole = [batches for _, batches in islice(reader(index, micro=3).batches(2), 4)]
+    copied: list[tuple[str, bool]] = []
+
+    def concatenate(parts: list[Batch], pinned: bool) -> Batch:
+        copied.append((threading.current_thread().name.partition("_")[0], pinned))
+        return data.batch.concatenate(parts)
+
+    monkeypatch.setattr(data.reader, "concatenate", concatenate)
+    monkeypatch.setattr(data.reader, "DataLoader", WorkersInTurn)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    stream = reader(index, micro=3, workers=workers).batches(2)
+    for number, expected in enumerate(whole, 2):
+        step, batches = next(stream)
+        assert step == number
+        for batch, other in zip(batches, expected, strict=True):
+            assert all(map(torch.equal, batch.tensors(), other.tensors()))
+            strings = (batch.names, batch.captions, batch.full_captions, batch.holes, batch.read)
+            assert strings == (other.names, other.captions, other.full_captions, other.holes, other.read)
+    del stream
+    assert set(copied) == ({("batches" if workers else "MainThread", gpu)} if workers or gpu else set())
+    assert not copying_threads()
+
+
+def test_the_next_batch_is_copied_while_a_step_is_trained_on(
+    index: ImageTextIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that is dropped waits for the copy, so that no reader process is forked beside it."""
+    begun: Queue[int] = Queue()
+    go_on = threading.Semaphore(1)
+
+    def concatenate(parts: list[Batch], pinned: bool) -> Batch:
+        begun.put(len(parts))
+        go_on.acquire(timeout=10)
+        return data.batch.concatenate(parts, pinned)
+
+    monkeypatch.setattr(data.reader, "concatenate", concatenate)
+    monkeypatch.setattr(data.reader, "DataLoader", WorkersInTurn)
+    stream = reader(index, workers=2).batches(0)
+    next(stream)
+    assert [begun.get(timeout=10), begun.get(timeout=10)] == [2, 2], "the second copy has begun and is held up"
+    assert copying_threads()
+    threading.Timer(0.1, go_on.release).start()
+    del stream
+    assert not copying_threads()
+
+
+@pytest.mark.parametrize("where", ["reading", "copying"])
+def test_an_error_reaches_the_training_thread_and_leaves_no_thread(
+    index: ImageTextIndex, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(WorkersInTurn):
+        def __iter__(self) -> Iterator[Batch]:
+            yield from islice(super().__iter__(), 5)
+            raise MemoryError("planted")
+
+    copies = itertools.count()
+
+    def concatenate(parts: list[Batch], pinned: bool) -> Batch:
+        if where == "copying" and next(copies) == 2:
+            raise MemoryError("planted")
+        return data.batch.concatenate(parts, pinned)
+
+    monkeypatch.setattr(data.reader, "concatenate", concatenate)
+    monkeypatch.setattr(data.reader, "DataLoader", Failing if where == "reading" else WorkersInTurn)
+    with pytest.raises(MemoryError, match="planted"):
+        for _ in reader(index, workers=2).batches(0):
+            pass
+    assert not copying_threads()
 
 
 @pytest.mark.slow
