@@ -15,6 +15,7 @@ from .layers import (
     Declaration,
     OutputLinear,
     SelfAttention,
+    add_gated,
     axis_sinusoids,
     grid_positions,
     modulate,
@@ -39,8 +40,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x [B, N, D], c [B, D] (after SiLU) -> [B, N, D]."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(c).chunk(6, dim=-1)  # 6 x [B, D]
-        x = x + self.branch_scale * gate[:, None] * self.attention(modulate(x, shift, scale))  # [B, N, D]
-        return x + self.branch_scale * gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
+        x = add_gated(x, gate, self.attention(modulate(x, shift, scale)), self.branch_scale)  # [B, N, D]
+        return add_gated(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)), self.branch_scale)  # [B, N, D]
 
 
 class DiT(Backbone):

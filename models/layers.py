@@ -126,6 +126,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def add_gated(x: Tensor, gate: Tensor, branch: Tensor, branch_scale: float) -> Tensor:
+    """x, branch [B, N, D], gate [B, D] -> x + branch_scale * gate * branch: [B, N, D]."""
+    if branch_scale != 1:  # a product with 1 would be a kernel of its own
+        gate = branch_scale * gate
+    return x + gate[:, None] * branch
+
+
 def sinusoids(x: Tensor, features: int = TIME_FEATURES, freq_shift: float = 0.0) -> Tensor:
     """[cos, sin] of numbers at features / 2 frequencies from 1 to 1e-4: x [...] -> [..., features], always float32."""
     half = features // 2

@@ -22,6 +22,7 @@ from .layers import (
     Declaration,
     OutputLinear,
     TextCondition,
+    add_gated,
     axis_sinusoids,
     crop_positions,
     modulate,
@@ -66,9 +67,9 @@ class Stream(nn.Module):
 
     def after_attention(self, x: Tensor, attended: Tensor, mod: Modulation, branch_scale: float) -> Tensor:
         """x, attended [B, N, D] -> [B, N, D]; branch_scale multiplies what is added to x."""
-        x = x + branch_scale * mod.gate[:, None] * self.out(attended)  # [B, N, D]
+        x = add_gated(x, mod.gate, self.out(attended), branch_scale)  # [B, N, D]
         modulated = modulate(x, mod.shift_mlp, mod.scale_mlp)  # [B, N, D]
-        return x + branch_scale * mod.gate_mlp[:, None] * self.mlp(modulated)  # [B, N, D]
+        return add_gated(x, mod.gate_mlp, self.mlp(modulated), branch_scale)  # [B, N, D]
 
 
 class LastTextStream(nn.Module):

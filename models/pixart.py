@@ -22,6 +22,7 @@ from .layers import (
     SelfAttention,
     SizedTextCondition,
     TextCondition,
+    add_gated,
     axis_sinusoids,
     grid_positions,
     modulate,
@@ -66,9 +67,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, y: Tensor, modulation: Tensor, seen: Visible) -> Tensor:
         """x [B, N, D], y [B, L, D], modulation [B, 6, D], seen: of L keys -> [B, N, D]."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + modulation).unbind(1)  # [B, D]
-        x = x + self.branch_scale * gate[:, None] * self.attention(modulate(x, shift, scale))  # [B, N, D]
+        x = add_gated(x, gate, self.attention(modulate(x, shift, scale)), self.branch_scale)  # [B, N, D]
         x = x + self.branch_scale * self.cross_attention(x, y, seen)  # [B, N, D]
-        return x + self.branch_scale * gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))  # [B, N, D]
+        return add_gated(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)), self.branch_scale)  # [B, N, D]
 
 
 class PixArt(Backbone):
