@@ -147,7 +147,7 @@ def test_packed_rows_share_graphs(kind: str, mode: Any) -> None:
     """Of seven token counts, forward and backward, traced by autograd as for inductor."""
     plain, (model, units) = build(kind)[0], build(kind)
     checkpoint_activations(units, mode)
-    compile_units(units, backend="aot_eager")
+    compile_units(units, pytest.fail, backend="aot_eager")
     for shape in SHAPES:
         given = inputs(kind, shape)
         expected = gradients(plain, given)
@@ -163,7 +163,7 @@ def test_packed_rows_share_graphs(kind: str, mode: Any) -> None:
 def test_a_named_kernel_is_compiled(kernel: Any) -> None:
     """On a CPU `math` gives what eager mode does, and `efficient`, which a CPU has not, is asked for."""
     plain, (model, units) = build("mmdit")[0], build("mmdit")
-    compile_units(units, backend="eager")
+    compile_units(units, pytest.fail, backend="eager")
     given = inputs("mmdit", SHAPES[0])
     expected = gradients(plain, given)
     with kernel_restored():
