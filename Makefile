@@ -78,8 +78,8 @@ cifar: .cache/cifar10
 demo: setup
 	$(BIN)/python -m examples.demo
 
-# Two for each core, because many tests wait for processes that they have started.
-WORKERS := $(shell echo $$((2 * $$(nproc))))
+# Three for each core, because many tests wait for processes that they have started.
+WORKERS := $(shell echo $$((3 * $$(nproc))))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # All that CI runs. T="tests/unit/data -k order": these tests alone, without style and types.
