@@ -78,8 +78,8 @@ cifar: .cache/cifar10
 demo: setup
 	$(BIN)/python -m examples.demo
 
-# Three for each core, because many tests wait for processes that they have started.
-WORKERS := $(shell echo $$((3 * $$(nproc))))
+# Two for each core, because many tests wait for processes that they have started.
+WORKERS := $(shell echo $$((2 * $$(nproc))))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # All that CI runs. T="tests/unit/data -k order": these tests alone, without style and types.
@@ -117,6 +117,8 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.proxies --output benchmarks/results/proxies_cpu.json
 	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory_cpu.json
 	$(BIN)/python -m benchmarks.data --output benchmarks/results/data.json
+	$(BIN)/python -m benchmarks.batches --output benchmarks/results/batches_cpu.json
+	$(BIN)/python -m benchmarks.host --output benchmarks/results/host.json
 	$(BIN)/python -m benchmarks.export_memory --output benchmarks/results/export_memory.json objective.repa_weight=0
 
 # Offline, installing nothing: with .venv if it is there, else with the python that is found. Each command is meant for less
@@ -135,6 +137,7 @@ gpu-check:
 	done; \
 	$$python -m benchmarks.choices $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/choices_gpu.json || failed=1; \
 	$$python -m benchmarks.proxies $(if $(DRY),--dry-run) --output $(GPU_RESULTS)/proxies_gpu.json || failed=1; \
+	$$python -m benchmarks.batches $(if $(DRY),--steps 2) --output $(GPU_RESULTS)/batches_gpu.json || failed=1; \
 	if [ -n "$(LONG)" ]; then \
 	    $$python -m benchmarks.transfer --study $(GPU_STUDY) --folder runs/transfer_$(GPU_STUDY) \
 	        --output $(GPU_STUDIES)/transfer_$(GPU_STUDY).json || test -n "$(DRY)" || failed=1; \
