@@ -65,11 +65,11 @@ def run_search(given: Sequence[str]) -> int:
         worker = [sys.executable, __file__, "run", "--config", arguments.config, *arguments.overrides]
         study = Study.open(search)  # a mistake shows here, once, and not in every worker
         return run_workers(study, worker, arguments.workers, kill_tree)
-    find = find_fitting(search.proxy(), world_size())  # before the world opens, as in launch/train.py
+    find = find_fitting(search.proxy(), world_size(), search.folder)  # before the world opens, as in launch/train.py
     with open_world(resolve(search.proxy(), world_size()).shard) as world:
         fitting = from_rank_0(world, find)
         terminal = sys.stdout  # what training prints goes to the logs of its trial
-        Worker(search, world, lambda text: print(text, file=terminal, flush=True), fitting and fitting.size).work()
+        Worker(search, world, lambda text: print(text, file=terminal, flush=True), fitting).work()
     if rank() == 0:
         print(Table(Study.open(search)).summary())
     return 0

@@ -13,6 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+from data.errors import DataError
 from data.files import parse_json
 from launch.common import command, run
 from launch.slurm.job import freeze, job_script, new_folder, options_of, settings_of, submit
@@ -96,7 +97,11 @@ def warn_of_slowness(config: TrainConfig, cluster: Cluster) -> None:
         return
     from trainer.estimate.plan import faster_plan
 
-    if (found := faster_plan(config, cluster)) is not None:
+    try:
+        found = faster_plan(config, cluster)
+    except (ConfigError, DataError):  # an encoder that is not here, say: no reason to submit nothing
+        return
+    if found is not None:
         plan, ratio = found
         print(
             f"warning: on {cluster.gpus} GPUs of this card other settings would be {ratio:.1f} times faster (MODEL; "

@@ -61,19 +61,22 @@ def _train(config: TrainConfig, signals: Signals) -> int:
     from trainer.parallel.mesh import open_world, world_size
     from trainer.recovery.watchdog import watched_build
 
-    find = find_fitting(config, world_size())  # before the world opens: what is simulated has a world of its own
+    folder = config.run.folder
+    # Before the world opens: what is simulated has a world of its own.
+    find = find_fitting(config, world_size(), folder)
     with open_world(resolve(config, world_size()).shard) as world:
         fitting = from_rank_0(world, find)
         try:
-            with watched_build(config.train.watchdog_factor, config.train.watchdog_min_s, signals) as hold:
-                job = build_run(config, world, hold, fitting and fitting.size)
-            for note in filter(None, (export_note(config), fitting and fitting.describe())):
-                job.metrics.say(note)
-            with job.lock or contextlib.nullcontext(), telling_out_of_memory(config, fitting, world.size):
-                try:
-                    outcome = train(job)
-                finally:
-                    job.metrics.close()
+            with telling_out_of_memory(config, fitting, world.size, folder):
+                with watched_build(config.train.watchdog_factor, config.train.watchdog_min_s, signals) as hold:
+                    job = build_run(config, world, hold, fitting and fitting.size)
+                if note := export_note(config):
+                    job.metrics.say(note)
+                with job.lock or contextlib.nullcontext():
+                    try:
+                        outcome = train(job)
+                    finally:
+                        job.metrics.close()
             job.metrics.say(f"{outcome} at step {job.state.step}: {job.folder}")
         except (PeerError, DeviceMemoryError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..config.resolve import resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError, DeviceMemoryError
 from ..files import write_atomically
+from ..loop import train_step
 from ..parallel.mesh import rank
 from .cluster import GIB, RESERVED_GIB
 from .memory import Memory, equal_parts
@@ -30,13 +32,14 @@ WORKERS_PER_GPU = "MUDIT_WORKERS_PER_GPU"
 
 class Fitting(NamedTuple):
     """A micro-batch that fits. size: at 256² pixels, as config.resolve takes it. rows: of square images. parts: bytes
-    of a GPU at the peak. usable: bytes that tensors may take."""
+    of a GPU at the peak. usable: bytes that tensors may take. halved: less than fits, as more was too much before."""
 
     size: float
     rows: int
     micro_batches: int
     parts: dict[str, int]
     usable: int
+    halved: bool = False
 
     def describe(self) -> str:
         """A line for the start of the run."""
@@ -44,6 +47,7 @@ class Fitting(NamedTuple):
         return (
             f"train.micro_batch_size=auto: {self.rows} x {self.micro_batches} per GPU, at the peak "
             f"{sum(self.parts.values()) / GIB:.1f} of {self.usable / GIB:.1f} GiB (MODEL: {parts})"
+            + (f"; at most half of what ran out of memory before ({_RECORD})" if self.halved else "")
         )
 
 
@@ -56,14 +60,14 @@ def fitting_micro_batch(config: TrainConfig, gpus: int, usable: int, too_large: 
     area = config.data.resolution**2 / 256**2
     share, shard = -(-config.train.global_batch_size // gpus), resolve(config, gpus).shard
     memory = Memory(profile(config, gpus), build_mup_table(config), _encoder_bytes(config), config.parallel)
-    rows = memory.fitting_rows(shard, share, usable)
+    rows = fitting = memory.fitting_rows(shard, share, usable)
     if too_large is not None:
         rows = min(rows, int(too_large / area / 2 + 1e-9))
     if rows < 1:
         raise ConfigError(_what_would_fit(config, memory, gpus, shard, share, usable))
-    rows = equal_parts(share, rows)
+    halved, rows = rows < fitting, equal_parts(share, rows)
     count = -(-share // rows)
-    return Fitting(rows * area, rows, count, memory.parts(shard, rows, count > 1), usable)
+    return Fitting(rows * area, rows, count, memory.parts(shard, rows, count > 1), usable, halved)
 
 
 def _encoder_bytes(config: TrainConfig) -> int:
@@ -94,32 +98,41 @@ def _what_would_fit(config: TrainConfig, memory: Memory, gpus: int, shard: int, 
     )
 
 
-def find_fitting(config: TrainConfig, gpus: int) -> Callable[[], Fitting | None]:
+def find_fitting(config: TrainConfig, gpus: int, folder: Path) -> Callable[[], Fitting | None]:
     """What train.micro_batch_size=auto takes on this machine's GPU; None where the key is a number, and on a CPU.
 
-    It is found now and on rank 0 alone, which must then give it to all, or its error: call the result for that.
+    folder: of the run or the study, which remembers what was too large. It is found now and on rank 0 alone, which must
+    then give it to all, or its error: call the result for that.
     """
     if config.train.micro_batch_size is not None or not torch.cuda.is_available() or rank() != 0:
         return lambda: None
     found: Future[Fitting | None] = Future()
     try:
-        found.set_result(fitting_micro_batch(config, gpus, _usable_bytes(), _recorded(config.run.folder, gpus)))
-    except (ConfigError, DataError) as error:
+        fitting = fitting_micro_batch(config, gpus, _usable_bytes(), _recorded(folder, _place(config, gpus)))
+        print(fitting.describe(), flush=True)
+        found.set_result(fitting)
+    except (ConfigError, DataError, OSError) as error:
         found.set_exception(error)
     return found.result
 
 
 @contextlib.contextmanager
-def telling_out_of_memory(config: TrainConfig, fitting: Fitting | None, gpus: int) -> Iterator[None]:
-    """Raise DeviceMemoryError where a run needs more memory than its GPU has, and have its next start take half the
-    micro-batch, where train.micro_batch_size is null."""
+def telling_out_of_memory(config: TrainConfig, fitting: Fitting | None, gpus: int, folder: Path) -> Iterator[None]:
+    """Raise DeviceMemoryError where a run needs more memory than its GPU has. If that was in a training step, and
+    train.micro_batch_size is null, the next start takes half the micro-batch. folder: as of find_fitting."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(_remedy(config, fitting, gpus, str(error).partition(". ")[0])) from error
+        reason = str(error).partition(". ")[0]
+        if any(frame.name == train_step.__name__ for frame in traceback.extract_tb(error.__traceback__)):
+            raise DeviceMemoryError(_remedy(config, fitting, gpus, folder, reason)) from error
+        raise DeviceMemoryError(
+            f"out of memory, and not in a training step: {reason}. Make less of what the run did then: sample.count, "
+            "the evaluation's batch, or the model itself (launch/estimate.py tells what fits)"
+        ) from error
 
 
-def _remedy(config: TrainConfig, fitting: Fitting | None, gpus: int, reason: str) -> str:
+def _remedy(config: TrainConfig, fitting: Fitting | None, gpus: int, folder: Path, reason: str) -> str:
     rows = resolve(config, gpus, fitting and fitting.size).micro_batch_rows
     area = config.data.resolution**2 / 256**2
     told = f"out of memory with micro-batches of {rows} samples: {reason}. "
@@ -127,9 +140,9 @@ def _remedy(config: TrainConfig, fitting: Fitting | None, gpus: int, reason: str
         return told + f"Set train.micro_batch_size={max(1, rows // 2) * area:g}, or auto"
     if rows == 1:
         return told + "launch/estimate.py --plan tells what fits"
-    record = {"place": _place(gpus), "too_large": rows * area}
+    record = {"place": _place(config, gpus), "too_large": rows * area}
     with contextlib.suppress(OSError):  # a full disk, say
-        write_atomically(config.run.folder / _RECORD, json.dumps(record))
+        write_atomically(folder / _RECORD, json.dumps(record))
     return told + f"Start it again: it goes on from its newest checkpoint with {rows // 2}"
 
 
@@ -139,15 +152,16 @@ def _usable_bytes() -> int:
     return round(min(free, total // int(os.environ.get(WORKERS_PER_GPU, "1"))) - RESERVED_GIB * GIB)
 
 
-def _place(gpus: int) -> str:
-    """Where a micro-batch fits or does not."""
-    return f"{torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'CPU'} x {gpus}"
+def _place(config: TrainConfig, gpus: int) -> str:
+    """Where a micro-batch fits or does not: the GPUs, and how the model is spread over them."""
+    card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    return f"{card} x {gpus}, {config.parallel.model_dump_json()}"
 
 
-def _recorded(folder: Path, gpus: int) -> float | None:
-    """The size at 256² pixels that was too large here when the run was last started, if any was."""
+def _recorded(folder: Path, place: str) -> float | None:
+    """The size at 256² pixels that was too large in this place before, if any was."""
     try:
         found = json.loads((folder / _RECORD).read_text())
-        return float(found["too_large"]) if found["place"] == _place(gpus) else None
+        return float(found["too_large"]) if found["place"] == place else None
     except (OSError, ValueError, LookupError, TypeError):  # none, or a damaged one: it is no more than a hint
         return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._functorch import config as functorch
 from torch.fx.experimental import _config as shapes
 
 from ..errors import CompileError
@@ -28,6 +29,8 @@ def compile_units(
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     # Else two sizes that are equal at first (tokens and width, say) are taken for the same, and graphs multiply.
     shapes.use_duck_shape = False
+    # The backward pass with the forward pass, or a failure of the compiler would come out of loss.backward().
+    functorch.force_non_lazy_backward_lowering = True
     failed: set[str] = set()
     for unit in units:
         eager = unit.forward

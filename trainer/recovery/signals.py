@@ -3,11 +3,13 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 
 # Of Slurm and torchrun, Ctrl-C, a terminal that is closed, Ctrl-\.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+ANSWER_S = 3.0  # for the store, or the disk, to answer a rank that ends: either may be what hangs
 
 
 class Signals:
@@ -15,7 +17,7 @@ class Signals:
 
     at_once: any signal does, because there is nothing to save. What the process was told to ignore (nohup, a shell's
     background job) it goes on ignoring, and its forks ignore all of them: they end with their parent. before_end: is
-    called with the reason before the process is ended at once.
+    called with the reason before the process is ended at once, which waits for it for ANSWER_S at most.
     """
 
     def __init__(self, at_once: bool = False, before_end: Callable[[str], None] = lambda reason: None) -> None:
@@ -57,9 +59,17 @@ class Signals:
     def _end(self, number: int, why: str) -> None:
         _tell(f"error: {why}")
         try:
-            self.before_end(why)
+            within(ANSWER_S, self.before_end, why)
         finally:
             os._exit(128 + number)  # as a shell names it; process groups could not be left in order alone
+
+
+def within(seconds: float, call: Callable[..., object], *arguments: object) -> bool:
+    """Whether `call` has ended after so many seconds; it is left alone where it has not."""
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def _tell(text: str) -> None:

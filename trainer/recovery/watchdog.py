@@ -25,13 +25,12 @@ from ..checkpoint.find import complete_checkpoints, step_of
 from ..errors import PeerError
 from ..monitor.metrics import write_status
 from ..parallel.mesh import World, open_board
-from .signals import Signals
+from .signals import ANSWER_S, Signals, within
 
 POLL_S = 1.0  # between two looks at the board
 LOST_S = 20.0  # a neighbour without a sign of life; torch may hold Python's lock for some seconds
 SUSPECT_S = 3.0  # the same once this rank's own training has failed
 ENDING_S = 6.0  # for the training thread to end by itself after a fault elsewhere
-ANSWER_S = 3.0  # for the store, or the disk, to answer a rank that ends: either may be what hangs
 PHASE_FACTOR = 10  # the build, first steps, validation, sampling, saving and going back may take so many times as long
 ASKED_S = 60.0  # for a first step to end once the run was asked to stop: there is nothing to save
 
@@ -174,7 +173,7 @@ class Watchdog:
     def _follow(self, fault: Fault) -> None:
         """End this rank, because of what is on the board."""
         if fault.stacks:
-            _within(ANSWER_S, self._dump)
+            within(ANSWER_S, self._dump)
         elif self._closed.wait(ENDING_S):  # the training thread ended by itself: its collective raised
             return
         print(message(f"rank {self._rank} ends: {fault.reason}"), file=sys.stderr, flush=True)
@@ -183,9 +182,9 @@ class Watchdog:
     def _end(self, reason: str) -> None:
         """End this rank, which hangs, and with it the run."""
         self._closed.set()
-        _within(ANSWER_S, self._dump)
-        if not _within(ANSWER_S, self._tell, Fault(self._rank, reason, stacks=True)):
-            _within(ANSWER_S, self._write_status, reason)
+        within(ANSWER_S, self._dump)
+        if not within(ANSWER_S, self._tell, Fault(self._rank, reason, stacks=True)):
+            within(ANSWER_S, self._write_status, reason)
         if self._size > 1:  # the others' collective would raise once this rank ends: they leave their stacks before
             time.sleep(ANSWER_S)
         print(message(f"error: {reason}"), file=sys.stderr, flush=True)
@@ -244,12 +243,17 @@ def watched_build(factor: float | None, min_s: float, signals: Signals) -> Itera
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         print(f"error: {reason}", file=sys.stderr, flush=True)
-        _within(ANSWER_S, tell, "failed", reason)
+        within(ANSWER_S, tell, "failed", reason)
         os._exit(1)
+
+    def ended_by(reason: str) -> None:
+        # torchrun and srun send SIGTERM to the ranks that are left when one has failed, which is no reason to start
+        # again; a time limit or a preemption comes as SIGUSR1 (launch/slurm/train.sbatch).
+        tell("failed" if "SIGTERM" in reason else "preempted", reason)
 
     timer = threading.Timer(limit, end)
     timer.daemon = True
-    before_end, signals.before_end = signals.before_end, lambda reason: tell("preempted", reason)
+    before_end, signals.before_end = signals.before_end, ended_by
     if factor is not None:
         timer.start()
     try:
@@ -257,11 +261,3 @@ def watched_build(factor: float | None, min_s: float, signals: Signals) -> Itera
     finally:
         timer.cancel()
         signals.before_end = before_end
-
-
-def _within(seconds: float, call: Callable[..., object], *arguments: object) -> bool:
-    """Whether `call` has ended after so many seconds; it is left alone where it has not."""
-    thread = threading.Thread(target=call, args=arguments, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()

@@ -13,6 +13,7 @@ import torch
 from ..build.run import build_run
 from ..collectives import from_rank_0, on_rank_0
 from ..errors import CheckpointError, DivergedError
+from ..estimate.micro_batch import Fitting, telling_out_of_memory
 from ..loop import train
 from ..monitor.metrics import Metrics, read_metrics
 from ..parallel.mesh import World
@@ -49,8 +50,10 @@ class WatchedMetrics:
 class Worker:
     """One process, or all ranks of a torchrun: rank 0 speaks with the study, the others follow it."""
 
-    def __init__(self, search: Search, world: World, say: Callable[[str], None], fitting: float | None = None) -> None:
-        """say: a line for the person at the terminal (called on rank 0). fitting: of the proxy, as of resolve."""
+    def __init__(
+        self, search: Search, world: World, say: Callable[[str], None], fitting: Fitting | None = None
+    ) -> None:
+        """say: a line for the person at the terminal (called on rank 0). fitting: the proxy's micro-batch."""
         self._search, self._world, self._say, self._fitting = search, world, say, fitting
         self._study = on_rank_0(world, lambda: Study.open(search))
         self._folder = search.folder
@@ -99,7 +102,7 @@ class Worker:
         # What training prints is the same 80 times over: it goes to a file.
         with self._log(number) as log, contextlib.redirect_stdout(log):
             config = self._search.run_config(self._folder, number, seed, point)
-            run = build_run(config, self._world, fitting=self._fitting)
+            run = build_run(config, self._world, fitting=self._fitting and self._fitting.size)
             of_run = {"commit": run.meta["commit"], "table": run.meta["mup"]["sha256"]}
             identity = run.meta["fingerprints"] | {"validation": run.meta["validation"]}
             on_rank_0(self._world, lambda: self._study.check_data(identity) if self._study else None)
@@ -108,7 +111,8 @@ class Worker:
                 self._look(claim, number, seed, record)
 
             try:
-                outcome = train(dataclasses.replace(run, metrics=cast(Metrics, WatchedMetrics(run.metrics, look))))
+                with telling_out_of_memory(config, self._fitting, self._world.size, self._folder):
+                    outcome = train(dataclasses.replace(run, metrics=cast(Metrics, WatchedMetrics(run.metrics, look))))
             finally:
                 run.metrics.close()
                 if run.lock is not None:

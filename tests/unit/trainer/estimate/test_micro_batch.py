@@ -67,14 +67,14 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, usable: int) -> None:
     found = micro_batch.find_fitting
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
-    def find(config: TrainConfig, gpus: int) -> Any:
-        fitting = found(config, gpus)
+    def find(config: TrainConfig, gpus: int, folder: Path) -> Any:
+        fitting = found(config, gpus, folder)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         return fitting
 
     monkeypatch.setattr(micro_batch, "find_fitting", find)
     monkeypatch.setattr(micro_batch, "_usable_bytes", lambda: usable)
-    monkeypatch.setattr(micro_batch, "_place", lambda gpus: f"a GPU x {gpus}")
+    monkeypatch.setattr(micro_batch, "_place", lambda config, gpus: f"a GPU x {gpus}")
 
 
 def test_a_run_takes_it_and_learns_the_same(
@@ -117,14 +117,32 @@ def test_out_of_memory_is_told_and_the_next_start_takes_half(
     assert "out of memory with micro-batches of 12 samples" in told[1]
     as_on_a_gpu(monkeypatch, 2**40)
     assert len(trained(tmp_path)) == 3
-    assert "auto: 6 x 4 per GPU" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "auto: 6 x 4 per GPU" in said
+    assert "at most half of what ran out of memory before (micro_batch.json)" in said
     with pytest.raises(SystemExit):
         trained(tmp_path / "named", f"train.micro_batch_size={24 * AREA}")
     assert f"Set train.micro_batch_size={12 * AREA:g}, or auto" in capsys.readouterr().err
 
 
-def test_a_damaged_record_is_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batch, "_place", lambda gpus: "here")
+def test_out_of_memory_beside_the_steps_is_no_matter_of_the_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(loop, "_validate_sample_evaluate", full)
+    monkeypatch.setattr("os._exit", end)
+    with pytest.raises(SystemExit):
+        trained(tmp_path)
+    assert "out of memory, and not in a training step" in capsys.readouterr().err
+    assert not (tmp_path / "mmdit_debug_mup" / "micro_batch.json").exists()
+
+
+def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
     for text, found in (
         (json.dumps({"place": "here", "too_large": 4}), 4.0),
         (json.dumps({"place": "there", "too_large": 4}), None),
@@ -133,11 +151,11 @@ def test_a_damaged_record_is_no_record(tmp_path: Path, monkeypatch: pytest.Monke
         ("\0\0", None),
     ):
         (tmp_path / "micro_batch.json").write_text(text)
-        assert micro_batch._recorded(tmp_path, 8) == found
+        assert micro_batch._recorded(tmp_path, "here") == found
 
 
 def test_a_cpu_takes_its_whole_share() -> None:
-    assert micro_batch.find_fitting(configured(), 1)() is None
+    assert micro_batch.find_fitting(configured(), 1, Path())() is None
 
 
 def test_workers_of_a_search_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

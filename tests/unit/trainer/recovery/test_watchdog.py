@@ -118,8 +118,12 @@ def test_a_build_that_is_ended_by_a_signal_leaves_the_reason_where_the_folder_is
             hold(tmp_path)
             signal.raise_signal(signal.SIGTERM)
         told = json.loads((tmp_path / "status.json").read_bytes())
-        assert (told["state"], told["step"]) == ("preempted", 7)
+        assert (told["state"], told["step"]) == ("failed", 7), "torchrun ends so what another rank's failure has left"
         assert told["reason"] == "ended by SIGTERM: no step was under way, so nothing is lost"
+        with watched_build(None, 1, signals) as hold:
+            hold(tmp_path)
+            signal.raise_signal(signal.SIGUSR1)
+        assert (read_status(tmp_path) or ("",))[0] == "preempted", "as a time limit asks"
         write_status(tmp_path, "finished", 9)
         signal.raise_signal(signal.SIGTERM)  # after training, say
     assert read_status(tmp_path) == ("finished", "")
