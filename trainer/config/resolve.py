@@ -28,6 +28,11 @@ def micro_batch_rows(c: TrainConfig, bucket: Bucket, world_size: int, most: floa
     return share if most is None else max(1, min(share, int(most / area + 1e-9)))
 
 
+def micro_batch_size(c: TrainConfig, rows: int) -> float:
+    """The train.micro_batch_size of so many square images of the config's resolution."""
+    return rows * c.data.resolution**2 / 256**2
+
+
 def image_tokens(c: TrainConfig, bucket: Bucket) -> int:
     """Tokens of an image of this bucket."""
     return bucket.height * bucket.width // (c.autoencoder.downsample * c.model.patch_size) ** 2

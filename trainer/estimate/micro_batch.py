@@ -14,7 +14,7 @@ import torch
 from data.errors import DataError
 
 from ..build.engine import build_mup_table
-from ..config.resolve import resolve
+from ..config.resolve import micro_batch_size, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError, DeviceMemoryError
 from ..files import write_atomically
@@ -57,17 +57,16 @@ def fitting_micro_batch(config: TrainConfig, gpus: int, usable: int, too_large: 
 
     A simulation: some seconds, half a minute for 18B. It makes a process group of its own, so there must be none yet.
     """
-    area = config.data.resolution**2 / 256**2
     share, shard = -(-config.train.global_batch_size // gpus), resolve(config, gpus).shard
     memory = Memory(profile(config, gpus), build_mup_table(config), _encoder_bytes(config), config.parallel)
     rows = fitting = memory.fitting_rows(shard, share, usable)
     if too_large is not None:
-        rows = min(rows, int(too_large / area / 2 + 1e-9))
+        rows = min(rows, int(too_large / micro_batch_size(config, 1) / 2 + 1e-9))
     if rows < 1:
         raise ConfigError(_what_would_fit(config, memory, gpus, shard, share, usable))
     halved, rows = rows < fitting, equal_parts(share, rows)
     count = -(-share // rows)
-    return Fitting(rows * area, rows, count, memory.parts(shard, rows, count > 1), usable, halved)
+    return Fitting(micro_batch_size(config, rows), rows, count, memory.parts(shard, rows, count > 1), usable, halved)
 
 
 def _encoder_bytes(config: TrainConfig) -> int:
@@ -134,13 +133,12 @@ def telling_out_of_memory(config: TrainConfig, fitting: Fitting | None, gpus: in
 
 def _remedy(config: TrainConfig, fitting: Fitting | None, gpus: int, folder: Path, reason: str) -> str:
     rows = resolve(config, gpus, fitting and fitting.size).micro_batch_rows
-    area = config.data.resolution**2 / 256**2
     told = f"out of memory with micro-batches of {rows} samples: {reason}. "
     if config.train.micro_batch_size is not None:
-        return told + f"Set train.micro_batch_size={max(1, rows // 2) * area:g}, or auto"
+        return told + f"Set train.micro_batch_size={micro_batch_size(config, max(1, rows // 2)):g}, or auto"
     if rows == 1:
         return told + "launch/estimate.py --plan tells what fits"
-    record = {"place": _place(config, gpus), "too_large": rows * area}
+    record = {"place": _place(config, gpus), "too_large": micro_batch_size(config, rows)}
     with contextlib.suppress(OSError):  # a full disk, say
         write_atomically(folder / _RECORD, json.dumps(record))
     return told + f"Start it again: it goes on from its newest checkpoint with {rows // 2}"

@@ -1,14 +1,15 @@
 """How a config runs fastest on a cluster: shard group, recomputation, micro-batch, by the models of memory and time.
 
-Memory is simulated once for each value of parallel.activation_checkpointing and scaled to every shard count; a value is
-simulated only where one that computes less again does not fit.
+Memory is simulated once for each value of parallel.activation_checkpointing (twice where only some shard counts keep
+gathered weights) and scaled to every shard count; a value is simulated only where one that computes less again does not
+fit.
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..build.engine import build_mup_table
-from ..config.resolve import keeps_gathered, resolve
+from ..config.resolve import keeps_gathered, micro_batch_size, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from .cluster import GIB, Cluster
@@ -135,9 +136,9 @@ class Planner:
                 return
 
     def _variant(self, shard: int, mode: str, rows: int) -> TrainConfig:
-        config, area = self._config, self._config.data.resolution**2
+        config = self._config
         parallel = config.parallel.model_copy(update={"shard": shard, "activation_checkpointing": mode})
-        train = config.train.model_copy(update={"micro_batch_size": rows * area / 256**2})
+        train = config.train.model_copy(update={"micro_batch_size": micro_batch_size(config, rows)})
         return config.model_copy(update={"parallel": parallel, "train": train})
 
     def _memory(self, shard: int, mode: str, precomputed: bool) -> Memory:

@@ -9,7 +9,7 @@ from data.files import parse_json
 
 from ..build.engine import build_mup_table
 from ..build.flops import image_flops
-from ..config.resolve import Resolved, keeps_gathered, resolve
+from ..config.resolve import Resolved, keeps_gathered, micro_batch_size, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from .arithmetic import products_flops
@@ -187,7 +187,7 @@ def _with_micro_batch(
     share = -(-config.train.global_batch_size // resolved.world_size)
     fitting = (memory.fitting_rows(resolved.shard, share, usable) for memory in memories)
     rows = equal_parts(share, next(filter(None, fitting), 1))
-    train = config.train.model_copy(update={"micro_batch_size": rows * config.data.resolution**2 / 256**2})
+    train = config.train.model_copy(update={"micro_batch_size": micro_batch_size(config, rows)})
     return config.model_copy(update={"train": train})
 
 
