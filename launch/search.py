@@ -17,7 +17,7 @@ from pathlib import Path
 from data.redaction import message
 from launch.common import add_overwrite, command, keep_files, run
 from launch.processes import kill_tree
-from launch.slurm.options import add_resources
+from launch.slurm.worker_array import Work, add_array, submit_array
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.errors import ConfigError
@@ -33,18 +33,10 @@ def main() -> int:
 def run_search(given: Sequence[str]) -> int:
     parser = command("Run the trials, or go on with them.", overrides="key=value", name="search.py run")
     parser.add_argument("--workers", type=int, default=1, help="trials side by side on this machine (default: 1)")
-    parser.add_argument("--array", type=int, metavar="N", help="submit a Slurm array of N workers instead")
-    parser.add_argument("--partition", help="of the array's jobs")
-    parser.add_argument(
-        "--time", default="24:00:00", help="limit of the array's jobs; what they leave goes on after a requeue"
-    )
-    parser.add_argument("--gpus-per-node", type=int, default=1, help="devices that train one trial of the array")
-    add_resources(parser, None, "what the site gives to a job with that many CPUs")
-    parser.add_argument("--dry-run", action="store_true", help="write the array's script, and submit nothing")
+    add_array(parser)
     arguments = parser.parse_args(given)
     if arguments.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {arguments.workers}")
-    from launch.slurm.search_array import submit_array
     from trainer.collectives import from_rank_0
     from trainer.estimate.micro_batch import find_fitting
     from trainer.parallel.mesh import open_world, rank, world_size
@@ -57,14 +49,17 @@ def run_search(given: Sequence[str]) -> int:
     search = load_search(arguments.config, arguments.overrides)
     if search.proxy().data.synthetic and rank() == 0:
         print("warning: data.shards is synthetic: noise has no best hyperparameters; give data.shards=...")
+    worker = [str(Path(__file__).resolve()), "run", "--config", arguments.config, *arguments.overrides]
     if arguments.array is not None:
-        return submit_array(search, arguments)
+        folder = Study.open(search).folder  # all trials are in the study before a job starts
+        trials, num_workers = f"{search.trials} trials", search.proxy().data.num_workers
+        return submit_array(Work(f"search-{search.name}", folder, worker, trials, num_workers), arguments)
     if arguments.workers > 1:
         if world_size() > 1:
             raise ConfigError("--workers starts processes of its own: use it without torchrun")
-        worker = [sys.executable, __file__, "run", "--config", arguments.config, *arguments.overrides]
         study = Study.open(search)  # a mistake shows here, once, and not in every worker
-        return run_workers(study, worker, arguments.workers, kill_tree)
+        command_line = [sys.executable, *worker]
+        return run_workers(study.folder, Table(study), command_line, arguments.workers, kill_tree)
     find = find_fitting(search.proxy(), world_size(), search.folder)  # before the world opens, as in launch/train.py
     with open_world(resolve(search.proxy(), world_size()).shard) as world:
         fitting = from_rank_0(world, find)

@@ -10,6 +10,7 @@ again goes on with the run. What is frozen lies in runs/NAME/jobs/NNN. --dry-run
 """
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 from trainer.estimate.cluster import CARDS, Cluster
+from trainer.forecast.track import FORECAST
+
+MUCH = 10  # times the proxy's compute
 
 
 def main() -> int:
@@ -55,6 +59,7 @@ def main() -> int:
     config = config.model_copy(update={"run": placed})
     resolve(config, a.nodes * max(1, a.gpus_per_node))
     warn_without_ladder(config)
+    warn_without_forecast(config)
     if a.gpus_per_node:
         warn_of_slowness(config, Cluster(a.nodes * a.gpus_per_node, CARDS[a.card], a.gpus_per_node))
 
@@ -82,6 +87,18 @@ def warn_without_ladder(config: TrainConfig) -> None:
     if width > base and not passed:
         print(
             f"warning: no passed ladder in {path}: python launch/ladder.py --config {name}.yaml --widths ... first",
+            file=sys.stderr,
+        )
+
+
+def warn_without_forecast(config: TrainConfig) -> None:
+    """Warn of a model of more than MUCH times the compute of one of the base width whose loss nobody has forecast."""
+    proxy = config.model_copy(update={"model": dataclasses.replace(config.model, width=config.mup.base_width)})
+    times = image_flops(config) / image_flops(proxy)
+    if times > MUCH and config.run.forecast is None and not (config.run.folder / FORECAST).is_file():
+        print(
+            f"warning: {times:.0f} times the compute of the proxy, and no forecast of its loss: python "
+            f"launch/forecast.py run --config {config.run.name}.yaml ... first, then run.forecast=FILE",
             file=sys.stderr,
         )
 

@@ -22,7 +22,7 @@ from ..checkpoint.find import find_checkpoint, set_aside, weights_of
 from ..checkpoint.meta import read_meta
 from ..checkpoint.resume import Resumed, engine_identity, find_resumed
 from ..checkpoint.write import Checkpointer, clear_leftovers
-from ..collectives import first_on_rank_0, on_rank_0
+from ..collectives import first_on_rank_0, from_rank_0, on_rank_0
 from ..config.keys import plain
 from ..config.load import to_yaml
 from ..config.resolve import Resolved, resolve
@@ -35,6 +35,7 @@ from ..evaluate.metrics import MetricError
 from ..evaluate.suite import load_suite
 from ..evaluate.val_loss import validation
 from ..files import Lock, lock_folder, write_atomically
+from ..forecast.track import Track
 from ..input.encoding import Encoders
 from ..input.prefetch import prefetch
 from ..input.training_data import TrainingData, is_debug, validation_bank
@@ -78,6 +79,7 @@ def build_run(
     on_rank_0(world, lambda: _check_is_run_folder(inputs.folder))
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
     lock = on_rank_0(world, lambda: lock_run(inputs.folder) if inputs.folder.is_dir() else None)
+    track = from_rank_0(world, lambda: Track.of(config))
     start = _find_start(inputs)
     trained = _build_trained(inputs, start)
     notes = [*_describe(inputs, start), *describe(attention_choice(config, world))]
@@ -85,6 +87,8 @@ def build_run(
     side_jobs = _build_side_jobs(inputs, trained, notes)
     lock = on_rank_0(world, lambda: lock or lock_run(inputs.folder))
     metrics = _open_folder(inputs, start, trained.state.step, notes)
+    if track is not None:
+        side_jobs = side_jobs._replace(validate=_followed(track, side_jobs.validate, trained.state, metrics))
     return _assemble(inputs, trained, side_jobs, metrics, lock)
 
 
@@ -344,6 +348,24 @@ def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) ->
     for note in notes:
         metrics.say(note)
     return metrics
+
+
+def _followed(
+    track: Track, validate: Callable[[], dict[str, float]], state: TrainState, metrics: Metrics
+) -> Callable[[], dict[str, float]]:
+    """Validation that tells how its loss lies to the forecast."""
+    track.resume(metrics.records())
+    metrics.band = track.course
+
+    def tell(text: str) -> None:
+        metrics.say(text)
+        metrics.status("running", state.step, text)
+
+    def follow() -> dict[str, float]:
+        figures = validate()
+        return figures | track.follow(state.step, figures["val_loss_ema"], tell)
+
+    return follow
 
 
 def _assemble(inputs: _Inputs, trained: _Trained, side_jobs: _SideJobs, metrics: Metrics, lock: Lock | None) -> Run:

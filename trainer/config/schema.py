@@ -50,6 +50,9 @@ class RunConfig(Section):
     no EMA, no place in the data and no projector of REPA (launch/branch.py goes on with all of them)."""
     allow_change: tuple[str, ...] = ()
     """Keys of class schedule (optim.lr, train.steps, ...) that may differ from those of the run that is resumed."""
+    forecast: str | None = None
+    """forecast.json of launch/forecast.py, beside whose intervals each validation is shown; null takes the one in the
+    run folder, where there is one."""
     keep_last: int = Field(default=3, ge=1)
     """Number of newest checkpoints that are kept, beside the newest one with which a step has been taken since; the
     disk holds one more while the next is written."""

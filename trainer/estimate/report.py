@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from .arithmetic import products_flops
 from .cluster import GIB, Cluster, usable_bytes
 from .memory import Memory, equal_parts
+from .right_size import describe_size, right_size
 from .simulation import Profile, profile
 from .step_time import StepTime, Work, micro_batches, step_time
 
@@ -174,9 +175,21 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
         "time": timed(config, cluster, steps[0]),
         "time_cached": timed(config, cluster, steps[1]),
         "checkpoint_gib": _checkpoint_gib(config, parameters),
+        "right_size": _right_size(config, parameters),
     }
     result["advice"] = advice(config, cluster, result)
     return result
+
+
+def _right_size(config: TrainConfig, parameters: int) -> dict[str, float | str]:
+    best, images = right_size(config), config.train.steps * config.train.global_batch_size
+    return {
+        "images_per_parameter": images / parameters,
+        "source": best.source,
+        "best_parameters": best.parameters,
+        "best_images": best.images,
+        "best_images_per_parameter": best.images_per_parameter,
+    }
 
 
 def _with_micro_batch(
@@ -277,6 +290,7 @@ def describe(found: dict[str, Any], cluster: Cluster) -> str:
         f"{found['collectives']['seconds_at_network_rate']:.2f} s",
         "MODEL, not measured on any GPU:",
         *(_time_line(name, found[key]) for name, key in (("online", "time"), ("cached", "time_cached"))),
+        describe_size(found["right_size"]),
         "checkpoint: "
         + ", ".join(f"{name.replace('_', ' ')} {size:.1f} GiB" for name, size in found["checkpoint_gib"].items()),
         "",

@@ -8,7 +8,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Metrics:
         self._first = first_step
         self._began = self._plotted = time.monotonic()
         self._wandb: Wandb | None = None
+        self.band: Sequence[tuple[int, float, float, float]] = ()
+        """What is forecast, for loss.png: (step, loss, low, high)."""
         if not active:
             return
         self._file = self._open()
@@ -68,6 +70,10 @@ class Metrics:
         else:
             write_atomically(path, kept)
         self._file, self._unwritten = self._open(), b""
+
+    def records(self) -> list[dict[str, Any]]:
+        """What the file has logged so far; [] on other ranks than 0."""
+        return read_metrics(self._folder) if self._active else []
 
     def _keep_aside(self, damaged: list[bytes]) -> None:
         aside = self._folder / f"{METRICS}.damaged"
@@ -122,7 +128,7 @@ class Metrics:
             self._plotted = time.monotonic()
             with self.without_room(self._folder / "loss.png"):
                 records = read_metrics(self._folder)
-                plot_loss(records, self._folder / "loss.png")
+                plot_loss(records, self._folder / "loss.png", self.band)
                 plot_evaluation(records, self._folder / "evaluation.png")
 
     @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Pictures of metrics.jsonl: the losses and the evaluation's metrics by step."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ VALIDATION = "val_"
 _LEVEL = "val_loss_ema_t"
 
 
-def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
-    """Training and validation losses against the step, as a PNG."""
+def plot_loss(records: list[dict[str, Any]], path: Path, band: Sequence[tuple[int, float, float, float]] = ()) -> None:
+    """Training and validation losses against the step, as a PNG. band: (step, loss, low, high) of a forecast."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("val_loss", "validation"), ("val_loss_ema", "validation, EMA")):
         for number, points in enumerate(_series(records, key)):
             later = f", other samples from step {points[0][0]}" if number else ""
             axes.plot(*zip(*points, strict=True), label=label + later, lw=1, marker="" if key == "loss" else ".")
+    if band:
+        steps, losses, low, high = zip(*band, strict=True)
+        axes.fill_between(steps, low, high, color="C7", alpha=0.3, lw=0, label="forecast, 90 %")
+        axes.plot(steps, losses, color="C7", lw=1, ls=":", marker="." if len(band) == 1 else "")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(True, which="both", alpha=0.3)
     if axes.has_data():

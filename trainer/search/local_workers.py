@@ -1,4 +1,4 @@
-"""Workers of one machine as processes, each of which takes trials until none is left."""
+"""Workers of one machine as processes, each of which takes runs until none is left."""
 
 import os
 import signal
@@ -6,32 +6,44 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from ..estimate.micro_batch import WORKERS_PER_GPU
-from .live_table import Table
-from .study import Study
 
 
-def run_workers(study: Study, command: Sequence[str], count: int, kill: Callable[[int], None]) -> int:
+class Shown(Protocol):
+    """What the workers do, for the person at the terminal."""
+
+    def show(self) -> None: ...
+
+
+def run_workers(
+    folder: Path,
+    table: AbstractContextManager[Shown],
+    command: Sequence[str],
+    count: int,
+    kill: Callable[[int], None],
+) -> int:
     """Run `count` workers and a table of what they do; returns 0 where all ended well, else 1.
 
-    command: starts a worker. kill: ends a process, by its number, with all that descend from it; the workers end with
-    this process. Ctrl-C and SIGTERM ask them to save and stop.
+    folder: of all runs, whose logs/ gets the workers'. command: starts a worker. kill: ends a process, by its number,
+    with all that descend from it; the workers end with this process. Ctrl-C and SIGTERM ask them to save and stop.
     """
-    logs = study.folder / "logs"
+    logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     workers: list[subprocess.Popen[bytes]] = []
     expected = {0}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with Table(study) as table:
+    with table as shown:
         try:
             for number in range(count):
                 workers.append(_start(command, number, count, _log(logs, number)))
             while any(worker.poll() is None for worker in workers):
-                table.show()
+                shown.show()
                 time.sleep(1)
         except KeyboardInterrupt:
             print("asking the workers to save and stop", flush=True)

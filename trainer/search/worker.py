@@ -1,8 +1,5 @@
 """A worker: takes trials from the study, one after another, and trains them in this process (or this torchrun)."""
 
-import contextlib
-import dataclasses
-import gc
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,16 +7,16 @@ from typing import Any, cast
 
 import torch
 
-from ..build.run import build_run
 from ..collectives import from_rank_0, on_rank_0
 from ..errors import CheckpointError, DivergedError
-from ..estimate.micro_batch import Fitting, telling_out_of_memory
-from ..loop import train
-from ..monitor.metrics import Metrics, read_metrics
+from ..estimate.micro_batch import Fitting
+from ..monitor.metrics import read_metrics
 from ..parallel.mesh import World
+from ..run import Run
 from .definition import Search
 from .space import Point, as_overrides
 from .study import Claim, State, Study
+from .training import train_quietly
 
 OBJECTIVE = "val_loss_ema"
 
@@ -31,20 +28,6 @@ class EarlyEnd(Exception):
         super().__init__(f"{state}: {reason}")
         self.state: State = state
         self.reason = reason
-
-
-class WatchedMetrics:
-    """The metrics of a run; `look` is shown every line after it is written."""
-
-    def __init__(self, metrics: Metrics, look: Callable[[Mapping[str, Any]], None]) -> None:
-        self._metrics, self._look = metrics, look
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._metrics, name)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self._metrics.write(record)
-        self._look(record)
 
 
 class Worker:
@@ -98,33 +81,22 @@ class Worker:
 
     def _run(self, claim: Claim | None, number: int, seed: int, point: Point) -> tuple[str, float, dict[str, Any]]:
         """(how the run ended, its objective, its commit and table); raises EarlyEnd."""
-        torch.compiler.reset()  # graphs of the trials before would count against the recompile limit
-        # What training prints is the same 80 times over: it goes to a file.
-        with self._log(number) as log, contextlib.redirect_stdout(log):
-            config = self._search.run_config(self._folder, number, seed, point)
-            run = build_run(config, self._world, fitting=self._fitting and self._fitting.size)
-            of_run = {"commit": run.meta["commit"], "table": run.meta["mup"]["sha256"]}
+        of_run: dict[str, Any] = {}
+
+        def begin(run: Run) -> None:
+            of_run.update(commit=run.meta["commit"], table=run.meta["mup"]["sha256"])
             identity = run.meta["fingerprints"] | {"validation": run.meta["validation"]}
             on_rank_0(self._world, lambda: self._study.check_data(identity) if self._study else None)
 
-            def look(record: Mapping[str, Any]) -> None:
-                self._look(claim, number, seed, record)
+        def look(record: Mapping[str, Any]) -> None:
+            self._look(claim, number, seed, record)
 
-            try:
-                with telling_out_of_memory(config, self._fitting, self._world.size, self._folder):
-                    outcome = train(dataclasses.replace(run, metrics=cast(Metrics, WatchedMetrics(run.metrics, look))))
-            finally:
-                run.metrics.close()
-                if run.lock is not None:
-                    run.lock.close()
-        folder, step = run.folder, run.state.step
-        del run, look
-        gc.collect()  # a sharded model holds itself in cycles, and with it its memory
-        return (
-            outcome,
-            from_rank_0(self._world, lambda: _objective(folder, step) if outcome == "finished" else math.nan),
-            of_run,
-        )
+        config = self._search.run_config(self._folder, number, seed, point)
+        log = self._folder / "logs" / f"{number:04d}_rank{self._world.rank}.log"
+        ended = train_quietly(config, self._world, log, self._fitting, begin, look)
+        if ended.outcome != "finished":
+            return ended.outcome, math.nan, of_run
+        return ended.outcome, from_rank_0(self._world, lambda: _objective(ended.folder, ended.step)), of_run
 
     def _look(self, claim: Claim | None, number: int, seed: int, record: Mapping[str, Any]) -> None:
         """End the trial, on all ranks alike, where a figure is not finite or the study's verdict is against it."""
@@ -152,11 +124,6 @@ class Worker:
     def _tell(self, text: str) -> None:
         if self._world.rank == 0:
             self._say(text)
-
-    def _log(self, number: int) -> Any:
-        folder = self._folder / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
-        return open(folder / f"{number:04d}_rank{self._world.rank}.log", "a", buffering=1)
 
 
 def _objective(folder: Path, step: int) -> float:

@@ -1,4 +1,4 @@
-"""The Slurm array of a search: what its script says, and what is said where Slurm is not there."""
+"""The Slurm array of a search's workers: what its script says, and what is said where Slurm is not there."""
 
 import argparse
 import subprocess
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.search_array import submit_array
+from launch.slurm.worker_array import Work
+from launch.slurm.worker_array import submit_array as submit
 from tests.helpers.studies import search
 from trainer.errors import ConfigError
+from trainer.search.definition import Search
 from trainer.search.study import Study
 
 
@@ -18,6 +20,11 @@ def arguments(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(
         config="search/demo.yaml", overrides=["data.shards=a b-{000..100}.tar"], **given | changes
     )
+
+
+def submit_array(wanted: Search, given: argparse.Namespace) -> int:
+    command = ["launch/search.py", "run", "--config", given.config, *given.overrides]
+    return submit(Work(f"search-{wanted.name}", Study.open(wanted).folder, command, "12 trials", 0), given)
 
 
 def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +50,6 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directives = [number for number, line in enumerate(text.splitlines()) if line.startswith("#SBATCH")]
     assert directives == list(range(1, len(directives) + 1)), "Slurm reads them up to the first command"
     subprocess.run(["bash", "-n", path], check=True)
-    assert len(Study.load(str(wanted.folder)).trials()) == 12, "stored before a job starts"
 
 
 def test_no_line_is_slipped_in(tmp_path: Path) -> None:

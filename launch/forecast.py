@@ -1,0 +1,109 @@
+"""Know the target's loss, its right size and its course before it is paid for: train narrow rungs, fit their law.
+
+python launch/forecast.py run --config mmdit_2b_mup.yaml --widths 256,512,768,1024 --steps 5000,10000,20000 --seeds 3
+python launch/forecast.py fit --config mmdit_2b_mup.yaml          (forecast.json and index.html beside the rungs)
+python launch/forecast.py fit --table rungs.csv --parameters 2e9 --images 2e8 --json
+
+Under muP the rungs have the target's hyperparameters. `run` given again goes on where it stopped, and with more widths
+or seeds adds to what there is. `torchrun --nproc-per-node 8 launch/forecast.py run ...` trains each rung on eight
+devices. `fit` exits 0 with a forecast, 1 where it refuses, with the numbers why.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.common import command, run
+from launch.processes import kill_tree
+from launch.slurm.worker_array import Work, add_array, submit_array
+from trainer.config.load import load_config
+from trainer.config.resolve import resolve
+from trainer.errors import ConfigError
+
+
+def main() -> int:
+    commands = {"run": run_rungs, "fit": fit}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=commands, help="each has a --help of its own")
+    return commands[parser.parse_args(sys.argv[1:2]).command](sys.argv[2:])
+
+
+def run_rungs(given: Sequence[str]) -> int:
+    parser = command("Train the rungs of a target, or go on with them.", name="forecast.py run")
+    parser.add_argument("--widths", required=True, help="at least three, with commas between")
+    parser.add_argument("--steps", required=True, help="durations, at least two, with commas between")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per width and duration (default: 3)")
+    parser.add_argument("--workers", type=int, default=1, help="rungs side by side on this machine (default: 1)")
+    add_array(parser)
+    a = parser.parse_args(given)
+    if a.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {a.workers}")
+    from trainer.collectives import from_rank_0
+    from trainer.estimate.micro_batch import find_fitting
+    from trainer.forecast.rungs import Rungs, Trunk
+    from trainer.forecast.worker import Progress, Worker, open_folder
+    from trainer.parallel.mesh import open_world, rank, world_size
+    from trainer.search.local_workers import run_workers
+
+    rungs = Rungs.of(a.config, a.overrides, a.widths, a.steps, a.seeds)
+    if rank() == 0:
+        open_folder(rungs)
+        if rungs.target.data.synthetic:
+            print("warning: data.shards is synthetic: noise has no law of its own; give data.shards=...")
+    worker = [str(Path(__file__).resolve()), "run", "--config", a.config, "--widths", a.widths, "--steps", a.steps]
+    worker += ["--seeds", str(a.seeds), *a.overrides]
+    if a.array is not None:
+        count = f"{len(list(rungs.trunks()))} trunks"
+        name, num_workers = f"forecast-{rungs.target.run.name}", rungs.target.data.num_workers
+        return submit_array(Work(name, rungs.folder, worker, count, num_workers), a)
+    if a.workers > 1:
+        if world_size() > 1:
+            raise ConfigError("--workers starts processes of its own: use it without torchrun")
+        return run_workers(rungs.folder, Progress(rungs), [sys.executable, *worker], a.workers, kill_tree)
+    widest = rungs.trunk_config(Trunk(rungs.widths[-1], 0), rungs.steps[0])
+    find = find_fitting(widest, world_size(), rungs.folder)  # before the world opens, as in launch/train.py
+    with open_world(resolve(widest, world_size()).shard) as world:
+        fitting = from_rank_0(world, find)
+        terminal = sys.stdout  # what training prints goes to the logs of its trunk
+        Worker(rungs, world, lambda text: print(text, file=terminal, flush=True), fitting).work()
+    return 0
+
+
+def fit(given: Sequence[str]) -> int:
+    parser = command("Fit the law of the rungs, and say what the target will reach.", config=False,
+                     name="forecast.py fit")  # fmt: skip
+    parser.add_argument("--config", help="the target's, as for `run`: all rungs in its folder are taken")
+    parser.add_argument("--table", type=Path, help="runs made elsewhere, as CSV: parameters, images, seed, loss[, lr]")
+    parser.add_argument("--parameters", type=float, help="of the target of a table")
+    parser.add_argument("--images", type=float, help="that the target of a table sees")
+    parser.add_argument("--output", type=Path, help="folder for forecast.json and index.html (default: the rungs')")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    a = parser.parse_args(given)
+    if (a.config is None) == (a.table is None):
+        raise ConfigError("give --config NAME, whose rungs were trained, or --table FILE.csv")
+    if a.table is not None and not (a.parameters and a.images and min(a.parameters, a.images) > 0):
+        raise ConfigError("--table needs the target's --parameters and --images, both positive")
+    if a.config is not None and (a.parameters is not None or a.images is not None):
+        raise ConfigError("--parameters and --images follow from --config: they go with --table")
+    from trainer.forecast.report import describe, forecast_table, forecast_target, write_forecast
+    from trainer.forecast.rungs import Rungs, forecast_folder
+    from trainer.forecast.table import read_table
+
+    if a.table is not None:
+        forecast, folder = forecast_table(read_table(a.table), a.parameters, a.images, a.table.stem), a.output
+    else:
+        config = load_config(a.config, a.overrides)
+        forecast = forecast_target(Rungs.found(a.config, a.overrides))
+        folder = a.output or forecast_folder(config)
+    print(json.dumps(forecast.data(), indent=1) if a.json else describe(forecast))
+    if folder is not None:
+        path = write_forecast(forecast, folder)
+        if not a.json:
+            print(f"{path}; the target follows it with run.forecast={path}, and {folder / 'index.html'} shows it")
+    return 1 if forecast.refused else 0
+
+
+if __name__ == "__main__":
+    run(main)

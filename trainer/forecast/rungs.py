@@ -1,0 +1,229 @@
+"""The rungs of a forecast: narrow models with the target's hyperparameters, each trained for several durations.
+
+Every width and seed has one trunk, whose learning rate stays constant, and a branch for each duration that leaves the
+trunk where its decay begins (warm-up, stable, decay: arXiv 2405.18392). So many durations cost little more than the
+longest.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..build.engine import build_mup_table
+from ..build.flops import image_flops
+from ..config.load import load_config
+from ..config.schema import TrainConfig
+from ..errors import ConfigError
+from ..monitor.records import read_metrics
+from .track import facts
+
+OBJECTIVE = "val_loss_ema"
+DECAY_SHARE = 0.2  # of a run's steps, where the target's schedule does not say
+_SHORTEST_EMA = 10  # steps that an average spans at least
+
+
+_TRUNK = re.compile(r"width_(?P<width>\d+)_seed_(?P<seed>\d+)")
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A run at a constant rate: the k-th seed of a width."""
+
+    width: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"width_{self.width:05d}_seed_{self.seed}"
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """What is trained: the target's config with its overrides, at each width, for each number of steps, so many
+    seeds."""
+
+    config: str
+    overrides: tuple[str, ...]
+    widths: tuple[int, ...]
+    steps: tuple[int, ...]
+    seeds: int
+
+    @classmethod
+    def of(cls, config: str, overrides: Sequence[str], widths: str, steps: str, seeds: int) -> "Rungs":
+        """From what a person types. Raises ConfigError for what no forecast can be fitted to."""
+        rungs = cls(config, tuple(overrides), _numbers("--widths", widths), _numbers("--steps", steps), seeds)
+        target = rungs.target
+        if seeds < 1:
+            raise ConfigError(f"--seeds must be at least 1, got {seeds}")
+        if len(rungs.widths) < 3 or len(rungs.steps) < 2 or len(rungs.widths) * len(rungs.steps) < 7:
+            raise ConfigError(
+                f"a law of five coefficients needs at least three widths, two durations and seven points, got widths "
+                f"{widths} and steps {steps}"
+            )
+        if target.parallel.engine != "fsdp2":
+            raise ConfigError(f"rungs branch off a run, which parallel.engine={target.parallel.engine} cannot: fsdp2")
+        if not target.train.validate_every:
+            raise ConfigError("a forecast is of the validation loss: the config needs train.validate_every")
+        first, warmup = rungs.steps[0] - decay_steps(target, rungs.steps[0]), rungs.warmup_steps
+        if first <= warmup:
+            raise ConfigError(f"--steps {rungs.steps[0]}: the decay begins at {first}, within the warm-up of {warmup}")
+        for trunk in rungs.trunks():
+            rungs.trunk_config(trunk, rungs.steps[0])  # refuses a wrong width before anything runs
+        return rungs
+
+    @classmethod
+    def found(cls, config: str, overrides: Sequence[str]) -> "Rungs":
+        """All that lie in the target's folder. Raises ConfigError where there are none."""
+        folder = forecast_folder(load_config(config, overrides))
+        trunks = [_TRUNK.fullmatch(path.name) for path in folder.glob("width_*")]
+        widths = {(int(match["width"]), int(match["seed"])) for match in trunks if match}
+        steps = {int(path.name.removeprefix("steps_")) for path in folder.glob("width_*/steps_*")}
+        if not widths or not steps:
+            raise ConfigError(f"{folder} holds no rungs: python launch/forecast.py run --config {config} ... first")
+        seeds = 1 + max(seed for _, seed in widths)
+        return cls(config, tuple(overrides), tuple(sorted({w for w, _ in widths})), tuple(sorted(steps)), seeds)
+
+    @property
+    def target(self) -> TrainConfig:
+        """The config of the run that is forecast."""
+        return load_config(self.config, self.overrides)
+
+    @property
+    def folder(self) -> Path:
+        return forecast_folder(self.target)
+
+    @property
+    def warmup_steps(self) -> int:
+        """The target's, but at most a quarter of the shortest run."""
+        return min(self.target.optim.warmup_steps, self.steps[0] // 4)
+
+    def trunks(self) -> Iterator[Trunk]:
+        """One whole set of widths after another: after the first seed there is something to fit."""
+        for seed in range(self.seeds):
+            for width in self.widths:
+                yield Trunk(width, seed)
+
+    def branch_folder(self, trunk: Trunk, steps: int) -> Path:
+        return self.folder / trunk.name / f"steps_{steps:08d}"
+
+    def trunk_config(self, trunk: Trunk, steps: int) -> TrainConfig:
+        """The trunk up to step `steps`. It measures as often as gives four values within the shortest run."""
+        own = [
+            f"run.dir={self.folder / trunk.name}", "run.name=trunk", "run.resume=true", "run.keep_last=1",
+            "run.keep_every=0", "run.allow_change=[train.steps]", f"model.width={trunk.width}",
+            f"train.seed={self.target.train.seed + trunk.seed}", f"train.steps={steps}",
+            f"train.validate_every={max(1, self.steps[0] // 4)}", "train.checkpoint_every=0", "train.sample_every=0",
+            "train.evaluate_every=0", "train.ema_snapshot_every=0", f"optim.warmup_steps={self.warmup_steps}",
+            "optim.schedule=constant", "optim.decay_steps=0", f"ema.decays=[{self._ema_decay(self.steps[-1])}]",
+            "run.forecast=null",
+        ]  # fmt: skip
+        set_here = {text.partition("=")[0] for text in own}
+        return load_config(self.config, [*(t for t in self.overrides if t.partition("=")[0] not in set_here), *own])
+
+    def branch_config(self, trunk: Trunk, steps: int) -> TrainConfig:
+        """The branch, as `branch` has written it."""
+        return load_config(str(self.branch_folder(trunk, steps) / "config.yaml"))
+
+    def branch_overrides(self, steps: int) -> list[str]:
+        """What a branch changes of its trunk: it ends at `steps`, to which its rate falls to 0."""
+        return [
+            f"train.steps={steps}", "optim.schedule=wsd", f"optim.decay_steps={decay_steps(self.target, steps)}",
+            f"train.validate_every={steps}", f"ema.decays=[{self._ema_decay(steps)}]",
+        ]  # fmt: skip
+
+    def _ema_decay(self, steps: int) -> float:
+        """The average spans the same share of a rung's steps as of the target's."""
+        span = 1 / max(1e-9, 1 - self.target.ema.decays[0]) * steps / self.target.train.steps
+        return round(1 - 1 / max(span, _SHORTEST_EMA), 9)
+
+    def identity(self) -> dict[str, Any]:
+        """What a folder of rungs is of, as JSON data: more widths, seeds and shorter durations may come, and the
+        target's own width may change."""
+        config = facts(self.trunk_config(Trunk(self.widths[0], 0), self.steps[0]))
+        for key in ("model.width", "train.steps", "train.seed"):
+            config.pop(key)
+        share = decay_steps(self.target, self.target.train.steps) / self.target.train.steps
+        return {"config": config, "seed": self.target.train.seed, "decay_share": share}
+
+
+def decay_steps(target: TrainConfig, steps: int) -> int:
+    """Steps of the decay of a run of `steps`: the target's share of them under wsd, else DECAY_SHARE."""
+    optim = target.optim
+    share = optim.decay_steps / target.train.steps if optim.schedule == "wsd" else DECAY_SHARE
+    return max(1, round(share * steps))
+
+
+def forecast_folder(target: TrainConfig) -> Path:
+    """Where the rungs of a target lie."""
+    return Path(target.run.dir) / f"{target.run.name}_forecast"
+
+
+# -------------------------------------------------------------------------------------------------------- what came out
+
+
+@dataclass(frozen=True)
+class Point:
+    """A finished rung: its size, its images, and the EMA weights' loss on the fixed bank, also by noise level."""
+
+    width: int
+    steps: int
+    seed: int
+    parameters: int
+    images: int
+    flops: float
+    loss: float
+    by_level: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+
+
+def size_of(config: TrainConfig) -> tuple[int, int]:
+    """(parameters, FLOPs of an image in a forward and a backward pass) of a config."""
+    rows = build_mup_table(config).rows.values()
+    return sum(math.prod(row.shape) for row in rows), image_flops(config)
+
+
+def read_points(rungs: Rungs, stable: bool = False) -> list[Point]:
+    """Finished branches; with `stable` what the trunks measured after their warm-up, before any decay. A loss that is
+    not finite is infinite. Raises ConfigError where the rungs were measured on other validation samples."""
+    points, sets = [], set[str]()
+    for trunk in rungs.trunks():
+        config = rungs.trunk_config(trunk, rungs.steps[0])
+        parameters, flops = size_of(config)
+        folders = {steps: rungs.branch_folder(trunk, steps) for steps in rungs.steps}
+        if stable:
+            folders = {0: rungs.folder / trunk.name / "trunk"}
+        for steps, folder in folders.items():
+            for record in read_metrics(folder):
+                if OBJECTIVE not in record or (stable and record["step"] <= 2 * rungs.warmup_steps):
+                    continue
+                if not stable and record["step"] != steps:
+                    continue
+                sets.add(str(record.get("val_set")))
+                images = record["step"] * config.train.global_batch_size
+                points.append(
+                    Point(
+                        trunk.width, record["step"], trunk.seed, parameters, images, float(flops) * images,
+                        record[OBJECTIVE] if math.isfinite(record[OBJECTIVE]) else math.inf,
+                        {key.removeprefix(f"{OBJECTIVE}_"): value for key, value in record.items()
+                         if key.startswith(f"{OBJECTIVE}_t")},
+                    )
+                )  # fmt: skip
+    if len(sets) > 1:
+        raise ConfigError(
+            f"{rungs.folder}: its rungs were measured on {len(sets)} different sets of validation samples, whose "
+            "losses do not compare: remove the older ones and run them again"
+        )
+    return points
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        numbers = ()
+    if not numbers or numbers[0] < 1:
+        raise ConfigError(f"{option} takes whole numbers with commas between, got {text!r}")
+    return numbers
