@@ -98,7 +98,9 @@ ROOMS: dict[str, Room] = {
         ("torch", "numpy", "pydantic", "yaml", "transformers", "matplotlib"),
         ("trainer.evaluate", "trainer.diffusion", "trainer.config", "trainer.errors", "trainer.files", "data"),
     ),
-    **dict.fromkeys(("trainer.search", "trainer.estimate", "trainer.coord_check"), SUBJECT),
+    **dict.fromkeys(("trainer.search", "trainer.estimate", "trainer.coord_check", "trainer.forecast"), SUBJECT),
+    # Followed by runs, and so below trainer.build.
+    "trainer.forecast.track": Room((), ("data.files", "trainer.config", "trainer.errors")),
     "trainer.build": Room(PACKAGES, ("models", "data", "trainer")),
     "export": Room(
         ("torch", "safetensors", "diffusers", "transformers"),
