@@ -11,6 +11,7 @@ begins anew. A run that shall have nothing but the weights starts with run.init_
 from pathlib import Path
 
 from launch.common import command, keep_files, run
+from launch.processes import importing
 
 
 def main() -> int:
@@ -21,7 +22,8 @@ def main() -> int:
     parser.add_argument("--new-data", action="store_true", help="other data from here on: keys of data.* may change")
     arguments = parser.parse_args()
     keep_files(False, arguments.output)
-    from trainer.build.branch import branch
+    with importing():
+        from trainer.build.branch import branch
 
     source, output = arguments.checkpoint, arguments.output
     for line in branch(source, output, arguments.overrides, arguments.trust_pickles, arguments.new_data):

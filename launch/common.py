@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from data.errors import DataError
 from data.redaction import message, redact_logs_and_tracebacks
-from launch.processes import allow_open_files
+from launch.processes import allow_open_files, importing
 from launch.ranks import take_ranks
 from trainer.config.yaml_files import refuse_duplicates
 from trainer.errors import CheckpointError, CompileError, ConfigError, RunError
@@ -138,9 +138,10 @@ def open_checkpoint(path: Path, overrides: Sequence[str] = (), ranks: "Ranks | N
 def inference(path: Path, overrides: Sequence[str] = ()) -> "Iterator[tuple[Opened, Inference]]":
     """A checkpoint, as open_checkpoint says, with its EMA weights on the processes of this command, for a block of
     code."""
-    from trainer.build.inference import build_inference
-    from trainer.config.resolve import resolve
-    from trainer.parallel.mesh import open_ranks
+    with importing():
+        from trainer.build.inference import build_inference
+        from trainer.config.resolve import resolve
+        from trainer.parallel.mesh import open_ranks
 
     with open_ranks() as ranks:
         opened = open_checkpoint(path, overrides, ranks)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.common import add_overwrite, command, keep_files, run
+from launch.processes import importing
 from trainer.config.load import parse
 from trainer.config.resolve import resolve
 from trainer.errors import CheckpointError
@@ -40,10 +41,11 @@ def main() -> int:
 
 def write_converted(arguments: argparse.Namespace, ranks: "Ranks") -> None:
     """Verify, check and convert. Raises CheckpointError and ConfigError."""
-    from trainer.build.convert import convert
-    from trainer.checkpoint.compatible import check_pickles, convert_command, engine_of
-    from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
-    from trainer.checkpoint.meta import read_meta
+    with importing():
+        from trainer.build.convert import convert
+        from trainer.checkpoint.compatible import check_pickles, convert_command, engine_of
+        from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
+        from trainer.checkpoint.meta import read_meta
 
     checkpoint = find_checkpoint(arguments.checkpoint, ranks.control)
     meta = read_meta(checkpoint)

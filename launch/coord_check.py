@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from launch.common import add_overwrite, command, keep_files, run
+from launch.processes import importing
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
 from trainer.files import json_text, write_atomically
@@ -34,11 +35,12 @@ def main() -> int:
         raise ConfigError(f"--widths needs at least {LEAST_WIDTHS} different widths to fit a slope, got {a.widths}")
     load_config(a.config, a.overrides)
     keep_files(a.overwrite, a.output / "coord_check.json", a.output / "coord_check.png")
-    from trainer.coord_check.check import MOST_LR, Settings, check
-    from trainer.coord_check.plot import plot
-    from trainer.coord_check.report import describe, to_json
-    from trainer.coord_check.slopes import CONTROL, LIMITS
-    from trainer.coord_check.subject import without_repa
+    with importing():
+        from trainer.coord_check.check import MOST_LR, Settings, check
+        from trainer.coord_check.plot import plot
+        from trainer.coord_check.report import describe, to_json
+        from trainer.coord_check.slopes import CONTROL, LIMITS
+        from trainer.coord_check.subject import without_repa
 
     began = time.perf_counter()
     overrides = without_repa(a.config, a.overrides)

@@ -12,6 +12,7 @@ import dataclasses
 import json
 
 from launch.common import command, run
+from launch.processes import importing
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
 from trainer.estimate.cluster import CARDS, Cluster
@@ -34,8 +35,9 @@ def main() -> int:
     if any(value is not None and value <= 0 for value in given) or (a.mfu or 0) > 1 or a.price < 0:
         raise ConfigError("--gpus, --gpus-per-node and the rates are positive, --mfu is at most 1, --price at least 0")
     config = load_config(a.config, a.overrides)
-    from trainer.estimate.plan import Planner, describe_plans
-    from trainer.estimate.report import describe, estimate
+    with importing():
+        from trainer.estimate.plan import Planner, describe_plans
+        from trainer.estimate.report import describe, estimate
 
     cluster = cluster_of(a)
     if a.plan:

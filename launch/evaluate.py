@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.redaction import message
 from launch.common import Opened, add_overwrite, command, keep_files, open_checkpoint, run
-from launch.processes import end_with_torchrun
+from launch.processes import end_with_torchrun, importing
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
@@ -66,10 +66,11 @@ def evaluate(
     opened: Opened, config: TrainConfig, name: str, suite: SuiteConfig, weights: Any, folder: Path, world: "World"
 ) -> None:
     """Make the images that the folder lacks, measure all images, write results.json."""
-    from trainer.build.inference import build_inference
-    from trainer.collectives import on_rank_0
-    from trainer.evaluate.evaluation import prepare
-    from trainer.evaluate.results import claim, describe, machine, make_images, measure_images
+    with importing():
+        from trainer.build.inference import build_inference
+        from trainer.collectives import on_rank_0
+        from trainer.evaluate.evaluation import prepare
+        from trainer.evaluate.results import claim, describe, machine, make_images, measure_images
 
     model = build_inference(config, opened.folder, world, weights)
     evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)

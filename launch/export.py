@@ -8,6 +8,7 @@ torchrun ... launch/train.py --config dit_xl_2_mup.yaml run.init_from=imported
 from pathlib import Path
 
 from launch.common import command, open_checkpoint, run
+from launch.processes import importing
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
 
@@ -37,12 +38,14 @@ def main() -> int:
         raise ConfigError(f"--output {arguments.output} exists already: name a new folder, or remove it")
     if arguments.source is not None:
         config = load_config(arguments.config, arguments.overrides)
-        from export.read import import_weights
+        with importing():
+            from export.read import import_weights
 
         print(import_weights(config, arguments.source, arguments.output))
         return 0
     checkpoint, meta, config = open_checkpoint(arguments.checkpoint, arguments.overrides)
-    from export.write import export_checkpoint
+    with importing():
+        from export.write import export_checkpoint
 
     message = export_checkpoint(
         checkpoint, meta, config, arguments.output,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.common import command, run
-from launch.processes import kill_tree
+from launch.processes import importing, kill_tree
 from launch.slurm.worker_array import Work, add_array, submit_array
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
@@ -40,12 +40,13 @@ def run_rungs(given: Sequence[str]) -> int:
     a = parser.parse_args(given)
     if a.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {a.workers}")
-    from trainer.collectives import from_rank_0
-    from trainer.estimate.micro_batch import find_fitting
-    from trainer.forecast.rungs import Rungs, Trunk
-    from trainer.forecast.worker import Progress, Worker, open_folder
-    from trainer.parallel.mesh import open_world, rank, world_size
-    from trainer.search.local_workers import run_workers
+    with importing():
+        from trainer.collectives import from_rank_0
+        from trainer.estimate.micro_batch import find_fitting
+        from trainer.forecast.rungs import Rungs, Trunk
+        from trainer.forecast.worker import Progress, Worker, open_folder
+        from trainer.parallel.mesh import open_world, rank, world_size
+        from trainer.search.local_workers import run_workers
 
     rungs = Rungs.of(a.config, a.overrides, a.widths, a.steps, a.seeds)
     if rank() == 0:
@@ -87,9 +88,10 @@ def fit(given: Sequence[str]) -> int:
         raise ConfigError("--table needs the target's --parameters and --images, both positive")
     if a.config is not None and (a.parameters is not None or a.images is not None):
         raise ConfigError("--parameters and --images follow from --config: they go with --table")
-    from trainer.forecast.report import describe, forecast_table, forecast_target, write_forecast
-    from trainer.forecast.rungs import Rungs, forecast_folder
-    from trainer.forecast.table import read_table
+    with importing():
+        from trainer.forecast.report import describe, forecast_table, forecast_target, write_forecast
+        from trainer.forecast.rungs import Rungs, forecast_folder
+        from trainer.forecast.table import read_table
 
     if a.table is not None:
         forecast, folder = forecast_table(read_table(a.table), a.parameters, a.images, a.table.stem), a.output

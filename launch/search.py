@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.redaction import message
 from launch.common import add_overwrite, command, keep_files, run
-from launch.processes import kill_tree
+from launch.processes import importing, kill_tree
 from launch.slurm.worker_array import Work, add_array, submit_array
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
@@ -37,14 +37,15 @@ def run_search(given: Sequence[str]) -> int:
     arguments = parser.parse_args(given)
     if arguments.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {arguments.workers}")
-    from trainer.collectives import from_rank_0
-    from trainer.estimate.micro_batch import find_fitting
-    from trainer.parallel.mesh import open_world, rank, world_size
-    from trainer.search.definition import load_search
-    from trainer.search.live_table import Table
-    from trainer.search.local_workers import run_workers
-    from trainer.search.study import Study
-    from trainer.search.worker import Worker
+    with importing():
+        from trainer.collectives import from_rank_0
+        from trainer.estimate.micro_batch import find_fitting
+        from trainer.parallel.mesh import open_world, rank, world_size
+        from trainer.search.definition import load_search
+        from trainer.search.live_table import Table
+        from trainer.search.local_workers import run_workers
+        from trainer.search.study import Study
+        from trainer.search.worker import Worker
 
     search = load_search(arguments.config, arguments.overrides)
     if search.proxy().data.synthetic and rank() == 0:

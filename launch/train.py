@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from launch.common import command, run
-from launch.processes import end_with_torchrun
+from launch.processes import end_with_torchrun, importing
 from trainer.config.help import describe_keys
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
@@ -53,13 +53,14 @@ def main() -> int:
 
 def _train(config: TrainConfig, signals: Signals) -> int:
     # What is slow to import comes only now: --help and a wrong key are answered at once.
-    from export.forms import export_note
-    from trainer.build.run import build_run
-    from trainer.collectives import from_rank_0
-    from trainer.estimate.micro_batch import find_fitting, telling_out_of_memory
-    from trainer.loop import train
-    from trainer.parallel.mesh import open_world, world_size
-    from trainer.recovery.watchdog import watched_build
+    with importing():
+        from export.forms import export_note
+        from trainer.build.run import build_run
+        from trainer.collectives import from_rank_0
+        from trainer.estimate.micro_batch import find_fitting, telling_out_of_memory
+        from trainer.loop import train
+        from trainer.parallel.mesh import open_world, world_size
+        from trainer.recovery.watchdog import watched_build
 
     folder = config.run.folder
     # Before the world opens: what is simulated has a world of its own.
