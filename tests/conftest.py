@@ -1,13 +1,14 @@
 """Settings for every test, and what makes a unit test fast."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from launch.processes import importing
 from tests.helpers.fuzz import OUTCOMES
 from trainer.parallel.mesh import World, init_world
 
@@ -24,6 +25,13 @@ def _refuse(event: str, _: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_refuse)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports all tests, in each worker."""
+    with importing():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

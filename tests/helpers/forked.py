@@ -72,8 +72,7 @@ def _start_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
-        # What the commands import once their arguments are right.
-        _CONTEXT.set_forkserver_preload(["trainer.build.run", "trainer.build.inference", "trainer.evaluate.results"])
+        _CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
         multiprocessing.forkserver.ensure_running()
 
 
