@@ -1,32 +1,21 @@
 """Real runs of launch/train.py for the tests: start, kill, read what they logged and saved."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from launch.processes import kill_tree
-from tests.helpers.forked import environment, finished, once
-from tests.helpers.paths import ROOT
+from tests.helpers.forked import finished, started
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
 from trainer.monitor.metrics import read_metrics
 from trainer.parallel.dcp import TensorReader
 
+DEBUG = ("--config", "mmdit_debug_mup.yaml")
 TIMING = (
     "images_per_s", "model_tflops_per_s", "mfu", "step_time_s", "checkpoint_blocked_s", "checkpoint_write_s",
 )  # fmt: skip
-
-
-def command(processes: int, *arguments: str, config: str = "mmdit_debug_mup.yaml") -> list[str]:
-    """launch/train.py, under torchrun for more than one process."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, "launch/train.py", "--config", config, *once(arguments)]
 
 
 def train(processes: int, folder: Path, *arguments: str, config: str = "mmdit_debug_mup.yaml") -> list[dict[str, Any]]:
@@ -41,20 +30,14 @@ def train_and_kill(
 ) -> int:
     """SIGKILL every process of a run `delay_s` after it has logged `after_step`, and, with after_save, has a complete
     checkpoint; returns the last logged step."""
-    process = subprocess.Popen(
-        command(processes, *_in(folder), *arguments),
-        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
+    with started("launch/train.py", *DEBUG, *_in(folder), *arguments, processes=processes) as run:
         deadline = time.monotonic() + 240
         while last_step(folder) < after_step or (after_save and not complete_checkpoints(folder / "checkpoints")):
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert run.code() is None, f"the run ended before it could be killed: {run.said('err')}"
             assert time.monotonic() < deadline, "the run logs nothing"
             time.sleep(0.02)
         time.sleep(delay_s)
-    finally:
-        kill_tree(process.pid)
-        process.wait()
+        run.kill()
     return last_step(folder)
 
 

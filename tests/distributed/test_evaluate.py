@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -11,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from launch.processes import kill_tree
 from tests.distributed.runs import exact, train
-from tests.helpers.forked import environment, finished
-from tests.helpers.paths import ROOT
+from tests.helpers.forked import finished, started
 from tests.helpers.tiny_networks import pinned, save_clip, save_detector, save_inception
 from trainer.monitor.metrics import read_metrics
 
@@ -142,20 +138,13 @@ def test_whose_images_these_are(folder: Path) -> None:
 def test_killed_and_resumed(folder: Path) -> None:
     """Nothing lost, nothing twice."""
     output = folder / "killed"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*torchrun, *command(folder, output)],
-        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
+    with started(*command(folder, output), processes=2) as evaluation:
         deadline = time.monotonic() + 240
-        while not (before := shards(output)):
-            assert process.poll() is None
+        while not shards(output):
+            assert evaluation.code() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    finally:
-        kill_tree(process.pid)
-        process.wait()
+        evaluation.kill()
     before = shards(output)
     results = evaluate(folder, 1, output)
     kept = sum(

@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.processes import kill_tree
-from tests.distributed.runs import command, exact, last_step, train
-from tests.helpers.forked import environment
-from tests.helpers.paths import ROOT
+from tests.distributed.runs import exact, last_step, train
+from tests.helpers.forked import finished, started
 from trainer.checkpoint.find import complete_checkpoints
 
 SETTINGS = (
@@ -34,12 +32,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {processes: folder / f"w{processes}" for processes in (1, 2)}
 
 
-def faulty(fault: str, processes: int, folder: Path) -> list[str]:
-    """The command of a run with a fault; see disk_train."""
-    whole = command(processes, f"run.dir={folder.parent}", f"run.name={folder.name}", *SETTINGS)
-    script = whole.index("launch/train.py")
-    module = ["-m", "tests.faults.disk_train", fault]
-    return [*whole[:script], *module, *whole[script + 1 :]]
+def in_folder(folder: Path) -> tuple[str, ...]:
+    return ("--config", "mmdit_debug_mup.yaml", f"run.dir={folder.parent}", f"run.name={folder.name}", *SETTINGS)
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -79,11 +73,9 @@ def test_full_disk(fault: str, processes: int, reason: str, small_disk: Path, un
     """A checkpoint that does not fit is told, training goes on, the last one ends the run as failed; the older one
     stays whole, and with more room the same command goes on from it."""
     folder = small_disk / "run"
-    done = subprocess.run(
-        faulty(fault, processes, folder), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    done = finished("-m", "tests.faults.disk_train", fault, *in_folder(folder), processes=processes)
     output = done.stdout + done.stderr
-    assert done.returncode == (2 if processes == 1 else 1), output
+    assert done.returncode == 2, output
     reason = f"was not written: {reason} {folder}/checkpoints.* free space there, lower run.keep_last"
     assert re.search(f"warning: {folder}/checkpoints/step_00000008 {reason}", done.stdout), output
     assert re.search(f"error: {folder}/checkpoints/step_00000012 {reason}", done.stderr), output
@@ -100,19 +92,14 @@ def test_full_disk(fault: str, processes: int, reason: str, small_disk: Path, un
 def test_killed_while_a_save_is_in_flight(tmp_path: Path, uninterrupted: dict[int, Path]) -> None:
     """Training goes on while a slow disk writes; killed then, the run resumes from the checkpoint before."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        faulty("slow", 2, folder), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
     half = folder / "checkpoints" / ".step_00000008.tmp"
-    try:
+    with started("-m", "tests.faults.disk_train", "slow", *in_folder(folder), processes=2) as run:
         deadline = time.monotonic() + 240
         while not (half.is_dir() and last_step(folder) >= 10):
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert run.code() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
-    finally:
-        kill_tree(process.pid)
-        process.wait()
+        run.kill()
     assert checkpoints(folder) == [".step_00000008.tmp", "step_00000004"]
     train(2, folder, *SETTINGS)
     assert checkpoints(folder) == ["step_00000004", "step_00000008", "step_00000012"]
@@ -130,10 +117,7 @@ def test_damaged_newest_checkpoint(tmp_path: Path, uninterrupted: dict[int, Path
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    done = subprocess.run(
-        command(2, f"run.dir={tmp_path}", "run.name=run", *SETTINGS),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = finished("launch/train.py", *in_folder(folder), processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"warning: {newest / '__1_0.distcp'} is damaged: its SHA-256 is" in done.stdout
     assert f"resuming {folder / 'checkpoints' / 'step_00000004'}" in done.stdout

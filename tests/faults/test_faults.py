@@ -3,16 +3,13 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.runs import exact, last_step, train
-from tests.helpers.forked import environment
-from tests.helpers.paths import ROOT
+from tests.helpers.forked import finished
 from trainer.checkpoint.find import complete_checkpoints
 from trainer.monitor.metrics import read_metrics
 
@@ -25,10 +22,17 @@ DELAY_S = 2.0  # of faulty_train.py
 START_S = 180.0  # a start on a machine that others use as well
 FOR_EVER = ("train.steps=100000", "train.validate_every=0", "train.sample_every=0")
 
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a run logs to which nothing happens."""
+    return exact(train(2, tmp_path_factory.mktemp("whole") / "run", *SETTINGS))
+
+
 # ------------------------------------------------------------------------------------------------------- a rank is lost
 
 
-def test_a_killed_rank_ends_the_job_and_resumes_exactly(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job_and_resumes_exactly(whole: list[str], tmp_path: Path) -> None:
     """Rank 0, so that the survivor must write status.json; between two checkpoints."""
     run = tmp_path / "run"
     with job(run, *SETTINGS, faults={"rank": 0, "kill": 11}) as first:
@@ -41,17 +45,17 @@ def test_a_killed_rank_ends_the_job_and_resumes_exactly(tmp_path: Path) -> None:
     assert status(run)["state"] == "failed"
     assert "rank 0 is lost" in status(run)["reason"]
     assert [p.name for p in complete_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000008"]
-    assert exact(train(2, run, *SETTINGS)) == exact(train(2, tmp_path / "whole", *SETTINGS))
+    assert exact(train(2, run, *SETTINGS)) == whole
 
 
-def test_a_killed_rank_is_restarted_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_rank_is_restarted_and_the_run_goes_on(whole: list[str], tmp_path: Path) -> None:
     """Rank 0, at whose old address the other one must not look for it."""
     run = tmp_path / "run"
     launcher = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     with job(run, *SETTINGS, faults={"rank": 0, "kill": 11}, launcher=launcher) as restarted:
         assert restarted.wait(2 * START_S) == 0, restarted.text()[-4000:]
         assert re.search(r"resuming \S+step_00000008", restarted.text())
-    assert exact(read_metrics(run)) == exact(train(2, tmp_path / "whole", *SETTINGS))
+    assert exact(read_metrics(run)) == whole
 
 
 # ---------------------------------------------------------------------------------------------------- NaNs and rollback
@@ -61,11 +65,20 @@ BAD = {"rank": 1, "nan": [2, 9, 10, 11], "slow_data": [3], "slow_model": [5]}
 ROLLBACK = (*SETTINGS, "train.rollback_after=3")
 
 
+def faulty(processes: int, folder: Path, *arguments: str, code: int = 0, **faults: Any) -> str:
+    """Output of faulty_train.py, which ends with this code. Without torchrun, of which these faults are no matter."""
+    done = finished(
+        "tests/faults/faulty_train.py", "--config", "mmdit_debug_mup.yaml", f"run.dir={folder.parent}",
+        f"run.name={folder.name}", *arguments, processes=processes, more_environment={"FAULTS": json.dumps(faults)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def rolled_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rollback") / "run"
-    with job(folder, *ROLLBACK, faults=BAD) as run:
-        assert run.wait(START_S) == 0, run.text()[-4000:]
+    faulty(2, folder, *ROLLBACK, **BAD)
     return folder
 
 
@@ -105,8 +118,8 @@ def test_a_row_of_nans_rolls_back(rolled_back: Path) -> None:
 
 def test_data_order_shows_the_jump(rolled_back: Path) -> None:
     def keys(*of_run: str) -> list[Any]:
-        command = [sys.executable, "launch/data_order.py", "--config", "mmdit_debug_mup.yaml", "--to-step", "20"]
-        done = subprocess.run([*command, *of_run], cwd=ROOT, env=environment(), capture_output=True, check=True)
+        done = finished("launch/data_order.py", "--config", "mmdit_debug_mup.yaml", "--to-step", "20", *of_run)
+        assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         assert [line["step"] for line in lines] == list(range(20))
         return [line["keys"] for line in lines]
@@ -120,22 +133,18 @@ def test_data_order_shows_the_jump(rolled_back: Path) -> None:
 def test_killed_after_the_rollback_it_goes_on_the_same_way(rolled_back: Path, tmp_path: Path) -> None:
     """Before it has saved again: jumps.json alone knows that it went back."""
     run = tmp_path / "run"
-    with job(run, *ROLLBACK, faults={**BAD, "kill_after_rollback": True}) as first:
-        assert first.wait(START_S) == 1
+    faulty(2, run, *ROLLBACK, code=-signal.SIGKILL, **BAD, kill_after_rollback=True)
     assert complete_checkpoints(run / "checkpoints")[-1].name == "step_00000008"
-    with job(run, *ROLLBACK, faults=BAD) as second:
-        assert second.wait(START_S) == 0, second.text()[-4000:]
+    faulty(2, run, *ROLLBACK, **BAD)
     assert exact(read_metrics(run)) == exact(read_metrics(rolled_back))
 
 
 def test_a_run_of_one_epoch_ends_where_its_data_end(tmp_path: Path) -> None:
     """The data hold 16 steps, 4 of which a rollback skips: 12 are left."""
-    run, alone = tmp_path / "run", ("--standalone", "--nproc-per-node", "1")
+    run = tmp_path / "run"
     settings = (*ROLLBACK, "train.global_batch_size=32", "data.epochs=1")
     for said in ("finished at step 12", "has finished its 12 steps"):
-        with job(run, *settings, launcher=alone, faults={**BAD, "rank": 0}) as once:
-            assert once.wait(START_S) == 0, once.text()[-4000:]
-            assert said in once.text()
+        assert said in faulty(1, run, *settings, **{**BAD, "rank": 0})
     assert [r["step"] for r in read_metrics(run)] == list(range(0, 13, 2))
     assert complete_checkpoints(run / "checkpoints")[-1].name == "step_00000012"
 

@@ -1,20 +1,23 @@
 """Commands in processes forked from one that has done the imports, which are most of what a short run takes.
 
-As `python COMMAND`, or as torchrun would start it on several processes; the tests of torchrun itself, of kills and of
-signals start the real one.
+As `python COMMAND`, or as torchrun would start it on several processes; the tests of torchrun itself, of a rank that
+is lost under it and of signals start the real one.
 """
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.process
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -37,11 +40,48 @@ def once(arguments: Sequence[str]) -> list[str]:
     return [text for at, text in enumerate(arguments) if "=" not in text or at >= last.get(text.partition("=")[0], at)]
 
 
-def finished(*command: str | Path, processes: int = 1, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
-    """launch/NAME.py ... or -m MODULE ..., run to its end; the output of its ranks one after another.
+@dataclass(frozen=True)
+class Started:
+    """Ranks of a command that is under way; what they say goes to files in `folder`."""
 
-    The first rank that fails ends the others; its code is that of the command.
-    """
+    ranks: Sequence[multiprocessing.process.BaseProcess]
+    folder: Path
+
+    def code(self) -> int | None:
+        """Of the first rank that has failed; 0 where all have ended well, None while they run."""
+        codes = [rank.exitcode for rank in self.ranks]
+        failed = [code for code in codes if code]
+        return failed[0] if failed else None if None in codes else 0
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The code, or None where it takes longer."""
+        deadline = time.monotonic() + timeout_s
+        while (code := self.code()) is None and time.monotonic() < deadline:
+            running = [rank.sentinel for rank in self.ranks if rank.exitcode is None]
+            multiprocessing.connection.wait(running, timeout=1)
+        return code
+
+    def said(self, stream: str) -> str:
+        """On "out" or "err", one rank after another."""
+        files = sorted(self.folder.glob(f"*.{stream}"))
+        return "".join(path.read_text(errors="replace") for path in files)
+
+    def kill(self) -> None:
+        """SIGKILL to all ranks at once, and to what they have started."""
+        running = [rank for rank in self.ranks if rank.pid is not None and rank.exitcode is None]
+        for rank in running:  # stopped first: none is to see that another one is lost
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid or 0, signal.SIGSTOP)
+        for rank in running:
+            kill_tree(rank.pid or 0)
+            rank.join()
+
+
+@contextlib.contextmanager
+def started(
+    *command: str | Path, processes: int = 1, more_environment: Mapping[str, str] | None = None
+) -> Iterator[Started]:
+    """launch/NAME.py ... or -m MODULE ..., killed at the end of the block where it still runs."""
     arguments = once([str(part) for part in command])
     _start_server()
     # Held here as torchrun's agent holds it: no port has to be guessed.
@@ -50,22 +90,27 @@ def finished(*command: str | Path, processes: int = 1, timeout_s: float = 400) -
         ranks = []
         for rank in range(processes):
             variables = environment() | (_of_rank(rank, processes, store.port) if store else {})
+            variables |= more_environment or {}
             ranks.append(_CONTEXT.Process(target=_execute, args=(arguments, variables, f"{folder}/{rank}")))
+        job = Started(ranks, Path(folder))
         try:
             for process in ranks:
                 process.start()
-            code = _ended(ranks, time.monotonic() + timeout_s)
+            yield job
         finally:
-            for process in ranks:
-                if process.pid is not None and process.exitcode is None:
-                    kill_tree(process.pid)
-                    process.join()
-        out, err = (
-            "".join(path.read_text(errors="replace") for path in sorted(Path(folder).glob(f"*.{name}")))
-            for name in ("out", "err")
-        )
-    assert code is not None, f"not within {timeout_s} s: {' '.join(arguments)}\n{out[-2000:]}{err[-2000:]}"
-    return subprocess.CompletedProcess(arguments, code, out, err)
+            job.kill()
+
+
+def finished(
+    *command: str | Path, processes: int = 1, timeout_s: float = 400, more_environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A command run to its end; the first rank that fails ends the others, and its code is that of the command."""
+    with started(*command, processes=processes, more_environment=more_environment) as job:
+        code = job.wait(timeout_s)
+        job.kill()
+        out, err = job.said("out"), job.said("err")
+    assert code is not None, f"not within {timeout_s} s: {command}\n{out[-2000:]}{err[-2000:]}"
+    return subprocess.CompletedProcess([str(part) for part in command], code, out, err)
 
 
 def _start_server() -> None:
@@ -81,19 +126,6 @@ def _of_rank(rank: int, processes: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in numbers.items()} | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
-
-
-def _ended(ranks: Sequence[multiprocessing.process.BaseProcess], deadline: float) -> int | None:
-    """Exit code of the first rank that fails, 0 where none does, None where it takes too long."""
-    running = list(ranks)
-    while running:
-        multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
-        running = [process for process in running if process.exitcode is None]
-        if failed := [process.exitcode for process in ranks if process.exitcode]:
-            return failed[0]
-        if time.monotonic() > deadline:
-            return None
-    return 0
 
 
 def _execute(command: list[str], variables: dict[str, str], log: str) -> None:

@@ -1,6 +1,5 @@
 """What a person runs before the first job: preflight, fetch, ladder."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from data.encoders import fetch as fetching
 from data.errors import DataError
 from data.storage import read_rate
 from launch import fetch, ladder
-from tests.helpers.forked import environment
-from tests.helpers.paths import ROOT
+from tests.helpers.forked import finished
 from trainer.config.load import load_config
 from trainer.config.yaml_files import refuse_duplicates
 from trainer.coord_check import ladder as rungs
@@ -20,13 +18,10 @@ from trainer.parallel.preflight import Measurement, judge
 
 
 def test_preflight_names_the_slow_process() -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
+    done = finished(
         *("-m", "tests.integration.slow_preflight", "--config", "mmdit_debug_mup.yaml", "data.shards=synthetic"),
         *("--process-nodes", "--least", "0.2", "--clock-s", "60"),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**environment(), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+        processes=3,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     slow = [line for line in done.stdout.splitlines() if "of the median" in line]

@@ -12,7 +12,7 @@ import pytest
 
 from launch.processes import kill_tree
 from tests.distributed.runs import exact, last_step, train
-from tests.helpers.forked import environment
+from tests.helpers.forked import environment, finished
 from tests.helpers.paths import ROOT
 from trainer.checkpoint.find import complete_checkpoints
 from trainer.monitor.metrics import read_metrics
@@ -38,11 +38,10 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: str | Path, code: int = 0) -> str:
-    process = start(*arguments)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output[-3000:]
-    return output
+def run(*arguments: str | Path, code: int = 0, processes: int = 1) -> str:
+    done = finished("launch/search.py", *arguments, processes=processes)
+    assert done.returncode == code, (done.stdout + done.stderr)[-3000:]
+    return done.stdout + done.stderr
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -96,7 +95,7 @@ def test_a_search_from_end_to_end(tmp_path: Path) -> None:
     assert records[-1]["val_loss_ema"] < records[0]["val_loss"]
 
 
-def test_a_signal_saves_the_trial_and_a_worker_under_torchrun_takes_it(tmp_path: Path) -> None:
+def test_a_signal_saves_the_trial_and_a_worker_of_two_processes_takes_it(tmp_path: Path) -> None:
     config, study = tmp_path / "small.yaml", tmp_path / "small"
     config.write_text(SEARCH)
     command = ("run", "--config", config, f"run.dir={tmp_path}", "trials=1", "train.steps=40", "seeds=2")
@@ -108,12 +107,7 @@ def test_a_signal_saves_the_trial_and_a_worker_under_torchrun_takes_it(tmp_path:
     assert "trial 0 is saved: start the search again" in output
     assert json.loads((study / "0000" / "status.json").read_text())["state"] == "preempted"
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "launch/search.py", *map(str, command)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(*command, processes=2)
     [trial] = trials(study)
     assert trial.state == "complete"
     assert trial.attributes["processes"] == 2
