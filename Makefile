@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup cifar constraints demo test test-fast lint soak bench gpu-check schema
+.PHONY: setup cifar constraints demo test all-tests test-fast lint soak bench gpu-check schema
 
 # ------------------------------------------------------------------------------------------------------- environment
 
@@ -28,12 +28,13 @@ setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 	    test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
 	    cp constraints.txt .cache/constraints.txt; \
 	    sed -n 's/^\(torch==[^ ]*\).*/\1+cpu --hash=sha256:$(CPU_TORCH)/p' constraints.txt > .cache/torch.txt; \
-	    $(BIN)/python -m pip install -q --no-deps --require-hashes -r .cache/torch.txt 2>/dev/null \
+	    $(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r .cache/torch.txt 2>/dev/null \
 	        || echo "torch's build for CPUs is not found: PyPI's is taken"; \
 	fi; \
 	echo "installing some 160 packages"; \
-	$(BIN)/python -m pip install -q --no-deps --require-hashes -r .cache/constraints.txt; \
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r .cache/constraints.txt; \
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'; \
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; what no Python can compile stays as it is
 	@touch $@
 
 # constraints.txt anew, with the versions that it has; those of pyproject.toml that it lacks are the newest. To change
@@ -82,9 +83,17 @@ demo: setup
 WORKERS := $(shell echo $$((2 * $$(nproc))))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# All that CI runs. T="tests/unit/data -k order": these tests alone, without style and types.
-test: $(if $(T),.venv/ready,setup lint .cache/cifar10)
-	$(PYTEST) $(if $(T),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) -m "not gpu" $(or $(T),tests)
+# All that CI runs, style and types beside the tests. T="tests/unit/data -k order": these tests alone.
+ifdef T
+test: .venv/ready
+	$(PYTEST) -m "not gpu" $(T)
+else
+test: setup
+	@$(MAKE) --no-print-directory -j 2 lint all-tests
+endif
+
+all-tests: setup .cache/cifar10
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu" tests
 
 # While you write: no test that starts a process or takes seconds.
 test-fast: setup .cache/cifar10
