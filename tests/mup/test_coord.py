@@ -26,6 +26,8 @@ BACKBONES = sorted(path.stem for path in CONFIG_DIR.glob("*_debug_mup.yaml"))
 # Few text tokens: what is tested is the width. Synthetic data need no encoder of the config's.
 SMALL = ("text_encoder.max_length=8", "text_encoder.width=32")
 WIDTHS = (64, 128, 256, 512)
+# For SP and for faults: their slopes are far over the limits, and most of the time goes to 512.
+NARROW = WIDTHS[:3]
 LR = 2.0**-7
 STEPS = 5
 
@@ -53,11 +55,11 @@ def sweep(
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
-def sound(request: pytest.FixtureRequest, world: World) -> tuple[str, Judgement]:
-    """(backbone, report of the right table beside its SP control)."""
+def sound(request: pytest.FixtureRequest, world: World) -> tuple[str, Judgement, Measured]:
+    """(backbone, report of the right table beside its SP control, the control)."""
     backbone = request.param
-    checked = sweep(world, backbone, seeds=2)
-    return backbone, judge(checked, sweep(world, backbone, "mup.parametrization=sp"))
+    control = sweep(world, backbone, "mup.parametrization=sp", widths=NARROW)
+    return backbone, judge(sweep(world, backbone, seeds=2), control), control
 
 
 def slopes(report: Judgement, kind: Kind) -> dict[str, float]:
@@ -69,9 +71,9 @@ def test_a_debug_config_is_found() -> None:
     assert "mmdit_debug_mup" in BACKBONES
 
 
-def test_mup_does_not_depend_on_the_width(sound: tuple[str, Judgement]) -> None:
+def test_mup_does_not_depend_on_the_width(sound: tuple[str, Judgement, Measured]) -> None:
     """T7-T9 at their thresholds. The control is part of the verdict: SP must exceed 0.7."""
-    backbone, report = sound
+    backbone, report, _ = sound
     assert report.verdict == "passed", report.reason
     for kind, limit in {"activation": 0.25, "change": 0.25, "update": 0.25, "weight": 0.3}.items():
         found = slopes(report, kind)  # pyright: ignore[reportArgumentType] (a literal of the dict's keys)
@@ -82,12 +84,11 @@ def test_mup_does_not_depend_on_the_width(sound: tuple[str, Judgement]) -> None:
     assert any(row.slope is not None and row.slope > CONTROL for row in report.control)
 
 
-def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Judgement], world: World) -> None:
+def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Judgement, Measured]) -> None:
     """Judged by the same thresholds, the SP control is a failure that names hidden weights."""
-    backbone, report = sound
-    measured = sweep(world, backbone, "mup.parametrization=sp", widths=WIDTHS[:3])
+    backbone, report, control = sound
     table = build_mup_table(configured(backbone, WIDTHS[0], 0))
-    updates = judge(measured, measured).culprits["update"]
+    updates = judge(control, control).culprits["update"]
     assert table.rows[updates[0].figure.name].role == "hidden"
     assert updates[0].size > CONTROL
     assert sum(row.exceeds for row in report.control) > 10
@@ -148,9 +149,6 @@ FAULTS: dict[str, Planted] = {
         by_name("patch_embed", lambda r, m: replace(r, init_std=r.init_std * m**-0.5)), {"activation"}),
 }  # fmt: skip
 
-# Without 512: slopes of faults are far over the limits, and most of the time goes there.
-NARROW = WIDTHS[:3]
-
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("fault", FAULTS)
@@ -181,7 +179,7 @@ ALIGNED = [backbone for backbone in BACKBONES if configured(backbone, 64, 0).mod
 @pytest.mark.parametrize("backbone", ALIGNED)
 def test_mup_with_repa_does_not_depend_on_the_width(backbone: str, world: World) -> None:
     checked = sweep(world, backbone, *REPA, seeds=2)
-    report = judge(checked, sweep(world, backbone, *REPA, "mup.parametrization=sp"))
+    report = judge(checked, sweep(world, backbone, *REPA, "mup.parametrization=sp", widths=NARROW))
     assert report.verdict == "passed", report.reason
     assert slopes(report, "update").keys() == build_mup_table(configured(backbone, 64, 0, *REPA)).rows.keys()
 

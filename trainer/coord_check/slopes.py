@@ -179,7 +179,7 @@ class _Recorder:
 
 
 def _rms(x: Tensor) -> Tensor:
-    return x.double().square().mean().sqrt()
+    return torch.linalg.vector_norm(x, dtype=torch.float64) / math.sqrt(x.numel())
 
 
 def _spectral_norm(matrix: Tensor) -> Tensor:
