@@ -124,8 +124,8 @@ def train_step(run: Run, micro_batches: list[MicroBatch]) -> None:
     sums = StepSums.zeros(world.device)
     while micro_batches:
         batch, encoding = micro_batches.pop(0)  # a list that held it would keep its memory to the end of the step
-        encoded = encoding()
-        losses = micro_batch_losses(run.engine.model, run.objective, run.alignment, encoded, batch)
+        encoded, features = encoding(), run.alignment and run.alignment.features(batch)
+        losses = micro_batch_losses(run.engine.model, run.objective, run.alignment, encoded, features)
         run.engine.backward(scale * losses.total, last=not micro_batches)
         sums += StepSums.of_micro_batch(losses, encoded).packed()
         state.add_reads(batch.read, batch.holes)

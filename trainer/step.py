@@ -50,7 +50,7 @@ class Alignment(Protocol):
     def weight(self) -> float: ...
     @property
     def features_at(self) -> int: ...
-    def losses(self, projected: Tensor, batch: Any) -> Tensor: ...
+    def losses(self, projected: Tensor, features: Tensor) -> Tensor: ...
 
 
 class MicroBatchLosses(NamedTuple):
@@ -68,9 +68,13 @@ class MicroBatchLosses(NamedTuple):
 
 
 def micro_batch_losses(
-    model: Callable[..., Any], objective: Objective, alignment: Alignment | None, encoded: Encoded, batch: Any
+    model: Callable[..., Any],
+    objective: Objective,
+    alignment: Alignment | None,
+    encoded: Encoded,
+    features: Tensor | None = None,
 ) -> MicroBatchLosses:
-    """The forward pass. batch: the micro-batch as it was read, from which the alignment takes its features."""
+    """The forward pass. features: what the alignment compares with, see Alignment.features."""
     draw = objective.draw(encoded.x0, encoded.keys)
     features_at = None if alignment is None else alignment.features_at
     prediction, projected = model(draw.x_t, draw.t, encoded.condition, features_at=features_at)
@@ -78,6 +82,7 @@ def micro_batch_losses(
     total = loss = (encoded.weight * per_sample).sum()
     repa_loss = torch.zeros_like(loss)
     if alignment is not None:
-        repa_loss = (encoded.weight * alignment.losses(projected, batch)).sum()
+        assert features is not None
+        repa_loss = (encoded.weight * alignment.losses(projected, features)).sum()
         total = loss + alignment.weight * repa_loss
     return MicroBatchLosses(loss, repa_loss, total, draw, per_sample)

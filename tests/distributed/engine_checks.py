@@ -87,7 +87,8 @@ def run_steps(
             if step == spoil and world.rank == world.size - 1:
                 assert batch.latents is not None
                 batch.latents[0, 0, 0, 0] = float("nan")
-            loss = micro_batch_losses(engine.model, objective, alignment, encoders.encode(batch), batch).total
+            encoded, features = encoders.encode(batch), alignment.features(batch)
+            loss = micro_batch_losses(engine.model, objective, alignment, encoded, features).total
             if losses is not None:
                 losses.append(float(loss.detach()))
             engine.backward(world.size / config.train.global_batch_size * loss, number == len(batches) - 1)

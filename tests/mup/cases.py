@@ -280,7 +280,7 @@ class Case:
             return F.mse_loss(model(x, t, condition)[0], target)
         features = draw(4, 16, self.projector.features)  # of 4 x 4 tokens
         prediction, projected = model(x, t, condition, features_at=1)
-        return F.mse_loss(prediction, target) + Alignment(0.5, 1, lambda _: features).losses(projected, None).mean()
+        return F.mse_loss(prediction, target) + Alignment(0.5, 1, lambda _: features).losses(projected, features).mean()
 
 
 def mmdit(width: int, adaln: AdaLN) -> ModelConfig:

@@ -58,9 +58,10 @@ def build_subject(config: TrainConfig, world: World, table: MuTable | None = Non
     _, (batch,) = next(iter(TrainingData(config, resolved, world).batches(0)))
     encoders = Encoders(config, world)
     encoded, alignment = encoders.encode(batch), build_alignment(config, encoders)
+    features = alignment and alignment.features(batch)
 
     def loss() -> Tensor:
-        losses = micro_batch_losses(engine.model, objective, alignment, encoded, batch)
+        losses = micro_batch_losses(engine.model, objective, alignment, encoded, features)
         return losses.total / config.train.global_batch_size
 
     def update(value: Tensor) -> None:

@@ -19,7 +19,7 @@ class Alignment:
     features_at: int
     features: Callable[[Any], Tensor]
 
-    def losses(self, projected: Tensor, batch: Any) -> Tensor:
-        """projected [b, N, F] -> per sample [b] minus the mean cosine over tokens, from -1 (aligned) to 1."""
+    def losses(self, projected: Tensor, features: Tensor) -> Tensor:
+        """projected, features [b, N, F] -> per sample [b] minus the mean cosine over tokens, -1 (aligned) to 1."""
         wide = torch.promote_types(projected.dtype, torch.float32)  # in bf16 a squared norm would keep 3 digits
-        return -F.cosine_similarity(projected.to(wide), self.features(batch).to(wide), dim=-1).mean(1)
+        return -F.cosine_similarity(projected.to(wide), features.to(wide), dim=-1).mean(1)

@@ -303,9 +303,10 @@ def _step(
         account.flops.clear()
         batch = _batch(config, rows)
         encoded = encoders.encode(batch)
-        losses = micro_batch_losses(engine.model, objective, alignment, encoded, batch)
+        features = alignment and alignment.features(batch)
+        losses = micro_batch_losses(engine.model, objective, alignment, encoded, features)
         engine.backward(losses.total, last=number == micro_batches - 1)
-        del batch, encoded, losses
+        del batch, encoded, features, losses
         account.relabel(ACTIVATIONS, ACCUMULATED if number < micro_batches - 1 else GRADIENTS)
     account.kind = UPDATE
     result = engine.step(config.optim.lr, health)

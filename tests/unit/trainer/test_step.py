@@ -35,7 +35,7 @@ class Model:
 
 def test_rows_of_weight_0_do_not_count() -> None:
     model = Model()
-    losses = micro_batch_losses(model, OBJECTIVE, None, ENCODED, None)
+    losses = micro_batch_losses(model, OBJECTIVE, None, ENCODED)
     draw = OBJECTIVE.draw(ENCODED.x0, KEYS)
     per_sample = OBJECTIVE.loss(draw.x_t, draw)
     assert torch.equal(losses.per_sample, per_sample)
@@ -47,18 +47,11 @@ def test_rows_of_weight_0_do_not_count() -> None:
 
 
 def test_an_alignment_is_a_second_term() -> None:
-    """Its features are those of the batch as it was read; here they are what the model gives, so its cosine is 1."""
-    model, batch = Model(), object()
-    seen: list[Any] = []
-
-    def features(read: Any) -> Tensor:
-        seen.append(read)
-        return torch.ones(3, 4, 8)
-
-    plain = micro_batch_losses(model, OBJECTIVE, None, ENCODED, batch)
-    aligned = micro_batch_losses(model, OBJECTIVE, Alignment(0.5, 1, features), ENCODED, batch)
+    """Here its features are what the model gives, so its cosine is 1."""
+    model, features = Model(), torch.ones(3, 4, 8)
+    plain = micro_batch_losses(model, OBJECTIVE, None, ENCODED)
+    aligned = micro_batch_losses(model, OBJECTIVE, Alignment(0.5, 1, lambda _: features), ENCODED, features)
     assert torch.equal(aligned.loss, plain.loss)
     assert torch.allclose(aligned.repa_loss, torch.tensor(-2.0))
     assert torch.equal(aligned.total, aligned.loss + 0.5 * aligned.repa_loss)
     assert model.asked[-1] == ("a condition", 1)
-    assert seen == [batch]

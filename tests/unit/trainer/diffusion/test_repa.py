@@ -77,16 +77,16 @@ def trained(config: TrainConfig) -> tuple[list[dict[str, Any]], Weights, Weights
 def test_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     projected, features = (torch.randn(3, 5, 8, generator=generator) for _ in range(2))
-    losses = Alignment(0.5, 0, lambda _: features).losses(projected, None)
+    alignment = Alignment(0.5, 0, lambda _: features)
+    losses = alignment.losses(projected, features)
     expected = [
         -sum((p @ f / (p.norm() * f.norm())).item() for p, f in zip(*pair, strict=True)) / 5
         for pair in zip(projected, features, strict=True)
     ]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
-    aligned = Alignment(0.5, 0, lambda _: 3 * projected)
-    assert aligned.losses(projected, None).tolist() == pytest.approx([-1.0] * 3)
+    assert alignment.losses(projected, 3 * projected).tolist() == pytest.approx([-1.0] * 3)
     # In fp32 of bf16 features: bf16's own cosine is off by more.
-    half = Alignment(0.5, 0, lambda _: projected.bfloat16()).losses(projected.bfloat16(), None)
+    half = alignment.losses(projected.bfloat16(), projected.bfloat16())
     assert half.dtype == torch.float32
     assert half.tolist() == pytest.approx([-1.0] * 3, abs=1e-6)
 
@@ -238,6 +238,6 @@ def test_the_features_see_the_crop_and_flip_that_are_trained_on(tmp_path: Path) 
         encoder = load_feature_encoder(ENCODER, 32, "cpu", torch.float32)
         features = encoder.encode(batch.images, 8, 8)
         turned = replace(batch, images=batch.images.flip(-1))
-        aligned = run.alignment.losses(features, batch)
+        aligned = run.alignment.losses(features, run.alignment.features(batch))
         assert aligned.tolist() == pytest.approx([-1.0] * len(batch.names), abs=1e-5)
-        assert (run.alignment.losses(features, turned) > aligned).all()
+        assert (run.alignment.losses(features, run.alignment.features(turned)) > aligned).all()

@@ -69,7 +69,7 @@ def measured_step(config: TrainConfig, world: World, rows: int) -> tuple[int, in
     def one_step() -> None:
         batch = _batch(config, rows)
         encoded = encoders.encode(batch)
-        losses = micro_batch_losses(engine.model, objective, None, encoded, batch)
+        losses = micro_batch_losses(engine.model, objective, None, encoded)
         engine.backward(losses.total, last=True)
         del batch, encoded, losses
         ema.update(0, engine.step(1e-3, health).skipped)
