@@ -61,6 +61,7 @@ def write_converted(arguments: argparse.Namespace, ranks: "Ranks") -> None:
     if complete_checkpoints(arguments.output / "checkpoints"):
         raise CheckpointError(f"{arguments.output} has checkpoints: give a new folder")
     common = ["parallel.shard=0", "parallel.cpu_offload=false", "parallel.reshard_after_forward=true"]
+    common.append("parallel.cuda_graph=false")
     source, target = (
         parse(
             meta["config"],

@@ -4,18 +4,20 @@ import math
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from data.files import json_digest
 
 from .errors import BadDataError, CheckpointError, RunError
 from .monitor.mup_health import time_figures
+from .parallel.engine import Engine
 from .recovery.bad_data import BadData, bad_share_message, outage_message
 from .recovery.stop_signal import StopSignal
 from .recovery.watchdog import Watchdog
 from .rollback import check_health, go_back
 from .run import Run
 from .state import StepSums, Totals, TrainState
-from .step import MicroBatch, micro_batch_losses
+from .step import Alignment, Encoded, MicroBatch, Objective, micro_batch_losses
 
 
 def train(run: Run) -> str:
@@ -116,18 +118,13 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
 def train_step(run: Run, micro_batches: list[MicroBatch]) -> None:
     """One update from this rank's micro-batches, which are taken out of the list one by one."""
     state, world = run.state, run.world
-    # The engine averages gradients over the W ranks, while the loss is a mean over the B samples of the global batch:
-    # mean over ranks of W / B x (a rank's sum) = 1 / B x (sum over all samples).
-    scale = world.size / run.plan.global_batch_size
     logged = "log" in run.plan.every.due(state.step + 1, run.last_step)
     run.timer.watching = logged
     sums = StepSums.zeros(world.device)
     while micro_batches:
         batch, encoding = micro_batches.pop(0)  # a list that held it would keep its memory to the end of the step
-        encoded, features = encoding(), run.alignment and run.alignment.features(batch)
-        losses = micro_batch_losses(run.engine.model, run.objective, run.alignment, encoded, features)
-        run.engine.backward(scale * losses.total, last=not micro_batches)
-        sums += StepSums.of_micro_batch(losses, encoded).packed()
+        features = () if run.alignment is None else (run.alignment.features(batch),)
+        sums += run.passes(encoding(), *features, last=not micro_batches)
         state.add_reads(batch.read, batch.holes)
     result = run.engine.step(run.lr(state.step), run.health if logged else None, state.spikes.limit())
     run.ema.update(state.step, result.skipped)
@@ -137,6 +134,26 @@ def train_step(run: Run, micro_batches: list[MicroBatch]) -> None:
     dist.all_reduce(sums)
     state.add_step(sums, result)
     state.step += 1
+
+
+def forward_backward(
+    engine: Engine,
+    objective: Objective,
+    alignment: Alignment | None,
+    scale: float,
+    encoded: Encoded,
+    features: Tensor | None = None,
+    *,
+    last: bool,
+) -> Tensor:
+    """The passes of a micro-batch: adds up its gradients, times `scale`, and returns its packed StepSums.
+
+    All of it runs on the device, and between micro-batches of a shape nothing differs but the tensors: it can be
+    recorded as a CUDA graph.
+    """
+    losses = micro_batch_losses(engine.model, objective, alignment, encoded, features)
+    engine.backward(scale * losses.total, last)
+    return StepSums.of_micro_batch(losses, encoded).packed()
 
 
 def save(run: Run, wait: bool = False, validated: bool = False) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .checkpoint.write import Checkpointer
 from .ema import EMA
 from .files import Lock
@@ -15,7 +17,7 @@ from .parallel.engine import Engine
 from .parallel.mesh import World
 from .recovery.skipped_ranges import last_step
 from .state import TrainState
-from .step import Alignment, MicroBatch, Objective
+from .step import Alignment, MicroBatch
 
 
 class Intervals(NamedTuple):
@@ -67,7 +69,8 @@ class Run:
     ema: EMA
     health: Health
     timer: StepTimer
-    objective: Objective
+    passes: Callable[..., Tensor]
+    """loop.forward_backward of a micro-batch: (encoded, features where there is an alignment, last=...) -> StepSums."""
     alignment: Alignment | None
     lr: Callable[[int], float]
     """Number of an update (from 0) -> its base learning rate."""

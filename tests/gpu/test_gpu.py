@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from models.attention_probe import Choice
 from models.layers import time_sinusoids
 from tests.distributed.runs import exact, train
-from tests.helpers.steps import built
+from tests.helpers.steps import built, state_of
 from trainer.build.attention import attention_choice
 from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
@@ -106,12 +106,12 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("way", ["compile=false", "compile=true", "cuda_graph=true"])
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_no_step_waits_for_the_device(kind: str, compiled: str, tmp_path: Path) -> None:
+def test_no_step_waits_for_the_device(kind: str, way: str, tmp_path: Path) -> None:
     """Also not at a log step, whose health figures are made on the device."""
     settings = ["train.global_batch_size=8", "train.micro_batch_size=4", "train.log_every=2", "optim.clip_norm=1"]
-    settings += ["optim.spike_threshold=6", f"parallel.compile={compiled}"]
+    settings += ["optim.spike_threshold=6", f"parallel.{way}"]
     with built(f"{kind}_debug_mup.yaml", tmp_path, *settings) as run:
         stream = steps(run)
         take(stream, 4)
@@ -134,6 +134,38 @@ def test_three_token_counts_are_compiled_once(tmp_path: Path) -> None:
         assert graphs > 0
         take(stream, 12)
         assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_recorded_passes_are_the_plain_ones(kind: str, compiled: str, tmp_path: Path) -> None:
+    """With deterministic algorithms losses and weights are equal to the last bit, also with two lengths of text and
+    several micro-batches."""
+    settings = ["train.global_batch_size=8", "train.micro_batch_size=0.0625", "train.log_every=100"]
+    settings += ["train.deterministic=true", "optim.clip_norm=0.5", f"parallel.compile={compiled}"]
+    if kind in ("mmdit", "pixart"):
+        settings += ["text_encoder.max_length=16", "data.text_lengths=[8,16]"]
+    found = []
+    for graph in ("false", "true"):
+        with built(f"{kind}_debug_mup.yaml", tmp_path / graph, *settings, f"parallel.cuda_graph={graph}") as run:
+            try:
+                take(steps(run), 16)
+            finally:
+                torch.use_deterministic_algorithms(False)
+            found.append(state_of(run))
+    plain, recorded = found
+    assert recorded["totals"][0].isfinite()
+    assert [name for name in plain if not torch.equal(plain[name], recorded[name])] == []
+
+
+def test_a_recorded_step_is_few_launches(tmp_path: Path) -> None:
+    launches = []
+    for graph in ("false", "true"):
+        settings = ("model.depth=8", "train.log_every=100", f"parallel.cuda_graph={graph}")
+        with built("mmdit_debug_mup.yaml", tmp_path / graph, *settings) as run:
+            names = [event.get("name", "") for event in profiled(run, tmp_path)]
+        launches.append(sum(name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch")) for name in names))
+    assert launches[1] < launches[0] / 2
 
 
 def profiled(run: Run, folder: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from trainer.build.run import build_run
 from trainer.config.load import load_config
@@ -29,3 +30,9 @@ def built(name: str, folder: Path, *overrides: str) -> Iterator[Run]:
         assert run.lock is not None
         stack.enter_context(run.lock)
         yield run
+
+
+def state_of(run: Run) -> dict[str, Tensor]:
+    """Weights, moments, counts of updates, averages, and the sums of losses and gradient norms."""
+    state = {f"{key}/{name}": t for name, tensors in run.engine.state().items() for key, t in tensors.items()}
+    return {key: tensor.clone() for key, tensor in (state | run.ema.tensors() | run.state.tensors()).items()}

@@ -107,7 +107,7 @@ def native_engine(config: TrainConfig, world: World, **given: Any) -> FSDP2Engin
     """The engine that is named fsdp2: on one process FSDP2 is left out, but for its offload to the host."""
     parallel = config.parallel
     if world.size == 1 and not parallel.cpu_offload:
-        return SingleEngine(world=world, **given)
+        return SingleEngine(world=world, fixed_gradients=parallel.cuda_graph, **given)
     parameters = sum(parameter.numel() for parameter in given["model"].parameters())
     sharding = Sharding(not keeps_gathered(config, parameters), parallel.prefetch, parallel.cpu_offload)
     return FSDP2Engine(world=world, sharding=sharding, **given)

@@ -44,6 +44,7 @@ from ..monitor.metrics import Metrics, peak_flops
 from ..monitor.mup_health import Health, WatchedParameter
 from ..monitor.step_timer import StepTimer
 from ..mup.table import BaseRates, MuTable
+from ..parallel.cuda_graph import Recorder
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
 from ..parallel.precision import multiplies, precision_of
@@ -56,6 +57,7 @@ from .attention import attention_choice, describe
 from .engine import build_alignment, build_engine, build_mup_table, build_objective, units_of
 from .flops import image_flops
 from .inference import image_generator, sample_images
+from .passes import build_passes, graph_recorder
 
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy")
 
@@ -75,6 +77,7 @@ def build_run(
         return lock
 
     _set_determinism(config)
+    recorder = graph_recorder(config, world)
     inputs = _open_inputs(config, resolve(config, world.size, fitting), world)
     on_rank_0(world, lambda: _check_is_run_folder(inputs.folder))
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
@@ -89,7 +92,7 @@ def build_run(
     metrics = _open_folder(inputs, start, trained.state.step, notes)
     if track is not None:
         side_jobs = side_jobs._replace(validate=_followed(track, side_jobs.validate, trained.state, metrics))
-    return _assemble(inputs, trained, side_jobs, metrics, lock)
+    return _assemble(inputs, trained, side_jobs, metrics, lock, recorder)
 
 
 @dataclass(frozen=True)
@@ -368,9 +371,20 @@ def _followed(
     return follow
 
 
-def _assemble(inputs: _Inputs, trained: _Trained, side_jobs: _SideJobs, metrics: Metrics, lock: Lock | None) -> Run:
+def _assemble(
+    inputs: _Inputs,
+    trained: _Trained,
+    side_jobs: _SideJobs,
+    metrics: Metrics,
+    lock: Lock | None,
+    recorder: Recorder | None,
+) -> Run:
     config, world, (engine, ema, state) = inputs.config, inputs.world, trained
-    timer = StepTimer(units_of(engine), world)
+    timer = StepTimer(units_of(engine) if recorder is None else [], world)
+    objective, alignment = build_objective(config, inputs.resolved), build_alignment(config, inputs.encoders)
+    # The engine averages gradients over the W ranks, while the loss is a mean over the B samples of the global batch:
+    # mean over ranks of W / B x (a rank's sum) = 1 / B x (sum over all samples).
+    scale = world.size / config.train.global_batch_size
     watched = {name: WatchedParameter(row.role, config.optim.eps * row.eps) for name, row in inputs.table.rows.items()}
 
     def sample(path: Path) -> None:
@@ -389,8 +403,8 @@ def _assemble(inputs: _Inputs, trained: _Trained, side_jobs: _SideJobs, metrics:
         ema=ema,
         health=Health(watched, replicas=world.size // inputs.resolved.shard),
         timer=timer,
-        objective=build_objective(config, inputs.resolved),
-        alignment=build_alignment(config, inputs.encoders),
+        passes=build_passes(engine, objective, alignment, scale, recorder),
+        alignment=alignment,
         lr=partial(_learning_rate, config),
         batches=partial(_batches, inputs, state, timer),
         validate=side_jobs.validate,

@@ -23,6 +23,11 @@ def conflicts(c: TrainConfig) -> Iterator[str]:
     yield from _data_conflicts(c)
     yield from _attention_conflicts(c)
     yield from _zero_conflicts(c)
+    if c.parallel.cuda_graph and c.parallel.cpu_offload:
+        yield (
+            "parallel.cuda_graph does not go with parallel.cpu_offload, which brings weights from the host into other "
+            "memory in every step: set one of them to false"
+        )
     if c.objective.repa_weight:
         yield from _repa_conflicts(c)
     yield from _allow_change_conflicts(c)
@@ -148,6 +153,8 @@ def _zero_conflicts(c: TrainConfig) -> Iterator[str]:
         yield "parallel.reshard_after_forward false is of parallel.engine fsdp2: under zero use parallel.zero_stage 2"
     if parallel.cpu_offload:
         yield "parallel.cpu_offload needs parallel.engine fsdp2"
+    if parallel.cuda_graph:
+        yield "parallel.cuda_graph needs parallel.engine fsdp2"
     if parallel.compile and parallel.zero_stage == 3:
         yield "parallel.compile does not go with parallel.zero_stage 3: use stage 2, or parallel.engine fsdp2"
     if c.optim.spike_threshold is not None:

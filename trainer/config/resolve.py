@@ -83,6 +83,11 @@ def resolve(config: TrainConfig, world_size: int, fitting: float | None = None) 
         raise ConfigError(f"{world_size} processes need train.global_batch_size of at least as many, got {batch}")
     if world_size % shard:
         raise ConfigError(f"parallel.shard {shard} does not divide the {world_size} processes")
+    if config.parallel.cuda_graph and world_size > 1:
+        raise ConfigError(
+            f"parallel.cuda_graph needs a run of one process, got {world_size}: over several ones weights are gathered "
+            "into other memory in every step; set it to false"
+        )
     most = config.train.micro_batch_size or fitting
     return Resolved(
         world_size=world_size,

@@ -232,6 +232,9 @@ class ParallelConfig(Section):
     """Attention kernel of a GPU: FlashAttention 2 (`varlen`) or 3 (`flash3`, where installed) on packed text, torch's
     memory-efficient one or cuDNN's with a mask; `auto` is varlen in bf16. One that fails is replaced, and the run says
     so."""
+    cuda_graph: bool = False
+    """Record the passes of a micro-batch as a CUDA graph, one for each bucket, which the GPU then runs without the host
+    (engine fsdp2, one process): for models so small that the GPU waits for the host."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What is kept for the backward pass: all activations (`none`), the blocks' inputs alone (`full`), or those and the
     outputs of matrix products and of attention (`selective`)."""

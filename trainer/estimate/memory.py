@@ -111,6 +111,8 @@ class Memory:
         base, sample, kept = self._moments
         held = base + rows * sample + accumulates * kept
         held[:, : len(SHARDED)] *= self._scale(shard)
+        if self.parallel.cuda_graph:  # what a graph computes with is its own, also while the weights are updated
+            held[:, _KINDS.index(ACTIVATIONS)] = held[:, _KINDS.index(ACTIVATIONS)].max()
         return held
 
     def _scale(self, shard: int) -> float:

@@ -25,7 +25,7 @@ _OF_CONFIG = (
     *(f"text_encoder.{key}" for key in ("path", "subfolder", "device", "shard")),
     *(f"autoencoder.{key}" for key in ("path", "subfolder")),
     *(f"parallel.{key}" for key in ("engine", "zero_stage", "shard", "compile")),
-    *(f"parallel.{key}" for key in ("reshard_after_forward", "prefetch", "cpu_offload")),
+    *(f"parallel.{key}" for key in ("reshard_after_forward", "prefetch", "cpu_offload", "cuda_graph")),
 )
 
 

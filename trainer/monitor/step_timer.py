@@ -20,7 +20,8 @@ from ..step import MicroBatch
 
 
 class StepTimer:
-    """Times this rank's steps since the last log line. units: the model's blocks, whose `forward` it wraps.
+    """Times this rank's steps since the last log line. units: the model's blocks, whose `forward` it wraps; none where
+    no forward pass can be timed, because the host takes no part in it.
 
     watching: whether the units' forward passes are timed; the loop sets it in a log step. On a GPU events are recorded,
     which `figures` reads when the device has done the step: nothing here waits for the device.
@@ -29,7 +30,7 @@ class StepTimer:
     def __init__(self, units: Sequence[nn.Module], world: World) -> None:
         self._world = world
         self._cuda = world.device.type == "cuda"
-        self.watching = False
+        self.watching, self._times_forward = False, bool(units)
         self._spans: list[tuple[Any, Any]] = []  # beginning and end of each unit's forward pass
         for unit in units:
             unit.forward = partial(self._timed, unit.forward)
@@ -66,7 +67,8 @@ class StepTimer:
         all_ranks = [torch.empty_like(own) for _ in range(self._world.size)]
         dist.all_gather(all_ranks, own, group=self._world.control)
         found = {}
-        for name, seconds in zip(("step", "data_wait", "forward"), torch.stack(all_ranks, dim=1), strict=True):
+        names = ("step", "data_wait", *(("forward",) if self._times_forward else ()))
+        for name, seconds in zip(names, torch.stack(all_ranks, dim=1), strict=False):
             found[f"perf/{name}_median_s"] = float(seconds.quantile(0.5))
             found[f"perf/{name}_max_s"] = float(seconds.max())
             found[f"perf/{name}_slowest_rank"] = int(seconds.argmax())

@@ -24,7 +24,8 @@ class SingleEngine:
     """See engine.Engine; a shard is the whole tensor.
 
     model: on the meta device. units: the parts that FSDP2 would gather one at a time. initialise: fills buffers and
-    parameters once they exist. groups: optimizer groups for the named parameters.
+    parameters once they exist. groups: optimizer groups for the named parameters. fixed_gradients: they keep their
+    memory from step to step, as a recorded backward pass needs it.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class SingleEngine:
         groups: Callable[[dict[str, Tensor]], list[dict[str, Any]]],
         betas: tuple[float, float],
         clip_norm: float | None,
+        fixed_gradients: bool = False,
     ) -> None:
         self._group = world.checkpoint
         self._saver = AsyncSaver(world.device, world.checkpoint)
@@ -50,43 +52,45 @@ class SingleEngine:
         self._update = AdamWUpdate(
             {name: parameter.detach() for name, parameter in self._parameters.items()}, groups, betas, clip_norm
         )
-        self._casts = precision == "bf16"
+        self._casts, self._fixed = precision == "bf16", fixed_gradients
         self._gradients: dict[str, Tensor] = {}
-        """Under bf16: the step's gradients so far, in fp32."""
+        """Under bf16, and where they are fixed: the step's gradients so far, in the master weights' type."""
         if self._casts:
             for parameter in self._parameters.values():
                 parameter.data = parameter.data.bfloat16()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
-        if self._casts:
+        if self._casts or self._fixed:
             self._add_gradients()
 
     @torch.no_grad()
     def _add_gradients(self) -> None:
-        """Add a micro-batch's gradients, which are bf16, to the step's."""
+        """Add a micro-batch's gradients, which are in the model's type, to the step's."""
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         first = [name for name in found if name not in self._gradients]
         if first:
-            made = [torch.empty_like(found[name], dtype=torch.float32) for name in first]
+            made = [torch.empty_like(found[name], dtype=self._update.shards[name].dtype) for name in first]
             torch._foreach_copy_(made, [found[name] for name in first])
             self._gradients.update(zip(first, made, strict=True))
         if again := [name for name in found if name not in set(first)]:
-            torch._foreach_add_([self._gradients[name] for name in again], [found[name].float() for name in again])
+            sums = [self._gradients[name] for name in again]
+            torch._foreach_add_(sums, [found[name].to(sum_.dtype) for name, sum_ in zip(again, sums, strict=True)])
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def step(self, lr: float, watch: Watch | None = None, max_norm: Tensor | None = None) -> StepResult:
         gradients = self._gradients
-        if not self._casts:
+        if not (self._casts or self._fixed):
             gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         result = self._update.step(gradients, total_norm(squared_norms(gradients)), lr, watch, max_norm)
+        self._cast_weights()
+        if self._fixed:
+            torch._foreach_zero_(list(gradients.values()))
+            return result
         self._gradients = {}
-        if self._casts:
-            self._cast_weights()
-        else:
-            for parameter in self._parameters.values():
-                parameter.grad = None
+        for parameter in self._parameters.values():
+            parameter.grad = None
         return result
 
     @torch.no_grad()

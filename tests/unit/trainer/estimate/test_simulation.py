@@ -205,6 +205,22 @@ def test_gradients_kept_whole_are_counted() -> None:
     assert memory.total(4, 4, True) > memory.total(4, 4, False) + 2 * found.parameters
 
 
+@pytest.mark.slow
+def test_what_a_graph_keeps_is_counted() -> None:
+    """Gradients keep their memory between steps; activations keep theirs during the update, which needs more than the
+    passes do where a step is watched."""
+    config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "parallel.cuda_graph=true")
+    plain = config.model_copy(update={"parallel": config.parallel.model_copy(update={"cuda_graph": False})})
+    without, recorded = (Memory(profile(c, 1), build_mup_table(c), 0, c.parallel) for c in (plain, config))
+    for accumulates in (False, True):
+        parts = recorded.parts(1, 16, accumulates)
+        assert parts["gradients"] == parts["ema"]  # in fp32, as the average is
+        assert parts["activations"] > without.parts(1, 16, accumulates)["activations"]
+    alike = Memory(recorded.profile, recorded.table, 0, plain.parallel)
+    assert recorded.total(1, 16, False) > alike.total(1, 16, False) >= without.total(1, 16, False)
+    assert recorded.total(1, 16, False) == recorded.total(1, 16, True)
+
+
 def test_state_in_the_host(simulated: Profile) -> None:
     table = build_mup_table(configured("mmdit_debug_mup.yaml"))
     plain, offloaded = (Memory(simulated, table, 0, ParallelConfig(cpu_offload=o)) for o in (False, True))

@@ -1,13 +1,15 @@
 """Live health: figures by hand, and what a real run logs."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.runs import train
-from trainer.loop import train_step
+from trainer.loop import forward_backward, train_step
 from trainer.monitor.mup_health import BINS, Health, WatchedParameter, time_figures, time_sums
 from trainer.monitor.trackers import wandb_name
 from trainer.parallel.engine import StepResult
@@ -102,14 +104,15 @@ def test_only_a_logged_step_is_watched() -> None:
         return StepResult(*torch.zeros(3))
 
     b = torch.zeros(2)
-    engine = SimpleNamespace(model=lambda *_, **__: (b, None), backward=lambda *_, **__: None, step=step)
+    engine: Any = SimpleNamespace(model=lambda *_, **__: (b, None), backward=lambda *_, **__: None, step=step)
+    objective: Any = SimpleNamespace(draw=lambda *_: SimpleNamespace(x_t=b, t=b), loss=lambda *_: b + 1)
     run = SimpleNamespace(
         state=TrainState.start(torch.device("cpu")),
         world=SimpleNamespace(size=1, device=torch.device("cpu")),
         plan=SimpleNamespace(global_batch_size=2, every=Intervals(log=3)),
         last_step=7,
-        objective=SimpleNamespace(draw=lambda *_: SimpleNamespace(x_t=b, t=b), loss=lambda *_: b + 1),
         engine=engine,
+        passes=partial(forward_backward, engine, objective, None, 0.5),
         alignment=None,
         health=Health({}, replicas=1),
         timer=SimpleNamespace(),

@@ -8,22 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.steps import built
+from tests.helpers.steps import built, state_of
 from trainer.loop import train_step
 from trainer.parallel.fsdp import FSDP2Engine
 from trainer.parallel.single import SingleEngine
-from trainer.run import Run
 
 FSDP2 = "parallel.cpu_offload=true"
 SMALL = ("train.log_every=1", "optim.clip_norm=0.5", "optim.lr=3e-3", "ema.decays=[0.9]", "train.global_batch_size=6")
 pytestmark = pytest.mark.slow  # 21 s of CPU together, and what counts FLOPs starts a process
 ENGINES = {FSDP2: FSDP2Engine, None: SingleEngine}
-
-
-def state_of(run: Run) -> dict[str, Tensor]:
-    """Weights, moments, counts of updates, averages, and the sums of losses and gradient norms."""
-    state = {f"{key}/{name}": t for name, tensors in run.engine.state().items() for key, t in tensors.items()}
-    return {key: tensor.clone() for key, tensor in (state | run.ema.tensors() | run.state.tensors()).items()}
 
 
 def trained(folder: Path, config: str, engine: str | None, *more: str) -> dict[str, Tensor]:
