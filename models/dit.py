@@ -15,6 +15,7 @@ from .layers import (
     Declaration,
     OutputLinear,
     SelfAttention,
+    TokenLinear,
     add_gated,
     axis_sinusoids,
     grid_positions,
@@ -35,7 +36,7 @@ class Block(nn.Module):
         d = config.width
         self.modulation = nn.Linear(d, 6 * d)
         self.attention = SelfAttention(d, config.head_dim)
-        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"))
+        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"), TokenLinear)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x [B, N, D], c [B, D] (after SiLU) -> [B, N, D]."""

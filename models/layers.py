@@ -4,6 +4,7 @@ Shapes: B batch, N image tokens, L text tokens, D width, H heads, K head_dim, C 
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -63,20 +64,40 @@ class OutputLinear(nn.Linear):
         return F.linear(input * self.multiplier, self.weight, self.bias)
 
 
-class MLP(nn.Module):
-    """Two linear layers with a nonlinearity between them: [..., fan_in] -> [..., hidden] -> [..., fan_out]."""
+class TokenLinear(nn.Linear):
+    """Linear layer of a block that every token goes through: query, key and value, attention's output, and the MLP's
+    two. These are most of a model's arithmetic, and what parallel.precision fp8 narrows.
 
-    def __init__(self, fan_in: int, hidden: int, fan_out: int, activation: nn.Module) -> None:
+    Everything else is a plain nn.Linear: modulation and embeddings, which have few products and great leverage, U-ViT's
+    skips, which lie in the residual stream itself, and the layer that ends the model.
+    """
+
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+    """(input [..., fan_in], weight [fan_out, fan_in], bias [fan_out]) -> [..., fan_out], in the run's precision."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.multiply(input, self.weight, self.bias)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a nonlinearity between them: [..., fan_in] -> [..., hidden] -> [..., fan_out].
+
+    linear: the class of both; that of a block is TokenLinear.
+    """
+
+    def __init__(
+        self, fan_in: int, hidden: int, fan_out: int, activation: nn.Module, linear: type[nn.Linear] = nn.Linear
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(fan_in, hidden)
+        self.fc1 = linear(fan_in, hidden)
         self.activation = activation
-        self.fc2 = nn.Linear(hidden, fan_out)
+        self.fc2 = linear(hidden, fan_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
 
 
-class QKVLinear(nn.Linear):
+class QKVLinear(TokenLinear):
     """Fused projection to query, key and value without a bias of the key: [..., E] -> [..., 3 D] (2 D without query).
 
     For attention without QK-norm. A bias of the key adds the same number to all scores of a query, which softmax
@@ -91,10 +112,10 @@ class QKVLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.v_bias is None:
-            return F.linear(input, self.weight)
+            return self.multiply(input, self.weight, None)
         q_bias = [] if self.q_bias is None else [self.q_bias]
         bias = torch.cat([*q_bias, torch.zeros_like(self.v_bias), self.v_bias])  # [3 D]
-        return F.linear(input, self.weight, bias)
+        return self.multiply(input, self.weight, bias)
 
 
 class SelfAttention(nn.Module):
@@ -104,7 +125,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.qkv = QKVLinear(width, width, bias=bias)
-        self.out = nn.Linear(width, width)
+        self.out = TokenLinear(width, width)
 
     def forward(self, x: Tensor, seen: Visible = None) -> Tensor:
         q, k, v = split_heads(self.qkv(x), 3, self.head_dim)  # 3 x [B, N, H, K]

@@ -22,6 +22,7 @@ from .layers import (
     Declaration,
     OutputLinear,
     TextCondition,
+    TokenLinear,
     add_gated,
     axis_sinusoids,
     crop_positions,
@@ -52,11 +53,11 @@ class Stream(nn.Module):
         d = config.width
         self.head_dim = config.head_dim
         self.modulation = nn.Linear(d, 6 * d)
-        self.qkv = nn.Linear(d, 3 * d)
+        self.qkv = TokenLinear(d, 3 * d)
         self.norm_q = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
         self.norm_k = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
-        self.out = nn.Linear(d, d)
-        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"))
+        self.out = TokenLinear(d, d)
+        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"), TokenLinear)
 
     def before_attention(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Modulation]:
         """x [B, N, D], c [B, D] (after SiLU) -> q, k, v [B, N, H, K] and the modulation for `after_attention`."""
@@ -80,7 +81,7 @@ class LastTextStream(nn.Module):
         d = config.width
         self.head_dim = config.head_dim
         self.modulation = nn.Linear(d, 2 * d)
-        self.kv = nn.Linear(d, 2 * d)
+        self.kv = TokenLinear(d, 2 * d)
         self.norm_k = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

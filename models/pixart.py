@@ -22,6 +22,7 @@ from .layers import (
     SelfAttention,
     SizedTextCondition,
     TextCondition,
+    TokenLinear,
     add_gated,
     axis_sinusoids,
     grid_positions,
@@ -40,9 +41,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q = nn.Linear(width, width)
+        self.q = TokenLinear(width, width)
         self.kv = QKVLinear(width, width, query=False)
-        self.out = nn.Linear(width, width)
+        self.out = TokenLinear(width, width)
 
     def forward(self, x: Tensor, y: Tensor, seen: Visible) -> Tensor:
         """x [B, N, D], y [B, L, D], seen: of L keys -> [B, N, D]."""
@@ -62,7 +63,7 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(6, d))
         self.attention = SelfAttention(d, config.head_dim)
         self.cross_attention = CrossAttention(d, config.head_dim)
-        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"))
+        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"), TokenLinear)
 
     def forward(self, x: Tensor, y: Tensor, modulation: Tensor, seen: Visible) -> Tensor:
         """x [B, N, D], y [B, L, D], modulation [B, 6, D], seen: of L keys -> [B, N, D]."""

@@ -17,6 +17,7 @@ from .layers import (
     OutputLinear,
     SelfAttention,
     TextCondition,
+    TokenLinear,
     patchify,
     time_sinusoids,
     unpatchify,
@@ -34,7 +35,7 @@ class Block(nn.Module):
         self.norm_attention = nn.LayerNorm(d, eps=NORM_EPS)
         self.attention = SelfAttention(d, config.head_dim, bias=config.qkv_bias)
         self.norm_mlp = nn.LayerNorm(d, eps=NORM_EPS)
-        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU())
+        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(), TokenLinear)
 
     def forward(self, x: Tensor, seen: Visible) -> Tensor:
         """x [B, T, D], seen: of T keys -> [B, T, D]."""
