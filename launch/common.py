@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from data.errors import DataError
 from data.redaction import message, redact_logs_and_tracebacks
-from launch.processes import allow_open_files, importing
+from launch.processes import allow_open_files, importing, quieten_imports
 from launch.ranks import take_ranks
 from trainer.config.yaml_files import refuse_duplicates
 from trainer.errors import CheckpointError, CompileError, ConfigError, RunError
@@ -39,6 +39,7 @@ _WATCHDOG = "watch_"  # threads that are left in a store that does not answer; t
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit: 0 success, 1 a check falls short, 2 bad input."""
     redact_logs_and_tracebacks()
+    quieten_imports()
     allow_open_files()
     try:
         take_ranks()
