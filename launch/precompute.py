@@ -26,7 +26,7 @@ from launch.processes import end_with_torchrun
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
-from trainer.parallel.precision import DTYPES, at_least_fp32, precision_of
+from trainer.parallel.precision import DTYPES, at_least_fp32, precision_of, without_fp8
 
 
 def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
@@ -40,7 +40,7 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
         raise DataError(f"data.shards: {index.dataset.where} was precomputed already; give shards of images")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    precision = precision_of(config.parallel.precision, device)
+    precision = without_fp8(precision_of(config.parallel.precision, device))
     dtype = DTYPES[precision]
     # As in training: the autoencoder in fp32 at least, whose latents last for the whole run.
     autoencoder = load_autoencoder(config.autoencoder, device, at_least_fp32(precision))

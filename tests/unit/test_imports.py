@@ -20,7 +20,7 @@ PACKAGES = (
     "torch", "deepspeed", "accelerate", "webdataset", "transformers", "wandb", "diffusers", "pydantic", "yaml",
     "optuna", "safetensors", "fsspec", "pyarrow", "numpy", "PIL", "sentencepiece", "jinja2", "matplotlib", "rich",
 )  # fmt: skip
-OPTIONAL = ("wandb", "matplotlib", "optuna", "deepspeed")  # may be imported inside a function
+OPTIONAL = ("wandb", "matplotlib", "optuna", "deepspeed", "torchao")  # may be imported inside a function
 
 
 class Room(NamedTuple):
@@ -60,7 +60,7 @@ ROOMS: dict[str, Room] = {
     "trainer.mup": Room((), ("trainer.mup.rules", "trainer.mup.table")),
     "trainer.mup.apply": Room(("torch",), ("trainer.mup",)),
     "trainer.diffusion": Room(("torch", "diffusers"), ("trainer.diffusion",)),
-    "trainer.parallel": Room(("torch", "accelerate", "deepspeed"), ("trainer.parallel", "trainer.errors")),
+    "trainer.parallel": Room(("torch", "accelerate", "deepspeed", "torchao"), ("trainer.parallel", "trainer.errors")),
     "trainer.files": Room((), ("trainer.errors", "data.files", "data.lock_file")),
     "trainer.provenance": Room((), ()),
     "trainer.lr_schedule": Room((), ()),

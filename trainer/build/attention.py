@@ -13,7 +13,7 @@ from ..parallel.mesh import World
 from ..parallel.precision import DTYPES, precision_of
 
 # Flash kernels compute in 16 bits alone, and torch's memory-efficient one in no more than 32.
-_BY_PRECISION: dict[str, Kernel] = {"bf16": "varlen", "fp32": "efficient", "fp64": "math"}
+_BY_PRECISION: dict[str, Kernel] = {"bf16": "varlen", "fp8": "varlen", "fp32": "efficient", "fp64": "math"}
 
 _choose = cache(choose_kernel)  # once for each shape, however many models a process builds
 

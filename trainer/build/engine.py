@@ -28,10 +28,11 @@ from ..parallel.compile import compile_units
 from ..parallel.engine import Engine
 from ..parallel.fsdp import FSDP2Engine, Sharding
 from ..parallel.mesh import World
-from ..parallel.precision import precision_of
+from ..parallel.precision import DTYPES, precision_of
 from ..parallel.single import SingleEngine
 from ..parallel.zero import ZeroEngine
 from .attention import attention_choice
+from .float8 import multiply_in_fp8
 
 
 def build_mup_table(config: TrainConfig) -> MuTable:
@@ -62,12 +63,15 @@ def build_engine(config: TrainConfig, table: MuTable, world: World, attention: K
     attention: the kernel that this process's models take from now on; None takes the one for this config and device.
     """
     optim, parallel = config.optim, config.parallel
-    if precision_of(config.parallel.precision, world.device) != "bf16":
+    precision = precision_of(parallel.precision, world.device)
+    if DTYPES[precision] is not torch.bfloat16:
         torch.backends.cuda.enable_flash_sdp(True)  # on a CPU off since init_world, for the sake of bf16
     use_kernel(attention or attention_choice(config, world).kernel)
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
     apply_multipliers(model, table)
+    if precision == "fp8":
+        multiply_in_fp8(model, table, world)
     units = model.shard_units()
     checkpoint_activations(units, parallel.activation_checkpointing)
     if compiles(config, on_gpu=world.device.type == "cuda"):
@@ -82,7 +86,7 @@ def build_engine(config: TrainConfig, table: MuTable, world: World, attention: K
 
     common: dict[str, Any] = {
         "world": world,
-        "precision": precision_of(config.parallel.precision, world.device),
+        "precision": precision,
         "groups": groups,
         "betas": optim.betas,
         "clip_norm": optim.clip_norm,

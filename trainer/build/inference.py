@@ -23,6 +23,7 @@ from ..input.encoding import Encoders
 from ..mup.table import MuTable
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
+from ..parallel.precision import without_fp8
 from .engine import build_engine, build_mup_table, build_objective, build_sampler
 
 
@@ -88,7 +89,9 @@ def build_inference(
     encoders = Encoders(config, world)
     _check_text_encoder(encoders, checkpoint, config.text_encoder.path)
     # Compiling takes longer than what it saves in a few images: only where it is asked for.
-    eager = config.parallel.model_copy(update={"compile": bool(config.parallel.compile)})
+    # So is fp8 for training: it saves time only where it is compiled.
+    precision = config.parallel.precision and without_fp8(config.parallel.precision)
+    eager = config.parallel.model_copy(update={"compile": bool(config.parallel.compile), "precision": precision})
     engine = build_engine(config.model_copy(update={"parallel": eager}), table, world)
     if weights == "live" and read_meta(checkpoint).get("averages_only"):
         raise CheckpointError(f"{checkpoint} is a snapshot, which holds EMA weights alone: there are no live ones")

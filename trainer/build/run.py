@@ -47,7 +47,7 @@ from ..mup.table import BaseRates, MuTable
 from ..parallel.cuda_graph import Recorder
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
-from ..parallel.precision import multiplies, precision_of
+from ..parallel.precision import multiplies, precision_of, without_fp8
 from ..provenance import commit
 from ..recovery.skipped_ranges import follow, read_skipped_ranges
 from ..run import Intervals, Plan, Run
@@ -55,6 +55,7 @@ from ..state import TrainState
 from ..step import MicroBatch
 from .attention import attention_choice, describe
 from .engine import build_alignment, build_engine, build_mup_table, build_objective, units_of
+from .float8 import check_fp8_is_compiled
 from .flops import image_flops
 from .inference import image_generator, sample_images
 from .passes import build_passes, graph_recorder
@@ -78,6 +79,7 @@ def build_run(
 
     _set_determinism(config)
     recorder = graph_recorder(config, world)
+    check_fp8_is_compiled(config, world)
     inputs = _open_inputs(config, resolve(config, world.size, fitting), world)
     on_rank_0(world, lambda: _check_is_run_folder(inputs.folder))
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
@@ -230,6 +232,8 @@ def _slow_precision(config: TrainConfig, device: torch.device) -> list[str]:
     precision = precision_of(config.parallel.precision, device)
     if multiplies(precision, device):
         return []
+    if precision == "fp8":
+        return ["warning: a processor only emulates parallel.precision=fp8, for tests: bf16 and fp32 are faster here"]
     return [
         f"warning: this {'GPU' if device.type == 'cuda' else 'processor'} does not multiply {precision} itself: "
         "parallel.precision=fp32 is many times faster here"
@@ -308,7 +312,8 @@ def _evaluator(
     if encoders.without_images:
         raise DataError(f"train.evaluate_every needs images: {encoders.without_images}")
     _, suite = load_suite(config.train.evaluate_suite)
-    suite = suite.model_copy(update={"vae": None, "precision": precision_of(config.parallel.precision, world.device)})
+    precision = without_fp8(precision_of(config.parallel.precision, world.device))
+    suite = suite.model_copy(update={"vae": None, "precision": precision})
     generate = image_generator(suite.applied(config), engine, encoders, inputs.resolved)
     evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
 

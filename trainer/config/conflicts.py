@@ -145,8 +145,8 @@ def _zero_conflicts(c: TrainConfig) -> Iterator[str]:
     parallel = c.parallel
     if parallel.engine != "zero":
         return
-    if parallel.precision == "fp64":
-        yield "parallel.precision fp64 needs parallel.engine fsdp2: zero has fp32 and bf16"
+    if parallel.precision in ("fp8", "fp64"):
+        yield f"parallel.precision {parallel.precision} needs parallel.engine fsdp2: zero has fp32 and bf16"
     if parallel.shard != 0:
         yield "parallel.shard must be 0 under parallel.engine zero, which shards over all ranks; fsdp2 has replicas"
     if parallel.reshard_after_forward is False:

@@ -222,9 +222,9 @@ class ParallelConfig(Section):
     """What engine zero shards: the optimizer state (1), the gradients too (2), the weights too (3)."""
     shard: int = Field(default=0, ge=0)
     """Ranks that share one copy of the weights; 0 means all. There are world size / shard replicas (HSDP)."""
-    precision: Literal["bf16", "fp32", "fp64"] | None = None
-    """Number type of the computation over fp32 master weights; null is bf16 on a GPU and fp32 on a CPU. fp64 is for
-    tests."""
+    precision: Literal["bf16", "fp8", "fp32", "fp64"] | None = None
+    """Number type of the computation over fp32 master weights; null is bf16 on a GPU and fp32 on a CPU. fp8 (needs
+    torchao; H100 or newer) is bf16 whose blocks multiply their tokens in fp8. fp64 is for tests."""
     compile: bool | None = None
     """Compile each block; null does so on a GPU in training. A block that the compiler fails on runs eagerly, with a
     warning; shapes that would need more and more graphs end the run."""

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch, exchange
 from .mesh import World
-from .precision import Precision
+from .precision import DTYPES, Precision
 from .update import AdamWUpdate, squared_norms, total_norm
 
 
@@ -58,9 +58,10 @@ class FSDP2Engine:
         self._world = world
         self._saver = AsyncSaver(world.device, world.checkpoint)
         model.to(torch.float64 if precision == "fp64" else torch.float32)
+        narrow = DTYPES[precision] is torch.bfloat16
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if precision == "bf16" else None,
-            reduce_dtype=torch.float32 if precision == "bf16" else None,
+            param_dtype=torch.bfloat16 if narrow else None,
+            reduce_dtype=torch.float32 if narrow else None,
             # A cast of the inputs would round t to 8 bits: the models cast what they want cast.
             cast_forward_inputs=False,
         )

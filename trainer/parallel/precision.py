@@ -4,8 +4,14 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["bf16", "fp32", "fp64"]
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+Precision = Literal["bf16", "fp8", "fp32", "fp64"]
+DTYPES: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+"""Of weights and activations. fp8 narrows what the blocks multiply, at the product alone (see float8)."""
 
 
 def precision_of(configured: Precision | None, device: torch.device) -> Precision:
@@ -13,14 +19,19 @@ def precision_of(configured: Precision | None, device: torch.device) -> Precisio
     return configured or ("bf16" if device.type == "cuda" else "fp32")
 
 
+def without_fp8(precision: Precision) -> Literal["bf16", "fp32", "fp64"]:
+    """For what fp8 is not meant for: encoders, and models that are not trained."""
+    return "bf16" if precision == "fp8" else precision
+
+
 def multiplies(precision: Precision, device: torch.device) -> bool:
     """Whether the device multiplies matrices in this precision itself. torch does so in a loop where a processor does
-    not know bf16, which takes many times as long as fp32."""
-    if precision != "bf16":
-        return True
+    not know bf16, which takes many times as long as fp32; fp8 is emulated on every processor."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+        return precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16":
+        return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    return precision != "fp8"
 
 
 def at_least_fp32(precision: Precision) -> torch.dtype:

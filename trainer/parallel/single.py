@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch, exchange
 from .mesh import World
-from .precision import Precision
+from .precision import DTYPES, Precision
 from .update import AdamWUpdate, squared_norms, total_norm
 
 
@@ -52,9 +52,9 @@ class SingleEngine:
         self._update = AdamWUpdate(
             {name: parameter.detach() for name, parameter in self._parameters.items()}, groups, betas, clip_norm
         )
-        self._casts, self._fixed = precision == "bf16", fixed_gradients
+        self._casts, self._fixed = DTYPES[precision] is torch.bfloat16, fixed_gradients
         self._gradients: dict[str, Tensor] = {}
-        """Under bf16, and where they are fixed: the step's gradients so far, in the master weights' type."""
+        """Under bf16 and fp8, and where they are fixed: the step's gradients so far, in the master weights' type."""
         if self._casts:
             for parameter in self._parameters.values():
                 parameter.data = parameter.data.bfloat16()
