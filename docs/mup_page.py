@@ -37,8 +37,22 @@ epsilon by m instead. The final weight starts at zero, which takes away the only
 Weights decay by role (`optim.decay: matrices`) unless a config says `all`.
 
 Base hyperparameters that the table carries too: `mup.output_multiplier` (times 1/m), `mup.role_lr.ROLE` (on the lr of a
-role). `mup.base_depth` (off by default) multiplies what a block adds to the residual stream by base depth / depth
-(CompleteP, arXiv 2505.01618, alpha = 1); learning rates stay. U-ViT refuses it: its long skips are no residual branch.
+role).
+
+`mup.base_depth` (off by default) scales with the depth: CompleteP (arXiv 2505.01618), as Complete(d)P (arXiv
+2512.22382) has it. L is depth / base depth, alpha is `mup.depth_alpha`: 1, or 1/2.
+
+| in the blocks | x | alpha 1 | alpha 1/2 | why |
+|---|---|---|---|---|
+| what a block adds to the residual stream | L^-alpha | 1/L | 1/sqrt(L) | L branches add up to L if they agree, as the \
+changes by training do, and to sqrt(L) if they do not, as at init |
+| lr, of every role | L^(alpha - 1) | 1 | 1/sqrt(L) | with it L x L^-alpha x lr, the change of the stream by a step, \
+stays |
+| eps, under `eps_rule: width` | L^-alpha | 1/L | 1/sqrt(L) | gradients shrink as the branch does |
+| wd, init | 1 | 1 | 1 | as the paper has them: at alpha 1/2, lr x wd of the blocks falls with the depth |
+
+What is not in a block stays. U-ViT refuses it: its long skips are no residual branch. The sources found transfer with
+either alpha, up to 32 times the depth, with QK-norm and on language.
 
 One init differs from the muP paper's code on purpose: PixArt's patch embedding is Xavier-uniform over the flattened
 patch, as PixArt's own code has it (std 0.0811 at base width 288). The paper's takes the convolution's four dimensions,

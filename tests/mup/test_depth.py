@@ -1,4 +1,4 @@
-"""T15 and the depth rule (CompleteP, alpha = 1): what training changes does not depend on the depth."""
+"""T15 and the depth rules (CompleteP, alpha = 1 and 1/2): what training changes does not depend on the depth."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +15,11 @@ from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 from trainer.mup.apply import apply_branch_scale, apply_multipliers, build_table, init_parameters
-from trainer.mup.rules import Settings
+from trainer.mup.rules import Settings, depth_factors
 from trainer.mup.table import BaseRates, MuTable
 
 from .cases import BASE_WIDTH, CASES, CHANNELS, CLASSES, HEAD_DIM, TEXT_LENGTH, TEXT_WIDTH
-from .checks import adamw, train
+from .checks import LR, adamw, scale_of, train, values
 
 pytestmark = pytest.mark.slow  # seconds each: `make test T=tests/mup/test_depth.py`
 
@@ -50,34 +50,88 @@ def last_features(name: str, model: nn.Module, depth: int) -> Tensor:
         return model(x, t, condition, features_at=depth - 1)[1]
 
 
-def change(name: str, depth: int, settings: Settings, seed: int) -> float:
-    """Root mean square of what a few steps change in the last features."""
+def change(name: str, depth: int, settings: Settings, seed: int, opened: bool) -> float:
+    """Root mean square of what a few steps change in the last features. opened: gates and biases do not start at 0."""
     table, build = table_of(name, depth, settings)
     model = build()
     apply_multipliers(model, table)
     init_parameters(model, table, seed)
+    if opened:
+        generator = torch.Generator().manual_seed(3)
+        for p in model.parameters():
+            if not p.detach().any():
+                p.data.normal_(0, 0.05, generator=generator)
     before = last_features(name, model, depth)
     train(CASES[name], model, adamw(model, table, 0.0, 1e-12, lr=2.0**-9), 4)
     return (last_features(name, model, depth) - before).square().mean().sqrt().item()
 
 
-def slope_over_depth(name: str, base_depth: int | None) -> float:
+def slope_over_depth(name: str, settings: Callable[[int], Settings], opened: bool = False) -> float:
+    """Octaves by which the change grows when the depth doubles; settings: of a depth."""
     log_change = []
     for depth in DEPTHS:
-        settings = Settings(branch_scale=1.0 if base_depth is None else base_depth / depth)
-        changes = torch.tensor([change(name, depth, settings, seed) for seed in (0, 1)])
+        changes = torch.tensor([change(name, depth, settings(depth), seed, opened) for seed in (0, 1)])
         log_change.append(changes.log2().mean())
     octaves = torch.tensor(DEPTHS).float().log2()
     octaves -= octaves.mean()
     return ((octaves * torch.stack(log_change)).sum() / octaves.square().sum()).item()
 
 
+def at_alpha(alpha: float) -> Callable[[int], Settings]:
+    def settings(depth: int) -> Settings:
+        branch_scale, branch_lr = depth_factors(depth, BASE_DEPTH, alpha)
+        return Settings(branch_scale=branch_scale, branch_lr=branch_lr)
+
+    return settings
+
+
 @every_residual_case
 def test_change_of_the_last_features_over_depth(name: str) -> None:
-    slopes = slope_over_depth(name, BASE_DEPTH), slope_over_depth(name, None)
-    print(name, slopes)
-    assert abs(slopes[0]) <= 0.25
-    assert slopes[1] > 0.4
+    slopes = {alpha: slope_over_depth(name, at_alpha(alpha)) for alpha in (1.0, 0.5)}
+    unscaled = slope_over_depth(name, lambda _: Settings())
+    print(name, slopes, unscaled)
+    assert all(abs(slope) <= 0.25 for slope in slopes.values())
+    assert unscaled > 0.4
+
+
+@every_residual_case
+def test_alpha_one_half_needs_both_of_its_factors(name: str) -> None:
+    """With gates that are open; behind those that start at 0 a branch counts for little in the first steps."""
+    half = at_alpha(0.5)
+    whole = slope_over_depth(name, half, opened=True)
+    parts = [
+        slope_over_depth(name, lambda depth: replace(half(depth), branch_lr=1.0), opened=True),
+        slope_over_depth(name, lambda depth: replace(half(depth), branch_scale=1.0), opened=True),
+    ]
+    print(name, whole, parts)
+    assert abs(whole) <= 0.15
+    assert min(parts) > 0.25
+
+
+def test_depth_factors() -> None:
+    assert depth_factors(8, None, 1.0) == (1.0, 1.0)
+    assert depth_factors(8, 2, 1.0) == (0.25, 1.0)
+    assert depth_factors(8, 2, 0.5) == (0.5, 0.5)
+    assert depth_factors(2, 8, 0.5) == (2.0, 2.0), "a shallower model"
+    assert depth_factors(57, 28, 1.0)[0] == 28 / 57, "to the last bit, as in tables of runs that are older than alpha"
+
+
+@every_residual_case
+def test_first_adam_step_of_the_blocks(name: str) -> None:
+    """At alpha 1/2 and four times the depth a step moves what is in the blocks by half, of every role, and it alone."""
+    case, m = CASES[name], 4.0
+    branch_scale, branch_lr = depth_factors(8, 2, 0.5)
+    table = case.table(m, Settings(branch_scale=branch_scale, branch_lr=branch_lr))
+    model = case.model(m, table)
+    case.randomise_zeros(model)
+    before, optimizer = values(model), adamw(model, table, weight_decay=0.0, eps=1e-16)
+    case.loss(model).backward()
+    optimizer.step()
+    for parameter, p in model.named_parameters():
+        assert p.grad is not None
+        moved = (p.detach() - before[parameter]).abs()[p.grad != 0].median().item()
+        expected = LR * scale_of(case, m, parameter).lr * (0.5 if parameter.startswith("blocks.") else 1.0)
+        assert moved == pytest.approx(expected, rel=2e-3), parameter
 
 
 def configured(name: str, *overrides: str) -> TrainConfig:
@@ -127,6 +181,25 @@ def test_the_scale_is_the_tables(name: str) -> None:
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
     apply_multipliers(model, table)
     assert {getattr(block, "branch_scale") for block in model.get_submodule("blocks").children()} == {0.25}  # noqa: B009
+
+
+@every_residual_case
+def test_the_factors_at_alpha_one_half_are_the_tables(name: str) -> None:
+    config = configured(name, "model.depth=8", "mup.base_depth=2", "mup.depth_alpha=0.5")
+    table, plain = build_mup_table(config), build_mup_table(configured(name, "model.depth=8"))
+    assert (table.settings.branch_scale, table.settings.branch_lr) == (0.5, 0.5)
+    assert {row.role for n, row in table.rows.items() if n.startswith("blocks.")} >= {"hidden", "vector"}
+    for parameter, row in table.rows.items():
+        halved = 0.5 if parameter.startswith("blocks.") else 1.0
+        assert row.lr == plain.rows[parameter].lr * halved, parameter
+        assert replace(row, lr=1.0) == replace(plain.rows[parameter], lr=1.0), "decay, init and epsilon stay"
+    at_base = configured(name, "mup.base_depth=2", "mup.depth_alpha=0.5")
+    assert build_mup_table(at_base).hash == build_mup_table(configured(name)).hash
+
+
+def test_alpha_without_a_base_depth_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"mup\.depth_alpha 0\.5 does nothing without mup\.base_depth"):
+        configured("dit", "mup.depth_alpha=0.5")
 
 
 @every_residual_case

@@ -334,7 +334,8 @@ def test_the_output_multiplier_is_a_base_hyperparameter(case: Case, parametrizat
 def test_options_that_are_off_leave_the_hash_alone() -> None:
     """Runs that are older than the options go on."""
     plain = MMDIT.table(2.5).to_json()
-    assert MMDIT.table(2.5, Settings(branch_scale=1.0, output_multiplier=1.0, role_lr={})).to_json() == plain
+    off = Settings(branch_scale=1.0, branch_lr=1.0, output_multiplier=1.0, role_lr={})
+    assert MMDIT.table(2.5, off).to_json() == plain
     assert plain["settings"].keys() == {"parametrization", "wd_rule", "eps_rule", "decay"}
     assert MMDIT.table(2.5, Settings(branch_scale=0.5)).to_json()["settings"]["branch_scale"] == 0.5
 

@@ -21,7 +21,7 @@ from ..diffusion.repa import Alignment
 from ..diffusion.sampling import Euler, Sampler
 from ..input.encoding import Encoders
 from ..mup.apply import apply_multipliers, build_table, init_parameters, initial_value, param_groups
-from ..mup.rules import ROLES, Settings
+from ..mup.rules import ROLES, Settings, depth_factors
 from ..mup.table import MuTable
 from ..parallel.activation_checkpointing import checkpoint_activations
 from ..parallel.compile import compile_units
@@ -43,12 +43,14 @@ def build_mup_table(config: TrainConfig) -> MuTable:
         shape: ModelConfig = dataclasses.replace(model, width=width)
         return build_model(shape, config.autoencoder.channels, config.text_encoder.width, config.projector)
 
+    branch_scale, branch_lr = depth_factors(model.depth, mup.base_depth, mup.depth_alpha)
     settings = Settings(
         mup.parametrization,
         mup.wd_rule,
         mup.eps_rule,
         config.optim.decay,
-        branch_scale=1.0 if mup.base_depth is None else mup.base_depth / model.depth,
+        branch_scale=branch_scale,
+        branch_lr=branch_lr,
         output_multiplier=mup.output_multiplier,
         role_lr={role: factor for role in ROLES if (factor := getattr(mup.role_lr, role)) != 1.0},
     )

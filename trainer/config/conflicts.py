@@ -51,6 +51,8 @@ def _model_conflicts(c: TrainConfig) -> Iterator[str]:
         except ValidationError as error:
             problems = [sentence for _, sentence in explain(error, type(c.model), type(c.model), "model.")]
             yield f"mup.base_width {c.mup.base_width} makes no model: {'; '.join(problems)}"
+    if c.mup.base_depth is None and c.mup.depth_alpha != 1:
+        yield f"mup.depth_alpha {c.mup.depth_alpha} does nothing without mup.base_depth: set that, or leave it 1"
     if c.mup.base_depth is not None and not c.model.residual:
         yield (
             f"mup.base_depth does not fit model.kind {c.model.kind}, which is not deep by residual branches alone: "

@@ -145,8 +145,12 @@ class MupConfig(Section):
     eps_rule: Literal["constant", "width"] = "constant"
     """`constant` leaves optim.eps as it is; `width` divides it by m wherever gradients shrink with 1 / m."""
     base_depth: int | None = Field(default=None, ge=1)
-    """Depth at which the base hyperparameters hold: each residual branch is multiplied by base_depth / model.depth
-    (CompleteP, arXiv 2505.01618, alpha = 1); null does not scale with the depth."""
+    """Depth at which the base hyperparameters hold: with L = model.depth / base_depth each residual branch is
+    multiplied by L^-depth_alpha, and the learning rate of what is in the blocks by L^(depth_alpha - 1) (CompleteP,
+    arXiv 2505.01618); null does not scale with the depth."""
+    depth_alpha: float = Field(default=1.0, ge=0.5, le=1)
+    """Exponent of mup.base_depth: 1 shrinks the branches and leaves learning rates alone, 0.5 shrinks both by
+    sqrt(L)."""
     output_multiplier: float = Field(default=1.0, gt=0)
     """Base hyperparameter: factor on the input of the final layer, beside muP's 1 / m."""
     role_lr: RoleFactors = RoleFactors()

@@ -25,9 +25,10 @@ class Settings:
     eps_rule: "width" divides Adam's epsilon by m wherever gradients shrink with 1 / m; "constant" asks for an
         epsilon far below every gradient (1e-12).
     decay: which weights decay at all: "matrices" leaves out biases, gains, tables and position embeddings.
-    branch_scale: base depth / depth, on what each block adds to the residual stream (CompleteP, arXiv 2505.01618,
-        alpha = 1); under eps_rule "width" also on the epsilon of the parameters in the blocks, whose gradients it
-        shrinks. About depth alone, so SP has it as well.
+    branch_scale, branch_lr: factors for the blocks of a deeper model (see `depth_factors`). branch_scale is on what
+        each block adds to the residual stream, and under eps_rule "width" also on the epsilon of the parameters in the
+        blocks, whose gradients it shrinks; branch_lr is on the learning rate of these parameters, the weight decay
+        being left alone. About depth alone, so SP has them as well.
     output_multiplier, role_lr: base hyperparameters, which SP has as well: a factor on the input of the output layers,
         and factors on the learning rate of roles (1 where none is given), the weight decay being left alone.
     """
@@ -37,6 +38,7 @@ class Settings:
     eps_rule: EpsRule = "constant"
     decay: DecayedSet = "matrices"
     branch_scale: float = 1.0
+    branch_lr: float = 1.0
     output_multiplier: float = 1.0
     role_lr: Mapping[Role, float] = field(default_factory=dict)
 
@@ -73,6 +75,21 @@ def factors(role: Role, m_in: float, m_out: float, settings: Settings, inner: bo
             return Factors(eps=1 / m_out if by_width else 1.0)
         case "fixed":
             return Factors()
+
+
+def depth_factors(depth: int, base_depth: int | None, alpha: float) -> tuple[float, float]:
+    """(branch_scale, branch_lr) of a model whose base hyperparameters hold at base_depth; None does not scale.
+
+    CompleteP (arXiv 2505.01618) and Complete(d)P (arXiv 2512.22382), with L = depth / base_depth: a residual branch is
+    multiplied by L^-alpha, and the learning rate of what is in the blocks by L^(alpha - 1). One Adam step changes a
+    branch in proportion to its learning rate, alike in all blocks, so that L of them change the residual stream by
+    L x L^-alpha x L^(alpha - 1) = 1. At alpha = 1 learning rates stay; at alpha = 1/2 independent branches add up to
+    the same size at init, and each block changes by less.
+    """
+    if base_depth is None:
+        return 1.0, 1.0
+    shallower = base_depth / depth
+    return shallower**alpha, shallower ** (1 - alpha)
 
 
 def decays(role: Role, dims: int, settings: Settings) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from .rules import Role, Settings, decays, factors
 
 VERSION = 1
-_OPTIONS = ("branch_scale", "output_multiplier", "role_lr")
+_OPTIONS = ("branch_scale", "branch_lr", "output_multiplier", "role_lr")
 
 
 class TableError(ValueError):
@@ -27,7 +27,8 @@ class TableError(ValueError):
 class ParameterInfo(NamedTuple):
     """Shape of a parameter and what owns it: "Linear", "Conv", "Embedding" or "Parameter" (anything else).
 
-    in_branch: whether it acts through a residual branch that Settings.branch_scale scales.
+    in_branch: whether it acts through a residual branch that Settings.branch_scale scales; Settings.branch_lr is then
+    on its learning rate.
     """
 
     shape: tuple[int, ...]
@@ -151,7 +152,8 @@ def _row(
     predicts = role == "output" and not declared.inner
     # muP takes the init formula at the base shape; SP at the shape that is trained.
     at_fans = (base_fan_in, base_fan_out) if settings.parametrization == "mup" else (fan_in, fan_out)
-    by_depth = settings.branch_scale if info.in_branch and settings.eps_rule == "width" else 1.0
+    depth_lr = settings.branch_lr if info.in_branch else 1.0
+    depth_eps = settings.branch_scale if info.in_branch and settings.eps_rule == "width" else 1.0
     return ParameterRow(
         role=role,
         shape=info.shape,
@@ -159,9 +161,9 @@ def _row(
         init=declared.init,
         init_std=init_std(declared.init, declared.std, *at_fans) * scale.init,
         multiplier=scale.multiplier * (settings.output_multiplier if predicts else 1.0),
-        lr=scale.lr * settings.role_lr.get(role, 1.0),
+        lr=scale.lr * settings.role_lr.get(role, 1.0) * depth_lr,
         weight_decay=scale.weight_decay if decays(role, len(info.shape), settings) else 0.0,
-        eps=scale.eps * by_depth,
+        eps=scale.eps * depth_eps,
         why=why,
     )
 
