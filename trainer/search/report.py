@@ -11,6 +11,7 @@ from ..config.load import load_config
 from ..errors import ConfigError
 from ..monitor.metrics import read_metrics
 from .cost import Cost, cost_of
+from .lr_fit import LR, LrFit, fit_of
 from .space import Dimension, Point, Value
 from .statistics import Estimate, best_region
 from .study import DIVERGED_AT, Study, Trial
@@ -26,7 +27,7 @@ _COLOURS = {"complete": "#4c78a8", "halved": "#b0b0b0", "diverged": "#cf222e", "
 class Key:
     """What the study says of one key. edge: the largest value that was stable, and the smallest one above it, from
     where every trial diverged; None where none did. region: the optimum with its 95 % interval, None where the trials
-    are too few. Both need values that have an order."""
+    are too few; of optim.lr that of the fit, where it has a minimum. Both need values that have an order."""
 
     dimension: Dimension
     best: Value
@@ -58,6 +59,7 @@ class StudyReport:
     study: Study
     trials: list[Trial]
     best: Trial
+    lr_fit: LrFit | None
     keys: list[Key]
     spent: Spent
     planned: Cost | None
@@ -87,6 +89,8 @@ def make_report(study: Study) -> StudyReport:
     diverged = [t for t in trials if t.state == "diverged" or (t.value is not None and t not in done)]
     importance = study.importance()
     regions = _regions(study.search.space, done)
+    if (fit := fit_of(study.search.space, done)) and fit.region:
+        regions[LR] = fit.region
     keys = [
         Key(d, done[0].point[d.key], importance.get(d.key), _edge(d, done, diverged), regions.get(d.key))
         for d in study.search.space
@@ -101,7 +105,7 @@ def make_report(study: Study) -> StudyReport:
     }
     if importance:
         pictures["importance"] = _plot_importance(importance, folder / "importance.png")
-    return StudyReport(study, trials, done[0], keys, _spent(study, trials, planned), planned, pictures)
+    return StudyReport(study, trials, done[0], fit, keys, _spent(study, trials, planned), planned, pictures)
 
 
 def _edge(dimension: Dimension, done: Sequence[Trial], diverged: Sequence[Trial]) -> tuple[float, float] | None:
@@ -187,6 +191,7 @@ def _panel(axes: "Axes", key: Key, done: Sequence[Trial], diverged: Sequence[Tri
         axes.axvspan(
             key.region.low, key.region.high, color=_COLOURS["best"], alpha=0.2, lw=0, label="best region, 95 %"
         )
+        axes.axvline(key.region.value, color=_COLOURS["best"], ls="--", lw=1)
     axes.scatter([place(t.point) for t in done], values, s=22, color=_COLOURS["complete"], label="trials")
     if diverged:
         places = [place(t.point) for t in diverged]
