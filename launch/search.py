@@ -21,6 +21,7 @@ from launch.slurm.worker_array import Work, add_array, submit_array
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.errors import ConfigError
+from trainer.mup.transfer_rules import RULES
 
 
 def main() -> int:
@@ -83,7 +84,10 @@ def report_study(given: Sequence[str]) -> int:
 
     study = Study.load(arguments.study)
     print(message(Table(study).summary()))
-    print(write_page(make_report(study)))
+    report = make_report(study)
+    if report.lr_fit:
+        print(f"optim.lr: {report.lr_fit}")
+    print(write_page(report))
     return 0
 
 
@@ -93,15 +97,20 @@ def transfer_study(given: Sequence[str]) -> int:
     parser.add_argument("--study", required=True, help="the study's folder, or its name under runs/")
     parser.add_argument("--to", required=True, help="the target's config")
     parser.add_argument("--trial", type=int, help="number of a trial, instead of the best")
+    parser.add_argument("--value", choices=("fit", "best"), help="optim.lr: the minimum of the fit over all trials, or "
+                        "the best trial's (default: the fit's where it has one)")  # fmt: skip
+    parser.add_argument("--rules", choices=RULES, default="none", help="move lr, betas, eps and weight decay together "
+                        "to the target's batch and steps (default: none, as they are)")  # fmt: skip
+    parser.add_argument("--force-rules", action="store_true", help="also where the rules were not tested")
     parser.add_argument("--output", required=True, type=Path, help="the config to write")
     add_overwrite(parser)
     arguments = parser.parse_args(given)
     keep_files(arguments.overwrite, arguments.output)
     from trainer.search.study import Study
-    from trainer.search.transfer import write_target
+    from trainer.search.transfer import Choice, write_target
 
-    study = Study.load(arguments.study)
-    print(message("\n".join(write_target(study, arguments.to, arguments.output, arguments.trial))))
+    choice = Choice(arguments.trial, arguments.value, arguments.rules, arguments.force_rules)
+    print(message("\n".join(write_target(Study.load(arguments.study), arguments.to, arguments.output, choice))))
     return 0
 
 
