@@ -48,7 +48,7 @@ class Study:
     steps: tuple[int, ...]
     broken: int
     seeds: int = 3
-    all_seeds: int = 6
+    all_seeds: int = 5
     target_seeds: int = 3
 
 

@@ -58,7 +58,7 @@ def test_a_killed_worker_goes_on(tmp_path: Path) -> None:
     process = worker(tmp_path / "killed")
     wait_for_step(killed / "trunk", 10, process)
     process.kill()
-    process.wait()
+    process.communicate()
     process = worker(tmp_path / "killed")
     wait_for_step(killed / "steps_00000032", 28, process)
     process.send_signal(signal.SIGSTOP)  # it holds its trunk, and gets no further meanwhile
@@ -69,7 +69,9 @@ def test_a_killed_worker_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGCONT)
     told = process.communicate()[1]
     assert (process.returncode, "preempted" in told) in ((3, True), (0, False)), told[-2000:]
-    assert worker(tmp_path / "killed").wait() == 0
+    last = worker(tmp_path / "killed")
+    last.communicate()
+    assert last.returncode == 0
     found = losses(killed)
     assert set(found) == {"trunk", "steps_00000008", "steps_00000032"}
     assert found == losses(tmp_path / "alone")

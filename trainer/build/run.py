@@ -89,6 +89,8 @@ def build_run(
     trained = _build_trained(inputs, start)
     notes = [*_describe(inputs, start), *describe(attention_choice(config, world))]
     notes += [*_slow_precision(config, world.device), *inputs.data.notes]
+    if track is not None:
+        notes += track.notes(inputs.fingerprints)
     side_jobs = _build_side_jobs(inputs, trained, notes)
     lock = on_rank_0(world, lambda: lock or lock_run(inputs.folder))
     metrics = _open_folder(inputs, start, trained.state.step, notes)

@@ -1,6 +1,7 @@
 """From the rungs' losses to a forecast: the law, what it says of the target with an interval, and whether to believe
 it."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ class Fit:
 
     law: Laws
     draws: Laws
-    noise: "_Noise"
+    of_one_run: Array
+    """Noise of a run in log L, one for each of the draws."""
     count: int
     """Points, each a mean over seeds."""
     rms_residual: float
@@ -61,7 +63,7 @@ class Fit:
     def loss(self, parameters: float, images: float) -> Interval:
         """Of one run of this size: with the noise of a seed, and what the law leaves."""
         value = float(np.exp(self.law.log_loss(parameters, images))[0, 0])
-        drawn = self.draws.log_loss(parameters, images)[:, 0] + self.noise.of_one_run(len(self.draws.theta))
+        drawn = self.draws.log_loss(parameters, images)[:, 0] + self.of_one_run
         return _interval(value, np.exp(drawn))
 
     def optimal_parameters(self, budget: float) -> Interval:
@@ -100,8 +102,8 @@ def fit_rungs(rungs: Sequence[Rung], seed: int = 0, replicates: int = REPLICATES
     draws = refit(grid, drawn, law, table.counts)
     rms = math.sqrt(float(np.mean((np.log(table.loss) - fitted) ** 2)))
     left_out = _left_out(used, replicates) if check else None
-    found = Fit(law, draws, noise, len(table.loss), rms, left_out)
-    return Fit(law, draws, noise, len(table.loss), rms, left_out, _reasons(rungs, used, table, found))
+    found = Fit(law, draws, noise.of_one_run(replicates), len(table.loss), rms, left_out)
+    return dataclasses.replace(found, refused=_reasons(rungs, used, table, found))
 
 
 def _reasons(rungs: Sequence[Rung], used: Sequence[Rung], table: "_Table", fit: Fit) -> list[str]:

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from data.files import json_digest
 
+from ..checkpoint.find import complete_checkpoints
+from ..checkpoint.meta import read_meta
 from ..errors import ConfigError
 from ..files import json_text, write_atomically
 from ..provenance import commit
@@ -40,6 +42,8 @@ class Forecast:
     notes: list[str]
     target: dict[str, Any]
     """The config's facts; {} for a table."""
+    fingerprints: dict[str, str]
+    """Of the rungs' data and encoders."""
     name: str
 
     @property
@@ -76,6 +80,7 @@ class Forecast:
                          for key, each in self.by_level.items()},
             "fit": {"points": self.fit.count, "rms_residual": self.fit.rms_residual, "left_out": self.fit.left_out},
             "course": [list(each) for each in self.course],
+            "fingerprints": self.fingerprints,
             "target": self.target,
             "target_digest": json_digest(self.target),
             "rungs_digest": json_digest([list(vars(rung).values()) for rung in self.rungs]),
@@ -85,7 +90,7 @@ class Forecast:
 
 def forecast_table(rungs: Sequence[Rung], parameters: float, images: float, name: str) -> Forecast:
     """A forecast from runs that were made elsewhere. Raises ConfigError where they are too few."""
-    return Forecast(_fit(rungs), rungs, parameters, images, {}, [], [], {}, name)
+    return Forecast(_fit(rungs), rungs, parameters, images, {}, [], [], {}, {}, name)
 
 
 def forecast_target(rungs: Rungs) -> Forecast:
@@ -110,8 +115,17 @@ def forecast_target(rungs: Rungs) -> Forecast:
     course = _course(rungs, fit, parameters) if decayed else []
     return Forecast(
         fit, [_rung(p) for p in points], parameters, images, by_level, course, notes, facts(target),
-        str(target.run.name),
+        _fingerprints(rungs), str(target.run.name),
     )  # fmt: skip
+
+
+def _fingerprints(rungs: Rungs) -> dict[str, str]:
+    """Of a rung that is finished; {} where its checkpoint is gone."""
+    for trunk in rungs.trunks():
+        for steps in rungs.steps:
+            for checkpoint in complete_checkpoints(rungs.branch_folder(trunk, steps) / "checkpoints"):
+                return {key: str(value) for key, value in read_meta(checkpoint)["fingerprints"].items()}
+    return {}
 
 
 def _fit(rungs: Sequence[Rung]) -> Fit:

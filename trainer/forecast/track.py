@@ -40,9 +40,17 @@ def facts(config: TrainConfig) -> dict[str, Any]:
 class Track:
     """The course that a forecast gives to a run."""
 
-    def __init__(self, course: Sequence[Expected], source: Path, optimum: tuple[float, float]) -> None:
-        """source: its forecast.json. optimum: parameters and images that are best for the run's compute."""
+    def __init__(
+        self,
+        course: Sequence[Expected],
+        source: Path,
+        optimum: tuple[float, float],
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
+        """source: its forecast.json. optimum: parameters and images that are best for the run's compute. fingerprints:
+        identities of the data and encoders of the rungs."""
         self.course, self.source, self.optimum = course, source, optimum
+        self._fingerprints = fingerprints or {}
         self._outside = 0
 
     @classmethod
@@ -63,7 +71,15 @@ class Track:
                 "\n".join([f"{path} is the forecast of another run:", *lines])
                 + "\nFit it anew for this config (launch/forecast.py fit), or leave run.forecast null."
             )
-        return cls(found["course"], path, (found["optimal_parameters"], found["optimal_images"]))
+        optimum = found["optimal_parameters"], found["optimal_images"]
+        return cls(found["course"], path, optimum, found["fingerprints"])
+
+    def notes(self, fingerprints: Mapping[str, str]) -> list[str]:
+        """Warnings where a run reads other data, or with other encoders, than the rungs did."""
+        pairs = {key: (value, fingerprints.get(key)) for key, value in self._fingerprints.items()}
+        other = [f"{key}: {then} there, {now} now" for key, (then, now) in pairs.items() if then != now]
+        told = f"warning: the rungs of the forecast {self.source} had other data or encoders ({'; '.join(other)})"
+        return [told] if other else []
 
     def at(self, step: int) -> Expected | None:
         """What is forecast of a step, between two of the course by their logarithms; None where it says nothing."""
@@ -111,10 +127,11 @@ def read_forecast(path: Path) -> dict[str, Any]:
             raise ValueError("refused and target are not what a forecast has")
         for key in ("optimal_parameters", "optimal_images"):
             found[key] = float(found[key])
+        found["fingerprints"] = {str(key): str(value) for key, value in found["fingerprints"].items()}
         return {**found, "course": sorted(course), "reasons": [str(reason) for reason in found["reasons"]]}
     except OSError as error:
         raise ConfigError(f"run.forecast: {path} cannot be read ({error.strerror})") from None
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{path} is no forecast of launch/forecast.py fit ({error}): make it again") from None
 
 

@@ -19,7 +19,7 @@ def config_of(folder: Path, *overrides: str) -> TrainConfig:
 
 def data(config: TrainConfig, **changes: Any) -> dict[str, Any]:
     course = [[10, 0.8, 0.7, 0.9], [100, 0.4, 0.35, 0.45], [200, 0.3, 0.29, 0.31]]
-    whole = {"refused": False, "reasons": [], "target": facts(config), "course": course}
+    whole = {"refused": False, "reasons": [], "target": facts(config), "course": course, "fingerprints": {"data": "a"}}
     return {**whole, "optimal_parameters": 1e6, "optimal_images": 1e5, **changes}
 
 
@@ -98,6 +98,13 @@ def test_of_another_run(tmp_path: Path) -> None:
     assert "model.width: " in told
     assert "train.seed" not in told, "the seed is what the interval is about"
     Track.of(config_of(tmp_path, f"run.forecast={path}", "train.log_every=7"))
+
+
+def test_other_data_is_told(tmp_path: Path) -> None:
+    track = track_of(tmp_path)
+    assert track.notes({"data": "a", "text": "b"}) == []
+    (told,) = track.notes({"data": "c"})
+    assert "data: a there, c now" in told
 
 
 def test_refused_missing_and_damaged(tmp_path: Path) -> None:
