@@ -12,10 +12,12 @@ its scheduler node reads and writes outside itself: for each part of a buffer as
 once where the kernel comes back to it (the caches are taken to hold it), no buffer more than whole, and what lives
 inside the kernel not at all. GEMMs and attention have traffic of their own, which is not counted. Saved D is what the
 forward pass makes and the backward pass reads; weights and what the block was given are not in it.
-Captions have their full length, and shapes are those of one batch: they give the same kernels as shapes that vary.
+Captions have their full length. As in training, sizes of a batch are symbols to the compiler, and inductor's options
+are those of training (trainer/parallel/compile.py); a size that is asked for is that of one batch.
 """
 
 import argparse
+import itertools
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +29,10 @@ import torch
 import torch._inductor.compile_fx as compile_fx
 from torch import Tensor, nn
 from torch._dynamo.device_interface import get_interface_for_device
+from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import config as inductor
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.dependencies import Dep, MemoryDep
@@ -38,6 +42,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, optimization_hint
 from torch.utils import _triton
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -45,6 +50,7 @@ from benchmarks.machine import write
 from models.attention import use_kernel
 from trainer.build.meta import meta_inputs, meta_model
 from trainer.config.load import load_config
+from trainer.parallel.compile import inductor_options
 
 # What inductor asks of a device, from the data sheet and the CUDA programming guide's table of compute capability 9.0.
 DEVICES = {
@@ -130,13 +136,20 @@ def joint_graphs(
 ) -> tuple[GraphModule, GraphModule, int]:
     """Forward and backward graph as inductor's partitioner parts them, and the number of the block's outputs."""
 
+    numbers = itertools.count()
+
     def fake(tensor: Tensor) -> Tensor:
         with mode:
             made = torch.empty(tensor.shape, dtype=tensor.dtype)
         return made.requires_grad_(tensor.is_floating_point())
 
+    def varying(tensor: Tensor) -> Tensor:
+        real = torch.empty(tensor.shape, dtype=tensor.dtype)  # never written, so it takes no memory
+        made = mode.from_tensor(real, source=ConstantSource(f"input_{next(numbers)}"))
+        return made.requires_grad_(tensor.is_floating_point())
+
     weights = {name: fake(weight) for name, weight in block.named_parameters()}
-    flat, structure = tree_flatten(tree_map_only(Tensor, fake, given))
+    flat, structure = tree_flatten(tree_map_only(Tensor, varying, given))
     tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
 
     def call(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -181,7 +194,13 @@ def saved_bytes(forward: GraphModule, outputs: int) -> int:
     [results] = forward.graph.output_node().args
     saved = {node for node in results[outputs:] if node.op != "placeholder"}  # pyright: ignore
     values = [node.meta["val"] for node in saved]
-    return sum(value.numel() * value.dtype.itemsize for value in values if isinstance(value, Tensor))
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return sum(optimization_hint(tensor.numel()) * tensor.dtype.itemsize for tensor in tensors)
+
+
+def at_hand(size: Any) -> int:
+    """The value of a symbol, or of what is computed from symbols, in the batch that is lowered."""
+    return int(size) if isinstance(size, int) or size.is_Integer else V.graph.sizevars.optimization_hint(size)
 
 
 def traffic_bytes(node: BaseSchedulerNode) -> int:
@@ -197,7 +216,7 @@ def traffic_bytes(node: BaseSchedulerNode) -> int:
                 seen[first] = max(elements, seen.get(first, 0))
     total = 0
     for (_, buffer), elements in places.items():
-        reached = min(sum(elements.values()), int(V.graph.get_numel(buffer)))
+        reached = min(sum(elements.values()), at_hand(V.graph.get_numel(buffer)))
         total += reached * V.graph.get_dtype(buffer).itemsize
     return total
 
@@ -205,16 +224,17 @@ def traffic_bytes(node: BaseSchedulerNode) -> int:
 def place(dependency: Dep) -> tuple[Any, int]:
     """The first element that an index reaches, and how many it does."""
     if not isinstance(dependency, MemoryDep) or dependency.is_indirect():
-        return 0, int(V.graph.get_numel(dependency.name))
+        return 0, at_hand(V.graph.get_numel(dependency.name))
     index = dependency.index.expand(identity=True)
+    index = index.subs({symbol: at_hand(symbol) for symbol in index.free_symbols - {*dependency.var_names}})
     sizes = {name: size for name, size in zip(dependency.var_names, dependency.size, strict=True) if index.has(name)}
     first = index.subs(dict.fromkeys(sizes, 0))
     strides: list[tuple[int, int]] = []
     for name, size in sizes.items():
         stride: Any = index.coeff(name)
         if not stride.is_Integer or stride == 0:  # divided or taken modulo somewhere
-            return first, int(dependency.get_numel())
-        strides.append((int(stride), int(size)))
+            return first, at_hand(dependency.get_numel())
+        strides.append((int(stride), at_hand(size)))
     strides.sort()
     elements = strides[-1][1] if strides else 1
     for (stride, size), (next_stride, _) in pairwise(strides):
@@ -223,13 +243,14 @@ def place(dependency: Dep) -> tuple[Any, int]:
     return first, elements
 
 
-def lowered(graph: GraphModule, mode: FakeTensorMode, is_backward: bool) -> dict[str, Any]:
-    """Kernels of one graph, and the bytes that those of Triton move."""
+def lowered(graph: GraphModule, mode: FakeTensorMode, is_backward: bool, options: dict[str, int]) -> dict[str, Any]:
+    """Kernels of one graph under inductor's `options`, and the bytes that those of Triton move."""
     move_to_gpu(graph, mode)
-    with V.set_fake_mode(mode), mode, mock.patch.object(torch.cuda, "is_available", return_value=True):
+    available = mock.patch.object(torch.cuda, "is_available", return_value=True)
+    with V.set_fake_mode(mode), mode, available, inductor.patch(options):
         compile_fx._recursive_post_grad_passes(graph, is_inference=False)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        lowering = GraphLowering(graph, example_inputs=inputs, is_backward=is_backward)
+        lowering = GraphLowering(graph, inputs, shape_env=mode.shape_env, is_backward=is_backward)
         with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
             lowering.run(*inputs)
             lowering.codegen()
@@ -261,11 +282,11 @@ def count(name: str, overrides: list[str], rows: int) -> dict[str, Any]:
     handed_on = [leaf for leaf in tree_leaves(next(iter(calls.values()))[2]) if isinstance(leaf, Tensor)]
     d_bytes = sum(leaf.numel() * leaf.dtype.itemsize for leaf in handed_on)
     for kind, (block, given, _) in calls.items():
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(duck_shape=False))
         forward, backward, outputs = joint_graphs(block, given, mode)
         figures: dict[str, Any] = {"saved_d": round(saved_bytes(forward, outputs) / d_bytes, 2)}
         for part, graph in (("forward", forward), ("backward", backward)):
-            figures[part] = lowered(graph, mode, part == "backward")
+            figures[part] = lowered(graph, mode, part == "backward", inductor_options(block))
             figures[part]["triton_d"] = round(figures[part].pop("triton_bytes") / d_bytes, 2)
         blocks[kind] = figures
     tokens = sum(leaf.shape[1] for leaf in handed_on)

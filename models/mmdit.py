@@ -96,6 +96,7 @@ class Block(nn.Module):
     """Joint attention of both streams, then an MLP in each."""
 
     branch_scale: float = 1.0  # multiplies what a block adds to the residual stream; see mup.base_depth
+    joins_streams: bool = True  # q, k, v of two streams lie behind each other: for the compiler to write them so
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -117,6 +118,7 @@ class LastBlock(nn.Module):
     """The image attends to both streams; the text goes no further."""
 
     branch_scale: float = 1.0
+    joins_streams: bool = True
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._inductor
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch
@@ -16,6 +17,16 @@ _aten = torch.ops.aten
 # A unit is compiled once for each kind of input (first unit or not, with gradients or without, sizes of 1, classes of
 # units), whatever its sizes; more than this means that something else varies.
 _MOST_GRAPHS = 32
+
+# Whatever makes a part of a concatenation writes it into its place. Inductor would let one kernel read all parts, which
+# keeps MMDiT's RMSNorms of q and k out of it and, where sizes vary, copies v twice (docs/performance.md).
+_PARTS_IN_PLACE = {"max_pointwise_cat_inputs": 1, "max_complex_pointwise_cat_inputs": 1}
+
+
+def inductor_options(unit: nn.Module) -> dict[str, int]:
+    """What training sets of inductor for a unit, as far as this torch has it; results do not depend on it."""
+    known = torch._inductor.list_options() if getattr(unit, "joins_streams", False) else ()
+    return {name: value for name, value in _PARTS_IN_PLACE.items() if name in known}
 
 
 def compile_units(
@@ -34,7 +45,8 @@ def compile_units(
     failed: set[str] = set()
     for unit in units:
         eager = unit.forward
-        compiled = torch.compile(eager, dynamic=True, fullgraph=True, backend=backend)
+        options = inductor_options(unit) if backend == "inductor" else None
+        compiled = torch.compile(eager, dynamic=True, fullgraph=True, backend=backend, options=options)
         unit.forward = partial(_compiled, compiled, eager, type(unit).__name__, failed, warn)
 
 

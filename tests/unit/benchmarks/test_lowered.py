@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +41,23 @@ def test_an_index_reaches_what_it_reads() -> None:
     assert reached(6 * ROW + FEATURE, 2, 4, 6) == (0, 12)  # one row for all columns
     assert reached(72 * ROW + 18 * COLUMN + FEATURE + 6, 2, 4, 6) == (6, 48)  # the second of three parts
     assert reached(24 * ROW + 6 * (COLUMN - 3) + FEATURE, 2, 7, 6) == (-18, 48)  # the second of two parts, put together
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_size_that_varies_counts_as_that_of_the_batch() -> None:
+    from torch._inductor.dependencies import MemoryDep
+    from torch._inductor.virtualized import V
+
+    from benchmarks.lowered import place
+
+    tokens = sympy.Symbol("tokens", integer=True, positive=True)
+    sizevars = SimpleNamespace(optimization_hint=lambda size: int(size.subs(tokens, 4)))
+    whole = MemoryDep("buffer", 6 * tokens * ROW + 6 * COLUMN + FEATURE, (ROW, COLUMN, FEATURE), (2, tokens, 6))
+    each_second = MemoryDep("buffer", 12 * tokens * ROW + FEATURE + 6 * tokens, (ROW, FEATURE), (2, 6 * tokens))
+    with V.set_graph_handler(SimpleNamespace(sizevars=sizevars)):
+        assert place(whole) == (0, 48)
+        assert place(each_second) == (24, 48)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

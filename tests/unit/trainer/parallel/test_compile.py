@@ -22,7 +22,7 @@ from trainer.errors import CompileError
 from trainer.mup.apply import apply_multipliers, init_parameters
 from trainer.parallel import activation_checkpointing, compile
 from trainer.parallel.activation_checkpointing import checkpoint_activations
-from trainer.parallel.compile import compile_units
+from trainer.parallel.compile import compile_units, inductor_options
 
 # The compiler looks at .grad of what it traces, and silences this warning in a way that "error" overrules.
 pytestmark = [
@@ -224,3 +224,21 @@ def test_what_the_compiler_fails_on_runs_eagerly_and_says_so_once() -> None:
     model(*given)
     assert len(told) == len({type(unit) for unit in units})
     assert "Block cannot be compiled here (Cannot find a working triton installation) and runs eagerly" in told[0]
+
+
+def test_inductor_alone_is_told_of_joined_streams_and_of_no_option_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[dict[str, int] | None] = []
+
+    def compiling(forward: Any, options: dict[str, int] | None, **_: Any) -> Any:
+        given.append(options)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    units = [unit for kind in ("dit", "mmdit") for unit in build(kind, "model.depth=1")[1]]
+    for backend in ("inductor", "eager"):
+        compile_units(units, pytest.fail, backend=backend)
+    assert given == [{}, {"max_pointwise_cat_inputs": 1, "max_complex_pointwise_cat_inputs": 1}, None, None]
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: ["max_pointwise_cat_inputs"])
+    assert inductor_options(units[1]) == {"max_pointwise_cat_inputs": 1}
