@@ -26,9 +26,9 @@ _TAIL = 1.10
 # Of the data sheet's memory rate: a copy kernel reaches 0.9 (H100: 3.02 of 3.35 TB/s), fused kernels 0.9 of that.
 STREAMED = 0.81
 LAUNCH_S = 2e-6  # between two kernels, and a kernel's own start
-# torch.compile leaves 80 of the 118 reads and writes of a token's features that a block of the 2B config makes in eager
-# mode: 80 were counted by hand in the Triton code that inductor writes for it, 118 by this module.
-COMPILED = 80 / 118
+# torch.compile leaves 77 of the 117 reads and writes of a token's features that a block of the 2B config makes in eager
+# mode: 77 in the Triton code that inductor writes (benchmarks/results/lowered_mmdit_2b.json), 117 by this module.
+COMPILED = 77 / 117
 # Products of an attention's backward pass over those of its forward pass: the scores are computed once more.
 _BACKWARD_PRODUCTS = 2.5
 # With 128 features a head or more, kernels reach more (FlashAttention-2 on H100: 0.35 of the peak, arXiv 2407.08608).

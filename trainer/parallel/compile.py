@@ -24,7 +24,7 @@ _PARTS_IN_PLACE = {"max_pointwise_cat_inputs": 1, "max_complex_pointwise_cat_inp
 
 
 def inductor_options(unit: nn.Module) -> dict[str, int]:
-    """What training sets of inductor for a unit, as far as this torch has it; results do not depend on it."""
+    """What training sets of inductor for a unit, as far as this torch has it; no formula depends on it."""
     known = torch._inductor.list_options() if getattr(unit, "joins_streams", False) else ()
     return {name: value for name, value in _PARTS_IN_PLACE.items() if name in known}
 

@@ -230,10 +230,11 @@ def test_inductor_alone_is_told_of_joined_streams_and_of_no_option_that_it_lacks
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[dict[str, int] | None] = []
+    torch_compile = torch.compile
 
-    def compiling(forward: Any, options: dict[str, int] | None, **_: Any) -> Any:
+    def compiling(forward: Any, options: dict[str, int] | None, **more: Any) -> Any:
         given.append(options)
-        return forward
+        return torch_compile(forward, options=options, **more)  # refuses an option that it does not know
 
     monkeypatch.setattr(torch, "compile", compiling)
     units = [unit for kind in ("dit", "mmdit") for unit in build(kind, "model.depth=1")[1]]
