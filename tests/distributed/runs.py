@@ -33,7 +33,7 @@ def train_and_kill(
     with started("launch/train.py", *DEBUG, *_in(folder), *arguments, processes=processes) as run:
         deadline = time.monotonic() + 240
         while last_step(folder) < after_step or (after_save and not complete_checkpoints(folder / "checkpoints")):
-            assert run.code() is None, f"the run ended before it could be killed: {run.said('err')}"
+            assert not run.code(), run.said("err")
             assert time.monotonic() < deadline, "the run logs nothing"
             time.sleep(0.02)
         time.sleep(delay_s)

@@ -68,13 +68,15 @@ class Started:
 
     def kill(self) -> None:
         """SIGKILL to all ranks at once, and to what they have started."""
-        running = [rank for rank in self.ranks if rank.pid is not None and rank.exitcode is None]
-        for rank in running:  # stopped first: none is to see that another one is lost
+        running = [rank.pid for rank in self.ranks if rank.pid is not None and rank.exitcode is None]
+        for pid in running:  # stopped first: none is to see that another one is lost
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rank.pid or 0, signal.SIGSTOP)
-        for rank in running:
-            kill_tree(rank.pid or 0)
-            rank.join()
+                os.kill(pid, signal.SIGSTOP)
+        for pid in running:
+            kill_tree(pid)
+        for rank in self.ranks:
+            if rank.pid in running:
+                rank.join()
 
 
 @contextlib.contextmanager
