@@ -41,7 +41,7 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 def run(*arguments: str | Path, code: int = 0, processes: int = 1) -> str:
     done = finished("launch/search.py", *arguments, processes=processes)
     assert done.returncode == code, (done.stdout + done.stderr)[-3000:]
-    return done.stdout + done.stderr
+    return done.stderr + done.stdout
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
