@@ -4,7 +4,8 @@
     python -m benchmarks.proxies --output FILE --dry-run
 
 The same study is run by launch/search.py with 1, 2, 4 (on a GPU also 8) workers on one device, each time from nothing;
-start-up is in the figures. Stacked: forward and backward passes of models that one program computes together
+start-up is in the figures. On a GPU it is run once more with 1 and 4 workers that replay CUDA graphs
+(parallel.cuda_graph). Stacked: forward and backward passes of models that one program computes together
 (torch.func.vmap over their weights), beside the same passes one model after another.
 """
 
@@ -40,6 +41,8 @@ class Case(NamedTuple):
     overrides: tuple[str, ...]
     trials: int
     workers: tuple[int, ...]
+    graph_workers: tuple[int, ...] = ()
+    """Those with which it is run once more under parallel.cuda_graph, which a CPU refuses."""
 
 
 _QUIET = ("train.checkpoint_every=0", "train.sample_every=0", "run.keep_last=1")
@@ -67,6 +70,7 @@ CASES = {
          "train.validate_every=200", "validation.samples=64", *_QUIET),
         8,
         (1, 2, 4, 8),
+        (1, 4),
     ),
     "dry_run": Case(
         "mmdit_debug_mup.yaml",
@@ -98,21 +102,25 @@ def run_study(case: Case, workers: int, folder: Path) -> tuple[float, list[float
 
 
 def side_by_side(case: Case) -> dict[str, Any]:
-    """Trials an hour by number of workers; their losses must be the same, to rounding by the number of threads."""
+    """Trials an hour by number of workers ("4", or "4, cuda_graph"); their losses must be the same, to rounding by the
+    number of threads."""
+    graphs = case._replace(overrides=(*case.overrides, "parallel.cuda_graph=true"))
+    studies = {str(workers): (case, workers) for workers in case.workers}
+    studies |= {f"{workers}, cuda_graph": (graphs, workers) for workers in case.graph_workers}
     found: dict[str, Any] = {}
     first: list[float] = []
-    for workers in case.workers:
+    for name, (study, workers) in studies.items():
         with tempfile.TemporaryDirectory() as folder:
-            seconds, losses = run_study(case, workers, Path(folder))
+            seconds, losses = run_study(study, workers, Path(folder))
         first = first or losses
-        found[str(workers)] = {
+        found[name] = {
             "seconds": round(seconds, 1),
             "trials_per_h": 3600 * case.trials / seconds,
             "largest_difference_of_losses": max(abs(a / b - 1) for a, b in zip(losses, first, strict=True)),
         }
     slowest = found[str(case.workers[0])]["trials_per_h"]
-    best = max(found, key=lambda workers: found[workers]["trials_per_h"])
-    return {"workers": found, "best": int(best), "best_over_first": found[best]["trials_per_h"] / slowest}
+    best = max(found, key=lambda name: found[name]["trials_per_h"])
+    return {"workers": found, "best": best, "best_over_first": found[best]["trials_per_h"] / slowest}
 
 
 def stacked(config: TrainConfig, repeats: int) -> dict[str, float]:

@@ -8,8 +8,9 @@
 Our model and its twin of diffusers are trained by the same engine and loop at equal shapes and precision, eager and (on
 a GPU) compiled; they take turns on the device, and between them the rate of matrix products is measured. Latents and
 text states are synthetic, so that no encoder is in the figures, and captions fill their length, as with
-data.text_lengths they nearly do. On a CPU a step's time is that of this process on one core: others' load does not
-count. FLOPs: forward + 2 x backward.
+data.text_lengths they nearly do. On a GPU the micro-batch is as many rows as the model of memory finds room for, halved
+where that was too much; beside our steps stands the time that the model of time gives them. On a CPU a step's time is
+that of this process on one core: others' load does not count. FLOPs: forward + 2 x backward.
 """
 
 import argparse
@@ -20,8 +21,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,6 +33,7 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.estimates import card_named, modelled_step, rows_that_fit
 from benchmarks.machine import matmul_rate, write
 from benchmarks.twins import build_twin
 from data.batch import Batch, concatenate
@@ -39,6 +42,7 @@ from trainer.build.run import build_run
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
+from trainer.estimate.micro_batch import usable_here
 from trainer.loop import train_step
 from trainer.parallel.mesh import World, init_world
 from trainer.parallel.precision import DTYPES, precision_of
@@ -47,13 +51,17 @@ from trainer.run import Run
 OURS, OURS_COMPILED, TWIN, TWIN_COMPILED = "ours", "ours_compiled", "diffusers", "diffusers_compiled"
 EAGER, ALL = (OURS, TWIN), (OURS_COMPILED, OURS, TWIN, TWIN_COMPILED)
 WARM_UP = 3
+QUIET = (
+    "data.shards=synthetic", "train.log_every=1000000", "train.validate_every=0", "train.sample_every=0",
+    "train.checkpoint_every=0",
+)  # fmt: skip
 
 
 class Case(NamedTuple):
-    """A config at a micro-batch of `rows`; its variants are on the device together."""
+    """A config at a micro-batch of `rows` (None: as many as fit); its variants are on the device together."""
 
     config: str
-    rows: int
+    rows: int | None
     variants: tuple[str, ...]
     overrides: tuple[str, ...] = ()
 
@@ -73,16 +81,16 @@ ON_CPU = {
     "dit_288": Case("dit_proxy_mup.yaml", 8, EAGER, _SHALLOW),
     "uvit_288": Case("uvit_proxy_mup.yaml", 8, (OURS,), _SHALLOW),
 }
-# Sizes for an H100 (78 GiB). 2 B leaves no room for a second model, so its twin takes part at 4 of the 19 blocks.
+# 2 B leaves no room for a second model on an H100, so its twin takes part at 4 of the 19 blocks.
 _TEXT = ("text_encoder.max_length=128", "data.text_lengths=[]", _NO_REPA)
 ON_GPU = {
-    "mmdit_0.18b": Case("mmdit_0.18b_mup.yaml", 128, ALL, _TEXT),
-    "mmdit_0.7b": Case("mmdit_0.7b_mup.yaml", 48, ALL, _TEXT),
-    "mmdit_2b": Case("mmdit_2b_mup.yaml", 40, (OURS_COMPILED,), _TEXT),
-    "mmdit_2b_4_blocks": Case("mmdit_2b_mup.yaml", 40, ALL, (*_TEXT, "model.depth=4")),
-    "pixart_0.61b": Case("pixart_0.61b_mup.yaml", 64, ALL),
-    "dit_xl_2": Case("dit_xl_2_mup.yaml", 96, ALL),
-    "uvit_h_2": Case("uvit_h_2_mup.yaml", 128, (OURS_COMPILED, OURS)),
+    "mmdit_0.18b": Case("mmdit_0.18b_mup.yaml", None, ALL, _TEXT),
+    "mmdit_0.7b": Case("mmdit_0.7b_mup.yaml", None, ALL, _TEXT),
+    "mmdit_2b": Case("mmdit_2b_mup.yaml", None, (OURS_COMPILED,), _TEXT),
+    "mmdit_2b_4_blocks": Case("mmdit_2b_mup.yaml", None, ALL, (*_TEXT, "model.depth=4")),
+    "pixart_0.61b": Case("pixart_0.61b_mup.yaml", None, ALL),
+    "dit_xl_2": Case("dit_xl_2_mup.yaml", None, ALL),
+    "uvit_h_2": Case("uvit_h_2_mup.yaml", None, (OURS_COMPILED, OURS)),
 }
 synthetic_batches = SyntheticReader.batches
 
@@ -121,12 +129,13 @@ class Variant:
         if device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated(device) - before)
 
-    def figures(self, matmul_flops: float) -> dict[str, Any]:
+    def figures(self, matmul_flops: float, card: str | None) -> dict[str, Any]:
+        """card: whose step is modelled, of a variant that is ours."""
         seconds, rows = statistics.median(self.seconds), self.config.train.global_batch_size
         text_tokens = 0 if self.config.label_classes else self.config.text_encoder.max_length
         flops = self.run.plan.image_flops(text_tokens, None) * rows / seconds
         peak_flops, cuda = self.run.plan.peak_flops, self.run.world.device.type == "cuda"
-        return {
+        found = {
             "parameters": sum(p.numel() for p in self.run.engine.model.parameters()),
             "step_time_s": seconds,
             "images_per_s": rows / seconds,
@@ -135,6 +144,10 @@ class Variant:
             "mfu": flops / peak_flops if peak_flops else None,
             "peak_memory_gib": (self.state + self.peak) / 2**30 if cuda else None,
         }
+        if card is not None and self.config.run.name in (OURS, OURS_COMPILED):
+            model = modelled_step(self.config, card)
+            found["MODEL"] = {**model, "measured_over_model": seconds / model["step_time_s"]}
+        return found
 
     def faster_than(self, other: "Variant") -> dict[str, float]:
         """How many times as fast: median over the rounds."""
@@ -175,9 +188,8 @@ def full_batches(reader: SyntheticReader, first_step: int) -> Iterator[tuple[int
         yield step, steps[step % 2]
 
 
-def build(name: str, case: Case, settings: list[str], world: World) -> Variant:
-    compiled = str(name in (OURS_COMPILED, TWIN_COMPILED)).lower()
-    config = load_config(case.config, [*settings, f"run.name={name}", f"parallel.compile={compiled}"])
+def build(name: str, case: Case, settings: Sequence[str], world: World) -> Variant:
+    config = configured(case, settings, name)
     gc.collect()
     before = allocated(world.device)
     with ExitStack() as stack:
@@ -188,18 +200,42 @@ def build(name: str, case: Case, settings: list[str], world: World) -> Variant:
     return Variant(config, run, allocated(world.device) - before)
 
 
-def measure(label: str, case: Case, rounds: int, overrides: list[str], traces: Path | None) -> dict[str, Any]:
+def configured(case: Case, overrides: Sequence[str], name: str = OURS_COMPILED) -> TrainConfig:
+    """The config of a variant, on synthetic data."""
+    compiled = f"parallel.compile={str(name in (OURS_COMPILED, TWIN_COMPILED)).lower()}"
+    rows = f"train.global_batch_size={case.rows or 1}"
+    return load_config(case.config, [*QUIET, rows, *case.overrides, *overrides, f"run.name={name}", compiled])
+
+
+def with_rows(case: Case, overrides: Sequence[str], usable: int) -> Case:
+    """The case at the rows for which `usable` bytes of a GPU do, while all of its variants are on it."""
+    config = configured(case._replace(rows=64), overrides)  # the simulation looks at steps of so many, and of half
+    return case._replace(rows=max(1, rows_that_fit(config, usable, len(case.variants))))
+
+
+def halving(case: Case, figures: Callable[[Case], dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a case, at half its rows as long as memory is not enough: diffusers' models may hold more."""
+    rows = case.rows or 1
+    while rows:
+        try:
+            return {"rows_at_first": case.rows, **figures(case._replace(rows=rows))}
+        except torch.OutOfMemoryError as error:
+            print(f"{rows} rows: {str(error).partition('. ')[0]}", flush=True)
+        rows //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+    raise SystemExit(f"{case.config}: not even one row fits")
+
+
+def measure(
+    label: str, rounds: int, overrides: Sequence[str], traces: Path | None, card: str | None, case: Case
+) -> dict[str, Any]:
     """Steps of all variants by turns, in an order by chance, and matrix products between; medians."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(mock.patch.object(SyntheticReader, "batches", full_batches))
-        settings = [
-            *("data.shards=synthetic", f"train.global_batch_size={case.rows}", "train.log_every=1000000"),
-            *("train.validate_every=0", "train.sample_every=0", "train.checkpoint_every=0", f"run.dir={folder}"),
-            *case.overrides,
-            *overrides,
-        ]
-        config = load_config(case.config, settings)
+        settings = [*overrides, f"run.dir={folder}"]
+        config = configured(case, settings)
         world = init_world(resolve(config, 1).shard)
         stack.callback(dist.destroy_process_group)
         variants = {name: build(name, case, settings, world) for name in case.variants}
@@ -229,7 +265,7 @@ def measure(label: str, case: Case, rounds: int, overrides: list[str], traces: P
             "text_tokens": 0 if config.label_classes else config.text_encoder.max_length,
             "precision": precision,
             "matmul_tflops_per_s": rate / 1e12,
-            "variants": {name: variant.figures(rate) for name, variant in variants.items()},
+            "variants": {name: variant.figures(rate, card) for name, variant in variants.items()},
             "compiled_again_after_warm_up": again,
             f"{best}_is_so_many_times_as_fast_as": {
                 name: variants[best].faster_than(variant) for name, variant in variants.items() if name != best
@@ -285,13 +321,17 @@ def main() -> int:
         torch.compile = lambda forward, **settings: compile_(forward, **{**settings, "backend": "eager"})
     if not cuda:
         torch.set_num_threads(1)
-    measured = {
-        name: measure(name, case, rounds, arguments.overrides, arguments.profile) for name, case in cases.items()
-    }
+        if any(case.rows is None for case in cases.values()):
+            parser.error("the rows of a GPU's case follow from its memory: without a GPU give --dry-run")
+    card = card_named(torch.cuda.get_device_name()) if cuda else "h200" if arguments.dry_run else None
+    found = {}
+    for name, case in cases.items():
+        sized = case if case.rows else with_rows(case, arguments.overrides, usable_here())
+        found[name] = halving(sized, partial(measure, name, rounds, arguments.overrides, arguments.profile, card))
     about = "wall, device synchronised" if cuda else "of the process, on one core"
-    write(arguments.output, {"seconds": about, "rounds": rounds, "dry_run": arguments.dry_run, "cases": measured})
+    write(arguments.output, {"seconds": about, "rounds": rounds, "dry_run": arguments.dry_run, "cases": found})
     if arguments.peer:
-        return 0 if measured[PEER]["ours_is_so_many_times_as_fast_as"][TWIN]["forward_and_backward"] >= 1 else 1
+        return 0 if found[PEER]["ours_is_so_many_times_as_fast_as"][TWIN]["forward_and_backward"] >= 1 else 1
     return 0
 
 

@@ -107,7 +107,7 @@ def find_fitting(config: TrainConfig, gpus: int, folder: Path) -> Callable[[], F
         return lambda: None
     found: Future[Fitting | None] = Future()
     try:
-        fitting = fitting_micro_batch(config, gpus, _usable_bytes(), _recorded(folder, _place(config, gpus)))
+        fitting = fitting_micro_batch(config, gpus, usable_here(), _recorded(folder, _place(config, gpus)))
         print(fitting.describe(), flush=True)
         found.set_result(fitting)
     except (ConfigError, DataError, OSError) as error:
@@ -144,7 +144,7 @@ def _remedy(config: TrainConfig, fitting: Fitting | None, gpus: int, folder: Pat
     return told + f"Start it again: it goes on from its newest checkpoint with {rows // 2}"
 
 
-def _usable_bytes() -> int:
+def usable_here() -> int:
     """Of the GPU that rank 0 has, as it is now: another process may hold a part of it, or be about to."""
     free, total = torch.cuda.mem_get_info(0)
     return round(min(free, total // int(os.environ.get(WORKERS_PER_GPU, "1"))) - RESERVED_GIB * GIB)

@@ -73,7 +73,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, usable: int) -> None:
         return fitting
 
     monkeypatch.setattr(micro_batch, "find_fitting", find)
-    monkeypatch.setattr(micro_batch, "_usable_bytes", lambda: usable)
+    monkeypatch.setattr(micro_batch, "usable_here", lambda: usable)
     monkeypatch.setattr(micro_batch, "_place", lambda config, gpus: f"a GPU x {gpus}")
 
 
@@ -162,7 +162,7 @@ def test_workers_of_a_search_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     """Three workers on two GPUs: each may take half of its GPU, also while the other has not begun."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (75 * 2**30, 80 * 2**30))
-    assert micro_batch._usable_bytes() == 72 * 2**30
+    assert micro_batch.usable_here() == 72 * 2**30
     for name, value in local_workers._device(2, 3).items():
         monkeypatch.setenv(name, value)
-    assert micro_batch._usable_bytes() == 37 * 2**30
+    assert micro_batch.usable_here() == 37 * 2**30
