@@ -122,6 +122,7 @@ soak: setup
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.train_step --output benchmarks/results/train_step_cpu.json
+	$(BIN)/python -m benchmarks.modelled --card h200 --output benchmarks/results/train_step_model_h200.json
 	$(BIN)/python -m benchmarks.choices --output benchmarks/results/choices_cpu.json
 	$(BIN)/python -m benchmarks.proxies --output benchmarks/results/proxies_cpu.json
 	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory_cpu.json
