@@ -8,6 +8,7 @@ measured on a GPU: it is a model.
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ LAUNCH_S = 2e-6  # between two kernels, and a kernel's own start
 COMPILED = 77 / 117
 # Products of an attention's backward pass over those of its forward pass: the scores are computed once more.
 _BACKWARD_PRODUCTS = 2.5
+# Bytes a number that is rounded to fp8 costs: read in bf16 and written. Its scale is that of its row, which is found as
+# it is read, or that of its column, for which all are read once before (assumed; the compiler may do better).
+_BY_ROWS, _BY_COLUMNS = 3, 5
 # With 128 features a head or more, kernels reach more (FlashAttention-2 on H100: 0.35 of the peak, arXiv 2407.08608).
 _WIDE_HEAD = 1.25
 
@@ -38,11 +42,12 @@ _UNREAD = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", 
 
 
 class Product(NamedTuple):
-    """A matrix product [m, k] x [k, n]."""
+    """A matrix product [m, k] x [k, n] of numbers in bf16 or fp8, into bf16."""
 
     m: int
     n: int
     k: int
+    fp8: bool = False
 
     @property
     def flops(self) -> int:
@@ -50,13 +55,15 @@ class Product(NamedTuple):
 
     def seconds(self, card: Card) -> float:
         """The best tiles, in waves over the multiprocessors; or the memory's time."""
-        rate, processors = card.matmul_tflops * 1e12, card.multiprocessors
+        tflops, processors = card.fp8_tflops if self.fp8 else card.matmul_tflops, card.multiprocessors
+        assert tflops is not None, "step_time refuses such a card"
+        rate = tflops * 1e12
         best = math.inf
         for rows, columns, speed in _TILES:
             tiles = math.ceil(self.m / rows) * math.ceil(self.n / columns)
             waves = math.ceil(tiles / processors) * processors
             best = min(best, min(waves, _TAIL * tiles) * 2 * rows * columns * self.k / (rate * speed))
-        moved = 2 * (self.m * self.k + self.k * self.n + self.m * self.n)
+        moved = (1 if self.fp8 else 2) * (self.m * self.k + self.k * self.n) + 2 * self.m * self.n
         return max(best, moved / (STREAMED * card.memory_gb_s * 1e9)) + LAUNCH_S
 
 
@@ -109,10 +116,13 @@ class PassTime(NamedTuple):
     elementwise: float
 
 
-def count_passes(model: Any, inputs: Sequence[Any], attention: str = "auto") -> Passes:
+def count_passes(model: Any, inputs: Sequence[Any], attention: str = "auto", fp8: Sequence[Any] = ()) -> Passes:
     """The operations of `model(*inputs)`, a backbone on the meta device, and of its backward pass. attention:
-    parallel.attention; whether rows are packed is up to the kernel in use (models.attention)."""
+    parallel.attention; whether rows are packed is up to the kernel in use (models.attention). fp8: the layers
+    (models.layers.TokenLinear) that multiply in it."""
     recorder = _Recorder("flash3" if attention == "flash3" else "flash")
+    for layer in fp8:
+        layer.multiply = partial(_MultiplyFP8.apply, recorder)
     hooks = []
     for block in model.shard_units():
         hooks.append(block.register_forward_pre_hook(lambda *_: recorder.enter("blocks")))
@@ -201,6 +211,10 @@ class _Recorder(TorchDispatchMode):
         flops = round(_BACKWARD_PRODUCTS * flops) if backward else flops
         self.phase[Attention(kernel, backward, query.shape[-1], flops)] += 1
 
+    def rounded(self, rows: int, columns: int) -> None:
+        """Note numbers that are rounded to fp8: so many with the scales of their rows, or of their columns."""
+        self.phase[Elementwise(_BY_ROWS * rows + _BY_COLUMNS * columns)] += 1
+
 
 def _bytes(tensor: Tensor) -> int:
     """Bytes of memory behind a tensor: an expanded one is read once."""
@@ -242,6 +256,34 @@ class _Attend(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         ctx.recorder.attend(ctx.kernel, True, q, k.shape[-2])
         return None, None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _MultiplyFP8(torch.autograd.Function):
+    """input [..., K], weight [N, K], bias [N] or None -> [..., N], in fp8 as trainer.parallel.float8 does it."""
+
+    @staticmethod
+    def forward(ctx: Any, recorder: _Recorder, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        (n, k), tokens = weight.shape, input.numel() // input.shape[-1]
+        ctx.save_for_backward(input, weight, *([] if bias is None else [bias]))
+        ctx.recorder = recorder
+        recorder.rounded(input.numel() + weight.numel(), 0)
+        recorder.phase[Product(tokens, n, k, fp8=True)] += 1
+        out = input.new_empty(*input.shape[:-1], n)
+        if bias is not None:
+            recorder.phase[Elementwise(2 * _bytes(out))] += 1
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (input, weight, *bias), recorder = ctx.saved_tensors, ctx.recorder
+        (n, k), tokens = weight.shape, input.numel() // input.shape[-1]
+        recorder.rounded(tokens * n, weight.numel() + tokens * n + input.numel())
+        recorder.phase[Product(tokens, k, n, fp8=True)] += 1
+        recorder.phase[Product(n, k, tokens, fp8=True)] += 1
+        if bias:
+            recorder.phase[Elementwise(_bytes(gradients[0]))] += 1
+        of_bias = torch.empty_like(bias[0]) if bias else None
+        return None, torch.empty_like(input), torch.empty_like(weight), of_bias
 
 
 class _Normalise(torch.autograd.Function):

@@ -22,7 +22,8 @@ class Card:
     peak_tflops: bf16 of the data sheet, not sparse. matmul_tflops: the most that a matrix product was seen to reach.
     memory_gb: as sold, 1e9 bytes each. memory_gb_s: of the data sheet. nvlink_gb_s: NCCL's "bus" rate within a node.
     nic_gb_s: what the network card that each GPU has of its own was seen to carry. attention_tflops: by kernel, of its
-    forward and its backward pass with 64 features a head; a kernel that is not there counts as "flash".
+    forward and its backward pass with 64 features a head; a kernel that is not there counts as "flash". fp8_tflops: as
+    matmul_tflops, in fp8; None where parallel.precision fp8 is refused.
     """
 
     peak_tflops: float
@@ -33,10 +34,12 @@ class Card:
     nvlink_gb_s: float
     nic_gb_s: float
     attention_tflops: Mapping[str, tuple[float, float]]
+    fp8_tflops: float | None = None
 
 
 # Peak, memory and multiprocessors: data sheets of H100 SXM5, H200 SXM, DGX B200, A100 SXM 80 GB, MI300X.
 # matmul_tflops: stas00/ml-engineering, "Maximum Achievable Matmul FLOPS": 794.5 (H100 and H200), 1745, 267.9, 781.9.
+# fp8_tflops: its table for float8_e4m3fn (commit 744d01e): 1402.6 (H100), 1453.4 (H200), 3432.5 (B200).
 # nvlink_gb_s: nccl, src/graph/topo.h: 18 links of 20.6 (Hopper: 370, NVIDIA/nccl-tests#212), 18 of 40.1 (Blackwell), 12
 # of 20 (Ampere: 240, NVIDIA/nccl#1712). MI300X: seven links of 64, at the 0.82 that NCCL's protocol leaves of NVLink's.
 # nic_gb_s: 46 to 48 of a 400 Gbit/s card (NVIDIA/nccl-tests#290), half of it for A100's 200 Gbit/s.
@@ -50,9 +53,9 @@ _HOPPER_ATTENTION = {
     "efficient": (180.0, 100.0),
 }
 CARDS = {
-    "h100": Card(989, 794.5, 80, 3350, 132, 370, 47, _HOPPER_ATTENTION),
-    "h200": Card(989, 794.5, 141, 4800, 132, 370, 47, _HOPPER_ATTENTION),
-    "b200": Card(2250, 1745, 180, 8000, 148, 722, 47, {"flash": (400.0, 280.0), "efficient": (250.0, 140.0)}),
+    "h100": Card(989, 794.5, 80, 3350, 132, 370, 47, _HOPPER_ATTENTION, 1402.6),
+    "h200": Card(989, 794.5, 141, 4800, 132, 370, 47, _HOPPER_ATTENTION, 1453.4),
+    "b200": Card(2250, 1745, 180, 8000, 148, 722, 47, {"flash": (400.0, 280.0), "efficient": (250.0, 140.0)}, 3432.5),
     "a100": Card(312, 267.9, 80, 2039, 108, 240, 23.5, {"flash": (170.0, 130.0), "efficient": (110.0, 70.0)}),
     "mi300x": Card(1307, 781.9, 192, 5300, 304, 367, 47, {"flash": (300.0, 190.0), "efficient": (300.0, 190.0)}),
 }

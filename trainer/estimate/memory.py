@@ -104,7 +104,7 @@ class Memory:
         """Bytes of the bf16 weights that a GPU alone holds (trainer.parallel.single), where the profile, of several
         ranks, does not have them."""
         alone = self.profile.shard == 1 or self.parallel.engine == "zero" or self.parallel.cpu_offload
-        return 0 if alone or self.parallel.precision not in (None, "bf16") else self._shard_bytes(1) // 2
+        return 0 if alone or self.parallel.precision not in (None, "bf16", "fp8") else self._shard_bytes(1) // 2
 
     def _held(self, shard: int, rows: int, accumulates: bool) -> Tensor:
         """Bytes [moments of a step, kinds]. What is sharded grows or shrinks with this rank's part of the weights."""

@@ -38,7 +38,7 @@ def network(
     in the last; between replicas in the last, each rank its shard.
     """
     card, parallel = cluster.card, config.parallel
-    weight, gradient = (2, 4) if parallel.precision in ("bf16", None) else (4, 4)
+    weight, gradient = (2, 4) if parallel.precision in ("bf16", "fp8", None) else (4, 4)
     sizes = [*units, rest]
     shards, replicas = shard_group(cluster, resolved.shard), replica_group(cluster, resolved.shard)
     freed = not keeps_gathered(config, sum(sizes))

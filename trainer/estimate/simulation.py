@@ -36,6 +36,7 @@ from ..input.encoding import Encoders
 from ..monitor.mup_health import Health, WatchedParameter
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
+from ..parallel.precision import without_fp8
 from ..step import Objective, micro_batch_losses
 
 STATE, GRADIENTS, UPDATE = "state", "gradients", "update"
@@ -275,10 +276,10 @@ def profile(config: TrainConfig, world_size: int, rank: int = 0) -> Profile:
 
 
 def simulated_config(config: TrainConfig) -> TrainConfig:
-    """The config as a GPU would run it, in bf16 unless it says otherwise, on data that need no file."""
-    parallel = config.parallel.model_copy(
-        update={"engine": "fsdp2", "precision": config.parallel.precision or "bf16", "compile": False}
-    )
+    """The config as a GPU would run it, in bf16 unless it says otherwise, on data that need no file. fp8 keeps for the
+    backward pass what bf16 does."""
+    precision = without_fp8(config.parallel.precision or "bf16")
+    parallel = config.parallel.model_copy(update={"engine": "fsdp2", "precision": precision, "compile": False})
     data = type(config.data)(**{**vars(config.data), "shards": SYNTHETIC, "sources": ()})
     return config.model_copy(update={"parallel": parallel, "data": data})
 

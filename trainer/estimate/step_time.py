@@ -3,12 +3,14 @@
 from typing import NamedTuple
 
 from ..build.attention import simulated_kernel
+from ..build.float8 import token_linears
 from ..build.flops import image_flops
 from ..build.meta import meta_inputs, meta_model
 from ..config.resolve import Resolved, compiles, keeps_gathered, resolve
 from ..config.schema import TrainConfig
+from ..errors import ConfigError
 from .arithmetic import STREAMED, Passes, PassTime, bytes_alone, count_passes, parameter_bytes, pass_time
-from .cluster import Cluster
+from .cluster import CARDS, Cluster
 from .network import Network, network
 
 # What published runs of 12 to 14 B reach of this model's roofline: launches, power, jitter between ranks, kernels that
@@ -19,7 +21,7 @@ _ENCODING = 0.8  # of a card's matrix products, in the text encoder's forward pa
 
 class Work:
     """What a step of a config computes. Its passes are counted once for each size of the micro-batch, and hold for all
-    of its variants in section `parallel` but for parallel.attention."""
+    of its variants in section `parallel` but for parallel.attention and parallel.precision."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config, self._model = config, meta_model(config)
@@ -33,7 +35,8 @@ class Work:
         if rows not in self._passes:
             with simulated_kernel(self._config):
                 inputs, attention = meta_inputs(self._config, rows), self._config.parallel.attention
-                self._passes[rows] = count_passes(self._model, inputs, attention)
+                fp8 = token_linears(self._model) if self._config.parallel.precision == "fp8" else {}
+                self._passes[rows] = count_passes(self._model, inputs, attention, [*fp8.values()])
         return self._passes[rows]
 
 
@@ -78,8 +81,13 @@ def micro_batches(config: TrainConfig, gpus: int, rows: int) -> int:
 
 def step_time(config: TrainConfig, cluster: Cluster, work: Work, encoding_flops: float = 0.0) -> StepTime:
     """A step of `config`, a variant of that of `work`, on a cluster. encoding_flops: of the text encoder for an image,
-    where it runs beside the training. Raises ConfigError where the number of GPUs does not fit the config."""
+    where it runs beside the training. Raises ConfigError where the GPUs do not fit the config."""
     resolved, card, parallel = resolve(config, cluster.gpus), cluster.card, config.parallel
+    if parallel.precision == "fp8" and card.fp8_tflops is None:
+        raise ConfigError(
+            f"parallel.precision fp8 runs on {', '.join(name for name, each in CARDS.items() if each.fp8_tflops)}, not "
+            "on this card: name another one, or set parallel.precision=bf16"
+        )
     count = micro_batches(config, cluster.gpus, resolved.micro_batch_rows)
     sent = network(config, cluster, resolved, work.units, work.parameters - sum(work.units), count)
     overlaps = parallel.prefetch > 0

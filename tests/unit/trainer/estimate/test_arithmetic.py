@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from tests.helpers.paths import ROOT
+from trainer.build.float8 import token_linears
 from trainer.build.flops import image_flops
 from trainer.build.meta import meta_inputs, meta_model
 from trainer.config.load import load_config
@@ -108,6 +109,36 @@ def test_products_lose_what_tiles_and_waves_leave_idle() -> None:
     assert Product(132 * 128 + 1, 2560, 8192).seconds(card) > whole.seconds(card)
     skinny = Product(16, 8192, 8192)
     assert skinny.seconds(card) > 2 * 8192**2 / (card.memory_gb_s * 1e9) > skinny.flops / (card.matmul_tflops * 1e12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp8_multiplies_the_blocks_tokens(kind: str) -> None:
+    """The same products in each phase, of which those of a TokenLinear are in fp8, once forward and twice backward;
+    what is rounded moves more bytes."""
+    config, bf16 = (
+        load_config(f"{kind}_debug_mup.yaml", [f"parallel.precision={precision}"]) for precision in ("fp8", "bf16")
+    )
+    passes, plain = Work(config).passes(2), Work(bf16).passes(2)
+    layers = len(token_linears(meta_model(config)))
+    for phase, times in (("blocks", 1), ("rest", 0), ("backward", 2)):
+        counts, others = getattr(passes, phase), getattr(plain, phase)
+        assert products_flops(counts) == products_flops(others)
+        assert sum(n for op, n in counts.items() if isinstance(op, Product) and op.fp8) == times * layers
+        assert sum(n for op, n in counts.items() if isinstance(op, Product)) == sum(
+            n for op, n in others.items() if isinstance(op, Product)
+        )
+        assert not any(op.fp8 for op in others if isinstance(op, Product))
+        assert moved(counts) > moved(others) if times else moved(counts) == moved(others)
+
+
+def test_fp8_products_are_as_fast_as_the_card() -> None:
+    product = Product(132 * 128, 2560, 8192)
+    for name in ("h100", "h200", "b200"):
+        card = CARDS[name]
+        assert card.fp8_tflops is not None
+        gain = card.fp8_tflops / card.matmul_tflops
+        assert product.seconds(card) / product._replace(fp8=True).seconds(card) == pytest.approx(gain, rel=0.05)
+        assert 1.7 < gain < 2
 
 
 def test_compiling_leaves_the_products_alone() -> None:

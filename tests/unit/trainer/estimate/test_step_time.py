@@ -7,6 +7,7 @@ import pytest
 from trainer.build.flops import image_flops
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
+from trainer.errors import ConfigError
 from trainer.estimate.cluster import CARDS, Cluster
 from trainer.estimate.step_time import Work, step_time
 
@@ -90,6 +91,25 @@ def test_mfu_replaces_the_arithmetic() -> None:
     expected = 8 * image_flops(config) / (989e12 * 0.5)
     assert step_time(config, cluster, work).step_s == pytest.approx(expected)
     assert step_time(config, dataclasses.replace(cluster, mfu=None), work).step_s > expected
+
+
+@pytest.mark.parametrize("card", ["a100", "mi300x"])
+def test_a_card_without_fp8_is_refused(card: str) -> None:
+    config = load_config("mmdit_debug_mup.yaml", ["parallel.precision=fp8"])
+    with pytest.raises(ConfigError, match="fp8 runs on h100, h200, b200, not on this card"):
+        step_time(config, Cluster(1, CARDS[card]), Work(config))
+
+
+def test_fp8_makes_a_large_model_faster() -> None:
+    small = ["model.depth=2", "text_encoder.max_length=128", "data.text_lengths=[]", "objective.repa_weight=0"]
+    small += ["train.micro_batch_size=64", "train.global_batch_size=64", "parallel.compile=true"]
+    steps = {}
+    for precision in ("bf16", "fp8"):
+        config = load_config("mmdit_2b_mup.yaml", [*small, f"parallel.precision={precision}"])
+        steps[precision] = step_time(config, Cluster(1, CARDS["h200"]), Work(config))
+    assert 0.5 < steps["fp8"].passes.products / steps["bf16"].passes.products < 0.7
+    assert steps["fp8"].passes.elementwise > steps["bf16"].passes.elementwise
+    assert 0.7 < steps["fp8"].step_s / steps["bf16"].step_s < 0.95
 
 
 FREED = ("train.global_batch_size=256", "parallel.reshard_after_forward=true")
