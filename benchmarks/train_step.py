@@ -87,6 +87,7 @@ ON_GPU = {
     "mmdit_0.18b": Case("mmdit_0.18b_mup.yaml", None, ALL, _TEXT),
     "mmdit_0.7b": Case("mmdit_0.7b_mup.yaml", None, ALL, _TEXT),
     "mmdit_2b": Case("mmdit_2b_mup.yaml", None, (OURS_COMPILED,), _TEXT),
+    "mmdit_2b_fp8": Case("mmdit_2b_mup.yaml", None, (OURS_COMPILED,), (*_TEXT, "parallel.precision=fp8")),
     "mmdit_2b_4_blocks": Case("mmdit_2b_mup.yaml", None, ALL, (*_TEXT, "model.depth=4")),
     "pixart_0.61b": Case("pixart_0.61b_mup.yaml", None, ALL),
     "dit_xl_2": Case("dit_xl_2_mup.yaml", None, ALL),

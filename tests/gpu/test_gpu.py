@@ -20,6 +20,7 @@ from tests.helpers.steps import built, state_of
 from tests.helpers.traces import attention_faults
 from trainer.build.attention import attention_choice
 from trainer.build.engine import build_mup_table
+from trainer.build.float8 import token_linears
 from trainer.config.load import load_config
 from trainer.diffusion.random import normal
 from trainer.estimate import simulation as estimate
@@ -104,6 +105,17 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
         assert exact(lines) != exact(expected)
 
 
+def test_fp8_is_near_bf16_and_goes_on_from_it(tmp_path: Path) -> None:
+    """Losses of the same steps, and a run in bf16 that is continued in fp8."""
+    fp8, bf16 = "parallel.precision=fp8", "parallel.precision=bf16"
+    expected, lines = (train(1, tmp_path / way, *TINY, way, config=CONFIG) for way in (bf16, fp8))
+    assert [line["loss"] for line in lines[1:]] == pytest.approx([line["loss"] for line in expected[1:]], rel=0.03)
+    assert exact(lines) != exact(expected)
+    train(1, tmp_path / "parts", *TINY, bf16, "train.steps=3", config=CONFIG)
+    parts = train(1, tmp_path / "parts", *TINY, fp8, "run.allow_change=[train.steps]", config=CONFIG)
+    assert parts[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=0.03)
+
+
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
@@ -186,6 +198,15 @@ def test_attention_is_flash(config: str, compiled: str, tmp_path: Path) -> None:
     """With padded text and without text: as shipped, no backbone takes a kernel that is not of FlashAttention."""
     with built(config, tmp_path, *SHIPPED[config], f"parallel.compile={compiled}") as run:
         assert not attention_faults(profiled(run, tmp_path))
+
+
+@pytest.mark.parametrize("config", SHIPPED)
+def test_fp8_is_what_is_multiplied(config: str, tmp_path: Path) -> None:
+    """By each backbone, three times for each of its TokenLinears in a step (forward, and two gradients)."""
+    with built(config, tmp_path, *SHIPPED[config], "parallel.precision=fp8") as run:
+        layers = len(token_linears(run.engine.model))
+        names = [event.get("name", "") for event in profiled(run, tmp_path)]
+    assert names.count("aten::_scaled_mm") == 2 * 3 * layers
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
