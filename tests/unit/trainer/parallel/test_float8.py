@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from benchmarks.fp8 import judge
+from models.layers import TokenLinear
 from tests.helpers.steps import built
 from trainer.config.keys import key_class
 from trainer.loop import train_step
@@ -55,6 +57,25 @@ def test_rows_are_rounded_to_e4m3() -> None:
         )
         torch.testing.assert_close(found[1], (rounded(rows, 0).T @ rounded(flat, 0)).bfloat16(), rtol=0.01, atol=0.01)
         torch.testing.assert_close(found[2], gradient.sum((0, 1)), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_one_graph_serves_any_number_of_tokens() -> None:
+    """Traced forward and backward, as for a GPU; nothing breaks the graph, and the numbers are those of eager mode."""
+    torch._dynamo.reset()
+    counters.clear()
+    layer = TokenLinear(32, 64, dtype=torch.bfloat16)
+    layer.multiply = fp8_multiply(CPU)
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
+    for tokens in (5, 16, 21):
+        x = torch.randn(3, tokens, 32, dtype=torch.bfloat16)
+        found = [torch.autograd.grad(call(x).float().square().sum(), layer.parameters()) for call in (layer, compiled)]
+        assert all(torch.equal(eager, traced) for eager, traced in zip(*found, strict=True))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 def test_the_rest_is_bf16() -> None:
