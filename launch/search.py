@@ -3,6 +3,7 @@
 python launch/search.py run --config search/demo.yaml --workers 2      (given again, it goes on where it stopped)
 python launch/search.py report --study demo_search
 python launch/search.py transfer --study demo_search --to mmdit_demo_mup.yaml --output found.yaml
+python launch/search.py check --study demo_search --width 256
 python launch/search.py cost --config search/mmdit_0.18b.yaml --to mmdit_18b_mup.yaml
 
 Overrides of `run` and `cost`: section.key=value changes the proxy (train.steps=100), key=value the search (trials=4).
@@ -25,7 +26,8 @@ from trainer.mup.transfer_rules import RULES
 
 
 def main() -> int:
-    commands = {"run": run_search, "report": report_study, "transfer": transfer_study, "cost": show_cost}
+    commands = {"run": run_search, "report": report_study, "transfer": transfer_study, "check": check_study,
+                "cost": show_cost}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands, help="each has a --help of its own")
     return commands[parser.parse_args(sys.argv[1:2]).command](sys.argv[2:])
@@ -54,14 +56,13 @@ def run_search(given: Sequence[str]) -> int:
     worker = [str(Path(__file__).resolve()), "run", "--config", arguments.config, *arguments.overrides]
     if arguments.array is not None:
         folder = Study.open(search).folder  # all trials are in the study before a job starts
-        trials, num_workers = f"{search.trials} trials", search.proxy().data.num_workers
-        return submit_array(Work(f"search-{search.name}", folder, worker, trials, num_workers), arguments)
+        work = Work(f"search-{search.name}", folder, worker, f"{search.trials} trials", search.proxy().data.num_workers)
+        return submit_array(work, arguments)
     if arguments.workers > 1:
         if world_size() > 1:
             raise ConfigError("--workers starts processes of its own: use it without torchrun")
         study = Study.open(search)  # a mistake shows here, once, and not in every worker
-        command_line = [sys.executable, *worker]
-        return run_workers(study.folder, Table(study), command_line, arguments.workers, kill_tree)
+        return run_workers(study.folder, Table(study), [sys.executable, *worker], arguments.workers, kill_tree)
     find = find_fitting(search.proxy(), world_size(), search.folder)  # before the world opens, as in launch/train.py
     with open_world(resolve(search.proxy(), world_size()).shard) as world:
         fitting = from_rank_0(world, find)
@@ -73,10 +74,7 @@ def run_search(given: Sequence[str]) -> int:
 
 
 def report_study(given: Sequence[str]) -> int:
-    parser = command("Write one page and its pictures to the study's folder.", config=False, overrides=None,
-                     name="search.py report")  # fmt: skip
-    parser.add_argument("--study", required=True, help="the study's folder, or its name under runs/")
-    arguments = parser.parse_args(given)
+    arguments = of_study("Write one page and its pictures to the study's folder.", "report").parse_args(given)
     from trainer.search.live_table import Table
     from trainer.search.page import write_page
     from trainer.search.report import make_report
@@ -85,22 +83,18 @@ def report_study(given: Sequence[str]) -> int:
     study = Study.load(arguments.study)
     print(message(Table(study).summary()))
     report = make_report(study)
-    if report.lr_fit:
-        print(f"optim.lr: {report.lr_fit}")
-    print(write_page(report))
+    print(*([f"optim.lr: {report.lr_fit}"] if report.lr_fit else []), write_page(report), sep="\n")
     return 0
 
 
 def transfer_study(given: Sequence[str]) -> int:
-    parser = command("Write the target's config with the base hyperparameters that were found.", config=False,
-                     overrides=None, name="search.py transfer")  # fmt: skip
-    parser.add_argument("--study", required=True, help="the study's folder, or its name under runs/")
+    parser = of_study("Write the target's config with the base hyperparameters that were found.", "transfer")
     parser.add_argument("--to", required=True, help="the target's config")
     parser.add_argument("--trial", type=int, help="number of a trial, instead of the best")
-    parser.add_argument("--value", choices=("fit", "best"), help="optim.lr: the minimum of the fit over all trials, or "
-                        "the best trial's (default: the fit's where it has one)")  # fmt: skip
-    parser.add_argument("--rules", choices=RULES, default="none", help="move lr, betas, eps and weight decay together "
-                        "to the target's batch and steps (default: none, as they are)")  # fmt: skip
+    parser.add_argument(
+        "--value", choices=("fit", "best"), help="optim.lr of the fit or of the best trial (default: fit)"
+    )
+    parser.add_argument("--rules", choices=RULES, default="none", help="for another batch and duration (default: none)")
     parser.add_argument("--force-rules", action="store_true", help="also where the rules were not tested")
     parser.add_argument("--output", required=True, type=Path, help="the config to write")
     add_overwrite(parser)
@@ -112,6 +106,29 @@ def transfer_study(given: Sequence[str]) -> int:
     choice = Choice(arguments.trial, arguments.value, arguments.rules, arguments.force_rules)
     print(message("\n".join(write_target(Study.load(arguments.study), arguments.to, arguments.output, choice))))
     return 0
+
+
+def check_study(given: Sequence[str]) -> int:
+    parser = of_study("Look for the best learning rate again at another width; exits 1 unless it stays.", "check")
+    parser.add_argument("--width", type=int, required=True, help="model.width of three runs: at lr / 2, lr and 2 lr")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side on this machine (default: 1)")
+    arguments = parser.parse_args(given)
+    from trainer.search.check import check_search, judge, write_search
+    from trainer.search.study import Study
+
+    study = Study.load(arguments.study)
+    search = check_search(study, arguments.width)
+    if code := run_search(["--config", str(write_search(search)), "--workers", str(arguments.workers)]):
+        return code
+    found = judge(study, Study.load(str(search.folder)))
+    print(message(str(found)))
+    return 0 if found.verdict == "stays" else 1
+
+
+def of_study(doc: str, name: str) -> argparse.ArgumentParser:
+    parser = command(doc, config=False, overrides=None, name=f"search.py {name}")
+    parser.add_argument("--study", required=True, help="the study's folder, or its name under runs/")
+    return parser
 
 
 def show_cost(given: Sequence[str]) -> int:
