@@ -94,7 +94,7 @@ def test_losses_that_say_nothing_of_the_learning_rate_are_told() -> None:
 def test_too_few_are_told() -> None:
     two = fit_lr([-7.0, -6.0, -6.0], [0.2, 0.21, 0.22], [[], [], []])
     assert two.optimum is None
-    assert two.refused == "2 learning rates came near the best loss, and a parabola needs 3"
+    assert two.refused == "2 of the learning rates came near the best loss, a parabola needs 3"
     four = fit_lr([-8.0, -7.0, -6.0, -5.0, 0.0], [0.2, 0.19, 0.2, 0.22, math.inf], [[]] * 5)
     assert four.refused == "4 trials came near the best loss, and it needs 5"
 
