@@ -28,7 +28,7 @@ _TAIL = 1.10
 STREAMED = 0.81
 LAUNCH_S = 2e-6  # between two kernels, and a kernel's own start
 # torch.compile leaves 77 of the 117 reads and writes of a token's features that a block of the 2B config makes in eager
-# mode: 77 in the Triton code that inductor writes (benchmarks/results/lowered_mmdit_2b.json), 117 by this module.
+# mode: 77 in the Triton code that inductor writes (benchmarks/lowered.py), 117 by this module.
 COMPILED = 77 / 117
 # Products of an attention's backward pass over those of its forward pass: the scores are computed once more.
 _BACKWARD_PRODUCTS = 2.5

@@ -19,7 +19,7 @@ _aten = torch.ops.aten
 _MOST_GRAPHS = 32
 
 # Whatever makes a part of a concatenation writes it into its place. Inductor would let one kernel read all parts, which
-# keeps MMDiT's RMSNorms of q and k out of it and, where sizes vary, copies v twice (docs/performance.md).
+# keeps the RMSNorms of two streams' q and k out of it and, where sizes vary, copies v twice (docs/performance.md).
 _PARTS_IN_PLACE = {"max_pointwise_cat_inputs": 1, "max_complex_pointwise_cat_inputs": 1}
 
 

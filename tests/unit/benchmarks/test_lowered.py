@@ -53,9 +53,11 @@ def test_a_size_that_varies_counts_as_that_of_the_batch() -> None:
 
     tokens = sympy.Symbol("tokens", integer=True, positive=True)
     sizevars = SimpleNamespace(optimization_hint=lambda size: int(size.subs(tokens, 4)))
-    whole = MemoryDep("buffer", 6 * tokens * ROW + 6 * COLUMN + FEATURE, (ROW, COLUMN, FEATURE), (2, tokens, 6))
-    each_second = MemoryDep("buffer", 12 * tokens * ROW + FEATURE + 6 * tokens, (ROW, FEATURE), (2, 6 * tokens))
-    with V.set_graph_handler(SimpleNamespace(sizevars=sizevars)):
+    two, six = sympy.Integer(2), sympy.Integer(6)
+    whole = MemoryDep("buffer", 6 * tokens * ROW + 6 * COLUMN + FEATURE, (ROW, COLUMN, FEATURE), (two, tokens, six))
+    each_second = MemoryDep("buffer", 12 * tokens * ROW + FEATURE + 6 * tokens, (ROW, FEATURE), (two, 6 * tokens))
+    graph: Any = SimpleNamespace(sizevars=sizevars)
+    with V.set_graph_handler(graph):
         assert place(whole) == (0, 48)
         assert place(each_second) == (24, 48)
 
