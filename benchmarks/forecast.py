@@ -25,12 +25,13 @@ from trainer.errors import ConfigError
 from trainer.files import json_text, write_atomically
 from trainer.forecast.fit import Rung, fit_rungs
 from trainer.forecast.report import forecast_target, write_forecast
-from trainer.forecast.rungs import OBJECTIVE, Rungs, read_points
+from trainer.forecast.rungs import Rungs, read_points
 from trainer.forecast.track import FORECAST
-from trainer.forecast.worker import Worker, open_folder
 from trainer.monitor.records import read_metrics
 from trainer.parallel.mesh import World, init_world
 from trainer.search.training import train_quietly
+from trainer.search.trunk_worker import Worker, open_folder
+from trainer.search.trunks import OBJECTIVE
 
 _FIRST_TARGET_SEED = 1000  # beside the rungs', which start at 0
 _BREAK = 4.0  # times the rate

@@ -19,7 +19,6 @@ from launch.common import command, run
 from launch.processes import importing, kill_tree
 from launch.slurm.worker_array import Work, add_array, submit_array
 from trainer.config.load import load_config
-from trainer.config.resolve import resolve
 from trainer.errors import ConfigError
 
 
@@ -41,12 +40,9 @@ def run_rungs(given: Sequence[str]) -> int:
     if a.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {a.workers}")
     with importing():
-        from trainer.collectives import from_rank_0
-        from trainer.estimate.micro_batch import find_fitting
         from trainer.forecast.rungs import Rungs, Trunk
-        from trainer.forecast.worker import Progress, Worker, open_folder
-        from trainer.parallel.mesh import open_world, rank, world_size
-        from trainer.search.local_workers import run_workers
+        from trainer.parallel.mesh import rank
+        from trainer.search.trunk_worker import open_folder, train_trunks
 
     rungs = Rungs.of(a.config, a.overrides, a.widths, a.steps, a.seeds)
     if rank() == 0:
@@ -59,17 +55,7 @@ def run_rungs(given: Sequence[str]) -> int:
         count = f"{len(list(rungs.trunks()))} trunks"
         name, num_workers = f"forecast-{rungs.target.run.name}", rungs.target.data.num_workers
         return submit_array(Work(name, rungs.folder, worker, count, num_workers), a)
-    if a.workers > 1:
-        if world_size() > 1:
-            raise ConfigError("--workers starts processes of its own: use it without torchrun")
-        return run_workers(rungs.folder, Progress(rungs), [sys.executable, *worker], a.workers, kill_tree)
-    widest = rungs.trunk_config(Trunk(rungs.widths[-1], 0), rungs.steps[0])
-    find = find_fitting(widest, world_size(), rungs.folder)  # before the world opens, as in launch/train.py
-    with open_world(resolve(widest, world_size()).shard) as world:
-        fitting = from_rank_0(world, find)
-        terminal = sys.stdout  # what training prints goes to the logs of its trunk
-        Worker(rungs, world, lambda text: print(text, file=terminal, flush=True), fitting).work()
-    return 0
+    return train_trunks(rungs, Trunk(rungs.widths[-1], 0), worker, a.workers, kill_tree)
 
 
 def fit(given: Sequence[str]) -> int:

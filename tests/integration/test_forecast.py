@@ -17,9 +17,9 @@ from tests.helpers.rungs import Law, rungs_of
 from tests.integration.test_search_cli import wait_for_step
 from trainer.forecast.rungs import Rungs, size_of
 from trainer.forecast.track import FORECAST
-from trainer.forecast.worker import open_folder
 from trainer.monitor.metrics import read_metrics
 from trainer.monitor.records import read_status
+from trainer.search.trunk_worker import open_folder
 
 CONFIG = (
     "--config", "mmdit_debug_mup.yaml", "run.name=target", "model.depth=1", "model.width=128", "train.steps=48",
@@ -31,7 +31,7 @@ RUNGS = ("--widths", "32,64,96", "--steps", "8,16,32", "--seeds", "2")
 WORK = """
 import sys
 from trainer.forecast.rungs import Rungs
-from trainer.forecast.worker import Worker, open_folder
+from trainer.search.trunk_worker import Worker, open_folder
 from trainer.parallel.mesh import open_world
 rungs = Rungs("mmdit_debug_mup.yaml", tuple(sys.argv[1:]), (64,), (8, 32), 1)
 open_folder(rungs)

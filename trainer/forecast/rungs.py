@@ -1,8 +1,6 @@
 """The rungs of a forecast: narrow models with the target's hyperparameters, each trained for several durations.
 
-Every width and seed has one trunk, whose learning rate stays constant, and a branch for each duration that leaves the
-trunk where its decay begins (warm-up, stable, decay: arXiv 2405.18392). So many durations cost little more than the
-longest.
+Every width and seed is one trunk, with a branch for each duration (trainer/search/trunks.py).
 """
 
 import dataclasses
@@ -19,12 +17,7 @@ from ..config.load import load_config
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from ..monitor.records import read_metrics
-from .track import facts
-
-OBJECTIVE = "val_loss_ema"
-DECAY_SHARE = 0.2  # of a run's steps, where the target's schedule does not say
-_SHORTEST_EMA = 10  # steps that an average spans at least
-
+from ..search.trunks import OBJECTIVE, Trunks
 
 _TRUNK = re.compile(r"width_(?P<width>\d+)_seed_(?P<seed>\d+)")
 
@@ -42,10 +35,12 @@ class Trunk:
 
 
 @dataclass(frozen=True)
-class Rungs:
+class Rungs(Trunks[Trunk]):
     """What is trained: the target's config with its overrides, at each width, for each number of steps, so many
     seeds."""
 
+    RECORD = "rungs.json"
+    OTHERS = ("the rungs of another target", "Use another run.name.")
     config: str
     overrides: tuple[str, ...]
     widths: tuple[int, ...]
@@ -64,13 +59,9 @@ class Rungs:
                 f"a law of five coefficients needs at least three widths, two durations and seven points, got widths "
                 f"{widths} and steps {steps}"
             )
-        if target.parallel.engine != "fsdp2":
-            raise ConfigError(f"rungs branch off a run, which parallel.engine={target.parallel.engine} cannot: fsdp2")
         if not target.train.validate_every:
             raise ConfigError("a forecast is of the validation loss: the config needs train.validate_every")
-        first, warmup = rungs.steps[0] - decay_steps(target, rungs.steps[0]), rungs.warmup_steps
-        if first <= warmup:
-            raise ConfigError(f"--steps {rungs.steps[0]}: the decay begins at {first}, within the warm-up of {warmup}")
+        rungs.check(f"--steps {rungs.steps[0]}")
         for trunk in rungs.trunks():
             rungs.trunk_config(trunk, rungs.steps[0])  # refuses a wrong width before anything runs
         return rungs
@@ -96,65 +87,25 @@ class Rungs:
     def folder(self) -> Path:
         return forecast_folder(self.target)
 
-    @property
-    def warmup_steps(self) -> int:
-        """The target's, but at most a quarter of the shortest run."""
-        return min(self.target.optim.warmup_steps, self.steps[0] // 4)
-
     def trunks(self) -> Iterator[Trunk]:
         """One whole set of widths after another: after the first seed there is something to fit."""
         for seed in range(self.seeds):
             for width in self.widths:
                 yield Trunk(width, seed)
 
-    def branch_folder(self, trunk: Trunk, steps: int) -> Path:
-        return self.folder / trunk.name / f"steps_{steps:08d}"
-
     def trunk_config(self, trunk: Trunk, steps: int) -> TrainConfig:
         """The trunk up to step `steps`. It measures as often as gives four values within the shortest run."""
         own = [
-            f"run.dir={self.folder / trunk.name}", "run.name=trunk", "run.resume=true", "run.keep_last=1",
-            "run.keep_every=0", "run.allow_change=[train.steps]", f"model.width={trunk.width}",
-            f"train.seed={self.target.train.seed + trunk.seed}", f"train.steps={steps}",
-            f"train.validate_every={max(1, self.steps[0] // 4)}", "train.checkpoint_every=0", "train.sample_every=0",
-            "train.evaluate_every=0", "train.ema_snapshot_every=0", f"optim.warmup_steps={self.warmup_steps}",
-            "optim.schedule=constant", "optim.decay_steps=0", f"ema.decays=[{self._ema_decay(self.steps[-1])}]",
-            "run.forecast=null",
+            *self.trunk_overrides(trunk, trunk.seed, steps), f"model.width={trunk.width}",
+            f"train.validate_every={max(1, self.steps[0] // 4)}",
         ]  # fmt: skip
         set_here = {text.partition("=")[0] for text in own}
         return load_config(self.config, [*(t for t in self.overrides if t.partition("=")[0] not in set_here), *own])
 
-    def branch_config(self, trunk: Trunk, steps: int) -> TrainConfig:
-        """The branch, as `branch` has written it."""
-        return load_config(str(self.branch_folder(trunk, steps) / "config.yaml"))
-
-    def branch_overrides(self, steps: int) -> list[str]:
-        """What a branch changes of its trunk: it ends at `steps`, to which its rate falls to 0."""
-        return [
-            f"train.steps={steps}", "optim.schedule=wsd", f"optim.decay_steps={decay_steps(self.target, steps)}",
-            f"train.validate_every={steps}", f"ema.decays=[{self._ema_decay(steps)}]",
-        ]  # fmt: skip
-
-    def _ema_decay(self, steps: int) -> float:
-        """The average spans the same share of a rung's steps as of the target's."""
-        span = 1 / max(1e-9, 1 - self.target.ema.decays[0]) * steps / self.target.train.steps
-        return round(1 - 1 / max(span, _SHORTEST_EMA), 9)
-
     def identity(self) -> dict[str, Any]:
         """What a folder of rungs is of, as JSON data: more widths, seeds and shorter durations may come, and the
         target's own width may change."""
-        config = facts(self.trunk_config(Trunk(self.widths[0], 0), self.steps[0]))
-        for key in ("model.width", "train.steps", "train.seed"):
-            config.pop(key)
-        share = decay_steps(self.target, self.target.train.steps) / self.target.train.steps
-        return {"config": config, "seed": self.target.train.seed, "decay_share": share}
-
-
-def decay_steps(target: TrainConfig, steps: int) -> int:
-    """Steps of the decay of a run of `steps`: the target's share of them under wsd, else DECAY_SHARE."""
-    optim = target.optim
-    share = optim.decay_steps / target.train.steps if optim.schedule == "wsd" else DECAY_SHARE
-    return max(1, round(share * steps))
+        return self.identity_of(self.trunk_config(Trunk(self.widths[0], 0), self.steps[0]), ("model.width",))
 
 
 def forecast_folder(target: TrainConfig) -> Path:

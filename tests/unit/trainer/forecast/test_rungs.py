@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.forecast.rungs import Rungs, Trunk, decay_steps, read_points
-from trainer.forecast.worker import open_folder
+from trainer.forecast.rungs import Rungs, Trunk, read_points
+from trainer.search.trunk_worker import open_folder
+from trainer.search.trunks import decay_steps
 
 
 def rungs(folder: Path, *overrides: str, widths: str = "32,64,96", steps: str = "20,40,80", seeds: int = 2) -> Rungs:
