@@ -37,8 +37,6 @@ def run_rungs(given: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=1, help="rungs side by side on this machine (default: 1)")
     add_array(parser)
     a = parser.parse_args(given)
-    if a.workers < 1:
-        raise ConfigError(f"--workers must be at least 1, got {a.workers}")
     with importing():
         from trainer.forecast.rungs import Rungs, Trunk
         from trainer.parallel.mesh import rank

@@ -4,6 +4,7 @@ python launch/search.py run --config search/demo.yaml --workers 2      (given ag
 python launch/search.py report --study demo_search
 python launch/search.py transfer --study demo_search --to mmdit_demo_mup.yaml --output found.yaml
 python launch/search.py check --study demo_search --width 256
+python launch/search.py horizon --study demo_search --workers 2        (the best learning rate by duration; goes on too)
 python launch/search.py cost --config search/mmdit_0.18b.yaml --to mmdit_18b_mup.yaml
 
 Overrides of `run` and `cost`: section.key=value changes the proxy (train.steps=100), key=value the search (trials=4).
@@ -16,18 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.redaction import message
-from launch.common import add_overwrite, command, keep_files, run
+from launch.common import command, run
 from launch.processes import importing, kill_tree
 from launch.slurm.worker_array import Work, add_array, submit_array
+from launch.study.commands import horizon_of_study, of_study, report_study, transfer_study
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.errors import ConfigError
-from trainer.mup.transfer_rules import RULES
 
 
 def main() -> int:
     commands = {"run": run_search, "report": report_study, "transfer": transfer_study, "check": check_study,
-                "cost": show_cost}  # fmt: skip
+                "horizon": horizon_of_study, "cost": show_cost}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands, help="each has a --help of its own")
     return commands[parser.parse_args(sys.argv[1:2]).command](sys.argv[2:])
@@ -73,41 +74,6 @@ def run_search(given: Sequence[str]) -> int:
     return 0
 
 
-def report_study(given: Sequence[str]) -> int:
-    arguments = of_study("Write one page and its pictures to the study's folder.", "report").parse_args(given)
-    from trainer.search.live_table import Table
-    from trainer.search.page import write_page
-    from trainer.search.report import make_report
-    from trainer.search.study import Study
-
-    study = Study.load(arguments.study)
-    print(message(Table(study).summary()))
-    report = make_report(study)
-    print(*([f"optim.lr: {report.lr_fit}"] if report.lr_fit else []), write_page(report), sep="\n")
-    return 0
-
-
-def transfer_study(given: Sequence[str]) -> int:
-    parser = of_study("Write the target's config with the base hyperparameters that were found.", "transfer")
-    parser.add_argument("--to", required=True, help="the target's config")
-    parser.add_argument("--trial", type=int, help="number of a trial, instead of the best")
-    parser.add_argument(
-        "--value", choices=("fit", "best"), help="optim.lr of the fit or of the best trial (default: fit)"
-    )
-    parser.add_argument("--rules", choices=RULES, default="none", help="for another batch and duration (default: none)")
-    parser.add_argument("--force-rules", action="store_true", help="also where the rules were not tested")
-    parser.add_argument("--output", required=True, type=Path, help="the config to write")
-    add_overwrite(parser)
-    arguments = parser.parse_args(given)
-    keep_files(arguments.overwrite, arguments.output)
-    from trainer.search.study import Study
-    from trainer.search.transfer import Choice, write_target
-
-    choice = Choice(arguments.trial, arguments.value, arguments.rules, arguments.force_rules)
-    print(message("\n".join(write_target(Study.load(arguments.study), arguments.to, arguments.output, choice))))
-    return 0
-
-
 def check_study(given: Sequence[str]) -> int:
     parser = of_study("Look for the best learning rate again at another width; exits 1 unless it stays.", "check")
     parser.add_argument("--width", type=int, required=True, help="model.width of three runs: at lr / 2, lr and 2 lr")
@@ -123,12 +89,6 @@ def check_study(given: Sequence[str]) -> int:
     found = judge(study, Study.load(str(search.folder)))
     print(message(str(found)))
     return 0 if found.verdict == "stays" else 1
-
-
-def of_study(doc: str, name: str) -> argparse.ArgumentParser:
-    parser = command(doc, config=False, overrides=None, name=f"search.py {name}")
-    parser.add_argument("--study", required=True, help="the study's folder, or its name under runs/")
-    return parser
 
 
 def show_cost(given: Sequence[str]) -> int:

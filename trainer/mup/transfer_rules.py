@@ -11,6 +11,10 @@ With m_B the ratio of the target's batch to the proxy's, and m_D that of the ima
 m_B / m_D is the ratio of the proxy's number of steps to the target's. At equal images both rules are the same;
 sqrt-batch says nothing of a longer run, at the same batch nor at another.
 
+The best learning rate's exponent in the duration can be measured (`search.py horizon`), and under completed-p it then
+takes the place of the rule's -1/2: lr x sqrt(m_B) x m_D^exponent, at which sqrt(m_B) is the rule at equal images. What
+lr x weight decay moves by stays r, so that the weight decay takes back what the learning rate is given.
+
 The weight decay is torch's, which AdamW multiplies by the learning rate (optim.weight_decay is written so, with either
 optim.decay, which chooses the weights that decay and not how). So lr x weight decay moves by r: the weights forget over
 1 / (lr x weight decay) steps, Adam's means over 1 / (1 - beta_i), and 1 / r times the steps make of each the same share
@@ -68,15 +72,23 @@ def ratio(rules: Rules, proxy: Size, target: Size) -> float:
     return {"none": 1.0, "sqrt-batch": batch, "completed-p": proxy.steps / target.steps}[rules]
 
 
-def scaled(rates: Rates, r: float) -> Rates:
-    """The rates at r, with four significant digits. Raises ValueError where a beta would leave [0, 1)."""
-    if r == 1.0:
+def lr_factor(proxy: Size, target: Size, exponent: float) -> float:
+    """Of the learning rate under completed-p, by a measured exponent of it in the images of a run at one batch."""
+    batch, images = target.batch / proxy.batch, target.batch * target.steps / (proxy.batch * proxy.steps)
+    return batch**0.5 * images**exponent
+
+
+def scaled(rates: Rates, r: float, lr_by: float | None = None) -> Rates:
+    """The rates at r, with four significant digits. lr_by: what lr is multiplied by, in place of sqrt(r). Raises
+    ValueError where a beta would leave [0, 1)."""
+    lr_by = r**0.5 if lr_by is None else lr_by
+    if r == 1.0 and lr_by == 1.0:
         return rates
     return Rates(
-        lr=_rounded(rates.lr * r**0.5),
+        lr=_rounded(rates.lr * lr_by),
         betas=(_beta("beta1", rates.betas[0], r), _beta("beta2", rates.betas[1], r)),
         eps=_rounded(rates.eps / r**0.5),
-        weight_decay=_rounded(rates.weight_decay * r**0.5),
+        weight_decay=_rounded(rates.weight_decay * r / lr_by),
     )
 
 

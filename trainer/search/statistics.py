@@ -44,9 +44,7 @@ def quadratic_minimum(x: Sequence[float], y: Sequence[float], window: int = WIND
     order = sorted(range(len(x)), key=lambda i: x[i])
     xs, ys = [x[i] for i in order], [y[i] for i in order]
     best = min(range(len(xs)), key=ys.__getitem__)
-    near = [
-        i for i in range(max(0, best - window), best + window + 1) if i < len(xs) and ys[i] <= DIVERGED_AT * ys[best]
-    ]
+    near = near_lowest(ys, window)
     if len(near) < 3:
         return xs[best]
     px, py = [xs[i] - xs[best] for i in near], [ys[i] for i in near]
@@ -64,6 +62,12 @@ def quadratic_minimum(x: Sequence[float], y: Sequence[float], window: int = WIND
         return xs[best]
     step = (xs[-1] - xs[0]) / (len(xs) - 1)
     return min(max(xs[best] - slope / (2 * bend), xs[0] - step), xs[-1] + step)
+
+
+def near_lowest(y: Sequence[float], window: int = WINDOW) -> list[int]:
+    """Which points a parabola is fitted to: the lowest and its neighbours, without what is no part of the valley."""
+    best = min(range(len(y)), key=y.__getitem__)
+    return [i for i in range(max(0, best - window), best + window + 1) if i < len(y) and y[i] <= DIVERGED_AT * y[best]]
 
 
 def line_slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -117,19 +121,19 @@ class Transfer:
 def transfer(losses: Losses, seed: int = 0) -> Transfer:
     """Statistics of a sweep; a loss that is not finite counts as diverged."""
     widths = sorted(losses)
-    means = {w: {lr: _mean(values) for lr, values in losses[w].items()} for w in widths}
-    centred = {w: _centred(losses[w]) for w in widths}
+    means = {w: {lr: mean_loss(values) for lr, values in losses[w].items()} for w in widths}
+    centred = {w: seed_deviations(losses[w]) for w in widths}
     chance = random.Random(seed)
     doublings = [math.log2(w) for w in widths]
 
     def figures(curves: Mapping[int, Mapping[float, float]]) -> tuple[list[float], float, float]:
-        optima = [_optimum(curves[w]) for w in widths]
+        optima = [optimum(curves[w]) for w in widths]
         return optima, line_slope(doublings, optima), _regret(curves[widths[-1]], optima[0])
 
     optima, shift, regret = figures(means)
-    replicates = [figures({w: _resampled(means[w], centred[w], chance) for w in widths}) for _ in range(REPLICATES)]
+    replicates = [figures({w: resampled(means[w], centred[w], chance) for w in widths}) for _ in range(REPLICATES)]
     narrow, wide = (min(filter(math.isfinite, means[w].values())) for w in (widths[0], widths[-1]))
-    spreads = [statistics.variance(v) for w in widths for lr in _valley(means[w]) if len(v := centred[w][lr]) > 1]
+    spreads = [statistics.variance(v) for w in widths for lr in in_valley(means[w]) if len(v := centred[w][lr]) > 1]
     return Transfer(
         optima={w: interval([r[0][i] for r in replicates], optima[i]) for i, w in enumerate(widths)},
         at_edge=[w for i, w in enumerate(widths) if not min(means[w]) < _lowest(means[w]) < max(means[w])],
@@ -141,7 +145,7 @@ def transfer(losses: Losses, seed: int = 0) -> Transfer:
     )
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_loss(values: Sequence[float]) -> float:
     return statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
 
 
@@ -149,7 +153,7 @@ def _lowest(curve: Mapping[float, float]) -> float:
     return min(curve, key=curve.__getitem__)
 
 
-def _optimum(curve: Mapping[float, float]) -> float:
+def optimum(curve: Mapping[float, float]) -> float:
     finite = {lr: loss for lr, loss in curve.items() if math.isfinite(loss)}
     return quadratic_minimum(list(finite), list(finite.values()))
 
@@ -164,27 +168,27 @@ def _regret(curve: Mapping[float, float], lr: float) -> float:
     return 0.0
 
 
-def _valley(means: Mapping[float, float]) -> list[float]:
+def in_valley(means: Mapping[float, float]) -> list[float]:
     """The learning rates neither so high nor so low that their loss is far above the best."""
     lowest = min(means.values())
     return [lr for lr, mean in means.items() if mean <= max(lowest, DIVERGED_AT * lowest)]
 
 
-def _centred(curve: Mapping[float, Sequence[float]]) -> dict[float, list[float]]:
+def seed_deviations(curve: Mapping[float, Sequence[float]]) -> dict[float, list[float]]:
     """Deviations of each seed from the mean at its learning rate, less what the seed adds at all of them: data and
     initial weights that are easier everywhere do not move an optimum. Widened by sqrt(n / (n - 1)), as a sample's
     standard deviation is. Zero outside the valley: how far one seed ran away is no noise of a valley."""
     finite = {lr: list(values) for lr, values in curve.items() if all(map(math.isfinite, values))}
     count = min(map(len, finite.values()))
     means = {lr: statistics.fmean(values) for lr, values in finite.items()}
-    valley = _valley(means)
+    valley = in_valley(means)
     common = [statistics.fmean(finite[lr][k] - means[lr] for lr in valley) for k in range(count)]
     widen = math.sqrt(count / (count - 1)) if count > 1 else 1.0
     deviations = {lr: [widen * (finite[lr][k] - means[lr] - common[k]) for k in range(count)] for lr in valley}
     return {lr: deviations.get(lr, [0.0] * count) for lr in finite}
 
 
-def _resampled(
+def resampled(
     means: Mapping[float, float], centred: Mapping[float, Sequence[float]], chance: random.Random
 ) -> dict[float, float]:
     """A bootstrap replicate of the mean curve: deviations drawn with replacement, each learning rate by itself."""
@@ -198,7 +202,7 @@ def _rises(
     losses: Losses, widths: Sequence[int], means: Mapping[int, Mapping[float, float]]
 ) -> dict[float, tuple[float, float]]:
     rises = {}
-    for lr in sorted(set.intersection(*(set(_valley(means[w])) for w in widths))):
+    for lr in sorted(set.intersection(*(set(in_valley(means[w])) for w in widths))):
         steps = []
         for narrow, wide in itertools.pairwise(widths):
             differences = [b - a for a, b in zip(losses[narrow][lr], losses[wide][lr], strict=True)]

@@ -14,7 +14,8 @@ from ..config.schema import TrainConfig
 from ..config.yaml_files import CONFIG_DIR, find_config
 from ..errors import ConfigError
 from ..files import write_atomically
-from ..mup.transfer_rules import TESTED, Rates, Rules, Size, ratio, scaled, untested
+from ..mup.transfer_rules import TESTED, Rates, Rules, Size, lr_factor, ratio, scaled, untested
+from .exponent import FILE, Exponent, read_exponent
 from .lr_fit import LR, fit_of
 from .report import completed
 from .space import Point, as_overrides, at_the_ends, transfers
@@ -57,7 +58,7 @@ def write_target(study: Study, target: str, output: Path, choice: Choice | None 
     searched = _searched(study, trial, choice)
     proxy, own = study.proxy, load_config(target)
     _check_shared(proxy, own, target)
-    ruled = _by_the_rules(proxy, own, searched, choice)
+    ruled = _by_the_rules(study.folder, proxy, own, searched, choice)
     found = load_config(target, as_overrides(ruled.values))
     warned = [f"warning: {line}" for line in at_the_ends(study.search.space, searched.values)]
     warned += [f"warning: {line}" for line in warnings(proxy, found, ruled.values, choice.rules)]
@@ -112,16 +113,24 @@ def _searched(study: Study, trial: Trial, choice: Choice) -> _Found:
     return _Found(point, comments, [f"{LR}: {fit}; {own}"])
 
 
-def _by_the_rules(proxy: TrainConfig, target: TrainConfig, searched: _Found, choice: Choice) -> _Found:
-    """The values at the target's batch and duration: lr, betas, eps and weight decay together."""
+def best_point(study: Study) -> Point:
+    """What is transferred without rules: the best trial's values, with the fit's learning rate where there is one."""
+    return _searched(study, _chosen(study, None), Choice()).values
+
+
+def _by_the_rules(study: Path, proxy: TrainConfig, target: TrainConfig, searched: _Found, choice: Choice) -> _Found:
+    """The values at the target's batch and duration: lr, betas, eps and weight decay together. study: its folder, which
+    may have the exponent of the learning rate in the duration."""
     if choice.rules == "none":
         if choice.force:
             raise ConfigError("--force-rules has nothing to force under --rules none: name the rules")
         return _Found(searched.values, searched.comments, [])
     here, there, rates = _size(proxy), _size(target), _rates(proxy, searched.values)
     r = ratio(choice.rules, here, there)
+    measured = read_exponent(study) if choice.rules == "completed-p" else None
+    lr_by = lr_factor(here, there, measured.exponent.value) if measured else None
     try:
-        moved = scaled(rates, r)
+        moved = scaled(rates, r, lr_by)
     except ValueError as error:
         raise ConfigError(f"--rules {choice.rules}: {error}") from None
     outside = list(untested(choice.rules, here, there, moved))
@@ -138,13 +147,32 @@ def _by_the_rules(proxy: TrainConfig, target: TrainConfig, searched: _Found, cho
         "optim.eps": f"{rates.eps:.4g} / sqrt(r); {origin['optim.eps']}",
         "optim.weight_decay": f"{rates.weight_decay:.4g} x sqrt(r), times lr in AdamW; {origin['optim.weight_decay']}",
     }
+    said = [_account(choice.rules, here, there, r)]
+    if measured and lr_by:
+        law = f"sqrt(batch) x images^{measured.exponent.value:.2f} = {lr_by:.4g}, measured by horizon"
+        how[LR] = f"{rates.lr:.4g} x {law}, in place of sqrt(r); {origin[LR]}"
+        how["optim.weight_decay"] = (
+            f"{rates.weight_decay:.4g} x r / {lr_by:.4g}, so that lr x weight decay moves by r; "
+            f"{origin['optim.weight_decay']}"
+        )
+        said.append(_by_measure(study, measured, here, there, r))
     own = flatten(plain(target))
     for key in _RATES:
         how[key] = f"{forced}{choice.rules}{end}: {how[key]}; in place of the target's {_text(own[key])}"
     values = searched.values | {k: _text(v) if isinstance(v, tuple) else v
                                 for k, v in zip(_RATES, moved, strict=True)}  # fmt: skip
-    said = [_account(choice.rules, here, there, r), *(f"forced: {line}" for line in outside)]
+    said += [f"forced: {line}" for line in outside]
     return _Found(values, {**searched.comments, **how}, said)
+
+
+def _by_measure(study: Path, measured: Exponent, proxy: Size, target: Size, r: float) -> str:
+    """The measured exponent in a line: where it is from, and what of the rule it takes the place of."""
+    found = measured.exponent
+    value, *ends = (lr_factor(proxy, target, e) for e in (found.value, found.low, found.high))
+    return (
+        f"horizon: {measured}, measured at {measured.durations} ({study / FILE}), in place of the rule's -1/2: lr x "
+        f"{value:.4g} [{min(ends):.4g}, {max(ends):.4g}], not x {r**0.5:.4g}; weight decay x {r / value:.4g}"
+    )
 
 
 def _account(rules: Rules, proxy: Size, target: Size, r: float) -> str:

@@ -57,6 +57,8 @@ def train_trunks(
     largest: the trunk that needs the most memory. command: starts a worker, after Python's own name. kill: ends a
     process, by its number, with all that descend from it.
     """
+    if workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {workers}")
     if workers > 1:
         if world_size() > 1:
             raise ConfigError("--workers starts processes of its own: use it without torchrun")

@@ -170,7 +170,10 @@ def test_help_a_wrong_key_and_a_job_wait_for_no_torch(tmp_path: Path) -> None:
     config = ("--config", "mmdit_debug_mup.yaml")
     cases: list[tuple[int, str, tuple[str, ...]]] = [
         *((0, "usage: ", (f"launch/{name}.py", "--help")) for name in COMMANDS),
-        *((0, "usage: ", ("launch/search.py", name, "--help")) for name in ("run", "report", "transfer", "cost")),
+        *(
+            (0, "usage: ", ("launch/search.py", name, "--help"))
+            for name in ("run", "report", "horizon", "transfer", "cost")
+        ),
         (2, 'optim.lrr: unknown key; did you mean "optim.lr"?', ("launch/train.py", *config, "optim.lrr=1")),
         (2, "train.step: unknown key", ("launch/train.py", "train.step=1", *config)),
         (2, "optim.lr is given", ("launch/train.py", "optim.lr=1", *config, "optim.lr=2")),
