@@ -84,6 +84,15 @@ def test_mup_does_not_depend_on_the_width(sound: tuple[str, Judgement, Measured]
     assert any(row.slope is not None and row.slope > CONTROL for row in report.control)
 
 
+@pytest.mark.parametrize("backbone", ["mmdit_debug_mup", "dit_debug_mup"])
+def test_fp8_does_not_depend_on_the_width(backbone: str, world: World) -> None:
+    """Emulated, in bf16 but for the blocks' products; beside SP in the same precision."""
+    fp8, widths = "parallel.precision=fp8", WIDTHS[:3]
+    checked = sweep(world, backbone, fp8, widths=widths, seeds=2)
+    report = judge(checked, sweep(world, backbone, fp8, "mup.parametrization=sp", widths=widths))
+    assert report.verdict == "passed", report.reason
+
+
 def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Judgement, Measured]) -> None:
     """Judged by the same thresholds, the SP control is a failure that names hidden weights."""
     backbone, report, control = sound
