@@ -53,12 +53,14 @@ def test_betas_of_long_runs_keep_their_digits() -> None:
     assert at("completed-p", steps=30_000_000).betas == (0.9999, 0.99995)
 
 
-@pytest.mark.parametrize(("steps", "which"), [(3_000, "beta1"), (1_000, "beta1"), (4, "beta1")])
-def test_betas_leave_their_range_with_numbers(steps: int, which: str) -> None:
-    assert at("completed-p", steps=3_000).betas[0] == 0.0 if steps == 3_000 else True
-    if steps < 3_000:
-        with pytest.raises(ValueError, match=f"1 - {which} = 0.1 times r = .* does not lie in"):
-            at("completed-p", steps=steps)
+def test_betas_leave_their_range_with_numbers() -> None:
+    assert at("completed-p", steps=3_000).betas == (0.0, 0.5), "the last run that there is"
+    with pytest.raises(
+        ValueError, match=r"1 - beta1 = 0\.1 times r = 30 is 3, and beta1 = -2 does not lie in \[0, 1\)"
+    ):
+        at("completed-p", steps=1_000)
+    with pytest.raises(ValueError, match=r"and beta2 = -0\.5 does not lie in"):
+        scaled(RATES._replace(betas=(0.99, 0.95)), 30.0)
 
 
 def lines(rules: Rules, rates: Rates = RATES, **changes: int) -> list[str]:
