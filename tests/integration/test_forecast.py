@@ -15,7 +15,7 @@ from tests.helpers.forked import environment, finished
 from tests.helpers.paths import ROOT
 from tests.helpers.rungs import Law, rungs_of
 from tests.integration.test_search_cli import wait_for_step
-from trainer.forecast.rungs import Rungs, size_of
+from trainer.forecast.rungs import Rungs, parameters_of
 from trainer.forecast.track import FORECAST
 from trainer.monitor.metrics import read_metrics
 from trainer.monitor.records import read_status
@@ -90,7 +90,7 @@ def folder(tmp_path: Path) -> Path:
             lines = []
             for step in steps:
                 images = step * config.train.global_batch_size
-                loss = 3 * law.loss(size_of(config)[0], images) * math.exp(0.002 * chance.standard_normal())
+                loss = 3 * law.loss(parameters_of(config), images) * math.exp(0.002 * chance.standard_normal())
                 record = {"step": step, "val_loss_ema": loss, "val_loss_ema_t0.0625": 2 * loss, "val_set": "x"}
                 lines.append(json.dumps(record) + "\n")
             (path / "metrics.jsonl").write_text("".join(lines))

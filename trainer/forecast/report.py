@@ -19,9 +19,10 @@ from ..errors import ConfigError
 from ..files import json_text, write_atomically
 from ..provenance import commit
 from ..search.page import inline_png
+from ..search.trunks import decay_steps
 from .fit import Fit, Interval, Rung, fit_rungs
 from .laws import COEFFICIENTS
-from .rungs import Point, Rungs, decay_steps, read_points, size_of
+from .rungs import Point, Rungs, parameters_of, read_points, read_stable_points
 from .track import FORECAST, Expected, facts
 
 _COURSE = 24  # steps of the target at which the forecast says what to expect
@@ -96,7 +97,7 @@ def forecast_table(rungs: Sequence[Rung], parameters: float, images: float, name
 def forecast_target(rungs: Rungs) -> Forecast:
     """The forecast of a config from its rungs. Raises ConfigError where too few are finished."""
     target, points = rungs.target, read_points(rungs)
-    fit, parameters = _fit([_rung(point) for point in points]), float(size_of(target)[0])
+    fit, parameters = _fit([_rung(point) for point in points]), float(parameters_of(target))
     images = float(target.train.steps * target.train.global_batch_size)
     missing = len(rungs.steps) * len(list(rungs.trunks())) - len(points)
     notes = [f"{missing} rungs are not finished"] if missing else []
@@ -146,7 +147,7 @@ def _course(rungs: Rungs, fit: Fit, parameters: float) -> list[Expected]:
     steps, batch = target.train.steps, target.train.global_batch_size
     end = fit.loss(parameters, float(steps * batch))
     course = [Expected(steps, *end)]
-    stable = [_rung(point) for point in read_points(rungs, stable=True)]
+    stable = [_rung(point) for point in read_stable_points(rungs)]
     try:
         on_the_way = fit_rungs(stable, check=False)
     except ValueError:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..build.engine import build_mup_table
-from ..build.flops import image_flops
 from ..config.load import load_config
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from ..monitor.records import read_metrics
+from ..search.trunk_worker import has_diverged
 from ..search.trunks import OBJECTIVE, Trunks
 
 _TRUNK = re.compile(r"width_(?P<width>\d+)_seed_(?P<seed>\d+)")
@@ -118,56 +118,67 @@ def forecast_folder(target: TrainConfig) -> Path:
 
 @dataclass(frozen=True)
 class Point:
-    """A finished rung: its size, its images, and the EMA weights' loss on the fixed bank, also by noise level."""
+    """A rung: its size, its images, and the EMA weights' loss on the fixed bank, also by noise level. A run that has
+    diverged has an infinite loss."""
 
     width: int
     steps: int
     seed: int
     parameters: int
     images: int
-    flops: float
     loss: float
     by_level: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
 
 
-def size_of(config: TrainConfig) -> tuple[int, int]:
-    """(parameters, FLOPs of an image in a forward and a backward pass) of a config."""
-    rows = build_mup_table(config).rows.values()
-    return sum(math.prod(row.shape) for row in rows), image_flops(config)
+def parameters_of(config: TrainConfig) -> int:
+    """Parameters of a config's model."""
+    return sum(math.prod(row.shape) for row in build_mup_table(config).rows.values())
 
 
-def read_points(rungs: Rungs, stable: bool = False) -> list[Point]:
-    """Finished branches; with `stable` what the trunks measured after their warm-up, before any decay. A loss that is
-    not finite is infinite. Raises ConfigError where the rungs were measured on other validation samples."""
+def read_points(rungs: Rungs) -> list[Point]:
+    """The branches that are finished, or have diverged. Raises ConfigError where they were measured on different
+    validation samples."""
     points, sets = [], set[str]()
     for trunk in rungs.trunks():
         config = rungs.trunk_config(trunk, rungs.steps[0])
-        parameters, flops = size_of(config)
-        folders = {steps: rungs.branch_folder(trunk, steps) for steps in rungs.steps}
-        if stable:
-            folders = {0: rungs.folder / trunk.name / "trunk"}
-        for steps, folder in folders.items():
-            for record in read_metrics(folder):
-                if OBJECTIVE not in record or (stable and record["step"] <= 2 * rungs.warmup_steps):
-                    continue
-                if not stable and record["step"] != steps:
-                    continue
-                sets.add(str(record.get("val_set")))
-                images = record["step"] * config.train.global_batch_size
-                points.append(
-                    Point(
-                        trunk.width, record["step"], trunk.seed, parameters, images, float(flops) * images,
-                        record[OBJECTIVE] if math.isfinite(record[OBJECTIVE]) else math.inf,
-                        {key.removeprefix(f"{OBJECTIVE}_"): value for key, value in record.items()
-                         if key.startswith(f"{OBJECTIVE}_t")},
-                    )
-                )  # fmt: skip
+        parameters, batch = parameters_of(config), config.train.global_batch_size
+        for steps in rungs.steps:
+            folder, of_trunk = rungs.branch_folder(trunk, steps), rungs.folder / trunk.name / "trunk"
+            last = [each for each in _validations(folder) if each["step"] == steps]
+            if has_diverged(folder) or (has_diverged(of_trunk) and not folder.is_dir()):
+                points.append(Point(trunk.width, steps, trunk.seed, parameters, steps * batch, math.inf))
+            elif last:
+                sets.add(str(last[-1].get("val_set")))
+                points.append(_point(trunk, parameters, batch, last[-1]))
     if len(sets) > 1:
         raise ConfigError(
             f"{rungs.folder}: its rungs were measured on {len(sets)} different sets of validation samples, whose "
             "losses do not compare: remove the older ones and run them again"
         )
     return points
+
+
+def read_stable_points(rungs: Rungs) -> list[Point]:
+    """What the trunks measured while their rate was constant, from twice the warm-up on."""
+    points = []
+    for trunk in rungs.trunks():
+        config = rungs.trunk_config(trunk, rungs.steps[0])
+        parameters, batch = parameters_of(config), config.train.global_batch_size
+        for record in _validations(rungs.folder / trunk.name / "trunk"):
+            if record["step"] > 2 * rungs.warmup_steps:
+                points.append(_point(trunk, parameters, batch, record))
+    return points
+
+
+def _validations(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(folder) if OBJECTIVE in record]
+
+
+def _point(trunk: Trunk, parameters: int, batch: int, record: Mapping[str, Any]) -> Point:
+    loss, steps = record[OBJECTIVE], record["step"]
+    by_level = {k.removeprefix(f"{OBJECTIVE}_"): v for k, v in record.items() if k.startswith(f"{OBJECTIVE}_t")}
+    finite = loss if math.isfinite(loss) else math.inf
+    return Point(trunk.width, steps, trunk.seed, parameters, steps * batch, finite, by_level)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

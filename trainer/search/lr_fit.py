@@ -84,7 +84,8 @@ def fit_lr(
     more = np.asarray(others, dtype=np.float64).reshape(len(x), -1)
     valley = y <= max(y.min(), DIVERGED_AT * y.min())
     if (tried := len(np.unique(x[valley]))) < 3:
-        return LrFit(None, int(valley.sum()), f"{tried} of the learning rates came near the best loss, a parabola needs 3")
+        why = f"{tried} of the learning rates came near the best loss, a parabola needs 3"
+        return LrFit(None, int(valley.sum()), why)
     if valley.sum() < 3 + SPARE:
         return LrFit(
             None, int(valley.sum()), f"{valley.sum()} trials came near the best loss, and it needs {3 + SPARE}"

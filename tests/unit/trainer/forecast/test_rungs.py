@@ -1,12 +1,13 @@
 """Which rungs there are: the target's hyperparameters, and what differs; what no forecast can be fitted to."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.forecast.rungs import Rungs, Trunk, read_points
+from trainer.forecast.rungs import Rungs, Trunk, read_points, read_stable_points
 from trainer.search.trunk_worker import open_folder
 from trainer.search.trunks import decay_steps
 
@@ -95,11 +96,23 @@ def test_points_are_the_last_losses_of_branches(tmp_path: Path) -> None:
     batch = wanted.target.train.global_batch_size
     assert (point.width, point.steps, point.loss, point.images) == (32, 40, 0.5, 40 * batch)
     assert point.by_level == {"t0.0625": 0.7}
-    assert [point.steps for point in read_points(wanted, stable=True)] == [30], "after twice the warm-up"
+    assert [point.steps for point in read_stable_points(wanted)] == [30], "after twice the warm-up"
     assert Rungs.found("mmdit_debug_mup.yaml", wanted.overrides).steps == (40, 80)
     log(wanted.branch_folder(Trunk(64, 0), 40), {**last, "val_set": "b"})
     with pytest.raises(ConfigError, match="2 different sets of validation samples"):
         read_points(wanted)
+
+
+def test_what_has_diverged_counts_as_infinite(tmp_path: Path) -> None:
+    """A branch that has, and all branches that a trunk no longer came to."""
+    wanted = rungs(tmp_path, seeds=1)
+    (wanted.folder / "width_00032_seed_0" / "trunk").mkdir(parents=True)
+    (wanted.folder / "width_00032_seed_0" / "trunk" / "diverged.txt").touch()
+    log(wanted.branch_folder(Trunk(32, 0), 20), {"step": 20, "val_loss_ema": 0.5})
+    log(wanted.branch_folder(Trunk(64, 0), 40))
+    (wanted.branch_folder(Trunk(64, 0), 40) / "diverged.txt").touch()
+    losses = {(point.width, point.steps): point.loss for point in read_points(wanted)}
+    assert losses == {(32, 20): 0.5, (32, 40): math.inf, (32, 80): math.inf, (64, 40): math.inf}
 
 
 def test_none_found(tmp_path: Path) -> None:
