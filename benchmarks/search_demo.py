@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.machine import write
 from launch.processes import kill_tree
-from tests.distributed.runs import command, last_step
+from tests.distributed.runs import last_step
 from tests.helpers.forked import environment
 from tests.helpers.paths import ROOT
 from trainer.monitor.metrics import read_metrics
@@ -59,7 +59,8 @@ def main() -> int:
     timed("report", *search, "report", "--study", str(study))
     timed("transfer", *search, "transfer", "--study", str(study), "--to", TARGET, "--output", str(found))
     settings = (f"run.dir={a.folder}", "run.name=target", f"train.steps={a.steps}", f"train.validate_every={a.steps}")
-    timed("train", *command(a.workers, *settings, "train.sample_every=0", config=str(found)))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(a.workers))
+    timed("train", *torchrun, "launch/train.py", "--config", str(found), *settings, "train.sample_every=0")
 
     trials = Study.load(str(study)).trials()
     after = Counter(trial.state for trial in trials)

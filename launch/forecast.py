@@ -18,7 +18,6 @@ from pathlib import Path
 from launch.common import command, run
 from launch.processes import importing, kill_tree
 from launch.slurm.worker_array import Work, add_array, submit_array
-from trainer.config.load import load_config
 from trainer.errors import ConfigError
 
 
@@ -74,15 +73,15 @@ def fit(given: Sequence[str]) -> int:
         raise ConfigError("--parameters and --images follow from --config: they go with --table")
     with importing():
         from trainer.forecast.report import describe, forecast_table, forecast_target, write_forecast
-        from trainer.forecast.rungs import Rungs, forecast_folder
+        from trainer.forecast.rungs import Rungs
         from trainer.forecast.table import read_table
 
     if a.table is not None:
-        forecast, folder = forecast_table(read_table(a.table), a.parameters, a.images, a.table.stem), a.output
+        size = float(a.parameters or 0), float(a.images or 0)
+        forecast, folder = forecast_table(read_table(a.table), *size, a.table.stem), a.output
     else:
-        config = load_config(a.config, a.overrides)
-        forecast = forecast_target(Rungs.found(a.config, a.overrides))
-        folder = a.output or forecast_folder(config)
+        rungs = Rungs.found(str(a.config), a.overrides)
+        forecast, folder = forecast_target(rungs), a.output or rungs.folder
     print(json.dumps(forecast.data(), indent=1) if a.json else describe(forecast))
     if folder is not None:
         path = write_forecast(forecast, folder)

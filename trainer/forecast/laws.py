@@ -140,26 +140,26 @@ def _descend(
     """
     centre = centre or grid.centre
     log_n, log_d = _logs(grid, centre)
-    weight = np.ones(len(log_n)) if weight is None else weight / weight.mean()
+    count: Array = np.ones(len(log_n)) if weight is None else weight / weight.mean()
     theta, damping = theta.copy(), np.full(len(theta), 1e-2)
     low, high = _bounds(target)
     theta = np.clip(theta, low, high)
     value, slope = _log_loss(theta, log_n, log_d)
     delta = _threshold(value - target)
-    cost = _cost(value - target, delta, weight)
+    cost = _cost(value - target, delta, count)
     for number in range(_ROUNDS):
         if 0 < number < _ROUNDS // 2 and number % 5 == 0:
             delta = _threshold(value - target)
-            cost = _cost(value - target, delta, weight)
+            cost = _cost(value - target, delta, count)
         residual = value - target
-        w = weight * np.minimum(1.0, delta[:, None] / np.maximum(np.abs(residual), 1e-300))  # [R, points]
+        w = count * np.minimum(1.0, delta[:, None] / np.maximum(np.abs(residual), 1e-300))  # [R, points]
         normal = np.einsum("rpi,rp,rpj->rij", slope, w, slope)
         gradient = np.einsum("rpi,rp->ri", slope, w * residual)
         ridge = damping[:, None] * (np.einsum("rii->ri", normal) + 1e-9)
         step = np.linalg.solve(normal + np.einsum("ri,ij->rij", ridge, np.eye(COEFFICIENTS)), gradient[..., None])
         tried = np.clip(theta - np.clip(step[..., 0], -1.0, 1.0), low, high)
         new_value, new_slope = _log_loss(tried, log_n, log_d)
-        new_cost = _cost(new_value - target, delta, weight)
+        new_cost = _cost(new_value - target, delta, count)
         better = new_cost < cost
         theta[better], value[better], slope[better] = tried[better], new_value[better], new_slope[better]
         cost = np.where(better, new_cost, cost)

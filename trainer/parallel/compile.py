@@ -23,7 +23,7 @@ _MOST_GRAPHS = 32
 _PARTS_IN_PLACE = {"max_pointwise_cat_inputs": 1, "max_complex_pointwise_cat_inputs": 1}
 
 
-def inductor_options(unit: nn.Module) -> dict[str, int]:
+def inductor_options(unit: nn.Module) -> dict[str, Any]:
     """What training sets of inductor for a unit, as far as this torch has it; no formula depends on it."""
     known = torch._inductor.list_options() if getattr(unit, "joins_streams", False) else ()
     return {name: value for name, value in _PARTS_IN_PLACE.items() if name in known}

@@ -278,7 +278,10 @@ def test_batches_are_those_of_the_images(made: Made) -> None:
         assert torch.allclose(losses[0][real], losses[1][real], rtol=1e-3)
         assert ours.features is not None
         moved = dataclasses.replace(ours, features=ours.features.roll(1, 1))
-        repa = [align.losses(projected, x)[real] for align, x in ((kept, ours), (made_now, theirs), (kept, moved))]
+        repa = [
+            align.losses(projected, align.features(x))[real]
+            for align, x in ((kept, ours), (made_now, theirs), (kept, moved))
+        ]
         assert torch.allclose(repa[0], repa[1], atol=1e-4)
         assert not torch.allclose(repa[2], repa[1], atol=1e-3), "it would see features at other tokens"
         chosen |= set(ours.full_captions)

@@ -229,10 +229,10 @@ def test_what_the_compiler_fails_on_runs_eagerly_and_says_so_once() -> None:
 def test_inductor_alone_is_told_of_joined_streams_and_of_no_option_that_it_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given: list[dict[str, int] | None] = []
+    given: list[dict[str, Any] | None] = []
     torch_compile = torch.compile
 
-    def compiling(forward: Any, options: dict[str, int] | None, **more: Any) -> Any:
+    def compiling(forward: Any, options: dict[str, Any] | None, **more: Any) -> Any:
         given.append(options)
         return torch_compile(forward, options=options, **more)  # refuses an option that it does not know
 

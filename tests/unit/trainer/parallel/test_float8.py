@@ -106,7 +106,9 @@ def test_one_graph_serves_any_number_of_tokens() -> None:
     compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
     for tokens in (5, 16, 21):
         x = torch.randn(3, tokens, 32, dtype=torch.bfloat16)
-        found = [torch.autograd.grad(call(x).float().square().sum(), layer.parameters()) for call in (layer, compiled)]
+        found = [
+            torch.autograd.grad(call(x).float().square().sum(), tuple(layer.parameters())) for call in (layer, compiled)
+        ]
         assert all(torch.equal(eager, traced) for eager, traced in zip(*found, strict=True))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
@@ -144,14 +146,14 @@ def test_cards_without_fp8(card: Callable[..., None], monkeypatch: pytest.Monkey
     card("NVIDIA A100", (8, 0))
     assert problem_of(GPU) == "NVIDIA A100 has compute capability 8.0, and fp8 needs 8.9 (Ada, Hopper, Blackwell)"
     card("NVIDIA H100", (9, 0))  # but this machine has none: the product fails
-    assert problem_of(GPU).startswith("NVIDIA H100: ")
+    assert str(problem_of(GPU)).startswith("NVIDIA H100: ")
     monkeypatch.setattr(float8, "_largest_error", lambda *_: 0.04)
     assert problem_of(GPU) is None
     for wrong in (0.3, float("nan")):
         monkeypatch.setattr(float8, "_largest_error", lambda *_, wrong=wrong: wrong)
-        assert problem_of(GPU).startswith("NVIDIA H100 multiplies wrongly")
+        assert str(problem_of(GPU)).startswith("NVIDIA H100 multiplies wrongly")
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert problem_of(GPU).endswith("written for NVIDIA's GPUs")
+    assert str(problem_of(GPU)).endswith("written for NVIDIA's GPUs")
 
 
 def test_the_probe_measures_an_error() -> None:
@@ -172,7 +174,7 @@ def state_of(run: Run) -> dict[str, Tensor]:
 def test_a_checkpoint_of_one_goes_on_in_the_other(saves: str, loads: str, tmp_path: Path) -> None:
     """All that it holds comes back to the bit; only the steps after it are computed otherwise."""
     assert key_class("parallel.precision") == "runtime"
-    after = []
+    after, saved = [], dict[str, Tensor]()
     for number, precision in enumerate((saves, loads, saves)):
         with built("mmdit_debug_mup.yaml", tmp_path / str(number), precision, "train.global_batch_size=4") as run:
             batches = [*islice(run.batches(), 3)]
