@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.mup.transfer_rules import RULES, Rates, Rules, Size, ratio, scaled, untested
+from trainer.mup.transfer_rules import RULES, Rates, Rules, Size, lr_factor, ratio, scaled, untested
 
 PROXY = Size(batch=1024, steps=30_000, width=512, depth=19, base_depth=19)
 RATES = Rates(lr=1e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01)
@@ -25,6 +25,20 @@ def test_weight_decay_beside_a_learning_rate_that_was_chosen_otherwise() -> None
     assert RATES.weight_decay / (steps * 0.545) == pytest.approx(0.00275, rel=1e-3)
     found = at("completed-p", steps=200_000)
     assert steps * found.lr * found.weight_decay == pytest.approx(RATES.lr * RATES.weight_decay, rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 200_000}, {"batch": 4096}, {"batch": 512, "steps": 120_000}])
+def test_a_measured_exponent_of_minus_a_half_is_the_rule(changes: dict[str, int]) -> None:
+    target = PROXY._replace(**changes)
+    r = ratio("completed-p", PROXY, target)
+    assert scaled(RATES, r, lr_factor(PROXY, target, -0.5)) == scaled(RATES, r)
+
+
+def test_a_measured_exponent_moves_the_learning_rate_and_takes_the_decay_with_it() -> None:
+    """Four times the batch at equal steps, r = 1: lr x sqrt(4) x 4^-1/4."""
+    target = PROXY._replace(batch=4096)
+    found = scaled(RATES, ratio("completed-p", PROXY, target), lr_factor(PROXY, target, -0.25))
+    assert found == RATES._replace(lr=0.001414, weight_decay=0.007071)
 
 
 @pytest.mark.parametrize("rules", ["completed-p", "sqrt-batch"])

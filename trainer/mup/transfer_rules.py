@@ -81,14 +81,14 @@ def lr_factor(proxy: Size, target: Size, exponent: float) -> float:
 def scaled(rates: Rates, r: float, lr_by: float | None = None) -> Rates:
     """The rates at r, with four significant digits. lr_by: what lr is multiplied by, in place of sqrt(r). Raises
     ValueError where a beta would leave [0, 1)."""
-    by = r**0.5 if lr_by is None else lr_by
-    if r == 1.0 and by == 1.0:
+    factor: float = r**0.5 if lr_by is None else lr_by
+    if r == 1.0 and factor == 1.0:
         return rates
     return Rates(
-        lr=_rounded(rates.lr * by),
+        lr=_rounded(rates.lr * factor),
         betas=(_beta("beta1", rates.betas[0], r), _beta("beta2", rates.betas[1], r)),
         eps=_rounded(rates.eps / r**0.5),
-        weight_decay=_rounded(rates.weight_decay * r / by),
+        weight_decay=_rounded(rates.weight_decay * r / factor),
     )
 
 
