@@ -30,6 +30,8 @@ from .statistics import (
 )
 
 FILE = "horizon.json"
+WIDEST = 1.0
+"""Of an interval that still says something: over four times the duration it is two octaves of the rate."""
 Curve = Mapping[float, float]
 
 
@@ -87,7 +89,10 @@ def fit_exponent(losses: Losses, seed: int = 0) -> Exponent | Refusal:
         if replicates is not None
     ]
     ends = min(slope, *(each.low for each in found)), max(slope, *(each.high for each in found))
-    return Exponent(Estimate(slope, *ends), optima)
+    exponent = Exponent(Estimate(slope, *ends), optima)
+    if ends[1] - ends[0] > WIDEST:
+        return Refusal([f"{exponent} is wider than {WIDEST:g}: more --seeds or --lrs, or --branches further apart"])
+    return exponent
 
 
 def _by_seeds(losses: Losses, curves: Mapping[int, Curve], chance: random.Random) -> Iterator[list[Curve]]:

@@ -89,6 +89,11 @@ def test_a_diverged_seed_is_no_part_of_the_valley() -> None:
     assert fitted(given).exponent == fitted(losses(-0.3)).exponent
 
 
+def test_an_interval_that_says_nothing_is_refused() -> None:
+    for seeds in (1, 3):
+        assert "is wider than 1: more --seeds" in refused(losses(-0.3, 0.02, seeds, cube=0.0)).reasons[0]
+
+
 def test_one_seed_and_three_rates_are_refused() -> None:
     narrow = (-1.0, 0.0, 1.0)
     assert "say nothing of the noise: more --seeds or --lrs" in refused(losses(0.0, 0.001, 1, 0.1, narrow)).reasons[0]
