@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,11 +199,21 @@ def word(shift: Estimate) -> str:
     return "fails" if shift.low >= LARGEST_SHIFT or shift.high <= -LARGEST_SHIFT else "open"
 
 
-def table(sweep: Sweep, found: dict[Rules, dict[Cell, Transfer]]) -> dict[str, Any]:
+def best_loss(curve: dict[float, list[float]]) -> float:
+    """The lowest mean over the seeds that was measured."""
+    return min(statistics.fmean(losses) for losses in curve.values())
+
+
+def table(
+    sweep: Sweep, results: list[dict[str, Any]], found: dict[Rules, dict[Cell, Transfer]]
+) -> dict[str, dict[str, Any]]:
     """{cell: {rules: figures}}."""
+    losses = curves(sweep, results)
 
     def row(cell: Cell, rules: Rules) -> dict[str, Any]:
         statistic, r = found[rules][cell], r_of(sweep, cell, rules)
+        batch, steps, *_ = size(sweep, cell)
+        best = best_loss(losses[batch, steps, r])
         figures = to_json(statistic)
         rates = rates_of(sweep, sweep.log2_lrs[0], r)
         return {
@@ -211,6 +222,8 @@ def table(sweep: Sweep, found: dict[Rules, dict[Cell, Transfer]]) -> dict[str, A
             "within_0.35": word(statistic.shift),
             "log2_optimum": figures["log2_optimum"]["2"],
             "at_edge_of_the_grid": 2 in statistic.at_edge,
+            "best_loss": round(best, 5),
+            "loss_at_the_references_optimum": round(best + statistic.regret.value, 5),
             "regret_at_the_references_optimum": figures["regret_at_largest"],
             "seed_std": figures["seed_std"],
             "outside_what_was_tested": list(untested(rules, size(sweep, REFERENCE), size(sweep, cell), rates)),
@@ -237,7 +250,7 @@ def plot(sweep: Sweep, results: list[dict[str, Any]], found: dict[Rules, dict[Ce
         for place, cell in enumerate(cells_of(sweep)):
             batch, steps, *_ = size(sweep, cell)
             curve = losses[batch, steps, r_of(sweep, cell, rules)]
-            means = [sum(values) / len(values) for values in curve.values()]
+            means = [statistics.fmean(values) for values in curve.values()]
             axes.plot(list(curve), means, color=f"C{place}", marker=".", label=str(cell))
             one = next(iter(found[rules].values())).optima[1] if place == 0 else found[rules][cell].optima[2]
             axes.axvspan(one.low, one.high, color=f"C{place}", alpha=0.12, lw=0)
@@ -267,8 +280,10 @@ def main() -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     plot(sweep, results, found, arguments.output.with_suffix(".png"))
     optimum = to_json(next(iter(found["none"].values())))["log2_optimum"]["1"]
+    best = round(best_loss(curves(sweep, results)[sweep.batch, sweep.steps, 1.0]), 5)
     write(arguments.output, {"sweep": dataclasses.asdict(sweep), "log2_optimum_of_the_reference": optimum,
-                             "cells": table(sweep, found), "runs": results})  # fmt: skip
+                             "best_loss_of_the_reference": best, "cells": table(sweep, results, found),
+                             "runs": results})  # fmt: skip
     return 0 if all(word(statistic.shift) == "holds" for statistic in found["completed-p"].values()) else 1
 
 

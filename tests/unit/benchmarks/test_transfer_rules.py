@@ -13,6 +13,7 @@ from benchmarks.transfer_rules import (
     SWEEPS,
     Cell,
     Job,
+    Sweep,
     cells_of,
     expected,
     jobs,
@@ -127,7 +128,7 @@ def test_table_and_figure(tmp_path: Path) -> None:
     found = judge(CPU, rows)
     plot(CPU, rows, found, tmp_path / "figure.png")
     assert matplotlib.image.imread(tmp_path / "figure.png").std() > 0.05
-    cells = table(CPU, found)
+    cells = table(CPU, rows, found)
     assert "NaN" not in json.dumps(cells)
     assert "Infinity" not in json.dumps(cells)
     outside = cells["batch x 4, images x 1"]
@@ -145,3 +146,22 @@ def test_runs_are_stored_and_not_done_again(tmp_path: Path) -> None:
     assert Job(**{field.name: rows[1][field.name] for field in dataclasses.fields(Job)}) == second
     assert 0 < rows[1]["loss"] < 10
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows) == 2
+
+
+def test_the_committed_study_says_what_its_runs_say() -> None:
+    """Statistics and the page's table follow from the runs that lie beside them."""
+    stored = json.loads((DOCS / "transfer_rules.json").read_text())
+    sweep = Sweep(**stored["sweep"])
+    assert len(stored["runs"]) == len(list(jobs(sweep)))
+    found = judge(sweep, stored["runs"])
+    cells = table(sweep, stored["runs"], found)
+    assert cells == stored["cells"]
+    page = (DOCS / "transfer.md").read_text()
+    for cell in cells_of(sweep)[1:]:
+        carried, ruled = found["none"][cell], found["completed-p"][cell]
+        at = [cells[str(cell)][rules]["loss_at_the_references_optimum"] for rules in ("none", "completed-p")]
+        row = (
+            f"| {cell.batch:g} | {cell.images:g} | {size(sweep, cell).steps} | {expected(sweep, cell):+.1f} | "
+            f"{carried.shift} | {ruled.shift} | {word(ruled.shift)} | {at[0]:.4f} | {at[1]:.4f} |"
+        )
+        assert row in page, row
