@@ -29,7 +29,7 @@ from benchmarks.transfer import LARGEST_SHIFT, to_json
 from trainer.config.load import load_config
 from trainer.monitor.metrics import read_metrics
 from trainer.mup.transfer_rules import RULES, Rates, Rules, Size, ratio, scaled, untested
-from trainer.search.statistics import Estimate, Transfer, transfer
+from trainer.search.statistics import Estimate, Transfer, quadratic_minimum, transfer
 
 _SHORT = (
     "train.sample_every=0", "train.checkpoint_every=0", "run.keep_last=1", "validation.samples=128",
@@ -50,7 +50,7 @@ class Cell(NamedTuple):
 
 REFERENCE = Cell(1, 1)
 # Each ratio with the other at 1. At a batch of one size sqrt-batch is `none`, at equal images it is completed-p.
-_AXES = (REFERENCE, Cell(1 / 4, 1), Cell(4, 1), Cell(1, 1 / 2), Cell(1, 2))
+_AXES = (REFERENCE, Cell(1 / 4, 1), Cell(2, 1), Cell(4, 1), Cell(1, 1 / 2), Cell(1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +204,11 @@ def best_loss(curve: dict[float, list[float]]) -> float:
     return min(statistics.fmean(losses) for losses in curve.values())
 
 
+def three_points(curve: dict[float, list[float]]) -> float:
+    """The optimum by the best rate and its two neighbours alone: how much a shift owes to the fit's window."""
+    return quadratic_minimum(list(curve), [statistics.fmean(losses) for losses in curve.values()], window=1)
+
+
 def table(
     sweep: Sweep, results: list[dict[str, Any]], found: dict[Rules, dict[Cell, Transfer]]
 ) -> dict[str, dict[str, Any]]:
@@ -213,12 +218,14 @@ def table(
     def row(cell: Cell, rules: Rules) -> dict[str, Any]:
         statistic, r = found[rules][cell], r_of(sweep, cell, rules)
         batch, steps, *_ = size(sweep, cell)
-        best = best_loss(losses[batch, steps, r])
+        curve, reference = losses[batch, steps, r], losses[sweep.batch, sweep.steps, 1.0]
+        best = best_loss(curve)
         figures = to_json(statistic)
         rates = rates_of(sweep, sweep.log2_lrs[0], r)
         return {
             "r": r,
             "shift_octaves": figures["shift_per_doubling_octaves"],
+            "shift_by_three_points": round(three_points(curve) - three_points(reference), 4),
             "within_0.35": word(statistic.shift),
             "log2_optimum": figures["log2_optimum"]["2"],
             "at_edge_of_the_grid": 2 in statistic.at_edge,
@@ -246,6 +253,7 @@ def plot(sweep: Sweep, results: list[dict[str, Any]], found: dict[Rules, dict[Ce
     losses, kinds = curves(sweep, results), ("none", "completed-p")
     figure = Figure(figsize=(5.2 * len(kinds), 4.2), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    lowest = min(map(best_loss, losses.values()))
     for axes, rules in zip(panels, kinds, strict=True):
         for place, cell in enumerate(cells_of(sweep)):
             batch, steps, *_ = size(sweep, cell)
@@ -256,7 +264,7 @@ def plot(sweep: Sweep, results: list[dict[str, Any]], found: dict[Rules, dict[Ce
             axes.axvspan(one.low, one.high, color=f"C{place}", alpha=0.12, lw=0)
             axes.axvline(one.value, color=f"C{place}", ls="--", lw=1)
         axes.set_title({"none": "values carried as they are"}.get(rules, f"--rules {rules}"), fontsize=10)
-        axes.set(xlabel="log2 of the base learning rate", yscale="log")
+        axes.set(xlabel="log2 of the base learning rate", ylim=(0.95 * lowest, 3 * lowest))
         axes.grid(True, alpha=0.25)
         axes.legend(fontsize=8)
     panels[0].set_ylabel("val_loss")

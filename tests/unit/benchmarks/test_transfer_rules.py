@@ -50,7 +50,7 @@ def results(missed: float = 0.0) -> list[dict[str, Any]]:
 
 def test_every_job_once_and_the_reference_once_for_all_rules() -> None:
     planned = list(jobs(CPU))
-    assert len(planned) == len(set(planned)) == CPU.seeds * len(CPU.log2_lrs) * (1 + 2 * 4)
+    assert len(planned) == len(set(planned)) == CPU.seeds * len(CPU.log2_lrs) * (1 + 2 * 5)
     assert {job.r for job in planned if (job.batch, job.steps) == (CPU.batch, CPU.steps)} == {1.0}
     assert [job.seed for job in planned] == sorted(job.seed for job in planned)
 
@@ -93,7 +93,7 @@ def test_planted_shifts_are_found() -> None:
         twin = "completed-p" if cell.images == 1 else "none"
         assert found["sqrt-batch"][cell] == found[twin][cell]
     assert {str(cell): expected(CPU, cell) for cell in cells_of(CPU)[1:]} == {
-        "batch x 0.25, images x 1": -1, "batch x 4, images x 1": 1,
+        "batch x 0.25, images x 1": -1, "batch x 2, images x 1": 0.5, "batch x 4, images x 1": 1,
         "batch x 1, images x 0.5": 0.5, "batch x 1, images x 2": -0.5,
     }  # fmt: skip
 
@@ -126,6 +126,9 @@ def test_table_and_figure(tmp_path: Path) -> None:
     rows = results()
     rows[5]["loss"] = None  # diverged
     found = judge(CPU, rows)
+    one = table(CPU, rows, found)["batch x 4, images x 1"]
+    assert one["none"]["shift_by_three_points"] == pytest.approx(1, abs=0.1)
+    assert one["completed-p"]["shift_by_three_points"] == pytest.approx(0, abs=0.1)
     plot(CPU, rows, found, tmp_path / "figure.png")
     assert matplotlib.image.imread(tmp_path / "figure.png").std() > 0.05
     cells = table(CPU, rows, found)
@@ -159,9 +162,11 @@ def test_the_committed_study_says_what_its_runs_say() -> None:
     page = (DOCS / "transfer.md").read_text()
     for cell in cells_of(sweep)[1:]:
         carried, ruled = found["none"][cell], found["completed-p"][cell]
-        at = [cells[str(cell)][rules]["loss_at_the_references_optimum"] for rules in ("none", "completed-p")]
+        both = [cells[str(cell)][rules] for rules in ("none", "completed-p")]
+        near, at = ([one[key] for one in both] for key in ("shift_by_three_points", "loss_at_the_references_optimum"))
         row = (
             f"| {cell.batch:g} | {cell.images:g} | {size(sweep, cell).steps} | {expected(sweep, cell):+.1f} | "
-            f"{carried.shift} | {ruled.shift} | {word(ruled.shift)} | {at[0]:.4f} | {at[1]:.4f} |"
+            f"{carried.shift} | {ruled.shift} | {word(ruled.shift)} | {near[0]:+.2f} | {near[1]:+.2f} | "
+            f"{at[0]:.4f} | {at[1]:.4f} |"
         )
         assert row in page, row
