@@ -36,6 +36,7 @@ _SHORT = (
     "optim.schedule=linear",
 )  # fmt: skip
 _WARMUP = 10  # of so many parts of a run
+_PANELS: tuple[Rules, ...] = ("none", "completed-p")
 
 
 class Cell(NamedTuple):
@@ -250,11 +251,11 @@ def expected(sweep: Sweep, cell: Cell) -> float:
 
 def plot(sweep: Sweep, results: list[dict[str, Any]], found: dict[Rules, dict[Cell, Transfer]], path: Path) -> None:
     """A panel a set of rules, a curve a cell, its optimum with the interval."""
-    losses, kinds = curves(sweep, results), ("none", "completed-p")
-    figure = Figure(figsize=(5.2 * len(kinds), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    losses = curves(sweep, results)
+    figure = Figure(figsize=(5.2 * len(_PANELS), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(_PANELS), sharey=True, squeeze=False)[0]
     lowest = min(map(best_loss, losses.values()))
-    for axes, rules in zip(panels, kinds, strict=True):
+    for axes, rules in zip(panels, _PANELS, strict=True):
         for place, cell in enumerate(cells_of(sweep)):
             batch, steps, *_ = size(sweep, cell)
             curve = losses[batch, steps, r_of(sweep, cell, rules)]
