@@ -89,7 +89,12 @@ test: .venv/ready
 	$(PYTEST) -m "not gpu" $(T)
 else
 test: setup
-	@$(MAKE) --no-print-directory -j 2 lint all-tests
+	@$(MAKE) --no-print-directory lint > .cache/lint.log 2>&1 & lint=$$!; \
+	$(MAKE) --no-print-directory all-tests; tests=$$?; \
+	wait $$lint; style=$$?; cat .cache/lint.log; \
+	test $$tests -eq 0 || echo "make test: tests have failed"; \
+	test $$style -eq 0 || echo "make test: lint has failed"; \
+	test $$tests -eq 0 -a $$style -eq 0
 endif
 
 all-tests: setup .cache/cifar10

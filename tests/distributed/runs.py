@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.helpers.forked import finished, started
+from tests.helpers.forked import finished, started, under_torchrun
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
 from trainer.monitor.metrics import read_metrics
 from trainer.parallel.dcp import TensorReader
@@ -26,14 +26,26 @@ def train(processes: int, folder: Path, *arguments: str, config: str = "mmdit_de
 
 
 def train_and_kill(
-    processes: int, folder: Path, after_step: int, delay_s: float, *arguments: str, after_save: bool = False
+    processes: int,
+    folder: Path,
+    after_step: int,
+    delay_s: float,
+    *arguments: str,
+    after_save: bool = False,
+    torchrun: bool = False,
 ) -> int:
     """SIGKILL every process of a run `delay_s` after it has logged `after_step`, and, with after_save, has a complete
-    checkpoint; returns the last logged step."""
-    with started("launch/train.py", *DEBUG, *_in(folder), *arguments, processes=processes) as run:
+    checkpoint; returns the last logged step. torchrun: under the real one, which is killed too."""
+
+    def reached() -> bool:
+        saved = not after_save or complete_checkpoints(folder / "checkpoints")
+        return last_step(folder) >= after_step and bool(saved)
+
+    start = under_torchrun if torchrun else started
+    with start("launch/train.py", *DEBUG, *_in(folder), *arguments, processes=processes) as run:
         deadline = time.monotonic() + 240
-        while last_step(folder) < after_step or (after_save and not complete_checkpoints(folder / "checkpoints")):
-            assert not run.code(), run.said("err")
+        while not reached():
+            assert run.code() is None or reached(), "the run ended before it could be killed: " + run.said("err")
             assert time.monotonic() < deadline, "the run logs nothing"
             time.sleep(0.02)
         time.sleep(delay_s)

@@ -82,7 +82,7 @@ def test_a_run_goes_on_with_a_set_that_has_grown(tmp_path: Path) -> None:
 def test_another_world_size_goes_on(tmp_path: Path, uninterrupted: dict[int, list[str]]) -> None:
     """2 -> 1 process in mid-run, in float64: same samples and draws, losses to rounding."""
     settings = (*SETTINGS, "parallel.precision=fp64", "train.sample_every=0")
-    train_and_kill(2, tmp_path / "a", 8, 0.0, *settings, after_save=True)
+    train_and_kill(2, tmp_path / "a", 8, 0.0, *settings, after_save=True, torchrun=True)
     assert complete_checkpoints(tmp_path / "a" / "checkpoints"), "killed after its first checkpoint"
     changed, whole = train(1, tmp_path / "a", *settings), train(2, tmp_path / "b", *settings)
     assert_close(changed, whole, 1e-9)

@@ -103,6 +103,39 @@ def started(
             job.kill()
 
 
+@dataclass(frozen=True)
+class Torchrun:
+    """The real torchrun under way, as Started."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    def said(self, stream: str) -> str:
+        return (self.folder / stream).read_text(errors="replace")
+
+    def kill(self) -> None:
+        kill_tree(self.process.pid)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def under_torchrun(*command: str | Path, processes: int = 1) -> Iterator[Torchrun]:
+    """As `started`, by `python -m torch.distributed.run`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
+            arguments = [*launcher, *once([str(part) for part in command])]
+            job = Torchrun(subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=out, stderr=err), folder)
+            try:
+                yield job
+            finally:
+                job.kill()
+
+
 def finished(
     *command: str | Path, processes: int = 1, timeout_s: float = 400, more_environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:

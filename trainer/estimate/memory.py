@@ -111,8 +111,10 @@ class Memory:
         base, sample, kept = self._moments
         held = base + rows * sample + accumulates * kept
         held[:, : len(SHARDED)] *= self._scale(shard)
-        if self.parallel.cuda_graph:  # what a graph computes with is its own, also while the weights are updated
-            held[:, _KINDS.index(ACTIVATIONS)] = held[:, _KINDS.index(ACTIVATIONS)].max()
+        if self.parallel.cuda_graph:
+            # What graphs compute with is theirs, also while the weights are updated, and while the first call of a
+            # further shape, or a validation, needs as much of its own.
+            held[:, _KINDS.index(ACTIVATIONS)] = 2 * held[:, _KINDS.index(ACTIVATIONS)].max()
         return held
 
     def _scale(self, shard: int) -> float:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ..errors import RunError
+
 Call = Callable[[], Tensor]
 
 
@@ -44,8 +46,15 @@ class CUDARecorder:
     def record(self, call: Call) -> Call:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls may not wait meanwhile: others write a checkpoint or encode the next step.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            result = call()
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                result = call()
+        except RuntimeError as error:  # that of ending the record may hide the one before it
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            why = str(first).strip().partition("\n")[0]
+            raise RunError(f"parallel.cuda_graph: the passes cannot be recorded ({why}); set it to false") from error
 
         def replay() -> Tensor:
             graph.replay()

@@ -52,8 +52,8 @@ def fp8_problem(device: torch.device) -> str | None:
     """Why there are no fp8 products on this device; None where there are. A GPU computes some, to be sure."""
     try:
         multiply = fp8_multiply(device)
-    except ImportError as error:
-        return f"torchao is missing ({error}): pip install -e '.[fp8]'"
+    except (ImportError, AttributeError, TypeError) as error:
+        return f"torchao is missing, or another one than 0.18 ({error}): pip install -e '.[fp8]'"
     if device.type == "cpu":
         return None
     name = torch.cuda.get_device_name(device)

@@ -215,7 +215,8 @@ def test_what_a_graph_keeps_is_counted() -> None:
     for accumulates in (False, True):
         parts = recorded.parts(1, 16, accumulates)
         assert parts["gradients"] == parts["ema"]  # in fp32, as the average is
-        assert parts["activations"] > without.parts(1, 16, accumulates)["activations"]
+        # The graph's own, and those of the first call of another shape.
+        assert parts["activations"] >= 2 * without.parts(1, 16, accumulates)["activations"]
     alike = Memory(recorded.profile, recorded.table, 0, plain.parallel)
     assert recorded.total(1, 16, False) > alike.total(1, 16, False) >= without.total(1, 16, False)
     assert recorded.total(1, 16, False) == recorded.total(1, 16, True)
