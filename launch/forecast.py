@@ -10,7 +10,7 @@ devices. `fit` exits 0 with a forecast, 1 where it refuses, with the numbers why
 """
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from launch.common import command, run
 from launch.processes import importing, kill_tree
 from launch.slurm.worker_array import Work, add_array, submit_array
 from trainer.errors import ConfigError
+from trainer.files import json_text
 
 
 def main() -> int:
@@ -67,8 +68,10 @@ def fit(given: Sequence[str]) -> int:
     a = parser.parse_args(given)
     if (a.config is None) == (a.table is None):
         raise ConfigError("give --config NAME, whose rungs were trained, or --table FILE.csv")
-    if a.table is not None and not (a.parameters and a.images and min(a.parameters, a.images) > 0):
+    if a.table is not None and not all(0 < (each or 0) < math.inf for each in (a.parameters, a.images)):
         raise ConfigError("--table needs the target's --parameters and --images, both positive")
+    if a.table is not None and a.overrides:
+        raise ConfigError(f"{a.overrides[0]}: a table has no config to change")
     if a.config is not None and (a.parameters is not None or a.images is not None):
         raise ConfigError("--parameters and --images follow from --config: they go with --table")
     with importing():
@@ -82,7 +85,7 @@ def fit(given: Sequence[str]) -> int:
     else:
         rungs = Rungs.found(str(a.config), a.overrides)
         forecast, folder = forecast_target(rungs), a.output or rungs.folder
-    print(json.dumps(forecast.data(), indent=1) if a.json else describe(forecast))
+    print(json_text(forecast.data(), indent=1) if a.json else describe(forecast))
     if folder is not None:
         path = write_forecast(forecast, folder)
         if not a.json:

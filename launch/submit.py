@@ -25,7 +25,7 @@ from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 from trainer.estimate.cluster import CARDS, Cluster
-from trainer.forecast.track import FORECAST
+from trainer.forecast.track import Track
 
 MUCH = 10  # times the proxy's compute
 
@@ -95,7 +95,7 @@ def warn_without_forecast(config: TrainConfig) -> None:
     """Warn of a model of more than MUCH times the compute of one of the base width whose loss nobody has forecast."""
     proxy = config.model_copy(update={"model": dataclasses.replace(config.model, width=config.mup.base_width)})
     times = image_flops(config) / image_flops(proxy)
-    if times > MUCH and config.run.forecast is None and not (config.run.folder / FORECAST).is_file():
+    if Track.of(config) is None and times > MUCH:  # one that is not of this run is refused before it queues
         print(
             f"warning: {times:.0f} times the compute of the proxy, and no forecast of its loss: python "
             f"launch/forecast.py run --config {config.run.name}.yaml ... first, then run.forecast=FILE",

@@ -121,7 +121,8 @@ def test_fit_and_a_run_that_follows(folder: Path) -> None:
     assert done.stdout.count("warning: 3 validations in a row lie outside") == 1
     followed = [record for record in read_metrics(folder / "target") if "forecast/loss" in record]
     assert [record["step"] for record in followed] == [6, 12, 18, 24, 30, 36, 42, 48]
-    assert read_status(folder / "target") is not None
+    state, reason = read_status(folder / "target") or ("", "")
+    assert state == "finished", reason
 
     wrong = finished("launch/train.py", *CONFIG, f"run.dir={folder}", f"run.forecast={path}", "optim.lr=1e-5")
     assert wrong.returncode == 2

@@ -35,7 +35,7 @@ from ..evaluate.metrics import MetricError
 from ..evaluate.suite import load_suite
 from ..evaluate.val_loss import validation
 from ..files import Lock, lock_folder, write_atomically
-from ..forecast.track import Track
+from ..forecast.track import Track, bank_of
 from ..input.encoding import Encoders
 from ..input.prefetch import prefetch
 from ..input.training_data import TrainingData, is_debug, validation_bank
@@ -90,7 +90,8 @@ def build_run(
     notes = [*_describe(inputs, start), *describe(attention_choice(config, world))]
     notes += [*_slow_precision(config, world.device), *inputs.data.notes]
     if track is not None:
-        notes += track.notes(inputs.fingerprints)
+        bank = bank_of({"validation": inputs.data.validation_fingerprint})
+        notes += track.notes({**inputs.fingerprints, **bank})
     side_jobs = _build_side_jobs(inputs, trained, notes)
     lock = on_rank_0(world, lambda: lock or lock_run(inputs.folder))
     metrics = _open_folder(inputs, start, trained.state.step, notes)

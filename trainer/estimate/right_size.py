@@ -27,7 +27,7 @@ def right_size(config: TrainConfig) -> RightSize:
     The paper finds N = 0.0009 C^0.5681 parameters and D = 186.8535 C^0.4319 image tokens, C in FLOPs. It was
     measured on in-context DiTs of 1 M to 1 B parameters on latents of another autoencoder: an order of magnitude.
     """
-    if (track := Track.of(config)) is not None:
+    if (track := Track.of(config)) is not None and track.optimum is not None:
         return RightSize(f"the forecast {track.source}", track.optimum[0], track.optimum[1])
     flops = float(config.train.steps * config.train.global_batch_size * image_flops(config))
     tokens = 186.8535 * flops**0.4319

@@ -74,6 +74,13 @@ class Fit:
         """N D at which a size is the best."""
         return _interval(float(self.law.budget_of(parameters)[0]), self.draws.budget_of(parameters))
 
+    @property
+    def has_optimum(self) -> bool:
+        """Whether the losses fall with the size and with the images by so much that a best size follows."""
+        optimum = self.optimal_parameters(math.prod(self.law.centre))
+        share_found = float(np.mean(self.draws.both_terms_found))
+        return bool(self.law.both_terms_found[0]) and share_found >= SHARE and optimum.high < 1e4 * optimum.low
+
     def coefficients(self) -> dict[str, Interval]:
         """The exponents, and the loss that neither size nor data takes away."""
         laws = {name: (getattr(self.law, name), getattr(self.draws, name)) for name in ("alpha", "beta", "floor")}
@@ -91,8 +98,8 @@ def fit_rungs(rungs: Sequence[Rung], seed: int = 0, replicates: int = REPLICATES
     table = _Table.of(used)
     if len(table.loss) < COEFFICIENTS + 2:
         raise ValueError(
-            f"{len(table.loss)} points (a parameter count and a number of images each) are left, and a law of "
-            f"{COEFFICIENTS} coefficients needs {COEFFICIENTS + 2}"
+            f"{len(rungs)} runs leave {len(table.loss)} points (a parameter count and a number of images each, at the "
+            f"target's rate, not diverged), and a law of {COEFFICIENTS} coefficients needs {COEFFICIENTS + 2}"
         )
     grid = Grid(table.n, table.d)
     law = fit_law(grid, table.loss, table.counts)
@@ -119,7 +126,9 @@ def _reasons(rungs: Sequence[Rung], used: Sequence[Rung], table: "_Table", fit: 
             f"the rungs span {span:.1f} times the compute, expected at least {LEAST_SPAN:g}: add larger ones"
         )
     reach = float(np.std(np.log(table.loss)))
-    if fit.rms_residual > MOST_RESIDUAL * reach:
+    if reach == 0:
+        reasons.append("all losses are equal: there is no law in them")
+    elif fit.rms_residual > MOST_RESIDUAL * reach:
         worst = int(np.argmax(np.abs(np.log(table.loss) - fit.law.log_loss(table.n, table.d)[0])))
         reasons.append(
             f"the law does not fit: it leaves {fit.rms_residual:.2%} of the loss, {fit.rms_residual / reach:.0%} of "
@@ -248,5 +257,5 @@ class _Noise:
 
 
 def _interval(value: float, drawn: Array) -> Interval:
-    low, high = np.quantile(drawn, [(1 - SHARE) / 2, (1 + SHARE) / 2])
-    return Interval(value, float(low), float(high))
+    low, high = map(float, np.quantile(drawn, [(1 - SHARE) / 2, (1 + SHARE) / 2]))
+    return Interval(value, min(low, value), max(high, value))

@@ -16,6 +16,7 @@ COEFFICIENTS = 5
 _HUBER = 1.345  # standard deviations: 95 % efficient where the noise is normal (Huber 1981)
 _EXPONENTS = (0.02, 4.0)  # the least and the largest that are tried
 _LEAST = 1e-12  # of a term, relative to the loss: what is smaller than this is nothing
+_COUNTS = 1e-3  # of the loss: the least that a term is at the centre, where its exponent means something
 _ROUNDS = 60
 
 
@@ -51,6 +52,14 @@ class Laws(NamedTuple):
     def beta(self) -> Array:
         """Exponent of the images [R]."""
         return np.exp(self.theta[:, 4])
+
+    @property
+    def both_terms_found(self) -> NDArray[np.bool_]:
+        """Whether both terms are a part of the loss that counts, with exponents between the ends of those tried [R]."""
+        shares = np.exp(self.theta[:, 1:3] - self.log_loss(*self.centre))  # [R, 2]
+        low, high = (math.log(each) for each in _EXPONENTS)
+        inside = (self.theta[:, 3:] > low + 0.01) & (self.theta[:, 3:] < high - 0.01)
+        return ((shares > _COUNTS) & inside).all(axis=1)
 
     def log_loss(self, n: Array | float, d: Array | float) -> Array:
         """log L [R, points]."""

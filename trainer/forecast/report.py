@@ -23,7 +23,7 @@ from ..search.trunks import decay_steps
 from .fit import Fit, Interval, Rung, fit_rungs
 from .laws import COEFFICIENTS
 from .rungs import Point, Rungs, parameters_of, read_points, read_stable_points
-from .track import FORECAST, Expected, facts
+from .track import FORECAST, Expected, bank_of, facts
 
 _COURSE = 24  # steps of the target at which the forecast says what to expect
 
@@ -57,6 +57,7 @@ class Forecast:
         size, wanted = self.fit.optimal_parameters(budget), self.fit.budget_of(self.parameters)
         coefficients = self.fit.coefficients()
         exponents = {name: coefficients[name] for name in ("alpha", "beta")}
+        best = self.fit.has_optimum
         return {
             "name": self.name,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -72,11 +73,11 @@ class Forecast:
             "exponents_interval": {name: [value.low, value.high] for name, value in exponents.items()},
             "floor": coefficients["floor"].value,
             "floor_interval": [coefficients["floor"].low, coefficients["floor"].high],
-            "optimal_parameters": size.value,
-            "optimal_parameters_interval": [size.low, size.high],
-            "optimal_images": budget / size.value,
-            "images_for_this_size": wanted.value / self.parameters,
-            "images_for_this_size_interval": [wanted.low / self.parameters, wanted.high / self.parameters],
+            "optimal_parameters": size.value if best else None,
+            "optimal_parameters_interval": [size.low, size.high] if best else None,
+            "optimal_images": budget / size.value if best else None,
+            "images_for_this_size": wanted.value / self.parameters if best else None,
+            "images_for_this_size_interval": [each / self.parameters for each in wanted[1:]] if best else None,
             "by_level": {key: {"loss": each.value, "interval": [each.low, each.high]}
                          for key, each in self.by_level.items()},
             "fit": {"points": self.fit.count, "rms_residual": self.fit.rms_residual, "left_out": self.fit.left_out},
@@ -91,7 +92,8 @@ class Forecast:
 
 def forecast_table(rungs: Sequence[Rung], parameters: float, images: float, name: str) -> Forecast:
     """A forecast from runs that were made elsewhere. Raises ConfigError where they are too few."""
-    return Forecast(_fit(rungs), rungs, parameters, images, {}, [], [], {}, {}, name)
+    fit = _fit(rungs)
+    return Forecast(fit, rungs, parameters, images, {}, [], _doubts(fit), {}, {}, name)
 
 
 def forecast_target(rungs: Rungs) -> Forecast:
@@ -100,7 +102,7 @@ def forecast_target(rungs: Rungs) -> Forecast:
     fit, parameters = _fit([_rung(point) for point in points]), float(parameters_of(target))
     images = float(target.train.steps * target.train.global_batch_size)
     missing = len(rungs.steps) * len(list(rungs.trunks())) - len(points)
-    notes = [f"{missing} rungs are not finished"] if missing else []
+    notes = [*([f"{missing} rungs are not finished"] if missing else []), *_doubts(fit)]
     decayed = target.optim.schedule == "wsd"
     if not decayed:
         share = decay_steps(target, target.train.steps) / target.train.steps
@@ -113,7 +115,7 @@ def forecast_target(rungs: Rungs) -> Forecast:
     for level in levels:
         each = [Rung(p.parameters, p.images, p.seed, p.by_level.get(level, math.inf)) for p in points]
         by_level[level] = fit_rungs(each, check=False).loss(parameters, images)
-    course = _course(rungs, fit, parameters) if decayed else []
+    course = _course(rungs, fit, parameters, notes) if decayed else []
     return Forecast(
         fit, [_rung(p) for p in points], parameters, images, by_level, course, notes, facts(target),
         _fingerprints(rungs), str(target.run.name),
@@ -125,7 +127,8 @@ def _fingerprints(rungs: Rungs) -> dict[str, str]:
     for trunk in rungs.trunks():
         for steps in rungs.steps:
             for checkpoint in complete_checkpoints(rungs.branch_folder(trunk, steps) / "checkpoints"):
-                return {key: str(value) for key, value in read_meta(checkpoint)["fingerprints"].items()}
+                meta = read_meta(checkpoint)
+                return {key: str(value) for key, value in {**meta["fingerprints"], **bank_of(meta)}.items()}
     return {}
 
 
@@ -140,9 +143,26 @@ def _rung(point: Point) -> Rung:
     return Rung(float(point.parameters), float(point.images), point.seed, point.loss)
 
 
-def _course(rungs: Rungs, fit: Fit, parameters: float) -> list[Expected]:
-    """While the rate is constant: from what the trunks measured at equal shares of their way, where the average spans
-    an equal share of the steps. At the end: the forecast itself."""
+def _doubts(fit: Fit) -> list[str]:
+    """What could not be looked into, or does not follow."""
+    doubts = []
+    if fit.left_out is None:
+        doubts.append(
+            f"the widest rungs could not be left out to see whether the law of the others finds them, which takes "
+            f"{COEFFICIENTS + 2} points without them: add a width or a duration"
+        )
+    if not fit.has_optimum:
+        doubts.append("the losses hardly depend on the size, or on the images: no best size follows from them")
+    return doubts
+
+
+def _course(rungs: Rungs, fit: Fit, parameters: float, notes: list[str]) -> list[Expected]:
+    """While the rate is constant: from what the trunks measured after as many images, from twice the warm-ups on. At
+    the end: the forecast itself. Of the decay between nothing is said. notes: gets why there is nothing but the end.
+
+    A trunk's average spans the share of its steps that the target's will; where their durations differ, it spans fewer
+    steps, which moves the loss on the way more than that at the end.
+    """
     target = rungs.target
     steps, batch = target.train.steps, target.train.global_batch_size
     end = fit.loss(parameters, float(steps * batch))
@@ -150,9 +170,13 @@ def _course(rungs: Rungs, fit: Fit, parameters: float) -> list[Expected]:
     stable = [_rung(point) for point in read_stable_points(rungs)]
     try:
         on_the_way = fit_rungs(stable, check=False)
-    except ValueError:
+    except ValueError as error:
+        notes.append(f"nothing is said of the way to the end: {error}")
         return course
-    first = max(1.0, min(rung.images for rung in stable) / batch)
+    if on_the_way.refused:
+        notes.append(f"nothing is said of the way to the end: {'; '.join(on_the_way.refused)}")
+        return course
+    first = max(2.0 * target.optim.warmup_steps, min(rung.images for rung in stable) / batch, 1.0)
     last = steps - decay_steps(target, steps)
     if first >= last:
         return course
@@ -176,10 +200,15 @@ def describe(forecast: Forecast) -> str:
         f"{loss.value:.4g} [{loss.low:.4g}, {loss.high:.4g}] (90 %)",
         f"law: L = {_shown(c['floor'])} + a N^-alpha + b D^-beta, alpha {_shown(c['alpha'])}, beta "
         f"{_shown(c['beta'])}; {fit.count} points leave {fit.rms_residual:.2%} of the loss{left_out}",
-        f"for this compute (N D = {budget:.3g}) the best size is {_shown(size, '.3g')} parameters, with "
-        f"{budget / size.value:.3g} images",
-        f"this size is the best one for {wanted.value / forecast.parameters:.3g} images "
-        f"[{wanted.low / forecast.parameters:.3g}, {wanted.high / forecast.parameters:.3g}]",
+    ]
+    if fit.has_optimum:
+        lines += [
+            f"for this compute (N D = {budget:.3g}) the best size is {_shown(size, '.3g')} parameters, with "
+            f"{budget / size.value:.3g} images",
+            f"this size is the best one for {wanted.value / forecast.parameters:.3g} images "
+            f"[{wanted.low / forecast.parameters:.3g}, {wanted.high / forecast.parameters:.3g}]",
+        ]
+    lines += [
         *(f"note: {note}" for note in forecast.notes),
         *(f"REFUSED: {reason}" for reason in fit.refused),
     ]

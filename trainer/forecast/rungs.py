@@ -16,7 +16,7 @@ from ..config.load import load_config
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from ..monitor.records import read_metrics
-from ..search.trunk_worker import has_diverged
+from ..search.trunk_worker import has_diverged, open_folder, recorded_steps
 from ..search.trunks import OBJECTIVE, Trunks
 
 _TRUNK = re.compile(r"width_(?P<width>\d+)_seed_(?P<seed>\d+)")
@@ -68,15 +68,18 @@ class Rungs(Trunks[Trunk]):
 
     @classmethod
     def found(cls, config: str, overrides: Sequence[str]) -> "Rungs":
-        """All that lie in the target's folder. Raises ConfigError where there are none."""
+        """All that lie in the target's folder. Raises ConfigError where there are none, or they are of another
+        target."""
         folder = forecast_folder(load_config(config, overrides))
-        trunks = [_TRUNK.fullmatch(path.name) for path in folder.glob("width_*")]
-        widths = {(int(match["width"]), int(match["seed"])) for match in trunks if match}
-        steps = {int(path.name.removeprefix("steps_")) for path in folder.glob("width_*/steps_*")}
-        if not widths or not steps:
+        matches = [_TRUNK.fullmatch(path.name) for path in folder.glob("width_*")]
+        trunks = {(int(match["width"]), int(match["seed"])) for match in matches if match}
+        steps = recorded_steps(folder / cls.RECORD) if trunks else ()
+        if not steps:
             raise ConfigError(f"{folder} holds no rungs: python launch/forecast.py run --config {config} ... first")
-        seeds = 1 + max(seed for _, seed in widths)
-        return cls(config, tuple(overrides), tuple(sorted({w for w, _ in widths})), tuple(sorted(steps)), seeds)
+        widths, seeds = tuple(sorted({width for width, _ in trunks})), 1 + max(seed for _, seed in trunks)
+        rungs = cls(config, tuple(overrides), widths, steps, seeds)
+        open_folder(rungs)
+        return rungs
 
     @property
     def target(self) -> TrainConfig:
@@ -103,8 +106,7 @@ class Rungs(Trunks[Trunk]):
         return load_config(self.config, [*(t for t in self.overrides if t.partition("=")[0] not in set_here), *own])
 
     def identity(self) -> dict[str, Any]:
-        """What a folder of rungs is of, as JSON data: more widths, seeds and shorter durations may come, and the
-        target's own width may change."""
+        """More widths and seeds may come, and the target's own width may change."""
         return self.identity_of(self.trunk_config(Trunk(self.widths[0], 0), self.steps[0]), ("model.width",))
 
 
@@ -153,7 +155,7 @@ def read_points(rungs: Rungs) -> list[Point]:
     if len(sets) > 1:
         raise ConfigError(
             f"{rungs.folder}: its rungs were measured on {len(sets)} different sets of validation samples, whose "
-            "losses do not compare: remove the older ones and run them again"
+            "losses do not compare: remove the older trunks and run them again"
         )
     return points
 

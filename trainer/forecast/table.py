@@ -27,6 +27,8 @@ def read_table(path: Path) -> list[Rung]:
                 if len(rungs) == _MOST_ROWS:
                     raise DataError(f"{path} has more than {_MOST_ROWS} rows")
                 rungs.append(_rung(row, f"{path}, line {reader.line_num}"))
+        if len({(each.parameters, each.images, each.seed, each.lr) for each in rungs}) < len(rungs):
+            raise DataError(f"{path} has two rows of the same parameters, images, seed and lr")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:

@@ -37,6 +37,11 @@ def facts(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key_class(key) != "runtime" and not key.startswith("run.")}
 
 
+def bank_of(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Identity of the validation samples of a run, by what its checkpoints carry."""
+    return {"validation samples": str(meta["validation"])}
+
+
 class Track:
     """The course that a forecast gives to a run."""
 
@@ -44,11 +49,11 @@ class Track:
         self,
         course: Sequence[Expected],
         source: Path,
-        optimum: tuple[float, float],
+        optimum: tuple[float, float] | None = None,
         fingerprints: Mapping[str, str] | None = None,
     ) -> None:
-        """source: its forecast.json. optimum: parameters and images that are best for the run's compute. fingerprints:
-        identities of the data and encoders of the rungs."""
+        """source: its forecast.json. optimum: parameters and images that are best for the run's compute, where
+        that is known. fingerprints: identities of the rungs' data, encoders and validation samples."""
         self.course, self.source, self.optimum = course, source, optimum
         self._fingerprints = fingerprints or {}
         self._outside = 0
@@ -61,29 +66,31 @@ class Track:
         if config.run.forecast is None and not path.is_file():
             return None
         found = read_forecast(path)
+        remedy = "remove the file" if config.run.forecast is None else "set run.forecast=null"
         if found["refused"]:
-            raise ConfigError(f"{path} was refused when it was made ({'; '.join(found['reasons'])}): run.forecast=null")
+            raise ConfigError(f"{path} was refused when it was made ({'; '.join(found['reasons'])}): {remedy}")
         now, then = facts(config), found["target"]
         differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
         if differ := [key for key in differ if key != "train.seed"]:
             lines = [f"  {key}: {then.get(key)} in the forecast, {now.get(key)} now" for key in differ]
             raise ConfigError(
                 "\n".join([f"{path} is the forecast of another run:", *lines])
-                + "\nFit it anew for this config (launch/forecast.py fit), or leave run.forecast null."
+                + f"\nFit it anew for this config (launch/forecast.py fit), or {remedy}."
             )
         optimum = found["optimal_parameters"], found["optimal_images"]
-        return cls(found["course"], path, optimum, found["fingerprints"])
+        return cls(found["course"], path, None if None in optimum else optimum, found["fingerprints"])
 
     def notes(self, fingerprints: Mapping[str, str]) -> list[str]:
-        """Warnings where a run reads other data, or with other encoders, than the rungs did."""
+        """Warnings where a run reads or measures other data, or with other encoders, than the rungs did."""
         pairs = {key: (value, fingerprints.get(key)) for key, value in self._fingerprints.items()}
         other = [f"{key}: {then} there, {now} now" for key, (then, now) in pairs.items() if then != now]
-        told = f"warning: the rungs of the forecast {self.source} had other data or encoders ({'; '.join(other)})"
-        return [told] if other else []
+        told = f"warning: other data, encoders or validation samples than those of the rungs of {self.source}: "
+        return [told + "; ".join(other)] if other else []
 
     def at(self, step: int) -> Expected | None:
-        """What is forecast of a step, between two of the course by their logarithms; None where it says nothing."""
-        for before, after in pairwise(self.course):
+        """What is forecast of a step, between two of the course by their logarithms; None where it says nothing, as of
+        the decay, which leads from the last but one to the last."""
+        for before, after in pairwise(self.course[:-1]):
             if before.step < step < after.step:
                 share = math.log(step / before.step) / math.log(after.step / before.step)
                 between = (math.exp((1 - share) * math.log(a) + share * math.log(b)) for a, b in _ends(before, after))
@@ -126,7 +133,7 @@ def read_forecast(path: Path) -> dict[str, Any]:
         if type(found["refused"]) is not bool or not isinstance(found["target"], dict):
             raise ValueError("refused and target are not what a forecast has")
         for key in ("optimal_parameters", "optimal_images"):
-            found[key] = float(found[key])
+            found[key] = None if found[key] is None else float(found[key])
         found["fingerprints"] = {str(key): str(value) for key, value in found["fingerprints"].items()}
         return {**found, "course": sorted(course), "reasons": [str(reason) for reason in found["reasons"]]}
     except OSError as error:

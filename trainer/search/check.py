@@ -94,7 +94,11 @@ def judge(study: Study, checked: Study) -> Check:
         raise ConfigError(f"{checked.folder}: not all of its runs have ended; the same command goes on with them")
     low, own, high = (math.inf if trial.value is None else trial.value for trial in trials)
     fit = fit_of(study.search.space, completed(study))
-    return compared(checked.proxy.model.width, rates[1], (low, own, high), fit.noise if fit else 0.0)
+    noise = fit.noise if fit is not None else 0.0
+    if noise == 0.0:  # of a study without enough trials to tell
+        width, why = checked.proxy.model.width, "the study's own trials are too few to tell their noise: give it more"
+        return Check(width, rates[1], (low, own, high), None, "open", why)
+    return compared(checked.proxy.model.width, rates[1], (low, own, high), noise)
 
 
 def compared(width: int, lr: float, losses: tuple[float, float, float], noise: float) -> Check:

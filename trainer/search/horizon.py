@@ -97,7 +97,7 @@ class Horizon(Trunks[Trunk]):
     def identity(self) -> dict[str, Any]:
         """More rates and seeds may come; the point and the durations stay."""
         config = self.trunk_config(Trunk(1.0, 0), self.steps[0])
-        return {**self.identity_of(config, ()), "durations": list(self.steps)}
+        return self.identity_of(config, ())
 
     def conclude(self) -> str:
         """Write horizon.json, and say what is in it. Raises RunError, and leaves no file, where the losses give no

@@ -1,6 +1,7 @@
 """A worker of trunks: takes one after another, and trains each with its branches."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, Generic
 from data.files import parse_json
 
 from ..build.branch import branch
+from ..checkpoint.find import complete_checkpoints, step_of
 from ..collectives import from_rank_0, on_rank_0
 from ..config.resolve import resolve
 from ..config.schema import TrainConfig
@@ -43,6 +45,14 @@ def open_folder(trunks: Trunks[Any]) -> None:
         raise ConfigError("\n".join([f"{trunks.folder} holds {others}:", *lines, remedy]))
 
 
+def recorded_steps(path: Path) -> tuple[int, ...]:
+    """The durations that a folder's record names; () where there is none, or a damaged one."""
+    try:
+        return tuple(int(steps) for steps in parse_json(path.read_bytes())["durations"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()
+
+
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     named = {f"the {key.replace('_', ' ')}": value for key, value in identity.items() if key != "config"}
     return {**identity["config"], **named}
@@ -68,7 +78,8 @@ def train_trunks(
     with open_world(resolve(config, world_size()).shard) as world:
         fitting = from_rank_0(world, find)
         terminal = sys.stdout  # what training prints goes to the logs of its trunk
-        Worker(trunks, world, lambda text: print(text, file=terminal, flush=True), fitting).work()
+        if not Worker(trunks, world, lambda text: print(text, file=terminal, flush=True), fitting).work():
+            print(f"not all of {trunks.folder} is done: the same command goes on with it")
     return 0
 
 
@@ -105,8 +116,12 @@ class Worker(Generic[T]):
         with contextlib.ExitStack() as stack:
 
             def hold() -> bool:
+                held = self._trunks.folder / trunk.name
+                held.mkdir(parents=True, exist_ok=True)
+                if not os.access(held, os.W_OK):
+                    raise CheckpointError(f"{held} cannot be written: give rights, or choose another run.dir")
                 try:
-                    stack.enter_context(lock_folder(self._trunks.folder / trunk.name, wait_s=0.0))
+                    stack.enter_context(lock_folder(held, wait_s=0.0))
                     return True
                 except CheckpointError:
                     return False
@@ -122,17 +137,27 @@ class Worker(Generic[T]):
                 config = trunks.trunk_config(trunk, steps - decay_steps(trunks.target, steps))
                 if (ended := self._run(config, trunk)) != "finished":
                     return ended == "failed"  # and so is done with
-                on_rank_0(self._world, partial(branch, config.run.folder, output, trunks.branch_overrides(steps)))
+                on_rank_0(self._world, partial(self._branch, config, output, steps))
             if self._run(trunks.branch_config(trunk, steps), trunk) == "preempted":
                 return False
         return True
+
+    def _branch(self, trunk: TrainConfig, output: Path, steps: int) -> None:
+        """Make the branch of `steps` from the end of its trunk. Raises ConfigError where the trunk is further."""
+        newest = complete_checkpoints(trunk.run.folder / "checkpoints")[-1]
+        if step_of(newest) != trunk.train.steps:
+            raise ConfigError(
+                f"{trunk.run.folder} is at step {step_of(newest)}, and the decay of {output.name} begins at "
+                f"{trunk.train.steps}: remove {trunk.run.folder.parent}, and the same command trains it again"
+            )
+        branch(newest, output, self._trunks.branch_overrides(steps))
 
     def _run(self, config: TrainConfig, trunk: T) -> str:
         """finished, failed (it has diverged, now or before) or preempted."""
         folder = config.run.folder
         status = from_rank_0(self._world, lambda: read_status(folder))
         if status is not None and status[0] == "failed":
-            self._tell(f"{folder} has failed: {status[1]} (remove it to train it again)")
+            self._tell(f"{folder} has failed: {status[1]} (remove {folder.parent} to train it again)")
             return "failed"
         log = self._trunks.folder / "logs" / f"{trunk.name}_rank{self._world.rank}.log"
         try:

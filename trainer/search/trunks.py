@@ -86,14 +86,19 @@ class Trunks(Generic[T]):
             "run.keep_every=0", "run.allow_change=[train.steps]", f"train.seed={self.target.train.seed + seed}",
             f"train.steps={steps}", "train.checkpoint_every=0", "train.sample_every=0", "train.evaluate_every=0",
             "train.ema_snapshot_every=0", f"optim.warmup_steps={self.warmup_steps}", "optim.schedule=constant",
-            "optim.decay_steps=0", f"ema.decays=[{ema_decay(self.target, self.steps[-1])}]", "run.forecast=null",
+            "optim.decay_steps=0", f"ema.decays=[{','.join(map(str, self._ema_decays()))}]", "run.forecast=null",
         ]  # fmt: skip
+
+    def _ema_decays(self) -> list[float]:
+        """Of a trunk: the longest run's first, by which it is measured, and those with which its branches go on."""
+        return list(dict.fromkeys(ema_decay(self.target, steps) for steps in reversed(self.steps)))
 
     def identity_of(self, config: TrainConfig, free: Collection[str]) -> dict[str, Any]:
         """config: of a trunk. free: keys of it that may differ, beside its steps and seed."""
         own = {key: value for key, value in facts(config).items() if key not in {"train.steps", "train.seed", *free}}
         share = decay_steps(self.target, self.target.train.steps) / self.target.train.steps
-        return {"config": own, "seed": self.target.train.seed, "decay_share": share}
+        durations = list(self.steps)  # a trunk has gone past where another one would begin its decay
+        return {"config": own, "seed": self.target.train.seed, "decay_share": share, "durations": durations}
 
     def check(self, option: str) -> None:
         """Raise ConfigError where no run of the target has such branches. option: which gave the durations."""

@@ -12,6 +12,8 @@ import pytest
 
 from launch import submit
 from launch.slurm import requeue
+from tests.unit.trainer.forecast.test_track import data
+from trainer.config.load import load_config
 from trainer.errors import ConfigError
 
 CLUSTER = ("--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--time", "01:00:00")
@@ -184,3 +186,21 @@ def test_what_is_requeued(
     monkeypatch.setattr("sys.argv", ["requeue.py", *arguments, f"run.dir={tmp_path}", "run.name=run"])
     assert requeue.main() == (0 if again or state == "finished" else 1)
     assert calls == ([["scontrol", "requeue", "7"]] if again else [])
+
+
+def test_a_large_model_without_a_forecast_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: str) -> str:
+        submitted(monkeypatch, tmp_path, "--dry-run", "mup.base_width=32", *arguments)
+        return capsys.readouterr().err
+
+    assert "no forecast of its loss" not in told("model.width=64")
+    assert "times the compute of the proxy, and no forecast of its loss" in told("model.width=256")
+    folder = tmp_path / "mmdit_debug_mup"
+    folder.mkdir()
+    config = load_config("mmdit_debug_mup.yaml", [f"run.dir={tmp_path}", "mup.base_width=32", "model.width=256"])
+    (folder / "forecast.json").write_text(json.dumps(data(config)))
+    assert "no forecast" not in told("model.width=256")
+    with pytest.raises(ConfigError, match="is the forecast of another run"):
+        told("model.width=256", "optim.lr=0.5")

@@ -86,8 +86,35 @@ def test_diverged_rungs_are_refused_and_left_out() -> None:
 
 
 def test_too_few_points() -> None:
-    with pytest.raises(ValueError, match=r"6 points .* needs 7"):
+    with pytest.raises(ValueError, match=r"6 runs leave 6 points .* needs 7"):
         fit_rungs([Rung(n, d, 0, Law().loss(n, d)) for n in SIZES[:2] for d in IMAGES])
+
+
+def test_losses_without_a_size_or_without_images_have_no_optimum() -> None:
+    """Nor do they make one up: a term that vanishes leaves the best size anywhere."""
+    for law in (Law(a=1e-9), Law(b=1e-9)):
+        fit = fit_rungs(rungs_of(law, 0.001, np.random.default_rng(2)), replicates=20)
+        assert not fit.has_optimum
+    assert quiet_fit()[1].has_optimum
+
+
+def test_equal_losses_are_no_law() -> None:
+    equal = [Rung(n, d, 0, 0.5) for n in SIZES for d in IMAGES]
+    assert any("all losses are equal" in reason for reason in fit_rungs(equal, replicates=20).refused)
+
+
+def test_what_was_not_left_out_is_not_said_to_be() -> None:
+    law = Law()
+    small = [Rung(n, d, s, law.loss(n, d)) for n in SIZES[:3] for d in IMAGES for s in (0, 1)]
+    assert fit_rungs(small, replicates=20).left_out is None
+    whole = quiet_fit()[1].left_out
+    assert whole is not None
+    assert whole.low <= 0 <= whole.high
+
+
+def test_the_interval_is_the_same_however_often_it_is_asked_for() -> None:
+    fit = quiet_fit()[1]
+    assert fit.loss(*TARGET) == fit.loss(*TARGET)
 
 
 def test_the_same_rungs_give_the_same_forecast() -> None:

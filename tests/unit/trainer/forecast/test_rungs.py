@@ -28,7 +28,9 @@ def test_trunk_and_branch_differ_from_the_target_as_they_must(tmp_path: Path) ->
     assert (trunk.model.width, trunk.train.seed, trunk.train.steps) == (64, wanted.target.train.seed + 1, 64)
     assert (trunk.optim.schedule, trunk.optim.lr, trunk.optim.warmup_steps) == ("constant", 3e-3, 5)
     # The target's average spans 200 of its 800 steps: the trunk's 20 of 80, a branch's never fewer than 10.
-    assert trunk.ema.decays == (pytest.approx(1 - 1 / 20),)
+    # It carries those of its branches from the start, which so do not begin anew where they leave.
+    assert trunk.ema.decays == (pytest.approx(1 - 1 / 20), pytest.approx(1 - 1 / 10))
+    assert all(f"ema.decays=[{decay}]" in wanted.branch_overrides(s) for s, decay in ((80, 0.95), (40, 0.9), (20, 0.9)))
     assert "ema.decays=[0.9]" in wanted.branch_overrides(20)
     assert "optim.decay_steps=16" in wanted.branch_overrides(80)
 
@@ -69,6 +71,8 @@ def test_folder_is_of_one_target(tmp_path: Path) -> None:
     first = rungs(tmp_path)
     open_folder(first)
     open_folder(rungs(tmp_path, widths="32,64,96,128", seeds=3))
+    with pytest.raises(ConfigError, match="the durations: "):
+        open_folder(rungs(tmp_path, steps="20,30,80"))  # a trunk has gone past where its decay would begin
     open_folder(rungs(tmp_path, "model.width=128"))  # the same rungs serve targets of other widths
     with pytest.raises(ConfigError, match=r"optim\.lr: .* there, 0\.5 now"):
         open_folder(rungs(tmp_path, "optim.lr=0.5"))
@@ -97,7 +101,10 @@ def test_points_are_the_last_losses_of_branches(tmp_path: Path) -> None:
     assert (point.width, point.steps, point.loss, point.images) == (32, 40, 0.5, 40 * batch)
     assert point.by_level == {"t0.0625": 0.7}
     assert [point.steps for point in read_stable_points(wanted)] == [30], "after twice the warm-up"
-    assert Rungs.found("mmdit_debug_mup.yaml", wanted.overrides).steps == (40, 80)
+    open_folder(wanted)
+    assert Rungs.found("mmdit_debug_mup.yaml", wanted.overrides).steps == (20, 40, 80)
+    with pytest.raises(ConfigError, match=r"optim\.lr: .* there, 0\.5 now"):
+        Rungs.found("mmdit_debug_mup.yaml", [*wanted.overrides, "optim.lr=0.5"])
     log(wanted.branch_folder(Trunk(64, 0), 40), {**last, "val_set": "b"})
     with pytest.raises(ConfigError, match="2 different sets of validation samples"):
         read_points(wanted)

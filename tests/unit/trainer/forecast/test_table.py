@@ -43,6 +43,7 @@ def test_learning_rates(tmp_path: Path) -> None:
         ("parameters,images,seed,loss\n1,1,0.5,1\n", "seed must be a whole number"),
         ("parameters,images,seed,loss\n1,1,0,-1\n", "loss must be positive"),
         ("parameters,images,seed,loss\n1,1,0,1\0\n", "."),
+        ("parameters,images,seed,loss\n1,1,0,1\n1,1,1,1\n1,1,0,2\n", "two rows of the same parameters"),
     ],
 )
 def test_mistakes(tmp_path: Path, text: str, told: str) -> None:

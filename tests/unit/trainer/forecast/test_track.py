@@ -39,6 +39,7 @@ def track_of(folder: Path) -> Track:
 def test_between_two_steps_of_the_course(tmp_path: Path) -> None:
     track = track_of(tmp_path)
     assert track.at(200) == Expected(200, 0.3, 0.29, 0.31)
+    assert track.at(150) is None, "of the decay nothing was measured"
     middle = track.at(round(math.sqrt(1000)))
     assert middle is not None
     assert middle.loss == pytest.approx(math.sqrt(0.8 * 0.4), rel=0.01)
@@ -48,7 +49,7 @@ def test_between_two_steps_of_the_course(tmp_path: Path) -> None:
 
 
 def test_course_of_the_end_alone(tmp_path: Path) -> None:
-    track = Track([Expected(200, 0.3, 0.29, 0.31)], tmp_path, (1, 1))
+    track = Track([Expected(200, 0.3, 0.29, 0.31)], tmp_path)
     assert track.at(100) is None
     assert track.at(200) == Expected(200, 0.3, 0.29, 0.31)
 
@@ -58,7 +59,7 @@ def test_told_and_warned_once(tmp_path: Path) -> None:
     figures = track.follow(100, 0.4, said.append)
     assert said == ["forecast 0.4 [0.35, 0.45], now 0.4: inside"]
     assert figures == {"forecast/loss": 0.4, "forecast/low": 0.35, "forecast/high": 0.45}
-    for step, loss in ((101, 0.5), (102, 0.5), (103, 0.2), (104, 0.5)):
+    for step, loss in ((96, 0.5), (97, 0.5), (98, 0.2), (99, 0.5)):
         track.follow(step, loss, said.append)
     assert [text.splitlines()[0].rpartition(": ")[2] for text in said] == ["inside", "above", "above", "below", "above"]
     assert ["warning: 3 validations in a row" in text for text in said] == [False, False, False, True, False]
@@ -110,8 +111,12 @@ def test_other_data_is_told(tmp_path: Path) -> None:
 def test_refused_missing_and_damaged(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     path = written(tmp_path, config, refused=True, reasons=["too few"])
-    with pytest.raises(ConfigError, match=r"was refused when it was made \(too few\)"):
+    with pytest.raises(ConfigError, match=r"was refused when it was made \(too few\): set run\.forecast=null"):
         Track.of(config_of(tmp_path, f"run.forecast={path}"))
+    config.run.folder.mkdir()
+    written(config.run.folder, config, refused=True, reasons=["too few"])
+    with pytest.raises(ConfigError, match="remove the file"):
+        Track.of(config)
     with pytest.raises(ConfigError, match="cannot be read"):
         Track.of(config_of(tmp_path, "run.forecast=none.json"))
     whole = data(config)

@@ -25,6 +25,18 @@ def test_plot_loss(records: list[dict[str, Any]], tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_band_of_a_forecast(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[matplotlib.figure.Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    band = [(10, 1.0, 0.9, 1.1), (20, 0.8, 0.7, 0.9), (30, 0.6, 0.5, 0.7)][-count:]
+    plot_loss([{"step": 1, "val_loss_ema": 1.0}], tmp_path, band)
+    (axes,) = figures[0].axes
+    assert "forecast, 90 %" in [text.get_text() for text in axes.get_legend().get_texts()]  # type: ignore[union-attr]
+    drawn = axes.get_lines()[-1]
+    assert [*map(float, drawn.get_ydata())] == [loss for _, loss, _, _ in band]  # type: ignore[arg-type]
+
+
 def test_a_new_series_begins_with_other_validation_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[matplotlib.figure.Figure] = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
