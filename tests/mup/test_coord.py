@@ -26,7 +26,7 @@ BACKBONES = sorted(path.stem for path in CONFIG_DIR.glob("*_debug_mup.yaml"))
 # Few text tokens: what is tested is the width. Synthetic data need no encoder of the config's.
 SMALL = ("text_encoder.max_length=8", "text_encoder.width=32")
 WIDTHS = (64, 128, 256, 512)
-# For SP and for faults: their slopes are far over the limits, and most of the time goes to 512.
+# For faults: their slopes are far over the limits, and most of the time goes to 512.
 NARROW = WIDTHS[:3]
 LR = 2.0**-7
 STEPS = 5
@@ -58,7 +58,7 @@ def sweep(
 def sound(request: pytest.FixtureRequest, world: World) -> tuple[str, Judgement, Measured]:
     """(backbone, report of the right table beside its SP control, the control)."""
     backbone = request.param
-    control = sweep(world, backbone, "mup.parametrization=sp", widths=NARROW)
+    control = sweep(world, backbone, "mup.parametrization=sp")
     return backbone, judge(sweep(world, backbone, seeds=2), control), control
 
 
@@ -188,7 +188,7 @@ ALIGNED = [backbone for backbone in BACKBONES if configured(backbone, 64, 0).mod
 @pytest.mark.parametrize("backbone", ALIGNED)
 def test_mup_with_repa_does_not_depend_on_the_width(backbone: str, world: World) -> None:
     checked = sweep(world, backbone, *REPA, seeds=2)
-    report = judge(checked, sweep(world, backbone, *REPA, "mup.parametrization=sp", widths=NARROW))
+    report = judge(checked, sweep(world, backbone, *REPA, "mup.parametrization=sp"))
     assert report.verdict == "passed", report.reason
     assert slopes(report, "update").keys() == build_mup_table(configured(backbone, 64, 0, *REPA)).rows.keys()
 

@@ -59,7 +59,7 @@ class Laws(NamedTuple):
         shares = np.exp(self.theta[:, 1:3] - self.log_loss(*self.centre))  # [R, 2]
         low, high = (math.log(each) for each in _EXPONENTS)
         inside = (self.theta[:, 3:] > low + 0.01) & (self.theta[:, 3:] < high - 0.01)
-        return ((shares > _COUNTS) & inside).all(axis=1)
+        return np.asarray(((shares > _COUNTS) & inside).all(axis=1))
 
     def log_loss(self, n: Array | float, d: Array | float) -> Array:
         """log L [R, points]."""

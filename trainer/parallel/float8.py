@@ -53,7 +53,7 @@ def fp8_problem(device: torch.device) -> str | None:
     try:
         multiply = fp8_multiply(device)
     except (ImportError, AttributeError, TypeError) as error:
-        return f"torchao is missing, or another one than 0.18 ({error}): pip install -e '.[fp8]'"
+        return f"torchao is missing or another one than 0.18 ({error}): pip install -e '.[fp8]'"
     if device.type == "cpu":
         return None
     name = torch.cuda.get_device_name(device)
