@@ -4,6 +4,7 @@ A branch leaves the trunk where its decay begins (warm-up, stable, decay: arXiv 
 little more than the longest.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -30,7 +31,7 @@ class Trunk(Protocol):
 T = TypeVar("T", bound=Trunk)
 
 
-class Trunks(Generic[T]):
+class Trunks(ABC, Generic[T]):
     """Trunks in a folder, each with the same branches. steps: the durations, from the shortest on."""
 
     RECORD: ClassVar[str]
@@ -40,25 +41,26 @@ class Trunks(Generic[T]):
     steps: tuple[int, ...]
 
     @property
+    @abstractmethod
     def target(self) -> TrainConfig:
         """The config whose schedule, average and seed the trunks follow."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def folder(self) -> Path:
-        raise NotImplementedError
+        """Of all trunks."""
 
+    @abstractmethod
     def trunks(self) -> Iterator[T]:
         """In the order in which they are trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trunk_config(self, trunk: T, steps: int) -> TrainConfig:
         """The trunk up to step `steps`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What the trunks are of, as JSON data: `config`, by key, and more."""
-        raise NotImplementedError
 
     @property
     def warmup_steps(self) -> int:

@@ -32,9 +32,11 @@ def test_the_band_of_a_forecast(count: int, tmp_path: Path, monkeypatch: pytest.
     band = [(10, 1.0, 0.9, 1.1), (20, 0.8, 0.7, 0.9), (30, 0.6, 0.5, 0.7)][-count:]
     plot_loss([{"step": 1, "val_loss_ema": 1.0}], tmp_path, band)
     (axes,) = figures[0].axes
-    assert "forecast, 90 %" in [text.get_text() for text in axes.get_legend().get_texts()]  # type: ignore[union-attr]
-    drawn = axes.get_lines()[-1]
-    assert [*map(float, drawn.get_ydata())] == [loss for _, loss, _, _ in band]  # type: ignore[arg-type]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert "forecast, 90 %" in [text.get_text() for text in legend.get_texts()]
+    drawn: Any = axes.get_lines()[-1].get_ydata()
+    assert [*map(float, drawn)] == [loss for _, loss, _, _ in band]
 
 
 def test_a_new_series_begins_with_other_validation_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,7 +173,8 @@ def test_the_fit_is_written_or_the_best_trial(study: Study, tmp_path: Path) -> N
     fitted, best = fitted_lr(study), best_lr(study)
     assert fitted != best
     for choice, expected in ((None, fitted), ("fit", fitted), ("best", best)):
-        write_target(study, "mmdit_debug_mup.yaml", output, Choice(value=choice))  # type: ignore[arg-type]
+        value: Any = choice
+        write_target(study, "mmdit_debug_mup.yaml", output, Choice(value=value))
         assert load_config(str(output)).optim.lr == expected
     with pytest.raises(ConfigError, match="--value fit is of all trials, and --trial chooses one"):
         write_target(study, "mmdit_debug_mup.yaml", output, Choice(completed(study)[0].number, "fit"))
