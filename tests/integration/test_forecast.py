@@ -92,6 +92,8 @@ def folder(tmp_path: Path) -> Path:
                 images = step * config.train.global_batch_size
                 loss = 3 * law.loss(parameters_of(config), images) * math.exp(0.002 * chance.standard_normal())
                 record = {"step": step, "val_loss_ema": loss, "val_loss_ema_t0.0625": 2 * loss, "val_set": "x"}
+                if trunk.width == 32:  # a time that not all rungs were measured at
+                    record["val_loss_ema_t0.9375"] = loss
                 lines.append(json.dumps(record) + "\n")
             (path / "metrics.jsonl").write_text("".join(lines))
     open_folder(rungs)
@@ -106,6 +108,8 @@ def test_fit_and_a_run_that_follows(folder: Path) -> None:
     found = json.loads(fitted.stdout)
     assert found["interval"][0] < found["loss"] < found["interval"][1]
     assert found["by_level"]["t0.0625"]["loss"] == pytest.approx(2 * found["loss"])
+    assert set(found["by_level"]) == {"t0.0625"}
+    assert any("nothing is said of t0.9375: 18 runs leave 3 points" in note for note in found["notes"])
     assert [found["course"][0][0] < 24, found["course"][-2][0], found["course"][-1][0]] == [True, 36, 48]
     assert json.loads((target / FORECAST).read_text())["loss"] == found["loss"]
     assert "<img" in (target / "index.html").read_text()

@@ -110,11 +110,13 @@ def forecast_target(rungs: Rungs) -> Forecast:
             f"optim.schedule is {target.optim.schedule}; the rungs' rate is constant and falls to 0 over the last "
             f"{share:.0%} of their steps (wsd): the forecast is of a target that ends so"
         )
-    levels = sorted(set[str]().union(*(point.by_level for point in points)))
     by_level = {}
-    for level in levels:
+    for level in sorted(set[str]().union(*(point.by_level for point in points))):
         each = [Rung(p.parameters, p.images, p.seed, p.by_level.get(level, math.inf)) for p in points]
-        by_level[level] = fit_rungs(each, check=False).loss(parameters, images)
+        try:
+            by_level[level] = fit_rungs(each, check=False).loss(parameters, images)
+        except ValueError as error:  # a time that only some rungs were measured at
+            notes.append(f"nothing is said of {level}: {error}")
     course = _course(rungs, fit, parameters, notes) if decayed else []
     return Forecast(
         fit, [_rung(p) for p in points], parameters, images, by_level, course, notes, facts(target),
