@@ -1,7 +1,8 @@
 """What every backbone has, and how one is built from its config."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,6 +19,11 @@ class Backbone(nn.Module, ABC):
     of a text state (of no use to a backbone of class labels). Modules with an attribute `branch_scale` multiply what
     they add to the residual stream by it (mup.base_depth); one of class OutputLinear takes muP's output multiplier.
     """
+
+    KINDS: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Kinds of module, each with the patterns (fnmatch) of its parameters' names: attention, mlp, modulation, text,
+    image, label, time, patch, skip, final, as far as the backbone has them. They may overlap. Muon takes the matrices
+    of attention and mlp."""
 
     projector: nn.Module
     """Applied to the tokens that forward returns as features: the identity, or REPA's projector. A backbone that lacks
@@ -68,6 +74,11 @@ def declarations(config: ModelConfig, projector: ProjectorConfig | None = None) 
     """What the backbone, and its projector, say about their parameters' roles and init."""
     of_projector = () if projector is None else DECLARATIONS
     return (*of_projector, *class_of(BACKBONES[config.kind].backbone).declarations(config))
+
+
+def kinds(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    """The backbone's kinds of module; see Backbone.KINDS."""
+    return class_of(BACKBONES[config.kind].backbone).KINDS
 
 
 def out_channels(config: ModelConfig, in_channels: int) -> int:

@@ -3,6 +3,8 @@
 Shapes: B batch, N image tokens, D width, H heads, K head_dim, C channels, P patch size, O output channels (C or 2 C).
 """
 
+from types import MappingProxyType
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,6 +53,18 @@ class DiT(Backbone):
     in_channels: C of the image or latent. text_width: of no use here; every backbone is called alike.
     """
 
+    KINDS = MappingProxyType(
+        {
+            "attention": ("blocks.*.attention.*",),
+            "mlp": ("blocks.*.mlp.*",),
+            "modulation": ("blocks.*.modulation.*",),
+            "label": ("label_embed.*",),
+            "time": ("time_embed.*",),
+            "patch": ("patch_embed.*",),
+            "final": ("final_modulation.*", "final.*"),
+        }
+    )
+
     def __init__(self, config: DiTConfig, in_channels: int, text_width: int) -> None:
         super().__init__()
         d, patch = config.width, config.patch_size
@@ -82,6 +96,7 @@ class DiT(Backbone):
             Declaration("label_embed.weight", "normal", std=config.label_init_std),
             *([Declaration("time_embed.*.weight", "normal", std=0.02)] if stock else []),
             Declaration("*modulation.weight", adaln),
+            Declaration("*.qkv.weight", config.linear_init, projections=3),
             Declaration("*.weight", config.linear_init),
         )
 

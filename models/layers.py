@@ -24,6 +24,8 @@ class Declaration(NamedTuple):
         (uniform with standard deviation std x sqrt(2 / (fan_in + fan_out))).
     role: only where the shape cannot tell (an output weight and an embedding table look alike).
     inner: an output weight that more layers follow, so that its output must not shrink with the width at init.
+    projections: number of matrices that lie behind each other along fan_out, each of whole heads: 3 for a fused query,
+        key and value, 1 for a query alone; 0 where rows belong to no heads.
     """
 
     pattern: str
@@ -31,6 +33,7 @@ class Declaration(NamedTuple):
     std: float = 1.0
     role: Literal["input", "hidden", "output", "vector", "fixed"] | None = None
     inner: bool = False
+    projections: int = 0
 
 
 class TextCondition(NamedTuple):

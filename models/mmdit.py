@@ -6,6 +6,7 @@ scales, shifts and gates each stream (adaLN). The last block has no text output,
 Shapes: B batch, N image tokens, L text tokens, D width, H heads, K head_dim, C channels, P patch size, E text width.
 """
 
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -140,6 +141,19 @@ class MMDiT(Backbone):
     in_channels: C of the image or latent. text_width: E, the features of a text state.
     """
 
+    KINDS = MappingProxyType(
+        {
+            "attention": ("blocks.*.qkv.*", "blocks.*.kv.*", "blocks.*.norm_[qk].*", "blocks.*.out.*"),
+            "mlp": ("blocks.*.mlp.*",),
+            "modulation": ("blocks.*.modulation.*",),
+            "text": ("text_embed.*", "pooled_embed.*", "blocks.*.text.*"),
+            "image": ("blocks.*.image.*",),
+            "time": ("time_embed.*",),
+            "patch": ("patch_embed.*",),
+            "final": ("final_modulation.*", "final.*"),
+        }
+    )
+
     axis_table: Tensor
 
     def __init__(self, config: MMDiTConfig, in_channels: int, text_width: int) -> None:
@@ -176,6 +190,8 @@ class MMDiT(Backbone):
             Declaration("*.norm_[qk].weight", "ones"),
             Declaration("time_embed.*.weight", "normal", std=0.02),
             adaln,
+            Declaration("*.qkv.weight", "fan_in", projections=3),
+            Declaration("*.kv.weight", "fan_in", projections=2),
             Declaration("*.weight", "fan_in"),
         )
 

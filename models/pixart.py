@@ -6,6 +6,8 @@ Shapes: B batch, N image tokens, L text tokens, D width, H heads, K head_dim, C 
 O output channels (C or 2 C).
 """
 
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,6 +81,18 @@ class PixArt(Backbone):
     in_channels: C of the image or latent. text_width: E, the features of a text state.
     """
 
+    KINDS = MappingProxyType(
+        {
+            "attention": ("blocks.*.attention.*", "blocks.*.cross_attention.*"),
+            "mlp": ("blocks.*.mlp.*",),
+            "modulation": ("time_modulation.*", "blocks.*.scale_shift_table"),
+            "text": ("text_embed.*", "blocks.*.cross_attention.kv.*"),
+            "time": ("time_embed.*",),
+            "patch": ("patch_embed.*",),
+            "final": ("scale_shift_table", "final.*"),
+        }
+    )
+
     def __init__(self, config: PixArtConfig, in_channels: int, text_width: int) -> None:
         super().__init__()
         d, patch = config.width, config.patch_size
@@ -118,6 +132,9 @@ class PixArt(Backbone):
             Declaration("*scale_shift_table", "normal", std=0.02),
             Declaration("*cross_attention.out.weight", "zeros"),
             *(Declaration(pattern, "normal", std=0.02) for pattern in small),
+            Declaration("*.qkv.weight", "xavier_uniform", projections=3),
+            Declaration("*.q.weight", "xavier_uniform", projections=1),
+            Declaration("*.kv.weight", "xavier_uniform", projections=2),
             Declaration("*.weight", "xavier_uniform"),
         )
 

@@ -4,6 +4,8 @@ Shapes: B batch, N image tokens, L text tokens, T all tokens (1 + 1 or L + N), D
 C channels, P patch size, E text width.
 """
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,19 @@ class UViT(Backbone):
     in_channels: C of the image or latent. text_width: E, the features of a text state.
     """
 
+    KINDS = MappingProxyType(
+        {
+            "attention": ("*_block*.norm_attention.*", "*_block*.attention.*"),
+            "mlp": ("*_block*.norm_mlp.*", "*_block*.mlp.*"),
+            "text": ("text_embed.*",),
+            "label": ("label_embed.*",),
+            "time": ("time_embed.*",),
+            "patch": ("patch_embed.*",),
+            "skip": ("out_blocks.*.skip.*",),
+            "final": ("norm.*", "final.*", "final_conv.*"),
+        }
+    )
+
     def __init__(self, config: UViTConfig, in_channels: int, text_width: int) -> None:
         super().__init__()
         d, patch, half = config.width, config.patch_size, config.depth // 2
@@ -105,6 +120,7 @@ class UViT(Backbone):
             Declaration("patch_embed.weight", "fan_in", std=3**-0.5),
             *([Declaration("final_conv.weight", "fan_in", std=3**-0.5)] if config.final_conv else []),
             *([Declaration("label_embed.weight", "normal", std=config.label_init_std)] if labels else []),
+            Declaration("*.qkv.weight", "normal", std=0.02, projections=3),
             Declaration("*", "normal", std=0.02),
         )
 
