@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbone import build_model, declarations, out_channels
+from models.backbone import build_model, declarations, kinds, out_channels
 from models.configs import DiTConfig, MMDiTConfig, ModelConfig, PixArtConfig, ProjectorConfig, UViTConfig
 from models.layers import ClassCondition, TextCondition
 from trainer.diffusion.repa import Alignment
@@ -241,6 +241,7 @@ class Case:
             HEAD_DIM,
             declarations(self.config(BASE_WIDTH, adaln), self.projector),
             settings or Settings(),
+            kinds(self.config(BASE_WIDTH, adaln)),
         )
 
     def build(self, m: float, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from models.layers import QKVLinear
 from trainer.mup.apply import param_groups
-from trainer.mup.table import MuTable
+from trainer.mup.rules import Optimizer
+from trainer.mup.table import BaseRates, MuTable
 
 from .cases import Case
 
@@ -56,7 +57,8 @@ def scale_of(case: Case, m: float, name: str) -> Scale:
 
 def adamw(model: nn.Module, table: MuTable, weight_decay: float, eps: float, lr: float = LR) -> torch.optim.AdamW:
     """torch's AdamW on the table's groups."""
-    return torch.optim.AdamW(param_groups(model.named_parameters(), table, lr, weight_decay, eps), betas=(0.9, 0.95))
+    base: dict[Optimizer, BaseRates] = {"adamw": BaseRates(lr, weight_decay, eps)}
+    return torch.optim.AdamW(param_groups(model.named_parameters(), table, base), betas=(0.9, 0.95))
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:

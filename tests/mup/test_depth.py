@@ -176,7 +176,7 @@ def test_the_scale_is_the_tables(name: str) -> None:
     assert table.settings.branch_scale == 0.25
     assert table.hash != plain.hash
     assert table.rows == plain.rows, "at alpha = 1 lr, decay and a constant epsilon stay"
-    assert "every residual branch x 0.25" in table.describe(BaseRates(1e-3, 0.0, 1e-12))
+    assert "every residual branch x 0.25" in table.describe({"adamw": BaseRates(1e-3, 0.0, 1e-12)})
     with torch.device("meta"):
         model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width)
     apply_multipliers(model, table)

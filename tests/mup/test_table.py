@@ -18,7 +18,7 @@ from trainer.mup.apply import (
     init_parameters,
     param_groups,
 )
-from trainer.mup.rules import ROLES, Parametrization, Role, Settings, factors
+from trainer.mup.rules import ROLES, Optimizer, Parametrization, Role, Settings, factors
 from trainer.mup.table import BaseRates, MuTable, ParameterInfo, TableError, fans
 
 from .cases import BASE_WIDTH, CASES, CHANNELS, HEAD_DIM, TEXT_WIDTH, AdaLN, Case
@@ -261,7 +261,7 @@ def test_multiplier_needs_a_layer_that_applies_it() -> None:
 def test_groups_hold_each_parameter_once_with_its_settings(case: Case) -> None:
     table = case.table(2.5, Settings(eps_rule="width"))
     model = case.model(2.5, table)
-    groups = param_groups(model.named_parameters(), table, lr=3e-4, weight_decay=0.1, eps=1e-8)
+    groups = param_groups(model.named_parameters(), table, {"adamw": BaseRates(3e-4, 0.1, 1e-8)})
     named = dict(model.named_parameters())
     seen: list[str] = []
     for group in groups:
@@ -285,7 +285,7 @@ def test_a_model_that_is_not_the_tables() -> None:
     with pytest.raises(ValueError, match="differ at"):
         init_parameters(wider, table, seed=0)
     with pytest.raises(ValueError, match=r"differ at extra"):
-        param_groups([*wider.named_parameters(), ("extra", torch.zeros(1))], table, 1e-3, 0.0, 1e-12)
+        param_groups([*wider.named_parameters(), ("extra", torch.zeros(1))], table, {})
 
 
 def test_hash_and_text() -> None:
@@ -293,14 +293,15 @@ def test_hash_and_text() -> None:
     assert table.hash == MMDIT.table(4.0).hash == table.to_json()["sha256"]
     others = [MMDIT.table(2.5), MMDIT.table(4.0, Settings(wd_rule="sqrt")), MMDIT.table(4.0, adaln="zero")]
     assert len({table.hash, *(other.hash for other in others)}) == 4
-    base = BaseRates(lr=2e-3, weight_decay=0.1, eps=1e-12)
+    rates = BaseRates(lr=2e-3, weight_decay=0.1, eps=1e-12)
+    base: dict[Optimizer, BaseRates] = {"adamw": rates}
     lines = table.describe(base).splitlines()
     fused = next(line.split() for line in lines if line.startswith("blocks.*.image.qkv.weight"))
     assert fused == ["blocks.*.image.qkv.weight", "576x192", "hidden", "0.0722", "1", "0.25", "0.0005", "4", "0.4",
                      "1", "1e-12", "2"]  # each factor, and the rate in use  # fmt: skip
-    for group in param_groups(MMDIT.model(4.0, table).named_parameters(), table, *base):
+    for group in param_groups(MMDIT.model(4.0, table).named_parameters(), table, base):
         for name in group["param_names"]:
-            assert table.in_use(base)[name] == {key: group[key] for key in base._fields}, "what the optimizer has"
+            assert table.in_use(base)[name] == {key: group[key] for key in rates._fields}, "what the optimizer has"
 
 
 @every_case

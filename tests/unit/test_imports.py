@@ -57,7 +57,7 @@ ROOMS: dict[str, Room] = {
     "data.redaction": Room((), ()),
     "trainer.errors": Room((), ()),
     "trainer.config": Room(("pydantic", "yaml"), CONFIG),
-    "trainer.mup": Room((), ("trainer.mup.rules", "trainer.mup.table")),
+    "trainer.mup": Room((), ("trainer.mup.kinds", "trainer.mup.rules", "trainer.mup.table")),
     "trainer.mup.apply": Room(("torch",), ("trainer.mup",)),
     "trainer.diffusion": Room(("torch", "diffusers"), ("trainer.diffusion",)),
     "trainer.parallel": Room(("torch", "accelerate", "deepspeed", "torchao"), ("trainer.parallel", "trainer.errors")),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,25 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Kernel, use_kernel
-from models.backbone import build_model, declarations
+from models.backbone import build_model, declarations, kinds
 from models.configs import ModelConfig
 
 from ..config.resolve import Resolved, compiles, keeps_gathered
-from ..config.schema import OptimConfig, TrainConfig
+from ..config.schema import TrainConfig
 from ..diffusion.ddpm import DDPM
 from ..diffusion.ddpm_sampling import DDPMSampler
 from ..diffusion.flow import RectifiedFlow
 from ..diffusion.repa import Alignment
 from ..diffusion.sampling import Euler, Sampler
+from ..errors import ConfigError
 from ..input.encoding import Encoders
 from ..mup.apply import apply_multipliers, build_table, init_parameters, initial_value, param_groups
-from ..mup.rules import ROLES, Settings, depth_factors
-from ..mup.table import MuTable
+from ..mup.kinds import ChoiceError
+from ..mup.rules import ROLES, Optimizer, Settings, depth_factors
+from ..mup.table import BaseRates, MuTable
 from ..parallel.activation_checkpointing import checkpoint_activations
 from ..parallel.compile import compile_units
 from ..parallel.engine import Engine
 from ..parallel.fsdp import FSDP2Engine, Sharding
 from ..parallel.mesh import World
+from ..parallel.muon import MuonSettings
 from ..parallel.precision import DTYPES, precision_of
 from ..parallel.single import SingleEngine
 from ..parallel.zero import ZeroEngine
@@ -36,7 +40,8 @@ from .float8 import multiply_in_fp8
 
 
 def build_mup_table(config: TrainConfig) -> MuTable:
-    """The muP table of a config, from three models on the meta device: no weights are made."""
+    """The muP table of a config, from three models on the meta device: no weights are made. Raises ConfigError where
+    the config names parameters that do not fit."""
     model, mup = config.model, config.mup
 
     def factory(width: int) -> nn.Module:
@@ -44,19 +49,33 @@ def build_mup_table(config: TrainConfig) -> MuTable:
         return build_model(shape, config.autoencoder.channels, config.text_encoder.width, config.projector)
 
     branch_scale, branch_lr = depth_factors(model.depth, mup.base_depth, mup.depth_alpha)
+    optim, own_head = config.optim, config.optim.kind == "muon" and config.optim.muon.by_head
     settings = Settings(
         mup.parametrization,
         mup.wd_rule,
         mup.eps_rule,
-        config.optim.decay,
+        optim.decay,
         branch_scale=branch_scale,
         branch_lr=branch_lr,
         output_multiplier=mup.output_multiplier,
         role_lr={role: factor for role in ROLES if (factor := getattr(mup.role_lr, role)) != 1.0},
+        optimizer=optim.kind,
+        muon_include=optim.muon.include,
+        muon_exclude=optim.muon.exclude,
+        muon_head_dim=model.head_dim if own_head else None,
     )
-    return build_table(
-        factory, mup.base_width, model.width, mup.base_width, declarations(model, config.projector), settings
-    )
+    declared = declarations(model, config.projector)
+    try:
+        return build_table(factory, mup.base_width, model.width, mup.base_width, declared, settings, kinds(model))
+    except ChoiceError as error:
+        raise ConfigError(str(error)) from None
+
+
+def base_rates(config: TrainConfig) -> dict[Optimizer, BaseRates]:
+    """What the factors of the muP table are of, for each optimizer that it has."""
+    optim, muon = config.optim, config.optim.muon
+    rates: dict[Optimizer, BaseRates] = {"adamw": BaseRates(optim.lr, optim.weight_decay, optim.eps)}
+    return rates if optim.kind == "adamw" else {**rates, "muon": BaseRates(muon.lr, muon.weight_decay, eps=0.0)}
 
 
 def build_engine(config: TrainConfig, table: MuTable, world: World, attention: Kernel | None = None) -> Engine:
@@ -80,7 +99,7 @@ def build_engine(config: TrainConfig, table: MuTable, world: World, attention: K
         compile_units(units, warn=partial(_warn, world))
 
     def groups(named_parameters: dict[str, Tensor]) -> list[dict[str, Any]]:
-        return param_groups(named_parameters.items(), table, optim.lr, optim.weight_decay, optim.eps)
+        return param_groups(named_parameters.items(), table, base_rates(config))
 
     def initialise(materialised: nn.Module) -> None:
         model.fill_buffers()
@@ -99,8 +118,10 @@ def build_engine(config: TrainConfig, table: MuTable, world: World, attention: K
             model, stage=parallel.zero_stage, fill_buffers=model.fill_buffers, initial=initial, **common
         )
     else:
+        muon = optim.muon
+        common["muon"] = MuonSettings(muon.momentum, muon.nesterov, muon.steps) if optim.kind == "muon" else None
         engine = native_engine(config, model=model, units=units, initialise=initialise, **common)
-    _check_settings(engine, table, optim)
+    _check_settings(engine, table, base_rates(config))
     return engine
 
 
@@ -119,12 +140,17 @@ def native_engine(config: TrainConfig, world: World, **given: Any) -> FSDP2Engin
     return FSDP2Engine(world=world, sharding=sharding, **given)
 
 
-def _check_settings(engine: Engine, table: MuTable, optim: OptimConfig) -> None:
+def _check_settings(engine: Engine, table: MuTable, base: Mapping[Optimizer, BaseRates]) -> None:
     """The proof, after sharding, that every parameter is trained with what the table says."""
     for name, settings in engine.optimizer_settings().items():
         row = table.rows[name]
-        expected = (optim.lr * row.lr, optim.weight_decay * row.weight_decay, optim.eps * row.eps)
+        rates = base[row.optimizer]
+        expected = (rates.lr * row.lr, rates.weight_decay * row.weight_decay, rates.eps * row.eps)
         assert settings == expected, f"{name}: the optimizer has (lr, wd, eps) {settings}, the table {expected}"
+    if "muon" in base:
+        kept = {name for name, state in engine.state().items() if "momentum" in state}
+        wrong = sorted(kept ^ {name for name, row in table.rows.items() if row.optimizer == "muon"})
+        assert not wrong, f"{wrong[0]}: the table has {table.rows[wrong[0]].optimizer} for it, the engine the other one"
 
 
 def units_of(engine: Engine) -> list[nn.Module]:

@@ -43,7 +43,7 @@ from ..lr_schedule import lr_factor
 from ..monitor.metrics import Metrics, peak_flops
 from ..monitor.mup_health import Health, WatchedParameter
 from ..monitor.step_timer import StepTimer
-from ..mup.table import BaseRates, MuTable
+from ..mup.table import MuTable
 from ..parallel.cuda_graph import Recorder
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
@@ -54,7 +54,7 @@ from ..run import Intervals, Plan, Run
 from ..state import TrainState
 from ..step import MicroBatch
 from .attention import attention_choice, describe
-from .engine import build_alignment, build_engine, build_mup_table, build_objective, units_of
+from .engine import base_rates, build_alignment, build_engine, build_mup_table, build_objective, units_of
 from .float8 import check_fp8_is_compiled
 from .flops import image_flops
 from .inference import image_generator, sample_images
@@ -468,11 +468,6 @@ def _plan(inputs: _Inputs) -> Plan:
         image_flops=partial(image_flops, config),
         peak_flops=None if peak is None else peak * world.size,
     )
-
-
-def base_rates(config: TrainConfig) -> BaseRates:
-    """What the factors of the muP table are of."""
-    return BaseRates(config.optim.lr, config.optim.weight_decay, config.optim.eps)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

@@ -11,7 +11,7 @@ from data.config import SYNTHETIC
 from .keys import key_class, leaf_keys
 from .messages import explain
 from .resolve import longest_side
-from .schema import TrainConfig
+from .schema import MuonConfig, TrainConfig
 from .yaml_files import nearest
 
 
@@ -23,6 +23,7 @@ def conflicts(c: TrainConfig) -> Iterator[str]:
     yield from _data_conflicts(c)
     yield from _attention_conflicts(c)
     yield from _zero_conflicts(c)
+    yield from _muon_conflicts(c)
     if c.parallel.cuda_graph and c.parallel.cpu_offload:
         yield (
             "parallel.cuda_graph does not go with parallel.cpu_offload, which brings weights from the host into other "
@@ -165,6 +166,16 @@ def _zero_conflicts(c: TrainConfig) -> Iterator[str]:
         yield "train.rollback_after needs parallel.engine fsdp2: leave it 0 under zero"
     if c.train.ema_snapshot_every > 0:
         yield "train.ema_snapshot_every needs parallel.engine fsdp2: leave it 0 under zero"
+
+
+def _muon_conflicts(c: TrainConfig) -> Iterator[str]:
+    """Keys of Muon without it, and what it cannot be with."""
+    if c.optim.kind == "adamw":
+        usual = dict(MuonConfig())
+        if given := [f"optim.muon.{name}" for name, value in c.optim.muon if value != usual[name]]:
+            yield f"{', '.join(given)} would do nothing under optim.kind adamw: set that to muon, or leave them out"
+    elif c.parallel.engine == "zero":
+        yield "optim.kind muon needs parallel.engine fsdp2: zero has AdamW alone"
 
 
 def _allow_change_conflicts(c: TrainConfig) -> Iterator[str]:

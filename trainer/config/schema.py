@@ -141,7 +141,8 @@ class MupConfig(Section):
     """Width at which the base hyperparameters hold; a proxy and its target share it."""
     wd_rule: Literal["independent", "sqrt", "coupled"] = "independent"
     """Growth of a hidden weight's decay with m = width / base width: by m (`independent`: learning rate x decay stays
-    the same), by sqrt(m), or not at all (`coupled`)."""
+    the same), by sqrt(m), or not at all (`coupled`). Muon's learning rate does not fall with 1 / m, so its decay grows
+    by 1, 1 / sqrt(m) and 1 / m."""
     eps_rule: Literal["constant", "width"] = "constant"
     """`constant` leaves optim.eps as it is; `width` divides it by m wherever gradients shrink with 1 / m."""
     base_depth: int | None = Field(default=None, ge=1)
@@ -156,11 +157,39 @@ class MupConfig(Section):
     role_lr: RoleFactors = RoleFactors()
 
 
-class OptimConfig(Section):
-    """AdamW and its learning-rate schedule, as base hyperparameters, which the muP table scales by parameter name."""
+class MuonConfig(Section):
+    """Muon's own base hyperparameters (optim.kind muon); the other keys of optim are AdamW's, or of both.
 
+    A step moves a matrix by learning rate x sqrt(fan_out / fan_in) x the polar factor of its momentum.
+    """
+
+    lr: float = Field(default=2.0**-8, gt=0)
+    """Base learning rate of Muon's matrices; it takes part in the schedule as optim.lr does."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of Muon's matrices: a step multiplies one by 1 - learning rate x weight decay (mup.wd_rule)."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of the running mean of the gradient."""
+    nesterov: bool = True
+    """Take the mean as it will be after the next step, with this step's gradient once more."""
+    steps: int = Field(default=5, ge=1, le=20)
+    """Newton-Schulz steps by which the polar factor is computed."""
+    by_head: bool = Field(default=False, json_schema_extra=IDENTITY)
+    """Orthogonalise each attention head of query, key and value on its own, instead of each of these three whole."""
+    include: tuple[str, ...] = Field(default=(), json_schema_extra=IDENTITY)
+    """More weights from width to width for Muon, by kind of module (modulation, skip, ...) or name pattern
+    (blocks.*.modulation.weight); the kinds attention and mlp are Muon's anyway."""
+    exclude: tuple[str, ...] = Field(default=(), json_schema_extra=IDENTITY)
+    """Weights that AdamW keeps, by kind of module or name pattern; they win over optim.muon.include."""
+
+
+class OptimConfig(Section):
+    """The optimizer and its schedule, as base hyperparameters, which the muP table scales by parameter name."""
+
+    kind: Literal["adamw", "muon"] = Field(default="adamw", json_schema_extra=IDENTITY)
+    """`adamw` updates all parameters; `muon` gives the matrices of attention and MLP to Muon, as mup.json lists, and
+    AdamW the rest."""
     lr: float = Field(default=2.0**-10, gt=0)
-    """Base learning rate."""
+    """Base learning rate of AdamW, with which that of Muon (optim.muon.lr) rises and falls."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the running means of the gradient and of its square, each in [0, 1)."""
     eps: float = Field(default=1e-12, gt=0)
@@ -181,6 +210,7 @@ class OptimConfig(Section):
     spike_threshold: float | None = Field(default=None, gt=0)
     """A step is skipped when its log gradient norm lies this many running standard deviations above the running mean;
     null skips no step for that reason."""
+    muon: MuonConfig = MuonConfig()
 
 
 class EmaConfig(Section):

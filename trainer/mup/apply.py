@@ -1,15 +1,16 @@
 """The table applied to modules and tensors, always by parameter name: multipliers, init, optimizer groups."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .rules import Settings
-from .table import Declared, MuTable, ParameterInfo, TableError
+from .kinds import Kinds
+from .rules import Optimizer, Settings
+from .table import BaseRates, Declared, MuTable, ParameterInfo, TableError
 
 
 @runtime_checkable
@@ -49,11 +50,13 @@ def build_table(
     width_step: int,
     declarations: Sequence[Declared],
     settings: Settings,
+    kinds: Kinds | None = None,
 ) -> MuTable:
     """Table of factory(width) against factory(base_width), all on the meta device.
 
     width_step: the delta model is that much wider than the base. Twice the base width is a width wherever the base
         is one (whole heads, thirds), so base_width is a step that always fits.
+    declarations, settings, kinds: as MuTable.build takes them.
     """
     with torch.device("meta"):
         models = [factory(w) for w in (base_width, base_width + width_step, width)]
@@ -65,7 +68,7 @@ def build_table(
             "transfers only at a fixed head_dim: grow by heads"
         )
     base, delta, target = (describe(model) for model in models)
-    return MuTable.build(base, delta, target, declarations, settings)
+    return MuTable.build(base, delta, target, declarations, settings, kinds)
 
 
 def apply_multipliers(model: nn.Module, table: MuTable) -> None:
@@ -135,30 +138,39 @@ def _shard_like(full: Tensor, parameter: Tensor) -> Tensor:
 
 
 def param_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], table: MuTable, lr: float, weight_decay: float, eps: float
+    named_parameters: Iterable[tuple[str, Tensor]], table: MuTable, base: Mapping[Optimizer, BaseRates]
 ) -> list[dict[str, Any]]:
-    """Optimizer groups by name; parameters with equal settings share one.
+    """Optimizer groups by name; parameters with equal settings share one, and `optimizer` says whose it is.
 
-    lr_scale stays in the group: a schedule sets lr = base lr x factor x lr_scale, never an absolute lr.
+    base: the base hyperparameters of every optimizer that the table has. lr_scale stays in the group: a schedule sets
+    lr = AdamW's base lr x factor x lr_scale in all groups, never an absolute lr. Groups of Muon also hold `scale`, by
+    which the polar factor is multiplied, and, for each of their parameters, `matrices` and `shapes`: the number of
+    matrices that lie behind each other along the rows, and the whole parameter's (rows, columns).
     """
     named = dict(named_parameters)
     if named.keys() != table.rows.keys():
         wrong = sorted(named.keys() ^ table.rows.keys())
         raise ValueError(f"parameters and muP table differ at {', '.join(wrong[:5])}")
-    groups: dict[tuple[float, float, float], dict[str, Any]] = {}
+    groups: dict[tuple[Optimizer, float, float, float, float], dict[str, Any]] = {}
     for name, parameter in named.items():
         row = table.rows[name]
+        rates = base[row.optimizer]
         group = groups.setdefault(
-            (row.lr, row.weight_decay, row.eps),
+            (row.optimizer, row.lr, row.weight_decay, row.eps, row.scale),
             {
                 "params": [],
                 "param_names": [],
-                "lr": lr * row.lr,
-                "lr_scale": row.lr,
-                "weight_decay": weight_decay * row.weight_decay,
-                "eps": eps * row.eps,
+                "optimizer": row.optimizer,
+                "lr": rates.lr * row.lr,
+                "lr_scale": row.lr * (rates.lr / base["adamw"].lr),
+                "weight_decay": rates.weight_decay * row.weight_decay,
+                "eps": rates.eps * row.eps,
+                **({"scale": row.scale, "matrices": [], "shapes": []} if row.optimizer == "muon" else {}),
             },
         )
         group["params"].append(parameter)
         group["param_names"].append(name)
+        if row.optimizer == "muon":
+            group["matrices"].append(row.matrices)
+            group["shapes"].append(row.shape)
     return list(groups.values())

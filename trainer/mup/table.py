@@ -1,4 +1,4 @@
-"""MuTable: one row per parameter NAME with its role, init, multiplier, lr, weight decay and epsilon.
+"""MuTable: one row per parameter NAME with its role, optimizer, init, multiplier, lr, weight decay and epsilon.
 
 Built from the shapes of three models on the meta device (base, delta, target) before anything is sharded, and
 keyed by name, because attributes on tensors do not survive sharding, materialisation or a copy. A dimension is
@@ -9,15 +9,17 @@ give the role. Where they cannot, the model must declare it; what is undecidable
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Protocol
 
-from .rules import Role, Settings, decays, factors
+from .kinds import Kinds, of_muon
+from .rules import Optimizer, Role, Settings, decays, factors, polar_scale
 
 VERSION = 1
-_OPTIONS = ("branch_scale", "branch_lr", "output_multiplier", "role_lr")
+_OPTIONS = ("branch_scale", "branch_lr", "output_multiplier", "role_lr", "optimizer", "muon_include", "muon_exclude",
+            "muon_head_dim")  # fmt: skip
 
 
 class TableError(ValueError):
@@ -37,7 +39,8 @@ class ParameterInfo(NamedTuple):
 
 
 class BaseRates(NamedTuple):
-    """The base hyperparameters that the factors of a row multiply; a schedule multiplies lr further."""
+    """An optimizer's base hyperparameters, which the factors of its rows multiply; a schedule multiplies lr further.
+    eps is 0 for Muon, which has none."""
 
     lr: float
     weight_decay: float
@@ -57,11 +60,25 @@ class Declared(Protocol):
     def role(self) -> Role | None: ...
     @property
     def inner(self) -> bool: ...
+    @property
+    def projections(self) -> int: ...
+
+
+class _Decided(NamedTuple):
+    """What is settled of a parameter before its optimizer is: the declaration that it goes by among them."""
+
+    role: Role
+    why: str
+    declared: Declared
 
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One parameter. lr, weight_decay and eps are factors on the base hyperparameters; init_std is absolute."""
+    """One parameter. lr, weight_decay and eps are factors on its optimizer's base rates; init_std is absolute.
+
+    matrices, scale: of a row of Muon, which orthogonalises as many matrices [rows / matrices, columns] of it, each on
+    its own, and multiplies each polar factor by scale.
+    """
 
     role: Role
     shape: tuple[int, ...]
@@ -73,6 +90,9 @@ class ParameterRow:
     weight_decay: float  # 0 where the weight does not decay
     eps: float
     why: str
+    optimizer: Optimizer = "adamw"
+    matrices: int = 1
+    scale: float = 1.0
 
 
 def fans(info: ParameterInfo) -> tuple[int, int]:
@@ -128,8 +148,8 @@ def _differing(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
     return [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
 
 
-def _decided_role(name: str, infinite: list[int], info: ParameterInfo, declared: Declared) -> tuple[Role, str]:
-    """(role, reason) by shapes and declaration. Raises TableError where they contradict each other or leave it open."""
+def _decide(name: str, infinite: list[int], info: ParameterInfo, declared: Declared) -> _Decided:
+    """The role by shapes and declaration. Raises TableError where they contradict each other or leave it open."""
     role, allowed, why = _role_from_shapes(infinite, info)
     if declared.role is not None:
         if declared.role not in allowed:
@@ -139,21 +159,66 @@ def _decided_role(name: str, infinite: list[int], info: ParameterInfo, declared:
         raise TableError(f"{name} {info.shape}: {why}")
     if declared.inner and (role != "output" or declared.init == "zeros"):
         raise TableError(f'{name}: "{declared.pattern}" is declared as inner, which an output not of zeros is')
-    return role, why
+    if declared.projections and (not _is_matrix(role, info) or info.shape[0] % declared.projections):
+        raise TableError(
+            f'{name} {info.shape}: "{declared.pattern}" declares {declared.projections} projections, which only the '
+            "rows of a linear layer from width to width make, each as many"
+        )
+    return _Decided(role, why, declared)
+
+
+def _is_matrix(role: Role, info: ParameterInfo) -> bool:
+    """Whether it is the weight of a linear layer from width to width, which Muon can take."""
+    return role == "hidden" and info.owner == "Linear"
+
+
+def _of_muon(
+    decided: Mapping[str, _Decided], infos: Mapping[str, ParameterInfo], kinds: Kinds, settings: Settings
+) -> frozenset[str]:
+    """The names of Muon's parameters."""
+    if settings.optimizer == "adamw":
+        return frozenset()
+    matrices, others = [], {}
+    for name, each in decided.items():
+        if _is_matrix(each.role, infos[name]):
+            matrices.append(name)
+        elif len(infos[name].shape) > 1:
+            others[name] = f"{each.role} ({each.why})"
+    return of_muon(matrices, others, kinds, settings.muon_include, settings.muon_exclude)
+
+
+def _matrices(name: str, shape: tuple[int, ...], projections: int, head_dim: int | None) -> int:
+    """How many matrices of a row Muon orthogonalises each on its own: its projections, or their heads."""
+    if not projections or head_dim is None:
+        return max(projections, 1)
+    if shape[0] % (projections * head_dim):
+        raise TableError(f"{name} {shape}: {projections} projections of heads of {head_dim} rows do not make its rows")
+    return shape[0] // head_dim
 
 
 def _row(
-    role: Role, why: str, info: ParameterInfo, base: ParameterInfo, declared: Declared, settings: Settings
+    name: str,
+    decided: _Decided,
+    info: ParameterInfo,
+    base: ParameterInfo,
+    settings: Settings,
+    muons: Collection[str],
 ) -> ParameterRow:
-    """The row of a parameter (info: as it is trained; base: at the base width) that has this role."""
+    """The row of a parameter. info: as it is trained; base: at the base width. muons: the names of Muon's."""
+    role, why, declared = decided
+    optimizer: Optimizer = "muon" if name in muons else "adamw"
     fan_in, fan_out = fans(info)
     base_fan_in, base_fan_out = fans(base)
-    scale = factors(role, fan_in / base_fan_in, fan_out / base_fan_out, settings, declared.inner)
+    scale = factors(role, fan_in / base_fan_in, fan_out / base_fan_out, settings, declared.inner, optimizer)
     predicts = role == "output" and not declared.inner
     # muP takes the init formula at the base shape; SP at the shape that is trained.
     at_fans = (base_fan_in, base_fan_out) if settings.parametrization == "mup" else (fan_in, fan_out)
     depth_lr = settings.branch_lr if info.in_branch else 1.0
     depth_eps = settings.branch_scale if info.in_branch and settings.eps_rule == "width" else 1.0
+    own: dict[str, Any] = {}
+    if optimizer == "muon":
+        matrices = _matrices(name, info.shape, declared.projections, settings.muon_head_dim)
+        own = {"optimizer": "muon", "matrices": matrices, "scale": polar_scale(fan_in, fan_out // matrices)}
     return ParameterRow(
         role=role,
         shape=info.shape,
@@ -165,6 +230,7 @@ def _row(
         weight_decay=scale.weight_decay if decays(role, len(info.shape), settings) else 0.0,
         eps=scale.eps * depth_eps,
         why=why,
+        **own,
     )
 
 
@@ -183,16 +249,18 @@ class MuTable:
         target: Mapping[str, ParameterInfo],
         declarations: Sequence[Declared],
         settings: Settings,
+        kinds: Kinds | None = None,
     ) -> "MuTable":
         """base and delta: the same model at two widths, so that every dimension that grows differs; target: the
-        model to train. Raises TableError with all problems at once."""
+        model to train. kinds: of module, by name patterns, for settings.optimizer "muon". Raises TableError with all
+        problems at once, and ChoiceError where what a person chose does not fit the parameters."""
         problems: list[str] = []
         for label, other in (("delta", delta), ("target", target)):
             if base.keys() != other.keys():
                 names = sorted(base.keys() ^ other.keys())
                 raise TableError(f"base and {label} have different parameters: {', '.join(names[:5])}")
         used: set[int] = set()
-        rows: dict[str, ParameterRow] = {}
+        decided: dict[str, _Decided] = {}
         for name, info in target.items():
             base_shape, delta_shape = base[name].shape, delta[name].shape
             if not len(base_shape) == len(delta_shape) == len(info.shape):
@@ -210,11 +278,9 @@ class MuTable:
                 continue
             used.add(number)
             try:
-                role, why = _decided_role(name, infinite, info, declarations[number])
+                decided[name] = _decide(name, infinite, info, declarations[number])
             except TableError as error:
                 problems.append(str(error))
-                continue
-            rows[name] = _row(role, why, info, base[name], declarations[number], settings)
         problems += [
             f'the declaration "{d.pattern}" decides no parameter: remove it or fix the pattern'
             for i, d in enumerate(declarations)
@@ -222,6 +288,8 @@ class MuTable:
         ]
         if problems:
             raise TableError("muP table: " + "\n  ".join(problems))
+        muons = _of_muon(decided, target, kinds or {}, settings)
+        rows = {n: _row(n, each, target[n], base[n], settings, muons) for n, each in decided.items()}
         return cls(settings, rows)
 
     def to_json(self) -> dict[str, Any]:
@@ -239,22 +307,27 @@ class MuTable:
             name: {**asdict(row), "shape": list(row.shape), "base_shape": list(row.base_shape)}
             for name, row in self.rows.items()
         }
+        for row in rows.values():  # as AdamW's rows were before there was another optimizer
+            if row["optimizer"] == "adamw":
+                del row["matrices"], row["scale"]
+            if self.settings.optimizer == "adamw":
+                del row["optimizer"]
         # Options that are off are left out, as from tables that are older than the option: the hash stays.
         off = {name: value for name, value in asdict(Settings()).items() if name in _OPTIONS}
         settings = {name: value for name, value in asdict(self.settings).items() if off.get(name) != value}
         return {"version": VERSION, "settings": settings, "rows": rows}
 
-    def in_use(self, base: BaseRates) -> dict[str, dict[str, float]]:
-        """What the optimizer has of each parameter: base rates times the row's factors."""
+    def in_use(self, base: Mapping[Optimizer, BaseRates]) -> dict[str, dict[str, float]]:
+        """What its optimizer has of each parameter: that one's base rates times the row's factors."""
         return {
-            name: {key: value * getattr(row, key) for key, value in base._asdict().items()}
+            name: {key: value * getattr(row, key) for key, value in base[row.optimizer]._asdict().items()}
             for name, row in self.rows.items()
         }
 
-    def describe(self, base: BaseRates) -> str:
+    def describe(self, base: Mapping[Optimizer, BaseRates]) -> str:
         """The table as text, each factor beside the rate in use; equal rows of consecutive blocks are shown once, with
-        their count."""
-        rates = self.in_use(base)
+        their count. With Muon also each row's optimizer, and of its own the number of matrices and the scale."""
+        rates, with_muon = self.in_use(base), self.settings.optimizer == "muon"
         lines: dict[tuple[str, ...], list[str]] = {}
         for name, row in self.rows.items():
             pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
@@ -263,6 +336,7 @@ class MuTable:
                 row.init if row.init in ("zeros", "ones") else f"{row.init_std:.3g}",
                 f"{row.multiplier:.4g}",
                 *(f"{value:.4g}" for key, rate in rates[name].items() for value in (getattr(row, key), rate)),
+                *((row.optimizer, *_own_of_muon(row)) if with_muon else ()),
             )  # fmt: skip
             lines.setdefault(cells, []).append(name)
         head = (
@@ -277,6 +351,7 @@ class MuTable:
             "wd",
             "eps x",
             "eps",
+            *(("optimizer", "matrices", "scale") if with_muon else ()),
             "tensors",
         )
         table = [head, *((*cells, str(len(names))) for cells, names in lines.items())]
@@ -285,6 +360,10 @@ class MuTable:
         if self.settings.branch_scale != 1.0:
             text.append(f"every residual branch x {self.settings.branch_scale:.4g}")
         return "\n".join(text)
+
+
+def _own_of_muon(row: ParameterRow) -> tuple[str, str]:
+    return (str(row.matrices), f"{row.scale:.4g}") if row.optimizer == "muon" else ("-", "-")
 
 
 def _sha256(data: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch, exchange
 from .mesh import World
+from .muon import MuonSettings
 from .precision import DTYPES, Precision
 from .update import AdamWUpdate, squared_norms, total_norm
 
@@ -54,6 +55,7 @@ class FSDP2Engine:
         groups: Callable[[dict[str, Tensor]], list[dict[str, Any]]],
         betas: tuple[float, float],
         clip_norm: float | None,
+        muon: MuonSettings | None = None,
     ) -> None:
         self._world = world
         self._saver = AsyncSaver(world.device, world.checkpoint)

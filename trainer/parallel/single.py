@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch, exchange
 from .mesh import World
+from .muon import MuonSettings
 from .precision import DTYPES, Precision
 from .update import AdamWUpdate, squared_norms, total_norm
 
@@ -39,6 +40,7 @@ class SingleEngine:
         betas: tuple[float, float],
         clip_norm: float | None,
         fixed_gradients: bool = False,
+        muon: MuonSettings | None = None,
     ) -> None:
         self._group = world.checkpoint
         self._saver = AsyncSaver(world.device, world.checkpoint)

@@ -23,7 +23,10 @@ def test_all_keys_are_described() -> None:
 
 def test_a_section_and_a_key() -> None:
     section, key = describe_keys("optim"), describe_keys("optim.lr")
-    assert "  optim.lr: number; greater than 0; default 0.0009765625; schedule\n      Base learning rate." in section
+    assert (
+        "  optim.lr: number; greater than 0; default 0.0009765625; schedule\n      Base learning rate of AdamW"
+        in section
+    )
     assert "  optim.lr: number" in key
     assert "optim.eps" in section
     assert "optim.eps" not in key

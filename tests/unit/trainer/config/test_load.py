@@ -188,7 +188,7 @@ def test_scalars(key: str, text: str, value: object, tmp_path: Path) -> None:
         ("data.resolutoin=32", 'data.resolutoin: unknown key; did you mean "data.resolution"?'),
         # A right name in the wrong section, or in none.
         ("train.lr=1", 'train.lr: unknown key; did you mean "optim.lr"?'),
-        ("optim.steps=1", 'optim.steps: unknown key; did you mean "train.steps"?'),
+        ("optim.log_every=1", 'optim.log_every: unknown key; did you mean "train.log_every"?'),
         ("lr=1", 'lr: unknown key; did you mean "optim.lr"?'),
         ("model.zzz=1", "model.zzz: unknown key"),
         ("extends=mmdit_2b_mup", "extends: unknown"),
@@ -392,6 +392,10 @@ def test_no_key_stores_a_secret(override: str) -> None:
         (["optim.decay_steps=5"], "optim.decay_steps goes with optim.schedule wsd"),
         (["optim.schedule=wsd", "optim.decay_steps=19"], "optim.decay_steps 19 overlap in train.steps 20"),
         (["optim.betas=[0.9, 1]"], "optim.betas must lie in [0, 1)"),
+        (["optim.muon.lr=0.01"], "optim.muon.lr would do nothing under optim.kind adamw: set that to muon, or leave"),
+        (["optim.muon={steps: 6, include: [skip]}"], "optim.muon.steps, optim.muon.include would do nothing"),
+        (["optim.kind=muon", "parallel.engine=zero"], "optim.kind muon needs parallel.engine fsdp2"),
+        (["optim.kind=muon", "optim.muon.momentum=1"], "optim.muon.momentum must be at least 0 and less than 1, got 1"),
         (["ema.decays=[]"], "ema.decays must be different numbers between 0 and 1"),
         (["ema.decays=[0.9, 1.0]"], "ema.decays must be different numbers between 0 and 1"),
         (["ema.decays=[0.9, 0.9]"], "ema.decays must be different numbers between 0 and 1"),
@@ -417,6 +421,8 @@ def test_a_base_width_that_the_model_refuses() -> None:
         ["optim.schedule=wsd", "optim.decay_steps=18"],
         ["optim.warmup_steps=19"],
         ["run.allow_change=[optim.lr, train.steps]"],
+        ["optim.kind=muon", "optim.muon.lr=0.01", "run.allow_change=[optim.muon.lr]"],
+        ["optim.muon.momentum=0.95"],
     ],
 )
 def test_no_conflict(overrides: list[str]) -> None:
@@ -459,7 +465,7 @@ def test_resume_unchanged() -> None:
     "override",
     [
         *("train.seed=1", "model.depth=3", "data.flip=0.5", "text_encoder.dropout=0.2", "mup.parametrization=sp"),
-        *("mup.base_depth=4", "mup.output_multiplier=2.0", "mup.role_lr.hidden=2.0"),
+        *("mup.base_depth=4", "mup.output_multiplier=2.0", "mup.role_lr.hidden=2.0", "optim.kind=muon"),
     ],
 )
 def test_resume_refuses_identity(override: str) -> None:
