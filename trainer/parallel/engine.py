@@ -65,8 +65,9 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """This rank's live shards of the weights ("model") and moments ("exp_avg", "exp_avg_sq"), and the count of
-        updates ("step"), by parameter name. The shards of one parameter have one shape, which is the engine's own."""
+        """This rank's live shards of the weights ("model") and of what their optimizer keeps (AdamW "exp_avg" and
+        "exp_avg_sq", and the count of updates, "step"; Muon "momentum"), by parameter name. The shards of one parameter
+        have one shape, which is the engine's own."""
         ...
 
     def cut(self, name: str, full: Tensor) -> Tensor:

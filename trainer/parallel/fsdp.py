@@ -22,8 +22,9 @@ from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch, exchange
 from .mesh import World
 from .muon import MuonSettings
+from .owners import Ranks
 from .precision import DTYPES, Precision
-from .update import AdamWUpdate, squared_norms, total_norm
+from .update import Update, squared_norms, total_norm
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class FSDP2Engine:
 
     model: on the meta device, unsharded. units: the parts gathered one at a time, in the order of the forward pass.
     initialise: fills buffers and parameters once they exist. groups: optimizer groups for the sharded named parameters.
+    muon: None where none of them is Muon's.
     """
 
     def __init__(
@@ -90,7 +92,8 @@ class FSDP2Engine:
             assert isinstance(parameter, DTensor), name
             self._parameters[name] = parameter
         shards = {name: _detached(parameter).to_local() for name, parameter in self._parameters.items()}
-        self._update = AdamWUpdate(shards, groups, betas, clip_norm)
+        ranks = Ranks(self._shard_group if self._shard_group.size() > 1 else None, self._copies)
+        self._update = Update(shards, groups, betas, clip_norm, muon, ranks, world.device)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         # Hooks of FSDP2 reduce the gradients within loss.backward. Left to the last micro-batch, they would be held

@@ -17,16 +17,17 @@ from .dcp import AsyncSaver, load_tensors
 from .engine import StepResult, Watch, exchange
 from .mesh import World
 from .muon import MuonSettings
+from .owners import Ranks
 from .precision import DTYPES, Precision
-from .update import AdamWUpdate, squared_norms, total_norm
+from .update import Update, squared_norms, total_norm
 
 
 class SingleEngine:
     """See engine.Engine; a shard is the whole tensor.
 
     model: on the meta device. units: the parts that FSDP2 would gather one at a time. initialise: fills buffers and
-    parameters once they exist. groups: optimizer groups for the named parameters. fixed_gradients: they keep their
-    memory from step to step, as a recorded backward pass needs it.
+    parameters once they exist. groups: optimizer groups for the named parameters. muon: None where none of them is
+    Muon's. fixed_gradients: they keep their memory from step to step, as a recorded backward pass needs it.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class SingleEngine:
         groups: Callable[[dict[str, Tensor]], list[dict[str, Any]]],
         betas: tuple[float, float],
         clip_norm: float | None,
-        fixed_gradients: bool = False,
         muon: MuonSettings | None = None,
+        fixed_gradients: bool = False,
     ) -> None:
         self._group = world.checkpoint
         self._saver = AsyncSaver(world.device, world.checkpoint)
@@ -51,9 +52,8 @@ class SingleEngine:
             unit.register_forward_pre_hook(_sum_gradients_apart)
         self.model = model
         self._parameters = dict(model.named_parameters())
-        self._update = AdamWUpdate(
-            {name: parameter.detach() for name, parameter in self._parameters.items()}, groups, betas, clip_norm
-        )
+        masters = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        self._update = Update(masters, groups, betas, clip_norm, muon, Ranks(), world.device)
         self._casts, self._fixed = DTYPES[precision] is torch.bfloat16, fixed_gradients
         self._gradients: dict[str, Tensor] = {}
         """Under bf16 and fp8, and where they are fixed: the step's gradients so far, in the master weights' type."""

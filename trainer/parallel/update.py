@@ -1,24 +1,27 @@
-"""The update of the weights that this rank holds: clipping and AdamW, on plain tensors.
+"""The update of the weights that this rank holds: clipping, then AdamW or Muon by the table, on plain tensors.
 
-It is each rank's own but for one norm. On DTensors each of its operations would be dispatched in Python, once for every
+It is each rank's own but for one norm and Muon's matrices. On DTensors each of its operations would be dispatched in Python, once for every
 parameter.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .engine import StepResult, Watch
+from .muon import Muon, MuonSettings
+from .owners import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class AdamWUpdate:
-    """AdamW on `shards`, this rank's part of every master weight by name, which it writes into.
+class Update:
+    """The optimizers of `shards`, this rank's part of every master weight by name, which they write into.
 
-    groups: makes the optimizer's groups from the shards. clip_norm: the norm to which gradients are scaled down.
+    groups: makes the optimizers' groups from the shards. clip_norm: the norm to which gradients are scaled down. muon:
+    None where no weight is trained by Muon. ranks, device: who shares the weights, and where they are computed with.
     """
 
     def __init__(
@@ -27,23 +30,29 @@ class AdamWUpdate:
         groups: Callable[[dict[str, Tensor]], list[dict[str, Any]]],
         betas: tuple[float, float],
         clip_norm: float | None,
+        muon: MuonSettings | None,
+        ranks: Ranks,
+        device: torch.device,
     ) -> None:
         self.shards = dict(shards)
         self._clip_norm = clip_norm
-        self._optimizer = torch.optim.AdamW(groups(self.shards), betas=betas, fused=True)
-        for shard in self.shards.values():
-            # The state that fused AdamW makes at its first step, made now so that a checkpoint can be read into it.
-            self._optimizer.state[shard] = {
-                "step": torch.zeros((), dtype=torch.float32, device=shard.device),
-                **{moment: torch.zeros_like(shard) for moment in MOMENTS},
-            }
+        self._groups = groups(self.shards)
+        self._optimizer = torch.optim.AdamW(_of("adamw", self._groups), betas=betas, fused=True)
+        self._muon = None if muon is None else Muon(_of("muon", self._groups), muon, ranks, device)
+        for group in self._optimizer.param_groups:
+            for shard in group["params"]:
+                # The state that fused AdamW makes at its first step, made now so that a checkpoint can be read into it.
+                self._optimizer.state[shard] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=shard.device),
+                    **{moment: torch.zeros_like(shard) for moment in MOMENTS},
+                }
 
     def step(
         self, gradients: Mapping[str, Tensor], norm: Tensor, lr: float, watch: Watch | None, max_norm: Tensor | None
     ) -> StepResult:
         """See Engine.step. gradients: shards, which are scaled in place and let go. norm: of all gradients, on the
         shards' device and the same on all ranks."""
-        for group in self._optimizer.param_groups:
+        for group in self._groups:
             group["lr"] = lr * group["lr_scale"]
         for name, gradient in gradients.items():
             self.shards[name].grad = gradient
@@ -58,9 +67,12 @@ class AdamWUpdate:
         if watch is not None:
             watch.before(self.shards, gradients)
         self._optimizer.step()
+        if self._muon is not None:
+            self._muon.step(gradients, skipped)
         if watch is not None:
             watch.after(self.shards)
-        self._optimizer.zero_grad(set_to_none=True)
+        for shard in self.shards.values():
+            shard.grad = None
         return StepResult(norm, skipped, clipped)
 
     def settings(self) -> dict[str, tuple[float, float, float]]:
@@ -68,17 +80,28 @@ class AdamWUpdate:
         names = {id(shard): name for name, shard in self.shards.items()}
         return {
             names[id(shard)]: (group["lr"], group["weight_decay"], group["eps"])
-            for group in self._optimizer.param_groups
+            for group in self._groups
             for shard in group["params"]
         }
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """See Engine.state."""
-        return {name: {"model": shard, **self._optimizer.state[shard]} for name, shard in self.shards.items()}
+        momenta = {} if self._muon is None else self._muon.momenta
+        return {
+            name: {"model": shard, "momentum": momenta[name]}
+            if name in momenta
+            else {"model": shard, **self._optimizer.state[shard]}
+            for name, shard in self.shards.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as a checkpoint names it, such as "exp_avg/final.weight"."""
         return {f"{group}/{name}": tensor for name, state in self.state().items() for group, tensor in state.items()}
+
+
+def _of(optimizer: str, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of one optimizer."""
+    return [group for group in groups if group["optimizer"] == optimizer]
 
 
 def squared_norms(gradients: Mapping[str, Tensor]) -> Tensor:
