@@ -3,7 +3,7 @@
     python -m benchmarks.transfer --study mmdit_cpu --folder runs/transfer_mmdit --output docs/transfer_mmdit.json
 
 Both parametrizations have the same weights at the base width, which is the narrowest; there their runs are the same
-and done once. Real data. Every finished run is stored in FOLDER/results.jsonl: the same command again goes on, and
+and done once. Real data. The studies of Muon sweep its learning rate, beside AdamW's for the other weights as it is. Every finished run is stored in FOLDER/results.jsonl: the same command again goes on, and
 --budget-minutes stops in time. `--axis batch` and `--axis steps` sweep these at the base width instead.
 The statistics are those of trainer.search.statistics; the figure lies beside the output. Exit code 1: muP falls short.
 """
@@ -36,7 +36,9 @@ _SHORT = (
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """values: of each axis, the base first. log2_lrs: base learning rates."""
+    """values: of each axis, the base first. log2_lrs: base learning rates, of the key `swept`. controls: rules that are
+    swept beside muP. wrong: rules that are muP with the base rate times m to this power, by name; the runs are those of
+    muP, read at other base rates."""
 
     config: str
     overrides: tuple[str, ...]
@@ -44,8 +46,20 @@ class Sweep:
     log2_lrs: tuple[float, ...] = (-10, -9, -8, -7, -6, -5)
     seeds: int = 3
     workers: int = 2
+    swept: str = "optim.lr"
+    controls: tuple[str, ...] = ("sp",)
+    wrong: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
+# AdamW's rule for hidden weights, and Muon's scale of equal root mean squares, 0.2 sqrt(max(fan_out, fan_in)).
+_WRONG = {"lr / m": -1.0, "equal rms": 0.5}
+_RULES = {
+    "mup": ("mup.parametrization=mup",),
+    "sp": ("mup.parametrization=sp",),
+    # Muon's scale sqrt(fan_out / fan_in) is 2 and 1/2 for the two weights of an MLP, and 1 for all others.
+    "no scale": ('mup.factors={"*.mlp.fc1.weight": {lr: 0.5}, "*.mlp.fc2.weight": {lr: 2.0}}',),
+}
+_TITLES = {"mup": "μP", "sp": "SP"}
 _SIZES = {"width": (64, 128, 256), "batch": (32, 64, 128), "steps": (300, 600, 1200)}
 SWEEPS = {
     # At 16 pixels a step has a quarter of the image tokens: 90 runs fit into an hour on two cores.
@@ -53,6 +67,16 @@ SWEEPS = {
         "mmdit_demo_mup.yaml", ("model.depth=3", "data.resolution=16", "objective.shift_base_tokens=16"), _SIZES
     ),
     "dit_cpu": Sweep("dit_cifar_mup.yaml", ("model.depth=3", "data.resolution=16"), _SIZES, (-9, -8, -7, -6, -5, -4)),
+    "mmdit_muon": Sweep(
+        "mmdit_demo_mup.yaml",
+        ("model.depth=3", "data.resolution=16", "objective.shift_base_tokens=16", "optim.kind=muon", "optim.lr=0.009"),
+        _SIZES, (-8, -7, -6, -5, -4), swept="optim.muon.lr", controls=(), wrong=_WRONG,
+    ),
+    "dit_muon": Sweep(
+        "dit_cifar_mup.yaml",
+        ("model.depth=3", "data.resolution=16", "optim.kind=muon", "optim.lr=0.017"),
+        _SIZES, (-8, -7, -6, -5, -4, -3), swept="optim.muon.lr", controls=("no scale",), wrong=_WRONG,
+    ),
     "mmdit_gpu": Sweep(
         "mmdit_demo_mup.yaml",
         ("model.depth=6", "model.head_dim=72"),
@@ -84,10 +108,15 @@ class Job:
 
 def jobs(sweep: Sweep, axis: str) -> Iterator[Job]:
     """All seeds one after the other, so that a sweep that was stopped is a whole one with fewer seeds."""
-    for seed, parametrization in itertools.product(range(sweep.seeds), ("mup", "sp")):
+    for seed, parametrization in itertools.product(range(sweep.seeds), ("mup", *sweep.controls)):
         for value, lr in itertools.product(sweep.values[axis], sweep.log2_lrs):
-            if parametrization == "mup" or (axis == "width" and value != sweep.values[axis][0]):
+            if parametrization == "mup" or (axis == "width" and not _as_mup(sweep, parametrization, value)):
                 yield Job(parametrization, axis, value, lr, seed)
+
+
+def _as_mup(sweep: Sweep, parametrization: str, value: int) -> bool:
+    """Whether muP's runs are those of a parametrization too: SP's at the base width."""
+    return parametrization == "sp" and value == sweep.values["width"][0]
 
 
 def settings(sweep: Sweep, job: Job) -> list[str]:
@@ -96,8 +125,8 @@ def settings(sweep: Sweep, job: Job) -> list[str]:
     return [
         *_SHORT, *sweep.overrides,
         *(f"{_AXES[axis]}={value}" for axis, value in sizes.items()),
-        f"mup.base_width={sweep.values['width'][0]}", f"mup.parametrization={job.parametrization}",
-        f"optim.lr={2.0**job.log2_lr}", f"train.seed={job.seed}",
+        f"mup.base_width={sweep.values['width'][0]}", *_RULES[job.parametrization],
+        f"{sweep.swept}={2.0**job.log2_lr}", f"train.seed={job.seed}",
         f"train.validate_every={sizes['steps']}", f"train.log_every={max(1, sizes['steps'] // 10)}",
     ]  # fmt: skip
 
@@ -130,20 +159,25 @@ def judge(sweep: Sweep, axis: str, results: list[dict[str, Any]]) -> dict[str, T
     base = sweep.values[axis][0]
 
     def losses(parametrization: str, value: int, lr: float) -> list[float]:
-        kind = "mup" if value == base else parametrization
+        kind = "mup" if axis == "width" and _as_mup(sweep, parametrization, value) else parametrization
         found = [have[kind, value, lr, seed] for seed in seeds]
         return [math.inf if loss is None else loss for loss in found]
 
+    def swept(kind: str, power: float = 0.0) -> Transfer:
+        def base_rate(value: int, lr: float) -> float:
+            return lr - power * math.log2(value / base)
+
+        values = sweep.values[axis]
+        return transfer({v: {base_rate(v, lr): losses(kind, v, lr) for lr in sweep.log2_lrs} for v in values})
+
     kinds = sorted({job.parametrization for job in wanted})
-    return {
-        kind: transfer({v: {lr: losses(kind, v, lr) for lr in sweep.log2_lrs} for v in sweep.values[axis]})
-        for kind in kinds
-    }
+    wrong = sweep.wrong if axis == "width" else {}
+    return {**{kind: swept(kind) for kind in kinds}, **{name: swept("mup", power) for name, power in wrong.items()}}
 
 
 def verdict(found: dict[str, Transfer]) -> dict[str, bool]:
     """What the transfer study must show."""
-    mup = found["mup"]
+    mup, wrong = found["mup"], [kind for kind in _WRONG if kind in found]
     checks = {
         f"muP: shift within ±{LARGEST_SHIFT} octave a doubling": mup.shift.low > -LARGEST_SHIFT
         and mup.shift.high < LARGEST_SHIFT,
@@ -153,11 +187,15 @@ def verdict(found: dict[str, Transfer]) -> dict[str, bool]:
     if "sp" in found:
         shift = found["sp"].shift
         checks["SP: shift differs from 0"] = not shift.low <= 0 <= shift.high
+    for kind in wrong:
+        shift = found[kind].shift
+        checks[f"{kind}: shift beyond ±{LARGEST_SHIFT}"] = shift.high < -LARGEST_SHIFT or shift.low > LARGEST_SHIFT
     return checks
 
 
 def plot(sweep: Sweep, axis: str, results: list[dict[str, Any]], found: dict[str, Transfer], path: Path) -> None:
     """As the paper's Figure 3: a panel a parametrization, a curve a width, its optimum with the interval."""
+    found = {kind: statistic for kind, statistic in found.items() if kind not in sweep.wrong}  # the same curves, moved
     figure = Figure(figsize=(5.2 * len(found), 4.2), layout="constrained")
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     finite = [r["loss"] for r in results if r["loss"] is not None]
@@ -165,7 +203,7 @@ def plot(sweep: Sweep, axis: str, results: list[dict[str, Any]], found: dict[str
         for place, value in enumerate(sweep.values[axis]):
             colour = f"C{place}"
             rows = [r for r in results if r["value"] == value and r["loss"] is not None
-                    and r["parametrization"] == ("mup" if value == sweep.values[axis][0] else kind)]  # fmt: skip
+                    and r["parametrization"] == ("mup" if _as_mup(sweep, kind, value) else kind)]  # fmt: skip
             lrs = sorted({r["log2_lr"] for r in rows})
             means = [sum(v) / len(v) for v in ([r["loss"] for r in rows if r["log2_lr"] == lr] for lr in lrs)]
             axes.scatter([r["log2_lr"] for r in rows], [r["loss"] for r in rows], s=9, color=colour, alpha=0.5)
@@ -174,9 +212,9 @@ def plot(sweep: Sweep, axis: str, results: list[dict[str, Any]], found: dict[str
             axes.axvspan(best.low, best.high, color=colour, alpha=0.12, lw=0)
             axes.axvline(best.value, color=colour, ls="--", lw=1)
         axes.set_title(
-            f"{'μP' if kind == 'mup' else 'SP'}: optimum moves {statistic.shift} octaves a doubling", fontsize=10
+            f"{_TITLES.get(kind, kind)}: optimum moves {statistic.shift} octaves a doubling", fontsize=10
         )
-        axes.set(xlabel="log2 of the base learning rate", ylim=(0.97 * min(finite), min(max(finite), 3 * min(finite))))
+        axes.set(xlabel=f"log2 of the base {sweep.swept}", ylim=(0.97 * min(finite), min(max(finite), 3 * min(finite))))
         axes.grid(True, alpha=0.25)
         axes.legend()
     panels[0].set_ylabel("val_loss_ema")
