@@ -46,7 +46,7 @@ class Study:
     workers: int = 2
 
 
-_LRS = {"adamw": (-9.0, -8.0, -7.0, -6.0, -5.0), "muon": (-8.0, -7.0, -6.0, -5.0, -4.0)}
+_LRS = {"adamw": (-9.0, -8.0, -7.0, -6.0, -5.0), "muon": (-7.0, -6.0, -5.0, -4.0, -3.0)}
 STUDIES = {
     "mmdit_cpu": Study(
         "mmdit_demo_mup.yaml",

@@ -70,7 +70,7 @@ SWEEPS = {
     "mmdit_muon": Sweep(
         "mmdit_demo_mup.yaml",
         ("model.depth=3", "data.resolution=16", "objective.shift_base_tokens=16", "optim.kind=muon", "optim.lr=0.009"),
-        _SIZES, (-8, -7, -6, -5, -4), swept="optim.muon.lr", controls=(), wrong=_WRONG,
+        _SIZES, (-6, -5, -4, -3, -2), swept="optim.muon.lr", controls=(), wrong=_WRONG,
     ),
     "dit_muon": Sweep(
         "dit_cifar_mup.yaml",
