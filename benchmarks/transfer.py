@@ -3,8 +3,9 @@
     python -m benchmarks.transfer --study mmdit_cpu --folder runs/transfer_mmdit --output docs/transfer_mmdit.json
 
 Both parametrizations have the same weights at the base width, which is the narrowest; there their runs are the same
-and done once. Real data. The studies of Muon sweep its learning rate, beside AdamW's for the other weights as it is. Every finished run is stored in FOLDER/results.jsonl: the same command again goes on, and
---budget-minutes stops in time. `--axis batch` and `--axis steps` sweep these at the base width instead.
+and done once. Real data. The studies of Muon sweep its learning rate, beside one of AdamW for the other weights. Every
+finished run is stored in FOLDER/results.jsonl: the same command again goes on, and --budget-minutes stops in time.
+`--axis batch` and `--axis steps` sweep these at the base width instead.
 The statistics are those of trainer.search.statistics; the figure lies beside the output. Exit code 1: muP falls short.
 """
 
@@ -70,12 +71,20 @@ SWEEPS = {
     "mmdit_muon": Sweep(
         "mmdit_demo_mup.yaml",
         ("model.depth=3", "data.resolution=16", "objective.shift_base_tokens=16", "optim.kind=muon", "optim.lr=0.009"),
-        _SIZES, (-6, -5, -4, -3, -2), swept="optim.muon.lr", controls=(), wrong=_WRONG,
+        _SIZES,
+        (-6, -5, -4, -3, -2),
+        swept="optim.muon.lr",
+        controls=(),
+        wrong=_WRONG,
     ),
     "dit_muon": Sweep(
         "dit_cifar_mup.yaml",
         ("model.depth=3", "data.resolution=16", "optim.kind=muon", "optim.lr=0.017"),
-        _SIZES, (-8, -7, -6, -5, -4, -3), swept="optim.muon.lr", controls=("no scale",), wrong=_WRONG,
+        _SIZES,
+        (-8, -7, -6, -5, -4, -3),
+        swept="optim.muon.lr",
+        controls=("no scale",),
+        wrong=_WRONG,
     ),
     "mmdit_gpu": Sweep(
         "mmdit_demo_mup.yaml",
@@ -211,9 +220,7 @@ def plot(sweep: Sweep, axis: str, results: list[dict[str, Any]], found: dict[str
             best = statistic.optima[value]
             axes.axvspan(best.low, best.high, color=colour, alpha=0.12, lw=0)
             axes.axvline(best.value, color=colour, ls="--", lw=1)
-        axes.set_title(
-            f"{_TITLES.get(kind, kind)}: optimum moves {statistic.shift} octaves a doubling", fontsize=10
-        )
+        axes.set_title(f"{_TITLES.get(kind, kind)}: optimum moves {statistic.shift} octaves a doubling", fontsize=10)
         axes.set(xlabel=f"log2 of the base {sweep.swept}", ylim=(0.97 * min(finite), min(max(finite), 3 * min(finite))))
         axes.grid(True, alpha=0.25)
         axes.legend()

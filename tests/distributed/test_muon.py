@@ -37,9 +37,7 @@ def test_any_world_and_copies_on_the_way(alone: Path, tmp_path: Path, monkeypatc
     staged = tmp_path / "staged"
     stages = ((4, 3, "parallel.shard=2"), (3, 6, "parallel.cpu_offload=true"), (2, 9, "parallel.shard=1"))
     for processes, steps, option in stages:
-        records = train(
-            processes, staged, *SETTINGS, f"train.steps={steps}", option, "run.allow_change=[train.steps]"
-        )
+        records = train(processes, staged, *SETTINGS, f"train.steps={steps}", option, "run.allow_change=[train.steps]")
     assert_close(records, train(1, alone, *SETTINGS, "train.steps=9"), 1e-9)
     assert_same_weights(staged, alone)
 

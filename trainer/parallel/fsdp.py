@@ -93,7 +93,7 @@ class FSDP2Engine:
             self._parameters[name] = parameter
         shards = {name: _detached(parameter).to_local() for name, parameter in self._parameters.items()}
         ranks = Ranks(self._shard_group if self._shard_group.size() > 1 else None, self._copies)
-        self._update = Update(shards, groups, betas, clip_norm, muon, ranks, world.device)
+        self._update = Update(shards, groups, betas, clip_norm, muon, ranks, world.device, DTYPES[precision])
 
     def backward(self, loss: Tensor, last: bool) -> None:
         # Hooks of FSDP2 reduce the gradients within loss.backward. Left to the last micro-batch, they would be held

@@ -28,11 +28,16 @@ class Muon:
     """Updates the weights in `groups`, which are those of the muP table for Muon, in place.
 
     groups: as trainer.mup.apply.param_groups makes them; params are this rank's shards. ranks: who shares the weights.
-    device: where polar factors are computed: on a GPU in bf16, else in the weights' type.
+    device, dtype: where and in which type polar factors are computed: the model's own type.
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], settings: MuonSettings, ranks: Ranks, device: torch.device
+        self,
+        groups: Sequence[dict[str, Any]],
+        settings: MuonSettings,
+        ranks: Ranks,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self._groups, self._settings = groups, settings
         self.shards: dict[str, Tensor] = {}
@@ -44,8 +49,6 @@ class Muon:
                 self.shards[name] = shard
                 parameters[name] = Stacked(*shape, count)
         self.momenta = {name: torch.zeros_like(shard) for name, shard in self.shards.items()}
-        own = next((shard.dtype for shard in self.shards.values()), torch.float32)
-        dtype = torch.bfloat16 if device.type == "cuda" and own is torch.float32 else own
         cost = partial(multiply_adds, steps=settings.steps)
         self._owners = Owners(parameters, ranks, cost, device, dtype)
         self._polar = partial(polar_factor, steps=settings.steps)

@@ -53,7 +53,7 @@ class SingleEngine:
         self.model = model
         self._parameters = dict(model.named_parameters())
         masters = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        self._update = Update(masters, groups, betas, clip_norm, muon, Ranks(), world.device)
+        self._update = Update(masters, groups, betas, clip_norm, muon, Ranks(), world.device, DTYPES[precision])
         self._casts, self._fixed = DTYPES[precision] is torch.bfloat16, fixed_gradients
         self._gradients: dict[str, Tensor] = {}
         """Under bf16 and fp8, and where they are fixed: the step's gradients so far, in the master weights' type."""

@@ -1,7 +1,7 @@
 """The update of the weights that this rank holds: clipping, then AdamW or Muon by the table, on plain tensors.
 
-It is each rank's own but for one norm and Muon's matrices. On DTensors each of its operations would be dispatched in Python, once for every
-parameter.
+It is each rank's own but for one norm and Muon's matrices. On DTensors each of its operations would be dispatched in
+Python, once for every parameter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,8 @@ class Update:
     """The optimizers of `shards`, this rank's part of every master weight by name, which they write into.
 
     groups: makes the optimizers' groups from the shards. clip_norm: the norm to which gradients are scaled down. muon:
-    None where no weight is trained by Muon. ranks, device: who shares the weights, and where they are computed with.
+    None where no weight is trained by Muon. ranks: who shares the weights. device, dtype: where and in which type the
+    model computes, and Muon its polar factors.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class Update:
         muon: MuonSettings | None,
         ranks: Ranks,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.shards = dict(shards)
         self._clip_norm = clip_norm
         self._groups = groups(self.shards)
         self._optimizer = torch.optim.AdamW(_of("adamw", self._groups), betas=betas, fused=True)
-        self._muon = None if muon is None else Muon(_of("muon", self._groups), muon, ranks, device)
+        self._muon = None if muon is None else Muon(_of("muon", self._groups), muon, ranks, device, dtype)
         for group in self._optimizer.param_groups:
             for shard in group["params"]:
                 # The state that fused AdamW makes at its first step, made now so that a checkpoint can be read into it.

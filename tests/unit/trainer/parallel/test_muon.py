@@ -44,7 +44,7 @@ def test_as_torch_has_it(shape: tuple[int, int], nesterov: bool, monkeypatch: py
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", polar)
     start, steps = torch.randn(shape, generator=torch.Generator().manual_seed(0)), gradients(4, *shape)
     ours = start.clone()
-    moved(Muon([group(ours)], MuonSettings(0.95, nesterov, 5), Ranks(), CPU), ours, steps)
+    moved(Muon([group(ours)], MuonSettings(0.95, nesterov, 5), Ranks(), CPU, torch.float32), ours, steps)
     theirs = nn.Parameter(start.clone())
     optimizer = torch.optim.Muon([theirs], LR, DECAY, momentum=0.95, nesterov=nesterov)
     for gradient in steps:
@@ -65,14 +65,18 @@ def test_matrices_behind_each_other_are_made_orthogonal_each_on_its_own() -> Non
     """q, k and v: the one with the largest gradient does not take the others' share of the step."""
     q, k, v = (size * gradient for size, gradient in zip((1e3, 1.0, 1e-3), gradients(3, 16, 16), strict=True))
     fused = torch.zeros(48, 16)
-    moved(Muon([group(fused, matrices=3)], MuonSettings(0.0, False, 5), Ranks(), CPU), fused, [torch.cat([q, k, v])])
-    for part, gradient in zip(fused.chunk(3), (q, k, v), strict=True):
+    moved(
+        Muon([group(fused, matrices=3)], MuonSettings(0.0, False, 5), Ranks(), CPU, torch.float32),
+        fused,
+        [torch.cat([q, k, v])],
+    )
+    for part, own in zip(fused.chunk(3), (q, k, v), strict=True):
         alone = torch.zeros(16, 16)
-        moved(Muon([group(alone)], MuonSettings(0.0, False, 5), Ranks(), CPU), alone, [gradient])
+        moved(Muon([group(alone)], plain, Ranks(), CPU, torch.float32), alone, [own])
         assert torch.allclose(part, alone, atol=1e-6)
         assert part.norm() > 0.7 * LR * 4
     whole = torch.zeros(48, 16)
-    moved(Muon([group(whole)], MuonSettings(0.0, False, 5), Ranks(), CPU), whole, [torch.cat([q, k, v])])
+    moved(Muon([group(whole)], plain, Ranks(), CPU, torch.float32), whole, [gradient])
     assert (whole - fused).norm() > 0.5 * fused.norm()
 
 
@@ -80,7 +84,7 @@ def test_matrices_behind_each_other_are_made_orthogonal_each_on_its_own() -> Non
 def test_a_step_is_lr_times_scale_and_decays_by_lr_times_decay(scale: float) -> None:
     start = torch.randn(8, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight, gradient = start.clone(), gradients(1, 8, 32, dtype=torch.float64)[0]
-    moved(Muon([group(weight, scale)], MuonSettings(0.95, True, 5), Ranks(), CPU), weight, [gradient])
+    moved(Muon([group(weight, scale)], MuonSettings(0.95, True, 5), Ranks(), CPU, torch.float64), weight, [gradient])
     expected = (1 - LR * DECAY) * start - LR * scale * polar_factor(gradient[None], 5)[0]
     assert (weight - expected).abs().max() < 1e-12
 
@@ -89,7 +93,7 @@ def test_a_step_is_lr_times_scale_and_decays_by_lr_times_decay(scale: float) -> 
 def test_a_skipped_step_changes_nothing(bad: float) -> None:
     steps = gradients(3, 8, 8)
     weight, never = torch.zeros(8, 8), torch.zeros(8, 8)
-    muon, other = (Muon([group(w)], MuonSettings(0.95, True, 5), Ranks(), CPU) for w in (weight, never))
+    muon, other = (Muon([group(w)], MuonSettings(0.95, True, 5), Ranks(), CPU, torch.float32) for w in (weight, never))
     moved(muon, weight, steps[:1])
     kept, momentum = weight.clone(), muon.momenta["w"].clone()
     moved(muon, weight, [torch.full((8, 8), bad)], skipped=1.0)
