@@ -64,12 +64,9 @@ def test_the_iteration_is_torchs_in_bf16() -> None:
 def test_matrices_behind_each_other_are_made_orthogonal_each_on_its_own() -> None:
     """q, k and v: the one with the largest gradient does not take the others' share of the step."""
     q, k, v = (size * gradient for size, gradient in zip((1e3, 1.0, 1e-3), gradients(3, 16, 16), strict=True))
+    gradient, plain = torch.cat([q, k, v]), MuonSettings(0.0, False, 5)
     fused = torch.zeros(48, 16)
-    moved(
-        Muon([group(fused, matrices=3)], MuonSettings(0.0, False, 5), Ranks(), CPU, torch.float32),
-        fused,
-        [torch.cat([q, k, v])],
-    )
+    moved(Muon([group(fused, matrices=3)], plain, Ranks(), CPU, torch.float32), fused, [gradient])
     for part, own in zip(fused.chunk(3), (q, k, v), strict=True):
         alone = torch.zeros(16, 16)
         moved(Muon([group(alone)], plain, Ranks(), CPU, torch.float32), alone, [own])
