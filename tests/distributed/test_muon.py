@@ -1,9 +1,13 @@
 """Muon on sharded weights, through launch/train.py in float64: the world size is no part of the mathematics."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from tests.helpers.forked import finished
 
 from .runs import assert_close, exact, train, train_and_kill, weights
 
@@ -32,7 +36,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_any_world_and_copies_on_the_way(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_world_and_copies_on_the_way(alone: Path, tmp_path: Path) -> None:
     """4 processes in two copies (HSDP), 3 with uneven shards in the host's memory, 2 with a copy each."""
     staged = tmp_path / "staged"
     stages = ((4, 3, "parallel.shard=2"), (3, 6, "parallel.cpu_offload=true"), (2, 9, "parallel.shard=1"))
@@ -66,3 +70,38 @@ def test_killed_and_resumed_bit_for_bit(tmp_path: Path, save: str) -> None:
     for group in GROUPS:
         ours, theirs = (weights(tmp_path / name, group) for name in ("killed", "whole"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), group
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    """What each of two ranks found."""
+    done = finished("-m", "tests.distributed.muon_checks", "2", processes=2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
+    return json.loads(line.removeprefix("RESULTS "))
+
+
+def test_one_step_moves_every_matrix_by_its_lr_decay_and_scale(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["one_step_moves_as_the_table_says"] == []
+        assert found["another_setting_is_seen"] == {"lr_scale": 0, "weight_decay": 0, "scale": 0}, "of all of Muon's"
+
+
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["non_finite_step_changes_nothing"] == {
+            "skipped": 1.0, "moved": 0.0, "average_moved": 0.0, "next_is_finite": 1.0,
+        }  # fmt: skip
+
+
+def test_a_checkpoint_gives_back_the_momenta(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        loaded = found["save_and_load"]
+        assert loaded["differed"] > 1e-3
+        assert (loaded["same"], loaded["next"]) == (0.0, 0.0)
+
+
+def test_averages_take_the_weights_place(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["swapped"]["averaged"] < 1e-5
+        assert found["swapped"]["differs"] > 1e-4
