@@ -1,5 +1,6 @@
 """The collectives of a step: how many, how many bytes a GPU receives by them, and how long they take."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..config.resolve import Resolved, keeps_gathered
@@ -25,6 +26,10 @@ class Network(NamedTuple):
     @property
     def seconds(self) -> float:
         return sum(each.seconds for each in self.collectives.values())
+
+    def after_gradients(self, more: Mapping[str, Collective]) -> "Network":
+        """With collectives of the update, for which the norm of all gradients must be known."""
+        return Network({**self.collectives, **more}, self.exposed_s + sum(each.seconds for each in more.values()))
 
 
 def network(

@@ -14,6 +14,7 @@ from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from .cluster import GIB, Cluster
 from .memory import Memory, equal_parts
+from .muon import state_numbers
 from .report import encoder_bytes, smallest_count, text_encoder_flops, timed
 from .simulation import Profile, profile
 from .step_time import StepTime, Work, micro_batches, step_time
@@ -113,7 +114,8 @@ class Planner:
         """Sizes of a shard group that lie evenly within nodes or over whole nodes, and hold weights, moments and
         averages in fp32: others need no simulation."""
         gpus, node, config = self._cluster.gpus, self._cluster.gpus_per_node, self._config
-        state = 0 if config.parallel.cpu_offload else 4 * (3 + len(config.ema.decays)) * self._work.parameters
+        kept = (1 + len(config.ema.decays)) * self._work.parameters + state_numbers(self._table)
+        state = 0 if config.parallel.cpu_offload else 4 * kept
         for n in range(1, gpus + 1):
             even = gpus % n == 0 and (node % n == 0 or n % node == 0 or n == gpus)
             if n == gpus or (even and state / n < self._cluster.usable):

@@ -12,9 +12,11 @@ from ..build.flops import image_flops
 from ..config.resolve import Resolved, keeps_gathered, micro_batch_size, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
+from ..mup.table import MuTable
 from .arithmetic import products_flops
 from .cluster import GIB, Cluster, usable_bytes
 from .memory import Memory, equal_parts
+from .muon import polar_flops, state_numbers
 from .right_size import describe_size, right_size
 from .simulation import Profile, profile
 from .step_time import StepTime, Work, micro_batches, step_time
@@ -120,10 +122,10 @@ def _placed(
     }
 
 
-def _checkpoint_gib(config: TrainConfig, parameters: int) -> dict[str, float]:
-    """On the disk: weights, two moments and the averages in fp32; and the weights alone."""
+def _checkpoint_gib(config: TrainConfig, table: MuTable, parameters: int) -> dict[str, float]:
+    """On the disk: weights, what the optimizers keep, and the averages in fp32; and the weights alone."""
     weights = 4 * parameters / GIB
-    training = weights * (3 + len(config.ema.decays))
+    training = weights * (1 + len(config.ema.decays)) + 4 * state_numbers(table) / GIB
     return {
         "training": training,
         "kept": training * config.run.keep_last,
@@ -159,6 +161,7 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
         "flops_per_image": image_flops(config),
         "recompute_flops_per_image": products_flops(recomputed) // rows,
         "text_encoder_flops_per_image": text_flops,
+        "muon_flops_per_step": polar_flops(work.muon, config.optim.muon.steps),
         "micro_batch": rows,
         "micro_batches": count,
         "shard": resolved.shard,
@@ -174,7 +177,7 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
         },
         "time": timed(config, cluster, steps[0]),
         "time_cached": timed(config, cluster, steps[1]),
-        "checkpoint_gib": _checkpoint_gib(config, parameters),
+        "checkpoint_gib": _checkpoint_gib(config, table, parameters),
         "right_size": _right_size(config, parameters),
     }
     result["advice"] = advice(config, cluster, result)
@@ -267,6 +270,7 @@ def describe(found: dict[str, Any], cluster: Cluster) -> str:
         f"FLOPs per image: {found['flops_per_image'] / 1e12:.2f} T (forward and backward), "
         f"+ {found['recompute_flops_per_image'] / 1e12:.2f} T recomputed, "
         f"+ {found['text_encoder_flops_per_image'] / 1e12:.2f} T text encoder when online",
+        *([f"Muon: {muon / 1e12:.2f} T per step over all GPUs"] if (muon := found["muon_flops_per_step"]) else []),
         "",
         f"{'GiB per GPU, at the peak':<28}{'online':>10}{'cached':>10}",
         *(f"{part.replace('_', ' '):<28}" + "".join(f"{found[c][part]:10.2f}" for c in columns) for part in parts),

@@ -309,12 +309,12 @@ def _step(
         engine.backward(losses.total, last=number == micro_batches - 1)
         del batch, encoded, features, losses
         account.relabel(ACTIVATIONS, ACCUMULATED if number < micro_batches - 1 else GRADIENTS)
-    account.kind = UPDATE
+    account.kind, flops = UPDATE, Counter(account.flops)
     result = engine.step(config.optim.lr, health)
     ema.update(0, result.skipped)
     del result
     account.relabel(UPDATE, STATE)  # a few sums stay until the next step: so all steps begin with the same account
-    return Step(rows, account.peaks, account.flops, account.traffic)
+    return Step(rows, account.peaks, flops, account.traffic)
 
 
 def _batch(config: TrainConfig, rows: int) -> Batch:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from ..build.attention import simulated_kernel
+from ..build.engine import build_mup_table
 from ..build.float8 import token_linears
 from ..build.flops import image_flops
 from ..build.meta import meta_inputs, meta_model
@@ -11,6 +12,7 @@ from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from .arithmetic import STREAMED, Passes, PassTime, bytes_alone, count_passes, parameter_bytes, pass_time
 from .cluster import CARDS, Cluster
+from .muon import UPDATE_BYTES, Matrices, exchanges, matrices_of, polar_seconds
 from .network import Network, network
 
 # What published runs of 12 to 14 B reach of this model's roofline: launches, power, jitter between ranks, kernels that
@@ -29,6 +31,8 @@ class Work:
         self.units = [sum(p.numel() for p in unit.parameters()) for unit in self._model.shard_units()]
         """Parameters of each block."""
         self.parameters = sum(p.numel() for p in self._model.parameters())
+        self.muon: list[Matrices] = matrices_of(build_mup_table(config)) if config.optim.kind == "muon" else []
+        """What Muon moves."""
 
     def passes(self, rows: int) -> Passes:
         """The operations of a micro-batch of `rows` images."""
@@ -48,7 +52,7 @@ class StepTime(NamedTuple):
     encoding_s: float
     """The text encoder's forward pass, where it runs beside the training."""
     update_s: float
-    """What moves parameters: casts, copies, norm, clipping, AdamW and the averages."""
+    """What moves parameters: casts, copies, norm, clipping, the optimizer and the averages."""
     network: Network
     overlaps: bool
     """Whether gathers and reductions run beside the passes."""
@@ -90,6 +94,7 @@ def step_time(config: TrainConfig, cluster: Cluster, work: Work, encoding_flops:
         )
     count = micro_batches(config, cluster.gpus, resolved.micro_batch_rows)
     sent = network(config, cluster, resolved, work.units, work.parameters - sum(work.units), count)
+    sent = sent.after_gradients(exchanges(work.muon, cluster, resolved.shard))
     overlaps = parallel.prefetch > 0
     if cluster.mfu is not None:
         images = config.train.global_batch_size / cluster.gpus
@@ -98,9 +103,12 @@ def step_time(config: TrainConfig, cluster: Cluster, work: Work, encoding_flops:
     rows = resolved.micro_batch_rows
     one = pass_time(work.passes(rows), card, parallel.activation_checkpointing, compiles(config, on_gpu=True))
     encoding = count * rows * encoding_flops / (_ENCODING * card.matmul_tflops * 1e12)
-    moved = _moved(config, resolved, work.parameters, count) * work.parameters / (STREAMED * card.memory_gb_s * 1e9)
+    moved = _moved(config, resolved, work.parameters, count) * work.parameters
+    moved += UPDATE_BYTES * sum(each.numbers for each in work.muon) / resolved.shard
+    update = moved / (STREAMED * card.memory_gb_s * 1e9)
+    update += polar_seconds(work.muon, config.optim.muon.steps, cluster.gpus, card)
     passes = PassTime(*(count * part / ACHIEVED for part in one))
-    return StepTime(passes, encoding / ACHIEVED, moved / ACHIEVED, sent, overlaps)
+    return StepTime(passes, encoding / ACHIEVED, update / ACHIEVED, sent, overlaps)
 
 
 def _moved(config: TrainConfig, resolved: Resolved, parameters: int, count: int) -> float:
