@@ -1,7 +1,7 @@
 """Factors on the learning rate by kind of module against the best global rate, at the width they were found and wider.
 
     python launch/search.py run --config search/modules_cifar.yaml
-    python launch/search.py transfer --study runs/search/modules_cifar --to dit_cifar_mup.yaml --output runs/modules.yaml
+    python launch/search.py transfer --study runs/modules_cifar --to dit_cifar_mup.yaml --output runs/modules.yaml
     python -m benchmarks.by_module --found runs/modules.yaml --folder runs/by_module --output docs/by_module.json
 
 DiT on CIFAR-10 as in docs/transfer.md, on seeds that the search has not seen, the same for both. Reported: the gain in
@@ -23,7 +23,8 @@ from typing import Any
 
 from benchmarks.machine import write
 from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained, worker_pool
-from benchmarks.transfer import SWEEPS, Job as SweepJob
+from benchmarks.transfer import SWEEPS
+from benchmarks.transfer import Job as SweepJob
 from benchmarks.transfer import settings as sweep_settings
 from trainer.config.load import load_config
 from trainer.monitor.metrics import read_metrics
