@@ -5,7 +5,7 @@ The run is the demo's small sibling (its data and text encoder at a small width)
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,12 @@ def strike(run: Job, folder: Path, moment: str, chance: random.Random) -> bool:
     return {"save": saving(folder), "validation": next_to_a_validation()}.get(moment, True)
 
 
-def kills(seed: int, count: int, scratch: Path) -> Iterator[dict[str, Any]]:
+def kills(seed: int, count: int, scratch: Path, more: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """`count` kills at random moments, of as many runs as that takes: each kill with its moment, and each run with
-    whether it was equal to the unbroken one."""
-    chance = random.Random(seed)
+    whether it was equal to the unbroken one. more: overrides."""
+    chance, settings = random.Random(seed), (*SETTINGS, *more)
     whole = scratch / "whole"
-    lines = exact(train(2, whole, *SETTINGS, config=CONFIG))
+    lines = exact(train(2, whole, *settings, config=CONFIG))
     final = weights(whole)
     done = number = 0
     while done < count:
@@ -89,11 +89,11 @@ def kills(seed: int, count: int, scratch: Path) -> Iterator[dict[str, Any]]:
         while done < count and kills_of_run < KILLS_A_RUN and newest(folder) < STEPS - 2 * CHECKPOINT_EVERY:
             # A resume needs a checkpoint, and a moment that was missed is a kill of its own kind.
             moment = chance.choice([m for m in MOMENTS if newest(folder) or m != "first step after a resume"])
-            with job(folder, *SETTINGS, config=CONFIG) as started:
+            with job(folder, *settings, config=CONFIG) as started:
                 hit = strike(started, folder, moment, chance)
             yield {"moment": moment if hit else "another than was meant"}
             done, kills_of_run = done + 1, kills_of_run + 1
-        same = exact(train(2, folder, *SETTINGS, config=CONFIG)) == lines
+        same = exact(train(2, folder, *settings, config=CONFIG)) == lines
         ours = weights(folder)
         same &= all(torch.equal(ours[name], final[name]) for name in final)
         yield {"equal": same and len(read_metrics(folder)) == STEPS + 1}

@@ -27,7 +27,13 @@ from trainer.parallel.mesh import World, init_world
 
 J = TypeVar("J")  # a frozen dataclass of numbers and strings
 _world: World | None = None  # of this process: one process group for all its runs
-_MAY_GROW = ("seeds", "log2_lrs", "cells", "workers")  # of a study: which runs there are, not what one of them is
+_MAY_GROW = (
+    "seeds",
+    "log2_lrs",
+    "cells",
+    "workers",
+    "controls",
+)  # of a study: which runs there are, not what one of them is
 
 
 @contextlib.contextmanager

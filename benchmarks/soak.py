@@ -26,6 +26,7 @@ Piece = Callable[[int, int, Path], Iterator[dict[str, Any]]]
 # What is killed, and how often in one piece.
 PIECES: dict[str, tuple[Piece, int]] = {
     "train": (kills_train.kills, 24),
+    "muon": (partial(kills_train.kills, more=("optim.kind=muon", "optim.weight_decay=0.1")), 25),
     "commands": (kills_commands.kills, 30),
     "study": (kills_study.kills, 8),
     "slurm": (partial(kills_study.kills, on_slurm=True), 4),
