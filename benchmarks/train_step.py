@@ -6,11 +6,12 @@
     python -m benchmarks.train_step --output FILE --dry-run   # the GPU's cases at tiny sizes, anywhere
 
 Our model and its twin of diffusers are trained by the same engine and loop at equal shapes and precision, eager and (on
-a GPU) compiled; they take turns on the device, and between them the rate of matrix products is measured. Latents and
-text states are synthetic, so that no encoder is in the figures, and captions fill their length, as with
-data.text_lengths they nearly do. On a GPU the micro-batch is as many rows as the model of memory finds room for, halved
-where that was too much; beside our steps stands the time that the model of time gives them. On a CPU a step's time is
-that of this process on one core: others' load does not count. FLOPs: forward + 2 x backward.
+a GPU) compiled, and in one case ours by Muon and by AdamW; they take turns on the device, and between them the rate of
+matrix products is measured. Latents and text states are synthetic, so that no encoder is in the figures, and captions
+fill their length, as with data.text_lengths they nearly do. On a GPU the micro-batch is as many rows as the model of
+memory finds room for, halved where that was too much; beside our steps stands the time that the model of time gives
+them. On a CPU a step's time is that of this process on one core: others' load does not count. FLOPs: forward + 2 x
+backward.
 """
 
 import argparse
@@ -49,6 +50,7 @@ from trainer.parallel.precision import DTYPES, precision_of
 from trainer.run import Run
 
 OURS, OURS_COMPILED, TWIN, TWIN_COMPILED = "ours", "ours_compiled", "diffusers", "diffusers_compiled"
+OURS_MUON = "ours_muon"
 EAGER, ALL = (OURS, TWIN), (OURS_COMPILED, OURS, TWIN, TWIN_COMPILED)
 WARM_UP = 3
 QUIET = (
@@ -77,6 +79,12 @@ ON_CPU = {
         EAGER,
         (*_SHALLOW, "model.width=384", "mup.base_width=384", "text_encoder.width=384", *_SHORT, _NO_REPA),
     ),
+    "mmdit_384_muon": Case(
+        "mmdit_0.18b_mup.yaml",
+        32,
+        (OURS, OURS_MUON),
+        (*_SHALLOW, "model.width=384", "mup.base_width=384", "text_encoder.width=384", *_SHORT, _NO_REPA),
+    ),
     "pixart_288": Case("pixart_0.04b_mup.yaml", 8, EAGER, (*_SHALLOW, *_SHORT)),
     "dit_288": Case("dit_proxy_mup.yaml", 8, EAGER, _SHALLOW),
     "uvit_288": Case("uvit_proxy_mup.yaml", 8, (OURS,), _SHALLOW),
@@ -88,6 +96,7 @@ ON_GPU = {
     "mmdit_0.7b": Case("mmdit_0.7b_mup.yaml", None, ALL, _TEXT),
     "mmdit_2b": Case("mmdit_2b_mup.yaml", None, (OURS_COMPILED,), _TEXT),
     "mmdit_2b_fp8": Case("mmdit_2b_mup.yaml", None, (OURS_COMPILED,), (*_TEXT, "parallel.precision=fp8")),
+    "mmdit_2b_muon": Case("mmdit_2b_mup.yaml", None, (OURS_COMPILED,), (*_TEXT, "optim.kind=muon")),
     "mmdit_2b_4_blocks": Case("mmdit_2b_mup.yaml", None, ALL, (*_TEXT, "model.depth=4")),
     "pixart_0.61b": Case("pixart_0.61b_mup.yaml", None, ALL),
     "dit_xl_2": Case("dit_xl_2_mup.yaml", None, ALL),
@@ -205,7 +214,8 @@ def configured(case: Case, overrides: Sequence[str], name: str = OURS_COMPILED) 
     """The config of a variant, on synthetic data."""
     compiled = f"parallel.compile={str(name in (OURS_COMPILED, TWIN_COMPILED)).lower()}"
     rows = f"train.global_batch_size={case.rows or 1}"
-    return load_config(case.config, [*QUIET, rows, *case.overrides, *overrides, f"run.name={name}", compiled])
+    muon = ["optim.kind=muon"] if name == OURS_MUON else []
+    return load_config(case.config, [*QUIET, rows, *case.overrides, *overrides, f"run.name={name}", compiled, *muon])
 
 
 def with_rows(case: Case, overrides: Sequence[str], usable: int) -> Case:
