@@ -138,7 +138,7 @@ bench: .venv/ready
 
 # Offline, installing nothing: with .venv if it is there, else with the python that is found. Each command is meant for less
 # than ten minutes on an H100, but the studies of LONG=1. DRY=1: the same commands at tiny sizes, on any machine.
-STEPS := mmdit_0.18b mmdit_0.7b mmdit_2b mmdit_2b_fp8 mmdit_2b_4_blocks pixart_0.61b dit_xl_2 uvit_h_2
+STEPS := mmdit_0.18b mmdit_0.7b mmdit_2b mmdit_2b_fp8 mmdit_2b_muon mmdit_2b_4_blocks pixart_0.61b dit_xl_2 uvit_h_2
 GPU_RESULTS := $(if $(DRY),.cache/gpu_check,benchmarks/results)
 GPU_STUDY := $(if $(DRY),tiny,mmdit_gpu)
 GPU_STUDIES := $(if $(DRY),.cache/gpu_check,docs)
