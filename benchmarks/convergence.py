@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.machine import write
-from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained, worker_pool
+from benchmarks.runs import J, add_study_arguments, claim_folder, run_jobs, trained, worker_pool
 from data.files import temporary_beside
 from data.image_sets import open_image_set
 from trainer.build.inference import build_inference
@@ -222,9 +222,9 @@ def write_references(study: Study, config: TrainConfig, file: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- judgement
 
 
-def curves_of(results: Sequence[dict[str, Any]], jobs: Sequence[Job], measure: str) -> list[Curve]:
+def curves_of(results: Sequence[dict[str, Any]], jobs: Sequence[J], measure: str) -> list[Curve]:
     """A curve a run, with numbers for keys (JSON makes strings of them); none where a run is not finished."""
-    found = [next((r for r in results if dataclasses.asdict(job).items() <= r.items()), None) for job in jobs]
+    found = [next((r for r in results if dataclasses.asdict(job).items() <= r.items()), None) for job in jobs]  # pyright: ignore[reportArgumentType]
     return [{int(step): value for step, value in r[measure].items()} for r in found if r is not None]
 
 

@@ -40,6 +40,7 @@ def test_any_world_and_copies_on_the_way(alone: Path, tmp_path: Path) -> None:
     """4 processes in two copies (HSDP), 3 with uneven shards in the host's memory, 2 with a copy each."""
     staged = tmp_path / "staged"
     stages = ((4, 3, "parallel.shard=2"), (3, 6, "parallel.cpu_offload=true"), (2, 9, "parallel.shard=1"))
+    records: list[dict[str, Any]] = []
     for processes, steps, option in stages:
         records = train(processes, staged, *SETTINGS, f"train.steps={steps}", option, "run.allow_change=[train.steps]")
     assert_close(records, train(1, alone, *SETTINGS, "train.steps=9"), 1e-9)

@@ -23,15 +23,15 @@ _OWNED_BYTES = 22
 
 
 class Matrices(NamedTuple):
-    """`count` matrices of one shape."""
+    """So many matrices of one shape."""
 
     rows: int
     columns: int
-    count: int
+    number: int
 
     @property
     def numbers(self) -> int:
-        return self.rows * self.columns * self.count
+        return self.rows * self.columns * self.number
 
 
 def matrices_of(table: MuTable) -> list[Matrices]:
@@ -47,18 +47,18 @@ def state_numbers(table: MuTable) -> int:
 
 def polar_flops(matrices: Iterable[Matrices], steps: int) -> int:
     """Of all polar factors of a step, over all GPUs of one copy or of all copies together."""
-    return sum(2 * each.count * multiply_adds(each.rows, each.columns, steps) for each in matrices)
+    return sum(2 * each.number * multiply_adds(each.rows, each.columns, steps) for each in matrices)
 
 
 def polar_seconds(matrices: Iterable[Matrices], steps: int, gpus: int, card: Card) -> float:
     """On the GPU with the most work: its share of all, or one of the largest matrices."""
     total = largest = 0.0
-    for rows, columns, count in matrices:
+    for rows, columns, number in matrices:
         short, long = sorted((rows, columns))
         products = (Product(short, short, long), Product(short, short, short), Product(short, long, short))
         seconds = steps * sum(product.seconds(card) for product in products)
         seconds += _OWNED_BYTES * rows * columns / (STREAMED * card.memory_gb_s * 1e9)
-        total += count * seconds
+        total += number * seconds
         largest = max(largest, seconds)
     return max(total / gpus, largest)
 

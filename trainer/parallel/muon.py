@@ -47,7 +47,7 @@ class Muon:
                 group["param_names"], group["params"], group["shapes"], group["matrices"], strict=True
             ):
                 self.shards[name] = shard
-                parameters[name] = Stacked(*shape, count)
+                parameters[name] = Stacked(shape[0], shape[1], count)
         self.momenta = {name: torch.zeros_like(shard) for name, shard in self.shards.items()}
         cost = partial(multiply_adds, steps=settings.steps)
         self._owners = Owners(parameters, ranks, cost, device, dtype)

@@ -21,11 +21,11 @@ _OWNED_ELEMENTS = 2**26
 
 
 class Stacked(NamedTuple):
-    """A parameter: `count` matrices of equal shape [rows / count, columns] behind each other."""
+    """A parameter: `matrices` of equal shape [rows / matrices, columns] behind each other."""
 
     rows: int
     columns: int
-    count: int
+    matrices: int
 
 
 class Ranks(NamedTuple):
@@ -94,7 +94,7 @@ class Owners:
         costs: list[tuple[float, _Matrix]] = []
         for name in names:
             stacked = self._parameters[name]
-            rows = stacked.rows // stacked.count
+            rows = stacked.rows // stacked.matrices
             for start in range(0, stacked.rows, rows):
                 costs.append((cost(rows, stacked.columns), self._matrix(name, start, start + rows)))
         owned: list[list[list[_Matrix]]] = [[[] for _ in range(self._size)] for _ in range(self._copies)]

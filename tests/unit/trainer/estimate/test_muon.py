@@ -57,7 +57,7 @@ def test_exchanges_are_those_of_the_owners(monkeypatch: pytest.MonkeyPatch) -> N
             for matrix in owned
         )
         told = exchanges(matrices_of(table), Cluster(4), shards)
-        assert told["all_to_all"].bytes == pytest.approx(2 * 2 * received / 4, rel=0.05)  # q, k, v lie across shards
+        assert told["all_to_all"].bytes == pytest.approx(2 * 2 * received / 4, rel=0.1)  # q, k, v lie across shards
         assert ("broadcast" in told) == (copies > 1)
 
 

@@ -35,7 +35,7 @@ def test_each_matrix_is_computed_once_and_comes_back_to_its_place(
         found.update(part)
     assert sorted(given) == [(4, 4)] * 4 + [(4, 16), (16, 4)]
     for name, p in PARAMETERS.items():
-        parts = weights[name].chunk(p.count)
+        parts = weights[name].chunk(p.matrices)
         assert torch.equal(found[name], torch.cat([part / part.sum() for part in parts])), name
 
 
