@@ -59,6 +59,7 @@ def build_mup_table(config: TrainConfig) -> MuTable:
         branch_lr=branch_lr,
         output_multiplier=mup.output_multiplier,
         role_lr={role: factor for role in ROLES if (factor := getattr(mup.role_lr, role)) != 1.0},
+        factors={key: {factor: value for factor, value in given if value != 1.0} for key, given in mup.factors.items()},
         optimizer=optim.kind,
         muon_include=optim.muon.include,
         muon_exclude=optim.muon.exclude,

@@ -100,7 +100,8 @@ def _keys(section: type, prefix: str, above: KeyClass | None, model: type[ModelC
         if inner is not None:
             yield from _keys(inner, f"{prefix}{name}.", found, model)
         elif element := section_in(field.annotation, or_list=True):
-            yield from _keys(element, f"{prefix}{name}[].", found, model)
+            of_each = ".NAME." if get_origin(field.annotation) is dict else "[]."
+            yield from _keys(element, f"{prefix}{name}{of_each}", found, model)
 
 
 def _models(key_class: KeyClass | None) -> Iterator[SectionHelp]:
@@ -147,6 +148,8 @@ def _type_text(annotation: Any) -> str:
         return _or([*map(_choice, words), *(_type_text(part) for part in parts if part not in choices)])
     if origin is tuple and ... not in parts:
         return f"list of {len(parts)} {_type_text(parts[0])}s"
+    if origin is dict:
+        return "sections by name"
     if origin is tuple:
         return f"list of {_plural(parts[0])}"
     return _WORDS.get(annotation, "section")

@@ -33,10 +33,12 @@ def keys_of(section: Any, model: type[ModelConfig]) -> dict[str, Key]:
 
 
 def section_in(annotation: Any, or_list: bool = False) -> type | None:
-    """The section that a type means, be it optional. or_list: or a list of such sections."""
+    """The section that a type means, be it optional. or_list: or a list of such sections, or a mapping to them."""
     if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
         return annotation
     parts = [part for part in get_args(annotation) if part not in (type(None), ...)]
+    if get_origin(annotation) is dict and or_list:
+        return section_in(parts[1])
     if get_origin(annotation) in (Union, types.UnionType, *((tuple,) if or_list else ())) and len(parts) == 1:
         return section_in(parts[0])
     return None
@@ -53,14 +55,16 @@ def leaf_keys(section: type, model: type[ModelConfig], prefix: str = "") -> Iter
 
 def declaration(section: type, path: Sequence[str | int], model: type[ModelConfig]) -> FieldInfo | None:
     """What is declared at the end of a path of names, and of indexes in lists; None where the path leads nowhere."""
-    field, inside = None, section
+    field, inside, in_mapping = None, section, False
     for part in path:
-        if isinstance(part, int):
+        if isinstance(part, int) or in_mapping:  # an index, or a name that the user gives
+            in_mapping = False
             continue
         key = keys_of(inside, model).get(part) if inside else None
         if key is None:
             return None
         field, inside = key.field, key.section or section_in(key.field.annotation, or_list=True)
+        in_mapping = get_origin(field.annotation) is dict
     return field
 
 

@@ -132,6 +132,17 @@ class RoleFactors(Section):
     """Factor for parameters whose shape is the same at every width."""
 
 
+class ModuleFactors(Section):
+    """Factors on the base hyperparameters of some parameters, whichever optimizer they have."""
+
+    lr: float = Field(default=1.0, gt=0)
+    """Factor on the learning rate; the weight decay stays as it is."""
+    weight_decay: float = Field(default=1.0, ge=0)
+    """Factor on the weight decay, of those that decay."""
+    init: float = Field(default=1.0, gt=0)
+    """Factor on the initial standard deviation, of those that do not start at zero or one."""
+
+
 class MupConfig(Section):
     """The muP rules by which hyperparameters transfer across widths (docs/mup.md)."""
 
@@ -155,6 +166,10 @@ class MupConfig(Section):
     output_multiplier: float = Field(default=1.0, gt=0)
     """Base hyperparameter: factor on the input of the final layer, beside muP's 1 / m."""
     role_lr: RoleFactors = RoleFactors()
+    factors: dict[str, ModuleFactors] = {}
+    """Base hyperparameters by kind of module (attention, mlp, modulation, text, image, label, time, patch, skip, final,
+    as far as the backbone has them) or by pattern of parameter names (blocks.*.image.mlp*); no two may set one factor
+    of the same parameter."""
 
 
 class MuonConfig(Section):

@@ -53,6 +53,38 @@ def of_muon(
     return frozenset(found)
 
 
+def factors_by_name(
+    factors: Mapping[str, Mapping[str, float]], names: Collection[str], kinds: Kinds
+) -> dict[str, dict[str, float]]:
+    """{parameter: {factor: value}} from the same by kind or pattern. Raises ChoiceError with every key that names no
+    parameter, and every two that set the same factor of one."""
+    problems: list[str] = []
+    found: dict[str, dict[str, float]] = {}
+    setter: dict[tuple[str, str], str] = {}
+    for key, given in factors.items():
+        of_key = named(key, names, kinds)
+        if not of_key:
+            problems.append(
+                f'mup.factors "{key}" names no parameter: give a kind of module ({", ".join(kinds)}) or a name pattern '
+                f"that matches one of {_examples(names)}"
+            )
+        for factor, value in given.items():
+            clashes: dict[str, str] = {}
+            for name in of_key:
+                other = setter.setdefault((name, factor), key)
+                if other == key:
+                    found.setdefault(name, {})[factor] = value
+                else:
+                    clashes.setdefault(other, name)
+            problems += [
+                f'mup.factors "{other}" and "{key}" both set {factor} of {name}: let them name different parameters'
+                for other, name in clashes.items()
+            ]
+    if problems:
+        raise ChoiceError("\n  ".join(problems))
+    return found
+
+
 def _wrong_includes(
     added: Mapping[str, Collection[str]], others: Mapping[str, str], matrices: Collection[str], kinds: Kinds
 ) -> Iterator[str]:

@@ -38,6 +38,8 @@ class Settings:
         being left alone. About depth alone, so SP has them as well.
     output_multiplier, role_lr: base hyperparameters, which SP has as well: a factor on the input of the output layers,
         and factors on the learning rate of roles (1 where none is given), the weight decay being left alone.
+    factors: by kind of module or name pattern, each with any of `lr`, `weight_decay` and `init`, factors on these of
+        every parameter that it names, with either optimizer. Base hyperparameters as role_lr, so SP has them as well.
     optimizer: "muon" gives the matrices of the backbone's kinds attention and mlp to Muon, and the rest to AdamW.
         muon_include and muon_exclude: kinds or name patterns that change this choice. muon_head_dim: features of a head
         where each head of query, key and value is orthogonalised on its own; None takes each of these three whole.
@@ -51,6 +53,7 @@ class Settings:
     branch_lr: float = 1.0
     output_multiplier: float = 1.0
     role_lr: Mapping[Role, float] = field(default_factory=dict)
+    factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     optimizer: Optimizer = "adamw"
     muon_include: tuple[str, ...] = ()
     muon_exclude: tuple[str, ...] = ()

@@ -10,16 +10,17 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Protocol
 
-from .kinds import Kinds, of_muon
+from .kinds import ChoiceError, Kinds, factors_by_name, named, of_muon
 from .rules import Optimizer, Role, Settings, decays, factors, polar_scale
 
 VERSION = 1
-_OPTIONS = ("branch_scale", "branch_lr", "output_multiplier", "role_lr", "optimizer", "muon_include", "muon_exclude",
-            "muon_head_dim")  # fmt: skip
+_OPTIONS = ("branch_scale", "branch_lr", "output_multiplier", "role_lr", "factors", "optimizer", "muon_include",
+            "muon_exclude", "muon_head_dim")  # fmt: skip
+_COLUMNS = {"lr": "lr", "weight_decay": "weight_decay", "init": "init_std"}  # of a row, by factor
 
 
 class TableError(ValueError):
@@ -234,6 +235,22 @@ def _row(
     )
 
 
+def _with_factors(
+    rows: Mapping[str, ParameterRow], factors: Mapping[str, Mapping[str, float]], kinds: Kinds
+) -> dict[str, ParameterRow]:
+    """The rows with the factors of Settings. Raises ChoiceError where one would change nothing."""
+    given = factors_by_name(factors, rows, kinds)
+    for key, of_key in factors.items():
+        for factor in of_key:
+            if not any(getattr(rows[name], _COLUMNS[factor]) for name in named(key, rows, kinds)):
+                why = "none of them decays" if factor == "weight_decay" else "all of them start at zero or one"
+                raise ChoiceError(f'mup.factors "{key}" sets {factor} of parameters that have none: {why}; leave it 1')
+    return {
+        name: replace(row, **{_COLUMNS[f]: getattr(row, _COLUMNS[f]) * x for f, x in given.get(name, {}).items()})
+        for name, row in rows.items()
+    }
+
+
 @dataclass(frozen=True)
 class MuTable:
     """Rows by parameter name and the settings they were made with. Compare tables by `hash`."""
@@ -290,7 +307,7 @@ class MuTable:
             raise TableError("muP table: " + "\n  ".join(problems))
         muons = _of_muon(decided, target, kinds or {}, settings)
         rows = {n: _row(n, each, target[n], base[n], settings, muons) for n, each in decided.items()}
-        return cls(settings, rows)
+        return cls(settings, _with_factors(rows, settings.factors, kinds or {}))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the hash that a resumed run compares."""
@@ -315,6 +332,10 @@ class MuTable:
         # Options that are off are left out, as from tables that are older than the option: the hash stays.
         off = {name: value for name, value in asdict(Settings()).items() if name in _OPTIONS}
         settings = {name: value for name, value in asdict(self.settings).items() if off.get(name) != value}
+        if acting := {key: given for key, given in self.settings.factors.items() if given}:
+            settings["factors"] = acting
+        else:
+            settings.pop("factors", None)
         return {"version": VERSION, "settings": settings, "rows": rows}
 
     def in_use(self, base: Mapping[Optimizer, BaseRates]) -> dict[str, dict[str, float]]:

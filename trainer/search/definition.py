@@ -8,6 +8,7 @@ from typing import Any
 
 from data.redaction import quote
 
+from ..build.engine import build_mup_table
 from ..config.keys import flatten, plain
 from ..config.load import load_config
 from ..config.schema import NAME_FORM, TrainConfig, is_name
@@ -170,6 +171,8 @@ def _check_corners(search: Search, source: str) -> None:
         corner = {d.key: d.ends[min(index, len(d.ends) - 1)] for d in search.space}
         try:
             config = search.proxy(corner)
+            if index == length - 1:  # names of parameters, which mup.factors and optim.muon have, are found here
+                build_mup_table(config)
         except ConfigError as error:
             raise ConfigError(f"{source}: space with {', '.join(as_overrides(corner))}: {error}") from None
         if not config.train.validate_every:

@@ -24,7 +24,8 @@ Point = dict[str, Value]
 # all keys below it.
 TRANSFER = (
     "optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.clip_norm", "optim.warmup_steps",
-    "objective.repa_weight", "mup.output_multiplier", "mup.role_lr.",
+    "optim.muon.lr", "optim.muon.weight_decay", "optim.muon.momentum",
+    "objective.repa_weight", "mup.output_multiplier", "mup.role_lr.", "mup.factors.",
 )  # fmt: skip
 
 # Why other keys are refused: the longest prefix counts.
@@ -33,6 +34,8 @@ _REASONS = {
     "model.width": "it is what the proxy and its target differ in",
     "mup": "it is a rule of the transfer, which proxy and target share",
     "mup.base_width": "it is the width at which the base hyperparameters hold, which proxy and target share",
+    "optim.kind": "losses of two optimizers compare at the best rates of each: search each alone",
+    "optim.muon": "it is what Muon is, which proxy and target share",
     "optim": "it depends on the length of the run or guards it: give it in the config",
     "train": "it does not change what is learned, or it is the seed (see `seeds`)",
     "train.steps": "it is the budget of a trial, the same for all",
@@ -139,9 +142,8 @@ def refusal(key: str) -> str | None:
         return None
     prefixes = [name for name in _REASONS if key == name or key.startswith(f"{name}.")]
     reason = _REASONS[max(prefixes, key=len)] if prefixes else "it does not change what is learned"
-    return (
-        f"space.{key} does not transfer: {reason}. Keys that do: {', '.join(TRANSFER).replace('role_lr.', 'role_lr.*')}"
-    )
+    keys = ", ".join(f"{name}*" if name.endswith(".") else name for name in TRANSFER)
+    return f"space.{key} does not transfer: {reason}. Keys that do: {keys}"
 
 
 def parse_space(data: Any, integer_keys: Sequence[str]) -> tuple[tuple[Dimension, ...], list[str]]:

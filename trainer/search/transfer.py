@@ -22,7 +22,8 @@ from .space import Point, as_overrides, at_the_ends, transfers
 from .study import Study, Trial
 
 # What transfer needs to be equal: with another value the base hyperparameters mean something else.
-_SHARED = ("model.kind", "model.head_dim", "mup.parametrization", "mup.base_width", "mup.wd_rule", "objective.kind")
+_SHARED = ("model.kind", "model.head_dim", "mup.parametrization", "mup.base_width", "mup.wd_rule", "objective.kind",
+           "optim.kind", "optim.muon.by_head", "optim.muon.include", "optim.muon.exclude")  # fmt: skip
 _RATES = tuple(f"optim.{name}" for name in Rates._fields)
 
 
@@ -125,6 +126,11 @@ def _by_the_rules(study: Path, proxy: TrainConfig, target: TrainConfig, searched
         if choice.force:
             raise ConfigError("--force-rules has nothing to force under --rules none: name the rules")
         return _Found(searched.values, searched.comments, [])
+    if target.optim.kind == "muon":
+        raise ConfigError(
+            f"--rules {choice.rules} moves AdamW's rates, and no rule is known for Muon's: search at the batch and "
+            "duration of the target, and transfer with --rules none"
+        )
     here, there, rates = _size(proxy), _size(target), _rates(proxy, searched.values)
     r = ratio(choice.rules, here, there)
     measured = read_exponent(study) if choice.rules == "completed-p" else None

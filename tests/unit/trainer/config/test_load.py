@@ -387,6 +387,13 @@ def test_no_key_stores_a_secret(override: str) -> None:
         (["mup.role_lr.hiden=2"], 'mup.role_lr.hiden: unknown key; did you mean "mup.role_lr.hidden"?'),
         (["mup.role_lr={adaln: 2}"], "mup.role_lr.adaln: unknown key"),
         (["mup.role_lr.output=-1"], "mup.role_lr.output must be greater than 0, got -1"),
+        (["mup.factors.mlp.lr=0"], "mup.factors.mlp.lr must be greater than 0, got 0"),
+        (
+            ["mup.factors={'*.mlp.*': {weight_decay: -1}}"],
+            "mup.factors.*.mlp.*.weight_decay must be at least 0, got -1",
+        ),
+        (["mup.factors.mlp.lrr=2"], "mup.factors.mlp.lrr: unknown key"),
+        (["mup.factors.mlp=2"], "mup.factors.mlp: "),
         (["optim.warmup_steps=20"], "optim.warmup_steps 20 must be less than train.steps 20"),
         (["optim.schedule=wsd"], "optim.decay_steps goes with optim.schedule wsd"),
         (["optim.decay_steps=5"], "optim.decay_steps goes with optim.schedule wsd"),
@@ -466,6 +473,7 @@ def test_resume_unchanged() -> None:
     [
         *("train.seed=1", "model.depth=3", "data.flip=0.5", "text_encoder.dropout=0.2", "mup.parametrization=sp"),
         *("mup.base_depth=4", "mup.output_multiplier=2.0", "mup.role_lr.hidden=2.0", "optim.kind=muon"),
+        "mup.factors.attention.lr=2.0",
     ],
 )
 def test_resume_refuses_identity(override: str) -> None:

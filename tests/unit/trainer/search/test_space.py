@@ -69,6 +69,8 @@ def test_lists_and_null_reach_the_config() -> None:
         ("train.global_batch_size", "the best batch follows"),
         ("train.steps", "the budget of a trial"),
         ("train.seed", "`seeds`"),
+        ("optim.kind", "search each alone"),
+        ("optim.muon.steps", "what Muon is"),
         ("optim.decay_steps", "length of the run"),
         ("data.resolution", "losses on different data"),
         ("ema.decays", "how a trial is measured"),
@@ -86,6 +88,9 @@ def test_keys_that_do_not_transfer(key: str, reason: str, tmp_path: Path) -> Non
     [
         ({"space": {"optim.lrr": {"choices": [1]}}}, (), 'optim.lrr: unknown key; did you mean "optim.lr"?'),
         ({"space": {"mup.role_lr.hiden": {"choices": [1]}}}, (), 'did you mean "mup.role_lr.hidden"?'),
+        ({"space": {"mup.factors.atention.lr": {"choices": [2]}}}, (), 'mup.factors "atention" names no parameter'),
+        ({"space": {"mup.factors.mlp.lrr": {"choices": [2]}}}, (), "mup.factors.mlp.lrr: unknown key"),
+        ({"space": {"optim.muon.lr": {"choices": [0.1]}}}, (), "optim.muon.lr would do nothing under optim.kind adamw"),
         ({"space": {"optim.lr": {"log_unifrm": [1, 2]}}}, (), 'did you mean "log_uniform"?'),
         ({"space": {"optim.lr": {"log_uniform": [0, 1]}}}, (), "must be positive"),
         ({"space": {"optim.lr": {"uniform": [2, 1]}}}, (), "low < high"),
@@ -116,6 +121,18 @@ def test_all_mistakes_of_a_space_at_once(tmp_path: Path) -> None:
         search(tmp_path, space={"model.width": {"choices": [1]}, "optim.lr": {"uniform": [2, 1]}})
     assert "space.model.width" in str(caught.value)
     assert "space.optim.lr" in str(caught.value)
+
+
+def test_muon_and_kinds_of_module_are_searched(tmp_path: Path) -> None:
+    keys = ("optim.muon.lr", "optim.muon.weight_decay", "optim.muon.momentum", "mup.factors.attention.lr",
+            "mup.factors.mlp.init")  # fmt: skip
+    found = search(tmp_path, "optim.kind=muon", space={key: {"log_uniform": [0.1, 0.9]} for key in keys})
+    values = point(found.space, "random", 0, 0)
+    assert values is not None
+    config = found.proxy(values)
+    assert config.optim.muon.momentum == values["optim.muon.momentum"]
+    assert config.mup.factors["attention"].lr == values["mup.factors.attention.lr"]
+    assert config.mup.factors["mlp"].init == values["mup.factors.mlp.init"]
 
 
 @pytest.mark.parametrize("path", sorted((CONFIG_DIR / "search").glob("*.yaml")), ids=lambda path: path.stem)

@@ -59,6 +59,37 @@ def test_transfer(study: Study, tmp_path: Path) -> None:
     assert "--rules completed-p" in said
 
 
+MUON_SPACE = {
+    "optim.muon.lr": {"log_uniform": [1e-3, 1e-1]},
+    "optim.muon.momentum": {"choices": [0.9, 0.95, 0.98]},
+    "mup.factors.attention.lr": {"log_uniform": [0.25, 4]},
+    "mup.factors.mlp.init": {"log_uniform": [0.5, 2]},
+}
+
+
+def test_transfer_of_muon_and_of_kinds_of_module(tmp_path: Path) -> None:
+    found = Study.open(search(tmp_path, "optim.kind=muon", space=MUON_SPACE, trials=6))
+    fill(found, lambda point: 0.2 + float(point["mup.factors.attention.lr"] or 0))
+    target, output = tmp_path / "target.yaml", tmp_path / "found.yaml"
+    target.write_text(RULED + "mup: {factors: {time: {lr: 2}}}\n")
+    with pytest.raises(ConfigError, match=r"optim\.kind: muon in the proxy, adamw in "):
+        write_target(found, str(target), output)
+    target.write_text(target.read_text().replace("optim: {", "optim: {kind: muon, "))
+    said = write_target(found, str(target), output)
+    config, best = load_config(str(output)), completed(found)[0].point
+    assert config.optim.muon.lr == best["optim.muon.lr"]
+    assert config.optim.muon.momentum == best["optim.muon.momentum"]
+    factors = {key: given.model_dump() for key, given in config.mup.factors.items()}
+    assert factors == {
+        "time": {"lr": 2.0, "weight_decay": 1.0, "init": 1.0},
+        "attention": {"lr": best["mup.factors.attention.lr"], "weight_decay": 1.0, "init": 1.0},
+        "mlp": {"lr": 1.0, "weight_decay": 1.0, "init": best["mup.factors.mlp.init"]},
+    }
+    assert "mup.factors.time.lr: None in the proxy, 2.0 in the target, and it was not searched" in "\n".join(said)
+    with pytest.raises(ConfigError, match=r"no rule is known for Muon's: .* --rules none"):
+        write_target(found, str(target), output, Choice(rules="completed-p"))
+
+
 def test_transfer_leaves_what_the_target_is_made_of(study: Study, tmp_path: Path) -> None:
     """Even where it may write over a file: else the target and its parent would extend each other."""
     parent, target = tmp_path / "parent.yaml", tmp_path / "target.yaml"
