@@ -41,7 +41,7 @@ configs/NAME.yaml: optim.lr
   -> trainer/config/load.py      file, `extends:` and overrides become a TrainConfig (keys declared in schema.py)
   -> trainer/build/engine.py     build_mup_table, then build_engine
        models/mmdit.py           declares what the shapes of two widths cannot tell about a parameter's role
-       trainer/mup/rules.py      role -> factors on lr, weight decay and epsilon, init, multiplier
+       trainer/mup/rules.py      role, optimizer -> factors on lr, weight decay and epsilon, init, multiplier
        trainer/mup/table.py      one row per parameter NAME with these factors
        trainer/mup/apply.py      param_groups: parameters with equal factors form a group; lr_scale is its muP factor
   -> trainer/parallel/fsdp.py    AdamW, made after sharding; build_engine compares each group with the table

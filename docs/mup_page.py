@@ -16,7 +16,8 @@ HEAD = """# What μP does to each weight
 Written by `python -m docs.mup_page > docs/mup.md` from the tables that training uses; a test holds it current.
 
 The width d grows by whole heads at a fixed head_dim, so attention keeps 1/sqrt(head_dim). m is the width over the
-base width (of a tensor's own fan_in). Factors multiply the base hyperparameters and are all 1 at the base width.
+base width (of a tensor's own fan_in). Factors multiply the base hyperparameters and are all 1 at the base width. This
+table is AdamW's; that of Muon follows.
 
 | role | dimensions | init std x | input x | lr x | wd x | why |
 |---|---|---|---|---|---|---|
@@ -37,7 +38,41 @@ epsilon by m instead. The final weight starts at zero, which takes away the only
 Weights decay by role (`optim.decay: matrices`) unless a config says `all`.
 
 Base hyperparameters that the table carries too: `mup.output_multiplier` (times 1/m), `mup.role_lr.ROLE` (on the lr of a
-role).
+role), and `mup.factors` on lr, wd and init by kind of module or by name pattern, of either optimizer:
+
+```yaml
+mup:
+  factors:
+    attention: {lr: 0.7}                        # kinds: attention, mlp, modulation, text, image, label, time, patch, \
+skip, final
+    "blocks.*.image.mlp*": {lr: 1.5, init: 1.1} # patterns of parameter names; no two keys may set the same
+```
+
+## Under Muon
+
+`optim.kind: muon` gives the matrices of the kinds attention and mlp to Muon; all else stays with AdamW and the rules
+above. `optim.muon.include` and `optim.muon.exclude` (kinds or name patterns) choose otherwise among the hidden weights
+of linear layers. Muon moves a matrix by lr x scale x the polar factor of its momentum, whose singular values are all 1.
+The last column of the tables below is its scale; lr x and wd x are AdamW's there, and 1 under Muon (wd_rule
+independent).
+
+| of a weight of Muon | x | why |
+|---|---|---|
+| scale | sqrt(fan_out / fan_in) | a step then moves the output by at most lr in rms, of inputs with rms 1, at every \
+shape: what μP asks of a change (arXiv 2310.17813). Torch's `max(1, .)` moves [D, 4D] twice as far; a scale that \
+matches the rms of Adam's steps does not transfer across the width |
+| matrices | 3 for q, k, v | each is [D, D] with singular values of its own; the polar factor of all three as one \
+[3D, D] would bind them together. `optim.muon.by_head` takes each head [K, D], with sqrt(K/D) |
+| lr | 1 | the change of the output does not grow with the width, so no 1/m is due |
+| wd, `wd_rule: independent`, `sqrt`, `coupled` | 1, 1/sqrt(m), 1/m | lr x wd goes with the width as under AdamW, \
+whose lr has the 1/m. With matrix optimizers 1/m is reported best (arXiv 2512.05620): `coupled` |
+| eps | none | nothing is divided by a gradient |
+| init, input x | as hidden | they are of the forward pass, whatever updates the weight |
+| depth: lr | L^(alpha - 1) | as AdamW's: each branch changes in proportion to its lr, alike in all blocks |
+
+Under `mup.parametrization: sp` the scale stays, because it is Muon's and not μP's, and the factors of the width go.
+
+## Depth, and an init
 
 `mup.base_depth` (off by default) scales with the depth: CompleteP (arXiv 2505.01618), as Complete(d)P (arXiv
 2512.22382) has it. L is depth / base depth, alpha is `mup.depth_alpha`: 1, or 1/2.
@@ -76,6 +111,8 @@ class Documented(NamedTuple):
     config: TrainConfig
     target: dict[str, ParameterRow]
     base: dict[str, ParameterRow]
+    muon: dict[str, ParameterRow]
+    """As the target, under optim.kind muon."""
 
     @property
     def lines(self) -> tuple[Line, ...]:
@@ -94,8 +131,16 @@ def documented() -> Iterator[Documented]:
     for path in sorted(CONFIG_DIR.glob("*_mup.yaml")):
         config = load_config(str(path))
         at_base = load_config(str(path), [f"model.width={config.mup.base_width}"])
-        target, base = build_mup_table(config), build_mup_table(at_base)
-        yield Documented(path.stem, config, dict(target.rows), dict(base.rows))
+        under_muon = load_config(str(path), ["optim.kind=muon"])
+        target, base, muon = (build_mup_table(each) for each in (config, at_base, under_muon))
+        yield Documented(path.stem, config, dict(target.rows), dict(base.rows), dict(muon.rows))
+
+
+def _muon(row: ParameterRow) -> str:
+    """The scale of Muon's row, and of how many matrices; a dash where AdamW has it."""
+    if row.optimizer == "adamw":
+        return "-"
+    return f"{row.scale:.4g}" + (f", of each of {row.matrices}" if row.matrices > 1 else "")
 
 
 def section(group: list[Documented]) -> str:
@@ -113,8 +158,8 @@ def section(group: list[Documented]) -> str:
         parts[-1] += f" The same rows, with their own m and fan_in: {', '.join(others)}."
     parts += [
         "",
-        "| parameter | role | init std, base -> target | lr x | wd x | input x |",
-        "|---|---|---|---|---|---|",
+        "| parameter | role | init std, base -> target | lr x | wd x | input x | Muon: scale |",
+        "|---|---|---|---|---|---|---|",
     ]
     seen: dict[str, None] = {}
     for name, row in shown.target.items():
@@ -122,7 +167,7 @@ def section(group: list[Documented]) -> str:
         init = row.init if row.init in ("zeros", "ones") else f"{before:.3g}"
         init += "" if row.init_std == before else f" -> {row.init_std:.3g}"
         numbers = f"{row.lr:.4g} | {row.weight_decay:.4g} | {row.multiplier:.4g}"
-        seen[f"| `{_pattern(name)}` | {row.role} | {init} | {numbers} |"] = None
+        seen[f"| `{_pattern(name)}` | {row.role} | {init} | {numbers} | {_muon(shown.muon[name])} |"] = None
     return "\n".join([*parts, *seen]) + "\n"
 
 

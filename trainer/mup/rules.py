@@ -28,7 +28,7 @@ class Settings:
     wd_rule: how lr x wd, by which both optimizers decay, goes with m = fan_in / base fan_in in a hidden weight:
         "independent" keeps it the same at every width, "sqrt" has it fall with 1 / sqrt(m), "coupled" with 1 / m. Under
         AdamW, whose lr falls with 1 / m, wd so grows with m, with sqrt(m), or not at all; under Muon, whose lr does not
-        fall, it falls itself (1 / m was found best with a matrix optimizer, arXiv 2512.05620).
+        fall, it falls itself (1 / m is reported best with matrix optimizers, arXiv 2512.05620).
     eps_rule: "width" divides Adam's epsilon by m wherever gradients shrink with 1 / m; "constant" asks for an
         epsilon far below every gradient (1e-12).
     decay: which weights decay at all: "matrices" leaves out biases, gains, tables and position embeddings.
