@@ -11,8 +11,10 @@ from models.attention_probe import Choice
 from tests.helpers import varlen
 from tests.helpers.steps import built
 from tests.helpers.varlen import varlen_on_cpu
+from trainer.build.engine import build_engine, build_mup_table
 from trainer.config.load import load_config
 from trainer.loop import train_step
+from trainer.parallel.mesh import World
 
 
 @pytest.mark.slow
@@ -40,3 +42,18 @@ def test_a_run_of_packed_rows_takes_the_same_steps(kind: str, tmp_path: Path, mo
         packed = weights()
     assert len(calls) == 3 * load_config(f"{kind}_debug_mup.yaml", []).model.depth
     assert all(torch.allclose(packed[name], masked[name], rtol=1e-6, atol=1e-9) for name in masked)
+
+
+def test_each_optimizer_trains_the_rows_that_the_table_gives_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rates are right: AdamW that has all groups is found before the first step."""
+    config = load_config("mmdit_debug_mup.yaml", ["optim.kind=muon", "optim.muon.lr=0.03"])
+    table = build_mup_table(config)
+    engine = build_engine(config, table, world)
+    settings = engine.optimizer_settings()
+    of_muon = {name for name, row in table.rows.items() if row.optimizer == "muon"}
+    assert of_muon
+    assert {name for name, state in engine.state().items() if "momentum" in state} == of_muon
+    assert {settings[name] for name in of_muon} == {(0.03, 0.0, 0.0)}
+    monkeypatch.setattr("trainer.parallel.update._of", lambda kind, groups: groups if kind == "adamw" else [])
+    with pytest.raises(AssertionError, match=r"^blocks\.0\.image\.\S+: the table has muon for it"):
+        build_engine(config, table, world)
