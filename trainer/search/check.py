@@ -60,6 +60,7 @@ def check_search(study: Study, width: int) -> Search:
         overrides=(*study.search.overrides, *as_overrides(others), f"model.width={width}"),
         space=(Dimension(LR, "choices", rates),),
         sampler="grid",
+        start=None,
         trials=3,
         halving=None,
         target=None,

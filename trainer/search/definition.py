@@ -15,6 +15,7 @@ from ..config.schema import NAME_FORM, TrainConfig, is_name
 from ..config.yaml_files import find_config, nearest, override, read
 from ..errors import ConfigError
 from .space import SAMPLERS, Dimension, Point, Sampler, as_overrides, check_grid, grid_size, parse_space, refusal
+from .trust_region import parse_start
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ class Search:
     trials: int
     """Number of points that are tried."""
     sampler: Sampler = "random"
-    """How points are chosen: at random, on a grid, from a Sobol sequence (qmc), or by tree-structured Parzen estimators
-    (tpe)."""
+    """How points are chosen: at random, on a grid, from a Sobol sequence (qmc), by tree-structured Parzen estimators
+    (tpe), or at random in a box about the best one (trust_region)."""
+    start: Point | None = None
+    """The first point of trust_region, as {key: value}; keys that are not given have the proxy's own value."""
     seed: int = 0
     """Seed by which points are chosen."""
     seeds: int = 1
@@ -95,16 +98,16 @@ def load_search(name: str, overrides: Sequence[str] = ()) -> Search:
 def parse_search(data: Mapping[str, Any], source: str, name: str, overrides: Sequence[str] = ()) -> Search:
     """Plain data -> Search, checked against the proxy's config; ConfigError names every problem."""
     problems = [f"{key}: unknown key{nearest(str(key), _KEYS)}" for key in data if key not in _KEYS]
-    values = {"name": name, **{key: data[key] for key in _KEYS if key in data}}
+    values = {"name": name, **{key: data[key] for key in _KEYS if data.get(key) is not None}}
     problems += [f"{key} is missing" for key in ("config", "space") if key not in values]
     problems += [
         f"{key} must be {what}, got {quote(values[key])}"
         for key, (what, fits) in _CHECKS.items()
-        if values.get(key) is not None and not fits(values[key])
+        if key in values and not fits(values[key])
     ]
     if problems:
         raise ConfigError(f"{source}:\n  " + "\n  ".join(problems))
-    if values.get("published") is not None:
+    if "published" in values:
         values["published"] = Published(**values["published"])
     values["overrides"] = (*values.get("overrides", ()), *overrides)
     proxy = load_config(values["config"], values["overrides"])
@@ -120,6 +123,12 @@ def parse_search(data: Mapping[str, Any], source: str, name: str, overrides: Seq
         size = grid_size(space)
         if values.setdefault("trials", size) > size:
             raise ConfigError(f"{source}: trials {values['trials']} is more than the {size} points of the grid")
+    if values.get("sampler") == "trust_region":
+        values["start"], problems = parse_start(values.get("start", {}), space, known)
+        if problems:
+            raise ConfigError(f"{source}:\n  " + "\n  ".join(problems))
+    elif "start" in values:
+        raise ConfigError(f"{source}: start belongs to sampler trust_region: set that, or leave start out")
     if "trials" not in values:
         raise ConfigError(f"{source}: trials is missing: how many points to try")
     search = Search(**{**values, "space": space})
@@ -150,6 +159,7 @@ _CHECKS: dict[str, tuple[str, Any]] = {
     "seed": _whole(0),
     "seeds": _whole(1),
     "sampler": (f"one of {', '.join(SAMPLERS)}", lambda v: v in SAMPLERS),
+    "start": ("{key: value}, of keys of the space", lambda v: isinstance(v, Mapping)),
     "halving": (
         "{first_step: N, factor: at least 2}",
         lambda v: (
@@ -165,10 +175,11 @@ _CHECKS: dict[str, tuple[str, Any]] = {
 
 
 def _check_corners(search: Search, source: str) -> None:
-    """The ends of every range as overrides: the config's own checks find keys and values that it does not have."""
+    """The ends of every range, and the start, as overrides: the config's own checks find keys and values that it does
+    not have."""
     length = max(len(d.ends) for d in search.space)
-    for index in range(length):
-        corner = {d.key: d.ends[min(index, len(d.ends) - 1)] for d in search.space}
+    corners = [{d.key: d.ends[min(index, len(d.ends) - 1)] for d in search.space} for index in range(length)]
+    for corner in [*corners, *([search.start] if search.start else [])]:
         try:
             config = search.proxy(corner)
             if index == length - 1:  # names of parameters, which mup.factors and optim.muon have, are found here

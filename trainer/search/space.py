@@ -15,8 +15,10 @@ from ..errors import ConfigError
 
 Scale = Literal["uniform", "log_uniform", "choices", "powers_of_two"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-Sampler = Literal["random", "grid", "qmc", "tpe"]
+Sampler = Literal["random", "grid", "qmc", "tpe", "trust_region"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+ADAPTIVE: tuple[Sampler, ...] = ("tpe", "trust_region")
+"""Those that look at the trials before, and so choose a point when it is asked for."""
 Value = bool | int | float | str | None
 Point = dict[str, Value]
 
@@ -91,12 +93,27 @@ class Dimension:
     def at(self, u: float) -> Value:
         """The value at u in [0, 1), with four significant digits."""
         if self.choices is not None:
-            return self.choices[int(u * len(self.choices))]
+            return self.choices[min(int(u * len(self.choices)), len(self.choices) - 1)]
         low, high = _numbers(self.values)
         value = low * (high / low) ** u if self.scale == "log_uniform" else low + (high - low) * u
         if self.integer:
             return round(value)
         return min(max(float(f"{value:.4g}"), low), high)
+
+    def place(self, value: Value) -> float:
+        """Where `at` has a value, in [0, 1]; of choices the middle of what gives this one."""
+        if self.choices is not None:
+            return (self.choices.index(value) + 0.5) / len(self.choices)
+        low, high, x = _numbers([*self.values, value])
+        return math.log(x / low) / math.log(high / low) if self.scale == "log_uniform" else (x - low) / (high - low)
+
+    @property
+    def step(self) -> float:
+        """How far apart neighbouring values are at least, as `place` counts; 0 of a continuous range."""
+        if self.choices is not None:
+            return 1 / len(self.choices)
+        high = _numbers(self.values)[1]
+        return self.place(high) - self.place(high - 1) if self.integer else 0.0
 
     def distribution(self) -> BaseDistribution:
         if self.choices is not None:
@@ -161,7 +178,7 @@ def parse_space(data: Any, integer_keys: Sequence[str]) -> tuple[tuple[Dimension
         elif problem := _wrong_values(scale, values):
             problems.append(f"space.{key}.{scale} {problem}, got {values!r}")
         else:
-            stored = tuple(json.dumps(v) if isinstance(v, list) else v for v in values)
+            stored = tuple(as_value(v) for v in values)
             dimensions.append(Dimension(str(key), scale, stored, str(key) in integer_keys))
     return tuple(dimensions), problems
 
@@ -181,6 +198,11 @@ def _wrong_values(scale: Scale, values: Any) -> str | None:
     return None
 
 
+def as_value(value: Any) -> Value:
+    """A config's value as a point holds it: a list as text that reads back as a list."""
+    return json.dumps(value) if isinstance(value, list | tuple) else value
+
+
 def as_overrides(point: Mapping[str, Value]) -> list[str]:
     """`key=value` for the config; lists are stored as text that reads back as lists."""
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in point.items()]
@@ -193,11 +215,11 @@ def grid_size(space: Sequence[Dimension]) -> int:
 def point(space: Sequence[Dimension], sampler: Sampler, seed: int, number: int) -> Point | None:
     """The hyperparameters of a trial: a function of (seed, number) alone, so that nothing need be remembered.
 
-    None under tpe, which looks at the trials before.
+    None under an adaptive sampler, which looks at the trials before.
     """
     match sampler:
         case "random":  # each key has its own stream: another key in the space leaves its values alone
-            return {d.key: d.at(_uniform(f"{seed}/{number}/{d.key}")) for d in space}
+            return {d.key: d.at(uniform(f"{seed}/{number}/{d.key}")) for d in space}
         case "qmc":
             sobol = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=seed)
             [u] = sobol.fast_forward(number).draw(1, dtype=torch.float64).tolist()
@@ -209,11 +231,11 @@ def point(space: Sequence[Dimension], sampler: Sampler, seed: int, number: int) 
                 number, index = divmod(number, len(d.choices))
                 values[d.key] = d.choices[index]
             return {d.key: values[d.key] for d in space}
-        case "tpe":
+        case "tpe" | "trust_region":
             return None
 
 
-def _uniform(text: str) -> float:
+def uniform(text: str) -> float:
     """A number in [0, 1) from a text."""
     return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11) / 2**53
 

@@ -24,7 +24,8 @@ from ..errors import CheckpointError, ConfigError
 from ..files import NoLocksError, lock_folder, try_lock
 from .definition import Published, Search
 from .journal import Journal
-from .space import Dimension, Point, point
+from .space import ADAPTIVE, Dimension, Point, point
+from .trust_region import TrustRegionSampler
 
 JOURNAL = "study.journal"
 DIVERGED_AT = 1.5
@@ -122,7 +123,7 @@ class Study:
                     return Claim(trial, lock)
             trials = self._study.get_trials(deepcopy=False)
             waiting = any(t.state == TrialState.WAITING for t in trials)
-            if not waiting and not (self.search.sampler == "tpe" and len(trials) < self.search.trials):
+            if not waiting and not (self.search.sampler in ADAPTIVE and len(trials) < self.search.trials):
                 return None
             trial = self._study.ask(self._distributions)
             lock = self._lock(trial.number)
@@ -246,14 +247,15 @@ def _load(folder: Path, search: Search | None = None) -> optuna.Study:
         if halving
         else optuna.pruners.NopPruner()
     )
-    tpe = search is not None and search.sampler == "tpe"
-    # Of the others Optuna samples nothing: their points are given to it.
-    sampler = (
-        optuna.samplers.TPESampler(seed=search.seed, constant_liar=True)
-        if search and tpe
-        else optuna.samplers.RandomSampler()
-    )
-    return optuna.load_study(study_name=None, storage=_storage(folder), sampler=sampler, pruner=pruner)
+    return optuna.load_study(study_name=None, storage=_storage(folder), sampler=_sampler(search), pruner=pruner)
+
+
+def _sampler(search: Search | None) -> optuna.samplers.BaseSampler:
+    if search is not None and search.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=search.seed, constant_liar=True)
+    if search is not None and search.start is not None:
+        return TrustRegionSampler(search.space, search.start, search.seed)
+    return optuna.samplers.RandomSampler()  # samples nothing: the points of the others are given to Optuna
 
 
 def _check_same(folder: Path, stored: dict[str, Any], search: Search, proxy: TrainConfig) -> None:
