@@ -22,13 +22,14 @@ def report_study(given: Sequence[str]) -> int:
     arguments = of_study("Write one page and its pictures to the study's folder.", "report").parse_args(given)
     from trainer.search.live_table import Table
     from trainer.search.page import write_page
-    from trainer.search.report import make_report
+    from trainer.search.report import describe_factors, make_report
     from trainer.search.study import Study
 
     study = Study.load(arguments.study)
     print(message(Table(study).summary()))
     report = make_report(study)
-    print(*([f"optim.lr: {report.lr_fit}"] if report.lr_fit else []), write_page(report), sep="\n")
+    fit = [f"optim.lr: {report.lr_fit}"] if report.lr_fit else []
+    print(*fit, f"sampler: {report.sampler}", *describe_factors(report), write_page(report), sep="\n")
     return 0
 
 

@@ -7,6 +7,7 @@ from ..build.engine import build_mup_table
 from ..build.flops import image_flops
 from ..config.schema import TrainConfig
 from .definition import Published, Search
+from .space import Sampler
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Cost:
     proxy: Size
     target: Size
     published: Published | None
+    sampler: Sampler
+    keys: int
+    """How many are searched."""
 
     @property
     def flops(self) -> float:
@@ -68,6 +72,7 @@ class Cost:
         """The account as text."""
         lines = [
             f"search: {self.runs} runs of {_describe(self.proxy)}",
+            f"points: {self.sampler} sampler over {self.keys} key{'s' if self.keys > 1 else ''}",
             f"target: one run of {_describe(self.target)}",
             "tuning as a share of one run of the target, trials counted to their end:",
             f"  {self.flops_share:7.2%}  true FLOPs, {self.flops:.3g} of {self.target.flops:.3g} (attention included; "
@@ -85,7 +90,8 @@ class Cost:
 
 
 def cost_of(search: Search, proxy: TrainConfig, target: TrainConfig) -> Cost:
-    return Cost(search.trials * search.seeds, Size.of(proxy), Size.of(target), search.published)
+    runs, keys = search.trials * search.seeds, len(search.space)
+    return Cost(runs, Size.of(proxy), Size.of(target), search.published, search.sampler, keys)
 
 
 def _describe(size: Size) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 
 from ..files import write_atomically
-from .report import StudyReport
+from .report import StudyReport, describe_factors
 from .space import as_overrides, at_the_ends
 
 SHOWN_TRIALS = 10
@@ -24,6 +24,7 @@ def write_page(report: StudyReport) -> Path:
         counts=Counter(trial.state for trial in report.trials),
         best=as_overrides(report.best.point),
         ends=at_the_ends(report.study.search.space, report.best.point),
+        factors=describe_factors(report),
         shown=ranked[:SHOWN_TRIALS],
         hidden=len(ranked) - len(ranked[:SHOWN_TRIALS]),
         png=inline_png,

@@ -15,6 +15,7 @@ from .lr_fit import LR, LrFit, fit_of
 from .space import Dimension, Point, Value
 from .statistics import Estimate, best_region
 from .study import DIVERGED_AT, Study, Trial
+from .trust_region import ATTRIBUTE as BOX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,13 +28,21 @@ _COLOURS = {"complete": "#4c78a8", "halved": "#b0b0b0", "diverged": "#cf222e", "
 class Key:
     """What the study says of one key. edge: the largest value that was stable, and the smallest one above it, from
     where every trial diverged; None where none did. region: the optimum with its 95 % interval, None where the trials
-    are too few; of optim.lr that of the fit, where it has a minimum. Both need values that have an order."""
+    are too few; of optim.lr that of the fit, where it has a minimum. spread: smallest and largest value of the best
+    tenth of the trials, three at least; None of fewer than ten trials. All three need values that have an order."""
 
     dimension: Dimension
     best: Value
     importance: float | None
     edge: tuple[float, float] | None
     region: Estimate | None
+    spread: tuple[float, float] | None
+
+    @property
+    def factor(self) -> tuple[str, str] | None:
+        """(kind of module or role, hyperparameter) of a factor; None of another key."""
+        section, _, name = self.dimension.key.partition(".role_lr.")
+        return (name, "lr") if section == "mup" and name else None
 
     @property
     def octaves_to_edge(self) -> float | None:
@@ -65,6 +74,41 @@ class StudyReport:
     planned: Cost | None
     pictures: dict[str, Path]
 
+    @property
+    def factors(self) -> dict[str, dict[str, Key]]:
+        """{kind of module or role: {hyperparameter: key}} of the factors that were searched."""
+        found: dict[str, dict[str, Key]] = {}
+        for key in self.keys:
+            if key.factor is not None:
+                found.setdefault(key.factor[0], {})[key.factor[1]] = key
+        return found
+
+    @property
+    def sampler(self) -> str:
+        """How the points were chosen; of trust_region where its last box lay."""
+        name = self.study.search.sampler
+        boxes = [t.attributes[BOX] for t in self.trials if BOX in t.attributes]
+        if not boxes:
+            return name
+        centre = "the start" if boxes[-1]["centre"] is None else f"trial {boxes[-1]['centre']}"
+        return f"{name}, the last box {boxes[-1]['side']:.0%} of each range about {centre}"
+
+
+def describe_factors(report: StudyReport) -> list[str]:
+    """The factors by kind as lines of a table: of the best trial, with the spread of the best tenth."""
+    names = list(dict.fromkeys(name for row in report.factors.values() for name in row))
+    rows = [["factor", *names]] if names else []
+    rows += [[kind, *(_factor(row.get(name)) for name in names)] for kind, row in report.factors.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _factor(key: Key | None) -> str:
+    if key is None:
+        return ""
+    spread = f" ({key.spread[0]:.3g} to {key.spread[1]:.3g})" if key.spread else ""
+    return f"{float(key.best or 0):.3g}{spread}"
+
 
 def completed(study: Study) -> list[Trial]:
     """Trials with an objective, best first, without those that ended above the limit of divergence although no early
@@ -92,7 +136,14 @@ def make_report(study: Study) -> StudyReport:
     if (fit := fit_of(study.search.space, done)) and fit.region:
         regions[LR] = fit.region
     keys = [
-        Key(d, done[0].point[d.key], importance.get(d.key), _edge(d, done, diverged), regions.get(d.key))
+        Key(
+            d,
+            done[0].point[d.key],
+            importance.get(d.key),
+            _edge(d, done, diverged),
+            regions.get(d.key),
+            _spread(d, done),
+        )
         for d in study.search.space
     ]
     target = load_config(study.search.target) if study.search.target else None
@@ -115,6 +166,14 @@ def _edge(dimension: Dimension, done: Sequence[Trial], diverged: Sequence[Trial]
     stable = max(float(t.point[dimension.key] or 0) for t in done)
     above = [v for t in diverged if (v := float(t.point[dimension.key] or 0)) > stable]
     return (stable, min(above)) if above else None
+
+
+def _spread(dimension: Dimension, done: Sequence[Trial]) -> tuple[float, float] | None:
+    """(smallest, largest) value of the best tenth of the trials."""
+    if not dimension.numeric or len(done) < 10:
+        return None
+    values = [float(t.point[dimension.key] or 0) for t in done[: max(3, len(done) // 10)]]
+    return min(values), max(values)
 
 
 def _scaled(dimension: Dimension, value: Value) -> float:

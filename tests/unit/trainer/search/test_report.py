@@ -14,7 +14,7 @@ from trainer.search.cost import Cost, Size, cost_of
 from trainer.search.definition import Published, load_search
 from trainer.search.live_table import Table
 from trainer.search.page import write_page
-from trainer.search.report import make_report
+from trainer.search.report import describe_factors, make_report
 from trainer.search.study import Study
 from trainer.search.transfer import write_target
 
@@ -83,6 +83,27 @@ def test_page_without_the_pictures_that_need_many_trials(tmp_path: Path) -> None
     assert 'id="importance"' not in text
 
 
+def test_factors_are_a_table_with_the_spread_of_the_best_tenth(tmp_path: Path) -> None:
+    keys = ("mup.role_lr.hidden", "mup.role_lr.output")
+    space = {key: {"log_uniform": [0.125, 8.0]} for key in keys} | {"optim.lr": {"log_uniform": [1e-3, 1e-1]}}
+    study = Study.open(search(tmp_path, trials=40, space=space, sampler="trust_region", start={"optim.lr": 1e-2}))
+    fill(study, lambda p: 1 + abs(math.log2(float(p[keys[0]] or 0) / 2)) + abs(math.log2(float(p[keys[1]] or 0))))
+    report = make_report(study)
+    hidden = report.factors["hidden"]["lr"]
+    ranked = sorted(report.trials, key=lambda t: t.value or 0.0)
+    best = [float(t.point[keys[0]] or 0) for t in ranked[:4]]
+    assert hidden.best == best[0]
+    assert hidden.spread == (min(best), max(best))
+    head, *rows = describe_factors(report)
+    assert head.split() == ["factor", "lr"]
+    assert [row.split()[0] for row in rows] == ["hidden", "output"]
+    assert rows[0].split(maxsplit=1)[1] == f"{best[0]:.3g} ({min(best):.3g} to {max(best):.3g})"
+    page = write_page(report).read_text()
+    assert f'<pre id="factors">{head}\n{rows[0]}\n{rows[1]}</pre>' in page
+    box = report.trials[-1].attributes["trust_region"]
+    assert f"trust_region, the last box {box['side']:.0%} of each range about trial {box['centre']}" in page
+
+
 # ---------------------------------------------------------------------------------------------------------------- cost
 def test_cost_of_the_papers_pixart_search() -> None:
     found = load_search("search/pixart_0.04b.yaml")
@@ -93,12 +114,13 @@ def test_cost_of_the_papers_pixart_search() -> None:
     text = cost.describe()
     assert "5.46%" in text
     assert "5.35%" in text
+    assert "points: grid sampler over 1 key\n" in text
 
 
 def test_cost_of_the_papers_mmdit_search() -> None:
     proxy = Size("proxy", 512, 178_000_000, 1024, 30_000, 1.0)
     target = Size("target", 5120, 17_700_000_000, 1024, 200_000, 100.0)
-    cost = Cost(80, proxy, target, Published(0.18e9, 18e9, "not published"))
+    cost = Cost(80, proxy, target, Published(0.18e9, 18e9, "not published"), "random", 4)
     assert cost.published_share == pytest.approx(0.12)
     assert cost.flops_share == pytest.approx(0.8)
     assert "not published" in cost.describe()

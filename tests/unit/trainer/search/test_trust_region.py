@@ -1,4 +1,4 @@
-"""The box follows the best trial, shrinks and grows, and finds what random points do not; a cliff is never its centre."""
+"""The box follows the best trial, shrinks and grows; it beats random points; a cliff is never its centre."""
 
 import math
 import multiprocessing
