@@ -87,7 +87,7 @@ def test_factors_are_a_table_with_the_spread_of_the_best_tenth(tmp_path: Path) -
     keys = ("mup.role_lr.hidden", "mup.role_lr.output")
     space = {key: {"log_uniform": [0.125, 8.0]} for key in keys} | {"optim.lr": {"log_uniform": [1e-3, 1e-1]}}
     study = Study.open(search(tmp_path, trials=40, space=space, sampler="trust_region", start={"optim.lr": 1e-2}))
-    fill(study, lambda p: 1 + abs(math.log2(float(p[keys[0]] or 0) / 2)) + abs(math.log2(float(p[keys[1]] or 0))))
+    fill(study, lambda p: 9 + abs(math.log2(float(p[keys[0]] or 0) / 2)) + abs(math.log2(float(p[keys[1]] or 0))))
     report = make_report(study)
     hidden = report.factors["hidden"]["lr"]
     ranked = sorted(report.trials, key=lambda t: t.value or 0.0)
