@@ -179,10 +179,10 @@ def _check_corners(search: Search, source: str) -> None:
     not have."""
     length = max(len(d.ends) for d in search.space)
     corners = [{d.key: d.ends[min(index, len(d.ends) - 1)] for d in search.space} for index in range(length)]
-    for corner in [*corners, *([search.start] if search.start else [])]:
+    for corner in [*([search.start] if search.start else []), *corners]:
         try:
             config = search.proxy(corner)
-            if index == length - 1:  # names of parameters, which mup.factors and optim.muon have, are found here
+            if corner is corners[-1]:  # names of parameters, which mup.factors and optim.muon have, are found here
                 build_mup_table(config)
         except ConfigError as error:
             raise ConfigError(f"{source}: space with {', '.join(as_overrides(corner))}: {error}") from None

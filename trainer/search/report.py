@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..monitor.metrics import read_metrics
 from .cost import Cost, cost_of
 from .lr_fit import LR, LrFit, fit_of
-from .space import Dimension, Point, Value
+from .space import FACTORS, Dimension, Point, Value
 from .statistics import Estimate, best_region
 from .study import DIVERGED_AT, Study, Trial
 from .trust_region import ATTRIBUTE as BOX
@@ -41,8 +41,11 @@ class Key:
     @property
     def factor(self) -> tuple[str, str] | None:
         """(kind of module or role, hyperparameter) of a factor; None of another key."""
-        section, _, name = self.dimension.key.partition(".role_lr.")
-        return (name, "lr") if section == "mup" and name else None
+        if (key := self.dimension.key).startswith(FACTORS):
+            kind, _, name = key.removeprefix(FACTORS).rpartition(".")
+            return kind, name
+        section, _, role = key.partition(".role_lr.")
+        return (role, "lr") if section == "mup" and role else None
 
     @property
     def octaves_to_edge(self) -> float | None:

@@ -21,13 +21,15 @@ ADAPTIVE: tuple[Sampler, ...] = ("tpe", "trust_region")
 """Those that look at the trials before, and so choose a point when it is asked for."""
 Value = bool | int | float | str | None
 Point = dict[str, Value]
+FACTORS = "mup.factors."
+"""Prefix of mup.factors.KIND.lr and the like, whose kinds stand in a config only where they are given."""
 
 # Base hyperparameters: under muP their optimum does not move with the width. A prefix that ends in a dot stands for
 # all keys below it.
 TRANSFER = (
     "optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.clip_norm", "optim.warmup_steps",
     "optim.muon.lr", "optim.muon.weight_decay", "optim.muon.momentum",
-    "objective.repa_weight", "mup.output_multiplier", "mup.role_lr.", "mup.factors.",
+    "objective.repa_weight", "mup.output_multiplier", "mup.role_lr.", FACTORS,
 )  # fmt: skip
 
 # Why other keys are refused: the longest prefix counts.

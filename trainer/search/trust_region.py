@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config.yaml_files import nearest
-from .space import Dimension, Point, Value, as_value, uniform
+from .space import FACTORS, Dimension, Point, Value, as_value, uniform
 
 FIRST_SIDE = 0.5
 """Of the box, as a share of each range."""
@@ -113,6 +113,7 @@ def parse_start(
 ) -> tuple[Point, list[str]]:
     """The first point: the values that are given, else the proxy's own, by key; and the problems, one line each."""
     keys = [d.key for d in space]
+    own = {key: 1.0 for key in keys if key.startswith(FACTORS)} | dict(own)  # of a factor that no config gives
     problems = [
         f"start.{key}: no key of the space{nearest(str(key), keys)}; what is not searched belongs to overrides"
         for key in given

@@ -84,20 +84,21 @@ def test_page_without_the_pictures_that_need_many_trials(tmp_path: Path) -> None
 
 
 def test_factors_are_a_table_with_the_spread_of_the_best_tenth(tmp_path: Path) -> None:
-    keys = ("mup.role_lr.hidden", "mup.role_lr.output")
+    keys = ("mup.factors.attention.lr", "mup.factors.time.lr", "mup.factors.time.init")
     space = {key: {"log_uniform": [0.125, 8.0]} for key in keys} | {"optim.lr": {"log_uniform": [1e-3, 1e-1]}}
     study = Study.open(search(tmp_path, trials=40, space=space, sampler="trust_region", start={"optim.lr": 1e-2}))
     fill(study, lambda p: 9 + abs(math.log2(float(p[keys[0]] or 0) / 2)) + abs(math.log2(float(p[keys[1]] or 0))))
     report = make_report(study)
-    hidden = report.factors["hidden"]["lr"]
+    attention = report.factors["attention"]["lr"]
     ranked = sorted(report.trials, key=lambda t: t.value or 0.0)
     best = [float(t.point[keys[0]] or 0) for t in ranked[:4]]
-    assert hidden.best == best[0]
-    assert hidden.spread == (min(best), max(best))
+    assert attention.best == best[0]
+    assert attention.spread == (min(best), max(best))
     head, *rows = describe_factors(report)
-    assert head.split() == ["factor", "lr"]
-    assert [row.split()[0] for row in rows] == ["hidden", "output"]
-    assert rows[0].split(maxsplit=1)[1] == f"{best[0]:.3g} ({min(best):.3g} to {max(best):.3g})"
+    assert head.split() == ["factor", "lr", "init"]
+    assert [row.split()[0] for row in rows] == ["attention", "time"]
+    assert rows[0].split(maxsplit=1)[1] == f"{best[0]:.3g} ({min(best):.3g} to {max(best):.3g})", "no init"
+    assert rows[1].index(f"{report.factors['time']['init'].best:.3g} (") == head.index("init")
     page = write_page(report).read_text()
     assert f'<pre id="factors">{head}\n{rows[0]}\n{rows[1]}</pre>' in page
     box = report.trials[-1].attributes["trust_region"]

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tests.helpers.studies import fill, search
 from trainer.errors import ConfigError
+from trainer.search.definition import load_search
 from trainer.search.space import Dimension, Point, point
 from trainer.search.study import JOURNAL, Claim, Study
 from trainer.search.trust_region import FIRST_SIDE, LEAST_SIDE, Box, TrustRegionSampler, box_after, draw
@@ -304,6 +305,15 @@ def test_the_start_is_the_proxys_own_unless_it_is_given(tmp_path: Path) -> None:
         Study.open(other)
 
 
+def test_the_start_of_a_factor_that_no_config_gives_is_1(tmp_path: Path) -> None:
+    space = {f"mup.factors.{kind}.lr": {"log_uniform": [0.125, 8]} for kind in ("attention", "mlp", "time")}
+    found = search(tmp_path, "mup.factors.mlp.lr=2", sampler="trust_region", space=space)
+    assert found.start == {"mup.factors.attention.lr": 1.0, "mup.factors.mlp.lr": 2.0, "mup.factors.time.lr": 1.0}
+    shipped = load_search("search/mmdit_factors.yaml")
+    assert set((shipped.start or {}).values()) == {1.0}
+    assert shipped.trials == 10 * len(shipped.space)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -320,6 +330,10 @@ def test_the_start_is_the_proxys_own_unless_it_is_given(tmp_path: Path) -> None:
         ({"space": {"optim.warmup_steps": {"uniform": [0, 9]}}, "start": {"optim.warmup_steps": 2.5}}, "2.5 is not in"),
         ({"space": {"optim.lrr": {"choices": [1]}}, "start": None}, 'optim.lrr: unknown key; did you mean "optim.lr"?'),
         ({"trials": None}, "trials is missing"),
+        (
+            {"space": {f"mup.factors.{k}.lr": {"log_uniform": [0.5, 2]} for k in ("mlp", "image")}, "start": None},
+            "both set lr of",
+        ),
     ],
 )  # fmt: skip
 def test_mistakes(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
