@@ -23,6 +23,11 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
             yield f"diffusers has no model like model.kind {model.kind}; --format official writes the official names"
             return
         twin = TWINS[model.kind]
+        if config.objective.predict != "velocity":
+            yield (
+                f"the pipelines of diffusers take a flow's output for the velocity, this model's is "
+                f"{config.objective.predict} (objective.predict): sample it with launch/sample.py"
+            )
         if model.mlp_ratio != 4:
             yield f"{twin} has MLPs of 4 times the width, this model of model.mlp_ratio {model.mlp_ratio}"
         if model.time_freq_shift != (shift := 1.0 if model.kind == "dit" else 0.0):

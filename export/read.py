@@ -58,6 +58,11 @@ def check_import(config: TrainConfig, form: Format, source: PublishedWeights) ->
     if (model.kind, form) not in LAYOUTS:
         raise ConfigError(f"{source.path} has the names of diffusers, which has no model like model.kind {model.kind}")
     problems = []
+    if config.objective.predict != "velocity":
+        problems.append(
+            f"objective.predict is {config.objective.predict}: published weights of these models predict velocity or "
+            "noise, leave it velocity"
+        )
     if model.time_freq_shift and (model.kind, form) != ("dit", "diffusers"):
         problems.append(f"model.time_freq_shift is {model.time_freq_shift:g}: these weights go with 0")
     if form == "diffusers":

@@ -38,8 +38,8 @@ class Objective(Protocol):
         """x0 [b, C, h, w], keys [b] -> times t [b], noised latents x_t [b, C, h, w], and what `loss` compares with."""
         ...
 
-    def loss(self, prediction: Tensor, draw: Any) -> Tensor:
-        """The model's prediction -> loss per sample [b]."""
+    def loss(self, prediction: Tensor, draw: Any, counts: Tensor | None = None) -> Tensor:
+        """The model's prediction -> loss per sample [b]. counts [b]: 0 for rows that no other row's loss may use."""
         ...
 
 
@@ -80,7 +80,7 @@ def micro_batch_losses(
     draw = objective.draw(encoded.x0, encoded.keys)
     features_at = None if alignment is None else alignment.features_at
     prediction, projected = model(draw.x_t, draw.t, encoded.condition, features_at=features_at)
-    per_sample = objective.loss(prediction, draw)  # [b]
+    per_sample = objective.loss(prediction, draw, encoded.weight)  # [b]
     total = loss = (encoded.weight * per_sample).sum()
     repa_loss = torch.zeros_like(loss)
     if alignment is not None:

@@ -164,8 +164,17 @@ def build_objective(config: TrainConfig, resolved: Resolved) -> RectifiedFlow | 
     """What is trained: rectified flow or DDPM."""
     if config.objective.kind == "ddpm":
         return DDPM(config.objective.beta_schedule, config.model.learn_sigma)
-    mean, std = config.objective.timestep_mean, config.objective.timestep_std
-    return RectifiedFlow(mean, std, resolved.time_shift, area=config.latent_size**2)
+    o = config.objective
+    return RectifiedFlow(
+        o.timestep_mean,
+        o.timestep_std,
+        resolved.time_shift,
+        area=config.latent_size**2,
+        predict=o.predict,
+        x_clamp=o.x_clamp,
+        uniform_share=o.uniform_share,
+        contrastive_weight=o.contrastive_weight,
+    )
 
 
 def build_alignment(config: TrainConfig, encoders: Encoders) -> Alignment | None:
@@ -179,6 +188,6 @@ def build_alignment(config: TrainConfig, encoders: Encoders) -> Alignment | None
 def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:
     """From noise to latents, by the config's sampler and number of steps."""
     if config.sampler == "euler":
-        return Euler(config.sample.steps, resolved.time_shift)
+        return Euler(config.sample.steps, resolved.time_shift, config.objective.predict)
     ddpm = DDPM(config.objective.beta_schedule, config.model.learn_sigma)
     return DDPMSampler(ddpm, config.sampler, config.sample.steps)

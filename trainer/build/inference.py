@@ -11,7 +11,7 @@ import torch
 
 from data.precomputed_format import check_images
 
-from ..checkpoint.compatible import check_same_model, check_weights_readable, lasting
+from ..checkpoint.compatible import check_usable, lasting
 from ..checkpoint.meta import read_meta
 from ..config.resolve import Resolved, resolve
 from ..config.schema import TrainConfig
@@ -84,8 +84,7 @@ def build_inference(
     check_images(config.autoencoder, config.text_encoder, config.label_classes)
     resolved = resolve(config, world.size)
     table = build_mup_table(config)
-    check_same_model(read_meta(checkpoint), table.to_json(), checkpoint, rules=False)
-    check_weights_readable(read_meta(checkpoint), checkpoint)
+    check_usable(read_meta(checkpoint), table.to_json(), config.objective.predict, checkpoint)
     encoders = Encoders(config, world)
     _check_text_encoder(encoders, checkpoint, config.text_encoder.path)
     # Compiling takes longer than what it saves in a few images: only where it is asked for.

@@ -17,7 +17,7 @@ from data.debug import ensure_debug_assets
 from data.errors import DataError
 from models.attention import kernel_in_use
 
-from ..checkpoint.compatible import check_same_model, check_weights_readable, lasting
+from ..checkpoint.compatible import check_usable, lasting
 from ..checkpoint.find import find_checkpoint, set_aside, weights_of
 from ..checkpoint.meta import read_meta
 from ..checkpoint.resume import Resumed, engine_identity, find_resumed
@@ -183,8 +183,7 @@ def _find_start(inputs: _Inputs) -> _Start:
     if resumed is not None or config.run.init_from is None:
         return _Start(resumed, None)
     initial = find_checkpoint(Path(config.run.init_from), world.control)
-    check_same_model(read_meta(initial), table.to_json(), initial, rules=False)
-    check_weights_readable(read_meta(initial), initial)
+    check_usable(read_meta(initial), table.to_json(), config.objective.predict, initial)
     return _Start(None, initial)
 
 

@@ -50,6 +50,19 @@ def check_same_model(meta: Mapping[str, Any], table: Mapping[str, Any], checkpoi
         )
 
 
+def check_usable(meta: Mapping[str, Any], table: Mapping[str, Any], predicts: str, checkpoint: Path) -> None:
+    """Raise CheckpointError unless the checkpoint's weights mean under the config what they were trained as: another
+    run may start from them, and they may be sampled from. predicts: objective.predict of the config."""
+    check_same_model(meta, table, checkpoint, rules=False)
+    trained = meta["config"]["objective"].get("predict", "velocity")  # older ones predict the velocity, or noise
+    if trained != predicts:
+        raise CheckpointError(
+            f"{checkpoint} was trained with objective.predict {trained}, and the config says {predicts}: its output "
+            f"would be taken for something else; set objective.predict={trained}"
+        )
+    check_weights_readable(meta, checkpoint)
+
+
 def _other_function(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first difference of two tables in what multiplies weights or branches."""
     factors = [

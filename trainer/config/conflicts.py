@@ -19,6 +19,7 @@ def conflicts(c: TrainConfig) -> Iterator[str]:
     """A sentence for everything that is wrong."""
     yield from _model_conflicts(c)
     yield from _step_conflicts(c)
+    yield from _objective_conflicts(c)
     yield from _sampling_conflicts(c)
     yield from _data_conflicts(c)
     yield from _attention_conflicts(c)
@@ -92,6 +93,19 @@ def _data_conflicts(c: TrainConfig) -> Iterator[str]:
             f"data.text_lengths must end with text_encoder.max_length {c.text_encoder.max_length}, where captions are "
             f"cut, got {list(lengths)}"
         )
+
+
+def _objective_conflicts(c: TrainConfig) -> Iterator[str]:
+    """Keys of rectified flow that another objective, or another prediction, has no use for."""
+    default = type(c.objective)()
+    for key in ("predict", "uniform_share", "contrastive_weight"):
+        if c.objective.kind != "rectified_flow" and getattr(c.objective, key) != getattr(default, key):
+            yield (
+                f"objective.{key} {getattr(c.objective, key)} needs objective.kind rectified_flow, not "
+                f"{c.objective.kind}: leave it {getattr(default, key)}"
+            )
+    if c.objective.predict != "x" and c.objective.x_clamp != default.x_clamp:
+        yield f"objective.x_clamp {c.objective.x_clamp} does nothing without objective.predict x: leave it out"
 
 
 def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:

@@ -241,13 +241,23 @@ class ObjectiveConfig(Section):
     """What the model learns to predict, and at which times."""
 
     kind: Literal["rectified_flow", "ddpm"] = "rectified_flow"
-    """`rectified_flow` predicts the velocity between noise and image, `ddpm` the noise of 1000 diffusion steps."""
+    """`rectified_flow` learns the velocity between noise and image, `ddpm` the noise of 1000 diffusion steps."""
+    predict: Literal["velocity", "x"] = "velocity"
+    """What a rectified_flow's model puts out: the velocity, or the clean image `x`, whose loss is that of the velocity
+    all the same (JiT, arXiv 2511.13720)."""
+    x_clamp: float = Field(default=0.05, gt=0, lt=1)
+    """Least time by which the error of x is divided in training, where the velocity's error is its error / time."""
     beta_schedule: Literal["linear", "scaled_linear"] = "linear"
     """Noise schedule of ddpm: `linear` as Ho et al., `scaled_linear` as Stable Diffusion."""
     timestep_mean: float = 0.0
     """Mean of the logit of rectified_flow's training times, before the shift."""
     timestep_std: float = Field(default=1.0, gt=0)
     """Standard deviation of the logit of rectified_flow's training times."""
+    uniform_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples whose training time is uniform between 0 and 1, and not shifted."""
+    contrastive_weight: float = Field(default=0.0, ge=0, lt=1)
+    """Weight of the distance to the velocity of another sample of the batch, which is subtracted from rectified_flow's
+    loss (contrastive flow matching, arXiv 2506.05350); 0 turns it off."""
     shift_base_tokens: int = Field(default=256, ge=1)
     """Number of image tokens at which times are not shifted; others are by s = sqrt(image tokens / this number)."""
     repa_weight: float = Field(default=0.0, ge=0)

@@ -87,10 +87,11 @@ class DDPM:
         error = self._noise(prediction, draw) - draw.target
         return error.square().flatten(1).mean(1)
 
-    def loss(self, prediction: Tensor, draw: Draw) -> Tensor:
+    def loss(self, prediction: Tensor, draw: Draw, counts: Tensor | None = None) -> Tensor:
         """Squared error of the noise, plus the bound of the step where the variance is learned; [B], float32 or better.
 
-        prediction: [B, C, h, w], or [B, 2 C, h, w] with a learned variance.
+        prediction: [B, C, h, w], or [B, 2 C, h, w] with a learned variance. counts: of no use here, where no row's loss
+        depends on another row.
         """
         loss = self.denoising_loss(prediction, draw)
         if self.learned_sigma:

@@ -14,7 +14,13 @@ _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 # One number per purpose (its first four letters), so that streams of one key are independent of each other.
-PURPOSES = {"time": 0x74696D65, "noise": 0x6E6F6973, "posterior": 0x706F7374, "features": 0x66656174}
+PURPOSES = {
+    "time": 0x74696D65,
+    "noise": 0x6E6F6973,
+    "posterior": 0x706F7374,
+    "features": 0x66656174,
+    "uniform": 0x756E6966,
+}
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -46,6 +52,11 @@ def normal(keys: Tensor, shape: tuple[int, ...], purpose: str) -> Tensor:
     angle = (low + 0.5) * (2.0**-32 * 2 * math.pi)
     numbers = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
     return numbers.reshape(len(keys), -1)[:, :count].reshape(len(keys), *shape)
+
+
+def uniform(keys: Tensor, count: int, purpose: str) -> Tensor:
+    """keys int64 [B] -> [B, count] float64, uniform on (0, 1), both ends excluded."""
+    return (_shift_right(bits(keys, count, purpose), 12).double() + 0.5) * 2.0**-52
 
 
 def integers(keys: Tensor, high: int, purpose: str) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .flow import shift_time
+from .flow import Prediction, shift_time, velocity_towards
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, C, h, w], t [B]) -> the model's output [B, C or 2 C, h, w]: velocity, or noise (and variance)."""
+"""(x [B, C, h, w], t [B]) -> the model's output [B, C or 2 C, h, w]: velocity, clean image, or noise (and
+variance)."""
 
 
 class Sampler(Protocol):
@@ -22,13 +23,19 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Euler:
-    """Steps of a rectified flow, at times shifted as in training."""
+    """Steps of a rectified flow, at times shifted as in training. predict: what the model puts out; where that is the
+    clean image, the last step ends at it, since no clamp of training is needed here."""
 
     steps: int
     shift: float
+    predict: Prediction = "velocity"
 
     def __call__(self, predict: Predict, noise: Tensor, keys: Tensor) -> Tensor:
-        return euler(predict, noise, euler_times(self.steps, self.shift))
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            output = predict(x, t)
+            return velocity_towards(output, x, t) if self.predict == "x" else output
+
+        return euler(velocity, noise, euler_times(self.steps, self.shift))
 
 
 def euler_times(steps: int, shift: float) -> list[float]:

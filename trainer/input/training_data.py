@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from data.batch import Batch
+from data.batch import Batch, micro_batch_shape
 from data.config import DataConfig
 from data.debug import ensure_debug_assets
 from data.errors import DataError, too_many_unreadable
@@ -35,11 +35,13 @@ class TrainingData:
     """Training and validation data of a config: the reader of each rank, and what identifies the data.
 
     Raises DataError where the data cannot be read or are not of the kind that the config says, and ConfigError where
-    they are too few for train.steps.
+    they are too few for train.steps, or where micro-batches would part what objective.contrastive_weight pairs.
     """
 
     def __init__(self, config: TrainConfig, resolved: Resolved, world: World) -> None:
         self._config, self._resolved, self._world = config, resolved, world
+        if config.objective.contrastive_weight:
+            _check_pairs(config, resolved)
         self._index: ImageTextIndex | None = None
         self.steps: int | None = None
         """Steps that the data hold; None where they have no end."""
@@ -147,6 +149,20 @@ class TrainingData:
                 f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {epoch} samples"
                 f"{first_end}: at most {most} steps of {c.train.global_batch_size}"
             )
+
+
+def _check_pairs(c: TrainConfig, resolved: Resolved) -> None:
+    """Raise ConfigError unless slots 0 and 1, 2 and 3, ... of every batch come in one micro-batch each, so that no loss
+    depends on how a batch is spread over ranks and micro-batches."""
+    batch, world, most = c.train.global_batch_size, resolved.world_size, resolved.micro_batch_size
+    rows = [micro_batch_shape(batch, world, micro_batch_rows(c, bucket, world, most))[1] for bucket in buckets_of(c)]
+    if batch % (2 * world) or any(count % 2 for count in rows):
+        raise ConfigError(
+            "objective.contrastive_weight compares the samples of a batch in pairs, which stay together on a process "
+            f"and in a micro-batch: train.global_batch_size must be a multiple of 2 x {world} processes, got {batch}, "
+            f"and micro-batches must have even numbers of samples, got {', '.join(map(str, sorted({*rows})))}: set "
+            "train.micro_batch_size so"
+        )
 
 
 def is_debug(path: str) -> bool:

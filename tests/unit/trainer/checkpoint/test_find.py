@@ -22,7 +22,7 @@ from launch.processes import kill_tree
 from tests.faults.harness import lives
 from tests.helpers.checkpoints import meta_of
 from trainer.build.engine import build_mup_table
-from trainer.checkpoint.compatible import check_same_model
+from trainer.checkpoint.compatible import check_same_model, check_usable
 from trainer.checkpoint.find import complete_checkpoints, find_checkpoint
 from trainer.checkpoint.meta import read_meta
 from trainer.checkpoint.write import Checkpointer
@@ -213,6 +213,18 @@ def test_weights_under_other_multipliers_are_refused(override: str, said: str) -
     check_same_model({"mup": ours}, ours, Path("runs/a"), rules=False)
     with pytest.raises(CheckpointError, match=f"runs/a would compute another function under this config: {said}"):
         check_same_model({"mup": ours}, other, Path("runs/a"), rules=False)
+
+
+def test_weights_that_predict_something_else_are_refused() -> None:
+    """By init_from, sampling and evaluation. Checkpoints from before the key was there predict what was predicted."""
+    ours = table(a=([4, 2], 1.0))
+    for objective, predicts in (({}, "velocity"), ({"predict": "velocity"}, "velocity"), ({"predict": "x"}, "x")):
+        meta = {"mup": ours, "config": {"objective": objective}}
+        check_usable(meta, ours, predicts, Path("runs/a"))
+        other = {"x": "velocity", "velocity": "x"}[predicts]
+        said = f"runs/a was trained with objective.predict {predicts}, and the config says {other}"
+        with pytest.raises(CheckpointError, match=said):
+            check_usable(meta, ours, other, Path("runs/a"))
 
 
 def test_check_same_rules() -> None:

@@ -406,6 +406,20 @@ def test_no_key_stores_a_secret(override: str) -> None:
         (["ema.decays=[]"], "ema.decays must be different numbers between 0 and 1"),
         (["ema.decays=[0.9, 1.0]"], "ema.decays must be different numbers between 0 and 1"),
         (["ema.decays=[0.9, 0.9]"], "ema.decays must be different numbers between 0 and 1"),
+        (
+            ["objective.kind=ddpm", "objective.predict=x"],
+            "objective.predict x needs objective.kind rectified_flow, not ddpm: leave it velocity",
+        ),
+        (
+            ["objective.kind=ddpm", "objective.uniform_share=0.1"],
+            "objective.uniform_share 0.1 needs objective.kind rectified_flow, not ddpm: leave it 0.0",
+        ),
+        (
+            ["objective.kind=ddpm", "objective.contrastive_weight=0.05"],
+            "objective.contrastive_weight 0.05 needs objective.kind rectified_flow, not ddpm: leave it 0.0",
+        ),
+        (["objective.x_clamp=0.1"], "objective.x_clamp 0.1 does nothing without objective.predict x"),
+        (["objective.contrastive_weight=1"], "objective.contrastive_weight must be at least 0 and less than 1, got 1"),
         (["run.allow_change=[optim.lrr]"], '"optim.lrr" is no config key; did you mean "optim.lr"?'),
         (["run.allow_change=[train.seed]"], '"train.seed" is what the run is'),
     ],
