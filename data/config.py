@@ -216,11 +216,13 @@ class AutoencoderConfig:
     """The frozen image autoencoder."""
 
     path: str = Field(default=NONE, json_schema_extra=RUNTIME)
-    """A local folder or hub id of a diffusers AutoencoderKL; `none` trains on pixels (channels 3, downsample 1), on
-    synthetic latents, or on latents that come with the data."""
+    """A local folder or hub id of an autoencoder of diffusers: AutoencoderKL (SD 1 to 3, FLUX.1), AutoencoderKLFlux2,
+    AutoencoderDC or AutoencoderKLQwenImage; `none` trains on pixels (channels 3, downsample 1), on synthetic latents,
+    or on latents that come with the data."""
     subfolder: str | None = Field(default=None, json_schema_extra=RUNTIME)
     """Folder below autoencoder.path, as in a diffusers pipeline (`vae`)."""
     channels: int = Field(default=16, ge=1)
-    """Channels of a latent, which are compared with those of the autoencoder that is loaded."""
+    """Channels of a latent, which are compared with those of the autoencoder that is loaded (FLUX.2: 128)."""
     downsample: int = Field(default=8, ge=1)
-    """Pixels along one side of a latent's cell, which is compared with that of the autoencoder that is loaded."""
+    """Pixels along one side of a latent's cell, which is compared with that of the autoencoder that is loaded (FLUX.2:
+    16)."""

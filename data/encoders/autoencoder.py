@@ -8,27 +8,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ..config import NONE, AutoencoderConfig
 from ..errors import DataError
+from .autoencoder_classes import CLASSES, AutoencoderClass, MissingStatistics, Normalisation
 from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, unit_range, weights_digest
 from .weights import check_whole
 
-_VAE_FIELDS = (
-    "in_channels",
-    "out_channels",
-    "latent_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "norm_num_groups",
-    "act_fn",
-    "scaling_factor",
-    "shift_factor",
-    "use_quant_conv",
-    "use_post_quant_conv",
-    "mid_block_add_attention",
-)
 _SD1_SCALE = 0.18215
 _PIXELS = 2**21  # the most that an autoencoder takes at once
 
@@ -66,17 +54,31 @@ class PixelAutoencoder:
 
 
 class Autoencoder:
-    """A frozen diffusers AutoencoderKL whose latents are (z - shift) * scale.
+    """A frozen autoencoder of diffusers, of one of CLASSES, whose latents are (z - shift) * scale.
 
-    channels: C. downsample: pixels per latent side. fingerprint: identifies the weights, whatever their path. weights:
-    their digest (see weights_digest).
+    channels: C. downsample: pixels per latent side. scale, shift: as of Normalisation. variance: whether images are
+    encoded as distributions. fingerprint: identifies the weights, whatever their path. weights: their digest (see
+    weights_digest).
     """
 
-    def __init__(self, model: AutoencoderKL, scale: float, shift: float, fingerprint: str) -> None:
-        self.model, self.scale, self.shift, self.fingerprint = model, scale, shift, fingerprint
+    def __init__(self, model: Any, normalisation: Normalisation, fingerprint: str) -> None:
+        self.model, self.fingerprint = model, fingerprint
+        # On the device once, so that no step copies them there.
+        self.scale, self.shift = (
+            each.to(model.device) if isinstance(each, torch.Tensor) else each for each in normalisation
+        )
         self.weights: str | None = None
-        self.channels = int(model.config["latent_channels"])
-        self.downsample = 2 ** (len(model.config["block_out_channels"]) - 1)
+        self._class = CLASSES[type(model).__name__]
+        self.variance = self._class.variance
+        self.channels = int(model.config[self._class.latent_channels]) * self._class.patch**2
+        self.downsample = self._class.sides(model.config) * self._class.patch
+
+    def declared(self) -> dict[str, Any]:
+        """What a set of precomputed latents notes of them, as JSON can hold it."""
+        scale, shift = (
+            each.flatten().tolist() if isinstance(each, torch.Tensor) else each for each in (self.scale, self.shift)
+        )
+        return {"scale": scale, "shift": shift, **({} if self.variance else {"variance": False})}
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> Moments:
@@ -85,64 +87,52 @@ class Autoencoder:
         parts = []
         for part in _few(images):
             pixels = unit_range(part, self.model.device, wide).to(self.model.dtype)
-            posterior = self.model.encode(pixels).latent_dist  # type: ignore[union-attr] (a tuple if asked for)
-            parts.append((posterior.mean.to(wide), posterior.logvar.to(wide)))
-        mean, logvar = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return Moments((mean - self.shift) * self.scale, logvar + 2.0 * math.log(self.scale))
+            parts.append([each.to(wide) for each in self._moments(pixels)])
+        moments = [F.pixel_unshuffle(torch.cat(tensors), self._class.patch) for tensors in zip(*parts, strict=True)]
+        scale, shift = self._normalisation(moments[0])
+        mean = (moments[0] - shift) * scale
+        if not self.variance:
+            return Moments(mean, None)
+        log_scale = scale.log() if isinstance(scale, torch.Tensor) else math.log(scale)
+        return Moments(mean, moments[1] + 2.0 * log_scale)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [b, C, h, w] -> images [b, 3, R, R], clamped to [-1, 1], fp32 (fp64 where the dtype is fp64)."""
         wide = at_least_float32(self.model.dtype)
-        z = latents.to(self.model.device, wide) / self.scale + self.shift
-        parts = _few(z.to(self.model.dtype), self.downsample)
-        images = [self.model.decode(part).sample.to(wide) for part in parts]  # type: ignore[union-attr] (as above)
+        z = latents.to(self.model.device, wide)
+        scale, shift = self._normalisation(z)
+        z = F.pixel_shuffle(z / scale + shift, self._class.patch)
+        parts = _few(z.to(self.model.dtype), self.downsample // self._class.patch)
+        images = []
+        for part in parts:
+            decoded = self.model.decode(part[:, :, None] if self._class.video else part).sample.to(wide)
+            images.append(decoded[:, :, 0] if self._class.video else decoded)
         return torch.cat(images).clamp(-1.0, 1.0)
+
+    def _moments(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """What the model itself gives for images [b, 3, R, R]: mean and log variance, or latents alone."""
+        encoded = self.model.encode(pixels[:, :, None] if self._class.video else pixels)
+        moments = [encoded.latent_dist.mean, encoded.latent_dist.logvar] if self.variance else [encoded.latent]
+        return [each[:, :, 0] for each in moments] if self._class.video else moments
+
+    def _normalisation(self, like: torch.Tensor) -> Normalisation:
+        """Scale and shift in the type of a tensor."""
+        scale, shift = (each.to(like) if isinstance(each, torch.Tensor) else each for each in (self.scale, self.shift))
+        return Normalisation(scale, shift)
 
 
 def load_autoencoder(
     cfg: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype
 ) -> Autoencoder | PixelAutoencoder:
-    """Load an AutoencoderKL from safetensors, with the scale and shift of its own config.json; PixelAutoencoder where
-    autoencoder.path is none.
+    """Load an autoencoder of one of CLASSES from safetensors, with what its own files say of its latents' scale;
+    PixelAutoencoder where autoencoder.path is none.
 
     The config.json of SD 1's autoencoders is older than the field scaling_factor: their scale is known. Raises
-    DataError where the autoencoder cannot be loaded, where another names no scaling_factor, and where its channels or
-    its downsampling are not those of the config.
+    DataError where the autoencoder cannot be loaded, where another does not say how its latents are normalised, and
+    where its channels or its downsampling are not those of the config.
     """
-    if cfg.path == NONE:
-        loaded: Autoencoder | PixelAutoencoder = PixelAutoencoder(device, dtype)
-    else:
-        quieten()
-        where: dict[str, Any] = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
-        try:
-            # The file itself is read: the model's config would replace a missing scaling_factor by that of SD 1.
-            stored: Any = AutoencoderKL.load_config(cfg.path, **where)
-            if not isinstance(stored, dict):
-                raise ValueError("config.json holds no object")
-            _check_kind(cfg.path, stored)
-            told = {"output_loading_info": True, "ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}
-            loading: Any = AutoencoderKL.from_pretrained(
-                cfg.path, torch_dtype=dtype, use_safetensors=True, **told, **where
-            )
-            model, found = loading
-        except DataError:
-            raise
-        except Exception as error:  # damaged files raise errors of the library's own
-            raise load_error("autoencoder.path", cfg.path, cfg.subfolder, error) from error
-        check_whole(model, found, "autoencoder.path", cfg.path)
-        if "scaling_factor" not in stored and _is_of_sd1(stored):
-            stored = {**stored, "scaling_factor": _SD1_SCALE}
-        scale, shift = stored.get("scaling_factor"), stored.get("shift_factor")
-        if scale is None:
-            raise DataError(
-                f"autoencoder.path: config.json of {cfg.path!r} has no scaling_factor; add the value that belongs "
-                "to these weights (SD 0.18215, SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609)"
-            )
-        freeze(model, device)
-        fingerprint = fingerprint_of(stored, _VAE_FIELDS, model, "AutoencoderKL")
-        loaded = Autoencoder(model, float(scale), float(shift or 0.0), fingerprint)
-        loaded.weights = weights_digest(model, cfg.path, cfg.subfolder)
+    loaded = PixelAutoencoder(device, dtype) if cfg.path == NONE else _load(cfg, device, dtype)
     for name, wanted, found in (
         ("channels", cfg.channels, loaded.channels),
         ("downsample", cfg.downsample, loaded.downsample),
@@ -155,14 +145,69 @@ def load_autoencoder(
     return loaded
 
 
-def _check_kind(path: str, stored: Mapping[str, Any]) -> None:
-    """Raise DataError where a config.json is that of another kind of autoencoder, or of a pipeline."""
-    kind = stored.get("_class_name", AutoencoderKL.__name__)
-    if kind != AutoencoderKL.__name__:
-        raise DataError(
-            f"autoencoder.path: {path!r} is a {kind}; only AutoencoderKL is supported, the kind of SD 1, SDXL, SD 3 "
-            "and FLUX.1 (of a pipeline name the folder vae: autoencoder.subfolder=vae)"
+def _load(cfg: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
+    quieten()
+    where: dict[str, Any] = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
+    try:
+        # The file itself is read: the model's config would replace what is missing by the defaults of its class.
+        stored: Any = AutoencoderKL.load_config(cfg.path, **where)
+        if not isinstance(stored, dict):
+            raise ValueError("config.json holds no object")
+        name, kind = _class_of(cfg.path, stored)
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}
+        autoencoder_class: Any = kind.model
+        model, found = autoencoder_class.from_pretrained(
+            cfg.path, torch_dtype=dtype, use_safetensors=True, **told, **where
         )
+    except DataError:
+        raise
+    except Exception as error:  # damaged files raise errors of the library's own
+        raise load_error("autoencoder.path", cfg.path, cfg.subfolder, error) from error
+    check_whole(model, found, "autoencoder.path", cfg.path)
+    if "scaling_factor" not in stored and name == "AutoencoderKL" and _is_of_sd1(stored):
+        stored = {**stored, "scaling_factor": _SD1_SCALE}
+    try:
+        normalisation = kind.normalisation(stored, model)
+    except MissingStatistics as missing:
+        raise DataError(
+            f"autoencoder.path: config.json of {cfg.path!r} has no {missing}; add the value that belongs "
+            "to these weights (SD 0.18215, SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609)"
+        ) from None
+    freeze(model, device)
+    per_channel = [each.flatten().tolist() for each in normalisation if isinstance(each, torch.Tensor)]
+    fingerprint = fingerprint_of(stored, kind.fields, model, [name, per_channel] if per_channel else name)
+    loaded = Autoencoder(model, normalisation, fingerprint)
+    _check_normalisation(loaded, cfg.path)
+    loaded.weights = weights_digest(model, cfg.path, cfg.subfolder)
+    return loaded
+
+
+def _class_of(path: str, stored: Mapping[str, Any]) -> tuple[str, AutoencoderClass]:
+    """The class that a config.json names; DataError where it is none of CLASSES, as that of a pipeline."""
+    name = str(stored.get("_class_name", AutoencoderKL.__name__))
+    if name not in CLASSES:
+        raise DataError(
+            f"autoencoder.path: {path!r} is a {name}; only these are supported: AutoencoderKL (SD 1, SDXL, SD 3, "
+            "FLUX.1), AutoencoderKLFlux2 (FLUX.2), AutoencoderDC (DC-AE, Sana) and AutoencoderKLQwenImage (of a "
+            "pipeline name the folder vae: autoencoder.subfolder=vae)"
+        )
+    return name, CLASSES[name]
+
+
+def _check_normalisation(autoencoder: Autoencoder, path: str) -> None:
+    """Raise DataError where the statistics of the latents cannot be those of these channels."""
+    for each in (autoencoder.scale, autoencoder.shift):
+        values = torch.as_tensor(each)
+        if values.ndim and len(values) != autoencoder.channels:
+            raise DataError(
+                f"autoencoder.path: {path!r} has statistics of {len(values)} channels, and latents of "
+                f"{autoencoder.channels}: fetch it again"
+            )
+        if not bool(values.isfinite().all()) or (each is autoencoder.scale and not bool((values > 0).all())):
+            raise DataError(
+                f"autoencoder.path: the statistics by which {path!r} normalises latents are not finite numbers with "
+                "standard deviations above 0: fetch it again"
+            )
 
 
 def _is_of_sd1(stored: Mapping[str, Any]) -> bool:

@@ -166,7 +166,7 @@ def test_no_call_of_transformers_lets_code_run() -> None:
     for path in sorted(p for room in rooms() for p in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and (call := ast.unparse(node)).partition("(")[0].endswith("from_pretrained"):
-                asked = "trust_remote_code=False" in call or call.startswith("AutoencoderKL.")
+                asked = "trust_remote_code=False" in call or call.startswith(("AutoencoderKL.", "autoencoder_class."))
                 assert asked, f"{path}:{node.lineno}: {call}"
 
 

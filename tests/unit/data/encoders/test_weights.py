@@ -118,5 +118,7 @@ def test_states_that_are_not_finite_are_refused(assets: Path, tmp_path: Path) ->
 
 def test_another_kind_of_autoencoder_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", "scaling_factor": 1.0}))
-    with pytest.raises(DataError, match=r"autoencoder\.path: .* is a AutoencoderTiny; only AutoencoderKL"):
+    with pytest.raises(
+        DataError, match=r"autoencoder\.path: .* is a AutoencoderTiny; only these are supported: AutoencoderKL"
+    ):
         load_autoencoder(AutoencoderConfig(path=str(tmp_path), channels=4, downsample=8), "cpu", torch.float32)
