@@ -62,10 +62,11 @@ class Dataset:
 
     @property
     def latents_shape(self) -> tuple[int, int, int, int, int]:
-        """(V, 2, C, h, w) of KEY.latents.npy."""
+        """(V, 2, C, h, w) of KEY.latents.npy; (V, 1, C, h, w) where the latents have no variance."""
         autoencoder = self.declared["autoencoder"]
         side = self.declared["resolution"] // autoencoder["downsample"]
-        return 1 + self.declared["flips"], 2, autoencoder["channels"], side, side
+        moments = 2 if autoencoder.get("variance", True) else 1  # which only those without one declare
+        return 1 + self.declared["flips"], moments, autoencoder["channels"], side, side
 
     @property
     def features_shape(self) -> tuple[int, int, int]:
@@ -237,6 +238,8 @@ def _is_declared(said: Any) -> TypeGuard[dict[str, Any]]:
         if not isinstance(one, dict) or not isinstance(one.get("fingerprint"), str):
             return False
         if not all(type(one.get(key)) is int and 0 < one[key] < 1 << 20 for key in numbers):
+            return False
+        if not isinstance(one.get("variance", True), bool):
             return False
     return type(said["resolution"]) is int and 0 < said["resolution"] < 1 << 20 and isinstance(said["flips"], bool)
 

@@ -17,7 +17,8 @@ from .shard_index import ABSENT
 
 
 class LatentRows:
-    """Rows with latents (mean and logvar, fp16), text states (bf16) and, where `features` is set, features (fp16).
+    """Rows with latents (fp16: mean and, where there is one, logvar), text states (bf16) and, where `features` is set,
+    features (fp16).
 
     classes: as of Decoder; with them there are no text states. bucket: text states are cut at its length; None is the
     set's longest. A row that stays empty holds zeros and the empty caption.
@@ -29,7 +30,7 @@ class LatentRows:
         self._classes, rows = classes, len(keys)
         self._variants, *shape = dataset.latents_shape
         # Rows are set in numpy's arrays, which takes a fifth of the time, and these are the tensors' memory.
-        self._moments = np.zeros((rows, *shape), np.float16)  # [b, 2, C, h, w]
+        self._moments = np.zeros((rows, *shape), np.float16)  # [b, 2 or 1, C, h, w]
         self._features = np.zeros((rows, *dataset.features_shape[1:]), np.float16) if features else None  # [b, N, F]
         self._text = _TextRows(rows, dataset, bucket) if classes is None else None
         latents = torch.from_numpy(self._moments)
@@ -37,7 +38,7 @@ class LatentRows:
             torch.from_numpy(keys),
             bucket,
             latents=latents[:, 0],
-            logvar=latents[:, 1],
+            logvar=latents[:, 1] if latents.shape[1] == 2 else None,
             features=None if self._features is None else torch.from_numpy(self._features),
         )
 

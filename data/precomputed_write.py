@@ -92,8 +92,7 @@ class Precompute:
                 "fingerprint": vae.fingerprint,
                 "channels": vae.channels,
                 "downsample": vae.downsample,
-                "scale": vae.scale,
-                "shift": vae.shift,
+                **vae.declared(),
             },
             "text_encoder": text and {
                 "fingerprint": text.fingerprint,
@@ -382,12 +381,11 @@ class Precompute:
         return _Decoded(key, raw.row, "", label, pixels, captions)
 
     def _latents(self, pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """fp16 [V, 2, C, h, w] of each image, uint8 [3, R, R]."""
+        """fp16 [V, 2, C, h, w] of each image, uint8 [3, R, R]; [V, 1, C, h, w] where latents have no variance."""
         variants = []
         for images in self._variants(pixels):
             mean, logvar = self.autoencoder.encode(images)
-            assert logvar is not None
-            variants.append(torch.stack([mean, logvar], 1))
+            variants.append(torch.stack([mean] if logvar is None else [mean, logvar], 1))
         return _by_image(variants)
 
     def _features(self, pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
