@@ -120,6 +120,10 @@ def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]
         yield f"{stock} does not shift the times of a {config.objective.kind} as in training"
     if config.autoencoder.path == NONE:
         yield f"{stock} needs an autoencoder, this is a model of pixels"
+    elif vae is not None and (name := type(vae.model).__name__) != "AutoencoderKL":
+        yield f"{stock} has an AutoencoderKL, not this model's {name}"
+    elif vae is not None and isinstance(vae.shift, Tensor):
+        yield f"{stock} ignores the autoencoder's latents_mean and latents_std"
     elif vae is not None and vae.shift:
         yield f"{stock} ignores the autoencoder's shift_factor {vae.shift:g}"
     if config.sample.guidance_channels is not None:
@@ -188,11 +192,12 @@ def _write_encoders(
     parts: dict[str, Any] = {part: [None, None] for part in ("vae", "text_encoder", "tokenizer")}
     sources: dict[str, Any] = {}
     if vae is not None:
-        parts["vae"] = ["diffusers", "AutoencoderKL"]
+        name = type(vae.model).__name__
+        parts["vae"] = ["diffusers", name]
         if encoders == "copy":
             vae.model.save_pretrained(folder / "vae")
         else:
-            sources["vae_source"] = [config.autoencoder.path, config.autoencoder.subfolder]
+            sources["vae_source"] = [config.autoencoder.path, config.autoencoder.subfolder, name]
     if config.label_classes is None:
         name, _ = stored_text_encoder(config.text_encoder)
         parts |= {"text_encoder": ["transformers", name], "tokenizer": ["transformers", "T5TokenizerFast"]}

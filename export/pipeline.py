@@ -13,16 +13,45 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import diffusers
 import torch
+import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w], t, the scheduler's own timestep) -> the model's output [B, C or 2 C, h, w] in float32."""
+
+
+class LatentForm(NamedTuple):
+    """What the model's latents are to an autoencoder: `patch` x `patch` of its own stacked as channels, a side of which
+    makes `downsample` pixels, and then (z - shift) * scale; video: of one frame."""
+
+    downsample: int
+    scale: float | Tensor
+    shift: float | Tensor
+    patch: int = 1
+    video: bool = False
+
+
+def latent_form(vae: Any) -> LatentForm:
+    """By the autoencoder's class, its config and its statistics, as in training."""
+    config, name = vae.config, type(vae).__name__
+    if name == "AutoencoderKLFlux2":
+        std = (vae.bn.running_var.float() + vae.bn.eps).sqrt()[:, None, None]
+        mean = vae.bn.running_mean.float()[:, None, None]
+        return LatentForm(2 ** len(config.block_out_channels), 1 / std, mean, patch=2)
+    blocks = {"AutoencoderDC": "encoder_block_out_channels", "AutoencoderKLQwenImage": "dim_mult"}
+    downsample = 2 ** (len(config[blocks.get(name, "block_out_channels")]) - 1)
+    scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (torch.tensor(config[f"latents_{part}"]).flatten()[:, None, None] for part in ("mean", "std"))
+        scale, shift = scale / std, mean
+    return LatentForm(downsample, scale, shift, video=name == "AutoencoderKLQwenImage")
 
 
 class MuDiTPipeline(DiffusionPipeline):
@@ -31,7 +60,8 @@ class MuDiTPipeline(DiffusionPipeline):
     vae: None for a model of pixels. text_encoder, tokenizer: None for a model of classes.
     latent_size: rows of a latent by default. pixels_per_latent: pixels per row of a latent, for size conditions.
     max_length: the most tokens per caption. steps, guidance: as the model was sampled in training. guidance_channels:
-    how many channels are guided, None for all. vae_source: [path or id, subfolder] and text_encoder_source: [class of
+    how many channels are guided, None for all. vae_source: [path or id, subfolder, class of
+    diffusers] and text_encoder_source: [class of
     transformers, path or id, subfolder, the tokenizer's subfolder] name parts that lie elsewhere.
     """
 
@@ -57,8 +87,9 @@ class MuDiTPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         if vae is None and vae_source is not None:
-            path, subfolder = vae_source
-            vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder)
+            path, subfolder, *class_names = vae_source  # which older folders do not name
+            autoencoder_class = getattr(diffusers, str((class_names or ["AutoencoderKL"])[0]))
+            vae = autoencoder_class.from_pretrained(path, subfolder=subfolder)
         if text_encoder is None and text_encoder_source is not None:
             class_name, path, subfolder, tokenizer_subfolder = text_encoder_source
             text_encoder = getattr(transformers, str(class_name)).from_pretrained(
@@ -165,7 +196,7 @@ class MuDiTPipeline(DiffusionPipeline):
     ) -> Tensor:
         """The noise [count, C, h, w] in float32 of images of a size that the model knows."""
         config = self.transformer.config
-        downsample = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        downsample = 1 if self.vae is None else latent_form(self.vae).downsample
         sides = [side or self._settings.latent_size * downsample for side in (height, width)]
         if latents is not None and height is None and width is None:
             sides = [side * downsample for side in latents.shape[-2:]]
@@ -197,8 +228,11 @@ class MuDiTPipeline(DiffusionPipeline):
 
     def _finish(self, latents: Tensor, output_type: str) -> Any:
         if self.vae is not None:
-            scale, shift = self.vae.config.scaling_factor, getattr(self.vae.config, "shift_factor", None) or 0.0
-            latents = self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample.float()
+            form = latent_form(self.vae)
+            scale, shift = (each.to(latents) if isinstance(each, Tensor) else each for each in (form.scale, form.shift))
+            latents = F.pixel_shuffle(latents / scale + shift, form.patch).to(self.vae.dtype)
+            latents = self.vae.decode(latents[:, :, None] if form.video else latents).sample.float()
+            latents = latents[:, :, 0] if form.video else latents
         images = (latents.clamp(-1, 1) + 1) / 2
         if output_type == "pt":
             return images
