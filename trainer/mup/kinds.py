@@ -38,7 +38,7 @@ def of_muon(
     added = {key: {*named(key, matrices, kinds)} - usual for key in include}
     taken = usual.union(*added.values())
     out = {key: taken.intersection(named(key, matrices, kinds)) for key in exclude}
-    problems = [*_wrong_includes(added, others, matrices, kinds)]
+    problems = [*_wrong_includes(added, others, usual, {*matrices} - usual, kinds)]
     problems += [
         f'optim.muon.exclude "{key}" takes nothing from Muon: it names none of its {len(taken)} matrices '
         f"({_examples(taken)}); fix or remove it"
@@ -86,9 +86,14 @@ def factors_by_name(
 
 
 def _wrong_includes(
-    added: Mapping[str, Collection[str]], others: Mapping[str, str], matrices: Collection[str], kinds: Kinds
+    added: Mapping[str, Collection[str]],
+    others: Mapping[str, str],
+    usual: Collection[str],
+    free: Collection[str],
+    kinds: Kinds,
 ) -> Iterator[str]:
-    """What is wrong with entries of optim.muon.include: added is what each of them adds."""
+    """What is wrong with entries of optim.muon.include. added: what each of them adds. usual, free: the matrices that
+    Muon has without them, and the others."""
     for key, names in added.items():
         of_key = f'optim.muon.include "{key}"'
         unfit = named(key, others, kinds)
@@ -97,12 +102,12 @@ def _wrong_includes(
                 f"{of_key} names {unfit[0]}, which is {others[unfit[0]]}: Muon orthogonalises weights of linear layers "
                 "from width to width alone; name no other"
             )
-        elif not names and named(key, matrices, kinds):
-            yield f"{of_key} adds nothing: {_examples(named(key, matrices, kinds))} go to Muon without it; remove it"
+        elif not names and named(key, usual, kinds):
+            yield f"{of_key} adds nothing: {_examples(named(key, usual, kinds))} go to Muon without it; remove it"
         elif not names:
             yield (
                 f"{of_key} names no weight of a linear layer from width to width: give a kind of module "
-                f"({', '.join(kinds)}) or a name pattern that matches one of {_examples(matrices)}"
+                f"({', '.join(kinds)}) or a name pattern that matches one of {_examples(free)}"
             )
 
 
