@@ -23,7 +23,8 @@ from .study import Study, Trial
 
 # What transfer needs to be equal: with another value the base hyperparameters mean something else.
 _SHARED = ("model.kind", "model.head_dim", "mup.parametrization", "mup.base_width", "mup.wd_rule", "objective.kind",
-           "objective.predict", "optim.kind", "optim.muon.by_head", "optim.muon.include", "optim.muon.exclude")  # fmt: skip
+           "objective.predict", "optim.kind", "optim.muon.by_head", "optim.muon.include",
+           "optim.muon.exclude")  # fmt: skip
 _RATES = tuple(f"optim.{name}" for name in Rates._fields)
 
 
