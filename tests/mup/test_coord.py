@@ -84,6 +84,22 @@ def test_mup_does_not_depend_on_the_width(sound: tuple[str, Judgement, Measured]
     assert any(row.slope is not None and row.slope > CONTROL for row in report.control)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_muon_does_not_depend_on_the_width(backbone: str, world: World) -> None:
+    """Beside SP under Muon, whose control are the weights that AdamW keeps; a fault in Muon's rate is found."""
+    muon = ("optim.kind=muon", f"optim.lr={LR}", f"optim.muon.lr={LR}")
+    control = sweep(world, backbone, *muon, "mup.parametrization=sp")
+    report = judge(sweep(world, backbone, *muon, seeds=2), control)
+    assert report.verdict == "passed", report.reason
+    if backbone == "mmdit_debug_mup":
+        adamws = by_optimizer("muon", lambda row, m: replace(row, lr=row.lr / m))
+        found = judge(sweep(world, backbone, *muon, widths=NARROW, fault=adamws), control)
+        assert found.verdict == "failed"
+        culprits = {row.figure.name for row in found.culprits["update"][:10]}
+        table = build_mup_table(configured(backbone, WIDTHS[0], 0, *muon)).rows
+        assert {table[name].optimizer for name in culprits} == {"muon"}
+
+
 @pytest.mark.parametrize("backbone", ["mmdit_debug_mup", "dit_debug_mup"])
 def test_fp8_does_not_depend_on_the_width(backbone: str, world: World) -> None:
     """Emulated, in bf16 but for the blocks' products; beside SP in the same precision."""
@@ -104,6 +120,10 @@ def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Judgement, Measured
 
 
 # ------------------------------------------------------------------------------------------------------ planted faults
+
+
+def by_optimizer(optimizer: str, change: Callable[[ParameterRow, float], ParameterRow]) -> Fault:
+    return lambda name, row, m: change(row, m) if row.optimizer == optimizer else row
 
 
 def by_role(role: str, change: Callable[[ParameterRow, float], ParameterRow]) -> Fault:

@@ -26,7 +26,9 @@ def check_config(
     parametrization: str | None = None,
 ) -> TrainConfig:
     """The config of one run of the check, in fp32 and not compiled unless the overrides say otherwise: bf16 would round
-    small changes away, and layers inside of compiled blocks cannot be followed."""
+    small changes away, and layers inside of compiled blocks cannot be followed. lr: of AdamW; Muon's is as many times
+    the overrides' own."""
+    asked = load_config(name, overrides).optim
     forced = [
         "data.shards=synthetic",
         "train.micro_batch_size=null",
@@ -34,6 +36,7 @@ def check_config(
         f"train.seed={seed}",
         f"model.width={width}",
         f"optim.lr={lr}",
+        *([f"optim.muon.lr={asked.muon.lr * lr / asked.lr}"] if asked.kind == "muon" else []),
         *([f"mup.parametrization={parametrization}"] if parametrization else []),
     ]
     return load_config(name, ["parallel.precision=fp32", "parallel.compile=false", *overrides, *forced])
