@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.runs import exact, train
-from tests.helpers.forked import finished, started
+from tests.helpers.forked import finished, under_torchrun
 from tests.helpers.tiny_networks import pinned, save_clip, save_detector, save_inception
 from trainer.monitor.metrics import read_metrics
 
@@ -136,9 +136,9 @@ def test_whose_images_these_are(folder: Path) -> None:
 
 
 def test_killed_and_resumed(folder: Path) -> None:
-    """Nothing lost, nothing twice."""
+    """With its torchrun; nothing lost, nothing twice."""
     output = folder / "killed"
-    with started(*command(folder, output), processes=2) as evaluation:
+    with under_torchrun(*command(folder, output), processes=2) as evaluation:
         deadline = time.monotonic() + 240
         while not shards(output):
             assert evaluation.code() is None

@@ -113,6 +113,11 @@ class Torchrun:
     def code(self) -> int | None:
         return self.process.poll()
 
+    def wait(self, timeout_s: float) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
+        return self.code()
+
     def said(self, stream: str) -> str:
         return (self.folder / stream).read_text(errors="replace")
 
@@ -122,14 +127,17 @@ class Torchrun:
 
 
 @contextlib.contextmanager
-def under_torchrun(*command: str | Path, processes: int = 1) -> Iterator[Torchrun]:
+def under_torchrun(
+    *command: str | Path, processes: int = 1, more_environment: Mapping[str, str] | None = None
+) -> Iterator[Torchrun]:
     """As `started`, by `python -m torch.distributed.run`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    arguments = [*launcher, *once([str(part) for part in command])]
+    variables = environment() | (more_environment or {})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
-            arguments = [*launcher, *once([str(part) for part in command])]
-            job = Torchrun(subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=out, stderr=err), folder)
+            job = Torchrun(subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=out, stderr=err), folder)
             try:
                 yield job
             finally:
@@ -137,10 +145,16 @@ def under_torchrun(*command: str | Path, processes: int = 1) -> Iterator[Torchru
 
 
 def finished(
-    *command: str | Path, processes: int = 1, timeout_s: float = 400, more_environment: Mapping[str, str] | None = None
+    *command: str | Path,
+    processes: int = 1,
+    timeout_s: float = 400,
+    more_environment: Mapping[str, str] | None = None,
+    torchrun: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """A command run to its end; the first rank that fails ends the others, and its code is that of the command."""
-    with started(*command, processes=processes, more_environment=more_environment) as job:
+    """A command run to its end; the first rank that fails ends the others, and its code is that of the command.
+    torchrun: under the real one, whose code is 1 where a rank fails."""
+    start = under_torchrun if torchrun else started
+    with start(*command, processes=processes, more_environment=more_environment) as job:
         code = job.wait(timeout_s)
         job.kill()
         out, err = job.said("out"), job.said("err")

@@ -22,6 +22,7 @@ def test_preflight_names_the_slow_process() -> None:
         *("-m", "tests.integration.slow_preflight", "--config", "mmdit_debug_mup.yaml", "data.shards=synthetic"),
         *("--process-nodes", "--least", "0.2", "--clock-s", "60"),
         processes=3,
+        torchrun=True,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     slow = [line for line in done.stdout.splitlines() if "of the median" in line]

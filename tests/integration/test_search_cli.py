@@ -38,8 +38,8 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: str | Path, code: int = 0, processes: int = 1) -> str:
-    done = finished("launch/search.py", *arguments, processes=processes)
+def run(*arguments: str | Path, code: int = 0, processes: int = 1, torchrun: bool = False) -> str:
+    done = finished("launch/search.py", *arguments, processes=processes, torchrun=torchrun)
     assert done.returncode == code, (done.stdout + done.stderr)[-3000:]
     return done.stderr + done.stdout
 
@@ -95,7 +95,7 @@ def test_a_search_from_end_to_end(tmp_path: Path) -> None:
     assert records[-1]["val_loss_ema"] < records[0]["val_loss"]
 
 
-def test_a_signal_saves_the_trial_and_a_worker_of_two_processes_takes_it(tmp_path: Path) -> None:
+def test_a_signal_saves_the_trial_and_a_worker_under_torchrun_takes_it(tmp_path: Path) -> None:
     config, study = tmp_path / "small.yaml", tmp_path / "small"
     config.write_text(SEARCH)
     command = ("run", "--config", config, f"run.dir={tmp_path}", "trials=1", "train.steps=40", "seeds=2")
@@ -107,7 +107,7 @@ def test_a_signal_saves_the_trial_and_a_worker_of_two_processes_takes_it(tmp_pat
     assert "trial 0 is saved: start the search again" in output
     assert json.loads((study / "0000" / "status.json").read_text())["state"] == "preempted"
 
-    run(*command, processes=2)
+    run(*command, processes=2, torchrun=True)
     [trial] = trials(study)
     assert trial.state == "complete"
     assert trial.attributes["processes"] == 2

@@ -1,12 +1,17 @@
 """The losses of a micro-batch: what is minimised, and what an alignment adds to it."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.steps import built
 from trainer.diffusion.flow import RectifiedFlow
 from trainer.diffusion.repa import Alignment
+from trainer.loop import train_step
 from trainer.step import Encoded, micro_batch_losses
 
 KEYS = torch.tensor([3, 5, 8])
@@ -55,3 +60,24 @@ def test_an_alignment_is_a_second_term() -> None:
     assert torch.allclose(aligned.repa_loss, torch.tensor(-2.0))
     assert torch.equal(aligned.total, aligned.loss + 0.5 * aligned.repa_loss)
     assert model.asked[-1] == ("a condition", 1)
+
+
+@pytest.mark.slow
+def test_features_are_those_of_the_batch_that_was_read(tmp_path: Path) -> None:
+    """Of each micro-batch its own. Here they are noise by the keys of its rows."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def passes(encoded: Encoded, features: Tensor, *, last: bool) -> Tensor:
+        seen.append((encoded.keys, features))
+        return run.passes(encoded, features, last=last)
+
+    repa = ("objective.repa_weight=0.5", "objective.repa_layer=1")
+    rows = ("train.global_batch_size=6", "train.micro_batch_size=0.03125")  # two at 32 pixels
+    with built("mmdit_debug_mup.yaml", tmp_path, *rows, *repa) as run:
+        micro_batches, alignment = next(run.batches()), run.alignment
+        assert alignment is not None
+        read = [(batch.keys, alignment.features(batch)) for batch, _ in micro_batches]
+        train_step(replace(run, passes=passes), micro_batches)
+    assert len(read) == len(seen) == 3
+    assert all(torch.equal(a, b) for one, two in zip(read, seen, strict=True) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(read[0][1], read[1][1])
