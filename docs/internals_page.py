@@ -65,9 +65,9 @@ each step:
   -> data/decode.py              image (images.py) and caption (captions.py); flip, crop, the choice of a caption and
                                  its drop are drawn from the sample's key; an unreadable sample becomes a hole
   -> data/batch.py               the rows of a Batch
-  -> trainer/input/prefetch.py   the encoding of the next step begins
-  -> trainer/input/encoding.py   data/encoders: autoencoder and text encoder; x0 and condition on the device
-  -> trainer/recovery/skipped_ranges.py   after a rollback the reader seeks past the samples that were bad
+  -> trainer/input/stream.py     the encoding of the next step begins; after a rollback it begins anew, past the samples
+                                 that were bad
+  -> trainer/input/encoding.py   data/encoders: autoencoder.py and text.py; x0 and condition on the device
   -> trainer/loop.py             train_step: the micro-batches of a step
   -> trainer/step.py             draw (diffusion/flow.py), model (models/mmdit.py), loss per sample
 ```

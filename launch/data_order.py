@@ -13,9 +13,10 @@ import json
 from launch.common import command, run
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
+from trainer.input.stream import follow
 from trainer.input.training_data import TrainingData
 from trainer.parallel.mesh import open_world
-from trainer.recovery.skipped_ranges import data_step, follow, read_skipped_ranges
+from trainer.recovery.skipped_ranges import data_step, read_skipped_ranges
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from data.encoders.text import load_text_encoder
 from trainer.build.run import build_run
 from trainer.config.load import load_config
 from trainer.input.encoding import read_text_encoder
-from trainer.input.prefetch import prefetch
+from trainer.input.stream import prefetch
 from trainer.loop import train
 from trainer.parallel.compile import compile_units
 from trainer.parallel.mesh import World, init_world, world_size

@@ -25,8 +25,9 @@ import trainer.build.run
 import trainer.recovery.watchdog
 from launch.common import run as run_command
 from trainer.config.schema import TrainConfig
+from trainer.input.stream import follow
 from trainer.parallel.mesh import World, open_board
-from trainer.recovery.skipped_ranges import FILE, follow
+from trainer.recovery.skipped_ranges import FILE
 from trainer.run import Run
 from trainer.step import Encoded, MicroBatch
 

@@ -65,9 +65,7 @@ BAD = {"rank": 1, "nan": [2, 9, 10, 11], "slow_data": [3], "slow_model": [5]}
 ROLLBACK = (*SETTINGS, "train.rollback_after=3")
 
 
-def faulty(
-    processes: int, folder: Path, *arguments: str, code: int = 0, torchrun: bool = False, **faults: Any
-) -> str:
+def faulty(processes: int, folder: Path, *arguments: str, code: int = 0, torchrun: bool = False, **faults: Any) -> str:
     """Output of faulty_train.py, which ends with this code; without torchrun where the faults are no matter of it."""
     done = finished(
         "tests/faults/faulty_train.py", "--config", "mmdit_debug_mup.yaml", f"run.dir={folder.parent}",

@@ -37,7 +37,7 @@ from ..evaluate.val_loss import validation
 from ..files import Lock, lock_folder, write_atomically
 from ..forecast.track import Track, bank_of
 from ..input.encoding import Encoders
-from ..input.prefetch import prefetch
+from ..input.stream import follow, prefetch
 from ..input.training_data import TrainingData, is_debug, validation_bank
 from ..lr_schedule import lr_factor
 from ..monitor.metrics import Metrics, peak_flops
@@ -49,7 +49,7 @@ from ..parallel.engine import Engine
 from ..parallel.mesh import World
 from ..parallel.precision import multiplies, precision_of, without_fp8
 from ..provenance import commit
-from ..recovery.skipped_ranges import follow, read_skipped_ranges
+from ..recovery.skipped_ranges import read_skipped_ranges
 from ..run import Intervals, Plan, Run
 from ..state import TrainState
 from ..step import MicroBatch

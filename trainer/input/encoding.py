@@ -24,7 +24,7 @@ from ..parallel.broadcast import spread
 from ..parallel.mesh import World
 from ..parallel.precision import DTYPES, at_least_fp32, precision_of
 from ..step import Encoded
-from .prefetch import Background
+from .stream import Background
 
 
 def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype) -> TextEncoder:

@@ -8,9 +8,9 @@ with the same ranges.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from data.files import parse_json
 
@@ -20,7 +20,6 @@ from ..errors import CheckpointError
 from ..files import write_atomically
 
 FILE = "jumps.json"
-T = TypeVar("T")
 
 
 class SkippedRange(NamedTuple):
@@ -83,15 +82,3 @@ def read_skipped_ranges(folder: Path) -> tuple[SkippedRange, ...]:
 def write_skipped_ranges(folder: Path, skipped_ranges: Sequence[SkippedRange]) -> None:
     entries = [skipped._asdict() for skipped in skipped_ranges]
     write_atomically(folder / FILE, json.dumps(entries, indent=1) + "\n")
-
-
-def follow(batches: Callable[[int], Iterator[tuple[int, T]]], wanted: Callable[[], int]) -> Iterator[T]:
-    """What the reader gives for the data step that is wanted, endless; it seeks where that is not the next one.
-
-    batches: first data step -> (data step, its micro-batches) from there on. wanted: asked for each step anew.
-    """
-    while True:
-        for number, micro_batches in batches(wanted()):
-            yield micro_batches
-            if wanted() != number + 1:
-                break

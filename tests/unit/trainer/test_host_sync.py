@@ -122,7 +122,7 @@ STEP: dict[str, tuple[str, ...] | None] = {
     "trainer/recovery/spikes.py": ("limit", "update"),
     "trainer/monitor/mup_health.py": ("before", "after", "time_sums"),
     "trainer/input/encoding.py": ("begin", "encode", "_encode", "features", "_condition"),
-    "trainer/input/prefetch.py": None,
+    "trainer/input/stream.py": None,
 }
 _TO_HOST = ("cpu", "numpy", "item", "tolist", "synchronize", "nonzero")
 

@@ -1,7 +1,6 @@
 """Rollback as arithmetic: where the data of a training step are, and what skipped ranges leave of data that end."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from trainer.errors import CheckpointError
 from trainer.recovery.skipped_ranges import (
     SkippedRange,
     data_step,
-    follow,
     last_step,
     read_skipped_ranges,
     skip_back,
@@ -68,36 +66,6 @@ def test_no_sample_of_the_window_comes_back(present: int, target: int) -> None:
 def test_last_step(steps: int, data: int | None, skipped_ranges: tuple[SkippedRange, ...]) -> None:
     counted = sum(data is None or data_step(step, skipped_ranges) < data for step in range(steps))
     assert last_step(steps, data, skipped_ranges) == counted
-
-
-def numbered(first: int) -> Iterator[tuple[int, str]]:
-    while True:
-        yield first, f"data {first}"
-        first += 1
-
-
-def test_follow_jumps_and_goes_back() -> None:
-    skipped_ranges, step, read = (SkippedRange(2, 3, ""),), 0, []
-    stream = follow(numbered, lambda: data_step(step, skipped_ranges))
-    while step < 4:
-        read.append(next(stream))
-        step += 1
-    skipped_ranges, step = skip_back(skipped_ranges, 4, 3, ""), 3
-    read.append(next(stream))
-    assert read == ["data 0", "data 1", "data 5", "data 6", "data 7"]
-
-
-def test_follow_reads_on_where_nothing_jumps() -> None:
-    asked, step = [], 0
-
-    def batches(first: int) -> Iterator[tuple[int, str]]:
-        asked.append(first)
-        return numbered(first)
-
-    stream = follow(batches, lambda: data_step(step, ()))
-    for step in range(5):  # noqa: B007 (read by the stream)
-        next(stream)
-    assert asked == [0]
 
 
 def test_the_folder_says_which(tmp_path: Path) -> None:

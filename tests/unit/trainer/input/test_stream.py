@@ -1,4 +1,4 @@
-"""Steps are encoded ahead of their use, in order, and what is left over is waited for."""
+"""Steps are encoded ahead of their use, in order; what is left over is waited for; the data that is wanted is read."""
 
 import gc
 import itertools
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from trainer.input.prefetch import prefetch
+from trainer.input.stream import follow, prefetch
+from trainer.recovery.skipped_ranges import SkippedRange, data_step, skip_back
 from trainer.step import Encoded
 
 
@@ -56,3 +57,33 @@ def test_a_stream_that_is_dropped_waits_for_what_was_begun() -> None:
     del stream
     gc.collect()
     assert encoder.waited == ["8a", "8b", "9a", "9b"]
+
+
+def numbered(first: int) -> Iterator[tuple[int, str]]:
+    while True:
+        yield first, f"data {first}"
+        first += 1
+
+
+def test_follow_jumps_and_goes_back() -> None:
+    skipped_ranges, step, read = (SkippedRange(2, 3, ""),), 0, []
+    stream = follow(numbered, lambda: data_step(step, skipped_ranges))
+    while step < 4:
+        read.append(next(stream))
+        step += 1
+    skipped_ranges, step = skip_back(skipped_ranges, 4, 3, ""), 3
+    read.append(next(stream))
+    assert read == ["data 0", "data 1", "data 5", "data 6", "data 7"]
+
+
+def test_follow_reads_on_where_nothing_jumps() -> None:
+    asked, step = [], 0
+
+    def batches(first: int) -> Iterator[tuple[int, str]]:
+        asked.append(first)
+        return numbered(first)
+
+    stream = follow(batches, lambda: data_step(step, ()))
+    for step in range(5):  # noqa: B007 (read by the stream)
+        next(stream)
+    assert asked == [0]

@@ -1,4 +1,7 @@
-"""Encoding beside the training step: on a stream of its own on a GPU, in a thread for an encoder on the CPU."""
+"""What the loop reads: the reader's steps, encoded beside the training step, and begun anew where the run goes back.
+
+The encoding has a CUDA stream of its own on a GPU, and a thread where it computes on the CPU.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -93,3 +96,15 @@ def prefetch(batches: Batches, begin: Callable[[Batch], Callable[[], Encoded]], 
                         micro_batch.encoded()
 
     return prefetched
+
+
+def follow(batches: Callable[[int], Iterator[tuple[int, T]]], wanted: Callable[[], int]) -> Iterator[T]:
+    """What the reader gives for the data step that is wanted, endless; it seeks where that is not the next one.
+
+    batches: first data step -> (data step, its micro-batches) from there on. wanted: asked for each step anew.
+    """
+    while True:
+        for number, micro_batches in batches(wanted()):
+            yield micro_batches
+            if wanted() != number + 1:
+                break
