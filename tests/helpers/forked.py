@@ -1,7 +1,7 @@
 """Commands in processes forked from one that has done the imports, which are most of what a short run takes.
 
-As `python COMMAND`, or as torchrun would start it on several processes; the tests of torchrun itself, of a rank that
-is lost under it and of signals start the real one.
+As `python COMMAND`, or as torchrun would start it on several processes. Of each way in which torchrun starts a command
+or ends with it one test has the real one.
 """
 
 import contextlib
@@ -66,6 +66,12 @@ class Started:
         files = sorted(self.folder.glob(f"*.{stream}"))
         return "".join(path.read_text(errors="replace") for path in files)
 
+    def send_signal(self, number: int) -> None:
+        """To each rank that runs."""
+        for rank in self.ranks:
+            if rank.pid is not None and rank.exitcode is None:
+                os.kill(rank.pid, number)
+
     def kill(self) -> None:
         """SIGKILL to all ranks at once, and to what they have started."""
         running = [rank.pid for rank in self.ranks if rank.pid is not None and rank.exitcode is None]
@@ -83,7 +89,7 @@ class Started:
 def started(
     *command: str | Path, processes: int = 1, more_environment: Mapping[str, str] | None = None
 ) -> Iterator[Started]:
-    """launch/NAME.py ... or -m MODULE ..., killed at the end of the block where it still runs."""
+    """launch/NAME.py ..., -m MODULE ... or -c CODE ..., killed at the end of the block where it still runs."""
     arguments = once([str(part) for part in command])
     _start_server()
     # Held here as torchrun's agent holds it: no port has to be guessed.
@@ -187,6 +193,9 @@ def _execute(command: list[str], variables: dict[str, str], log: str) -> None:
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(command[1], {"__name__": "__main__"})
     else:
         sys.argv = command
         runpy.run_path(command[0], run_name="__main__")

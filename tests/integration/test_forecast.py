@@ -3,16 +3,13 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from numpy.random import default_rng
 
 from tests.distributed.runs import exact
-from tests.helpers.forked import environment, finished
-from tests.helpers.paths import ROOT
+from tests.helpers.forked import finished, started
 from tests.helpers.rungs import Law, rungs_of
 from tests.integration.test_search_cli import wait_for_step
 from trainer.forecast.rungs import Rungs, parameters_of
@@ -45,33 +42,26 @@ def losses(folder: Path) -> dict[str, list[str]]:
     return {path.parent.name: exact(read_metrics(path.parent)) for path in folder.glob("**/metrics.jsonl")}
 
 
-def worker(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WORK, *CONFIG[2:], f"run.dir={folder}"]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stderr=subprocess.PIPE)
-
-
 def test_a_killed_worker_goes_on(tmp_path: Path) -> None:
     """Killed within the trunk and stopped within a branch; the losses are those of one that was left alone."""
-    alone = worker(tmp_path / "alone")
-    assert "is finished at step 32" in alone.communicate()[1]
+    command = ("-c", WORK, *CONFIG[2:])
+    assert "is finished at step 32" in finished(*command, f"run.dir={tmp_path}/alone").stderr
     killed = tmp_path / "killed" / "target_forecast" / "width_00064_seed_0"
-    process = worker(tmp_path / "killed")
-    wait_for_step(killed / "trunk", 10, process)
-    process.kill()
-    process.communicate()
-    process = worker(tmp_path / "killed")
-    wait_for_step(killed / "steps_00000032", 28, process)
-    process.send_signal(signal.SIGSTOP)  # it holds its trunk, and gets no further meanwhile
-    other = worker(tmp_path / "killed")
-    assert "another worker has it" in other.communicate()[1]
-    assert other.returncode == 3
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGCONT)
-    told = process.communicate()[1]
-    assert (process.returncode, "preempted" in told) in ((3, True), (0, False)), told[-2000:]
-    last = worker(tmp_path / "killed")
-    last.communicate()
-    assert last.returncode == 0
+    command = (*command, f"run.dir={tmp_path}/killed")
+    with started(*command) as process:
+        wait_for_step(killed / "trunk", 10, process)
+        process.kill()
+    with started(*command) as process:
+        wait_for_step(killed / "steps_00000032", 28, process)
+        process.send_signal(signal.SIGSTOP)  # it holds its trunk, and gets no further meanwhile
+        other = finished(*command)
+        assert "another worker has it" in other.stderr
+        assert other.returncode == 3
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        code, told = process.wait(300), process.said("err")
+    assert (code, "preempted" in told) in ((3, True), (0, False)), told[-2000:]
+    assert finished(*command).returncode == 0
     found = losses(killed)
     assert set(found) == {"trunk", "steps_00000008", "steps_00000032"}
     assert found == losses(tmp_path / "alone")

@@ -1,13 +1,9 @@
 """The horizon of a study on real runs: killed in a branch and run again, with a rate that diverges."""
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.distributed.runs import exact
-from tests.helpers.forked import environment, finished
-from tests.helpers.paths import ROOT
+from tests.helpers.forked import finished, started
 from tests.helpers.studies import fill, search
 from tests.integration.test_search_cli import wait_for_step
 from trainer.monitor.metrics import read_metrics
@@ -39,25 +35,17 @@ def study_in(folder: Path) -> Path:
     return study.folder
 
 
-def work(study: Path, rates: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", WORK, study, rates], cwd=ROOT, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def losses(trunk: Path) -> dict[str, list[str]]:
     return {path.parent.name: exact(read_metrics(path.parent)) for path in trunk.glob("*/metrics.jsonl")}
 
 
 def test_killed_and_continued(tmp_path: Path) -> None:
     killed, alone = study_in(tmp_path / "killed"), study_in(tmp_path / "alone")
-    process = work(killed, "1,1e30")
-    wait_for_step(killed / "horizon" / "lr_1_seed_0" / "steps_00000008", 7, process)  # it began at 6
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    again = work(killed, "1,1e30")
-    said, told = again.communicate()
+    with started("-c", WORK, killed, "1,1e30") as process:
+        wait_for_step(killed / "horizon" / "lr_1_seed_0" / "steps_00000008", 7, process)  # it began at 6
+        process.kill()
+    again = finished("-c", WORK, killed, "1,1e30")
+    said, told = again.stdout, again.stderr
     assert again.returncode == 1, told
     # What two rates can say: the best is the lowest, and the other diverged.
     assert "RunError: no exponent in " in told
@@ -65,7 +53,7 @@ def test_killed_and_continued(tmp_path: Path) -> None:
         assert f"{steps} steps: the best rate is the lowest that was tried" in told
     assert "Go on with --lrs " in told
     assert "lr_1e+30_seed_0/trunk has failed: " in said
-    work(alone, "1").communicate()
+    finished("-c", WORK, alone, "1")
     found = losses(killed / "horizon" / "lr_1_seed_0")
     assert set(found) == {"trunk", "steps_00000008", "steps_00000016"}
     assert found == losses(alone / "horizon" / "lr_1_seed_0")

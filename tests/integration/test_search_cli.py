@@ -1,19 +1,14 @@
 """A search as a person runs it: killed in the middle, run again, reported, transferred, and the target trained."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from launch.processes import kill_tree
 from tests.distributed.runs import exact, last_step, train
-from tests.helpers.forked import environment, finished
-from tests.helpers.paths import ROOT
+from tests.helpers.forked import Started, finished, started
 from trainer.checkpoint.find import complete_checkpoints
 from trainer.monitor.metrics import read_metrics
 from trainer.search.study import Study, Trial
@@ -31,31 +26,24 @@ space:
 """
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "launch/search.py", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def run(*arguments: str | Path, code: int = 0, processes: int = 1, torchrun: bool = False) -> str:
     done = finished("launch/search.py", *arguments, processes=processes, torchrun=torchrun)
     assert done.returncode == code, (done.stdout + done.stderr)[-3000:]
     return done.stderr + done.stdout
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(folder: Path, step: int, job: Started) -> None:
     deadline = time.monotonic() + 240
     while last_step(folder) < step:
-        assert process.poll() is None, "the search ended before it could be stopped"
-        assert time.monotonic() < deadline, "the trial logs nothing"
+        assert job.code() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline, "it logs nothing"
         time.sleep(0.01)
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
-    wait_for_step(folder, 0, process)
+def wait_for_checkpoint(folder: Path, job: Started) -> None:
+    wait_for_step(folder, 0, job)
     while not complete_checkpoints(folder / "checkpoints"):
-        assert process.poll() is None, "the search ended before it could be stopped"
+        assert job.code() is None, "the search ended before it could be stopped"
         time.sleep(0.01)
 
 
@@ -64,10 +52,9 @@ def test_a_search_from_end_to_end(tmp_path: Path) -> None:
     config.write_text(SEARCH)
     command = ("run", "--config", config, f"run.dir={tmp_path}", "--workers", "2")
 
-    killed = start(*command)
-    wait_for_checkpoint(study / "0000", killed)
-    kill_tree(killed.pid)
-    killed.communicate()
+    with started("launch/search.py", *command) as killed:
+        wait_for_checkpoint(study / "0000", killed)
+        killed.kill()
     before = trials(study)
     assert before[0].state == "running", "killed in its middle"
     lines = exact(read_metrics(study / "0000"))
@@ -99,11 +86,11 @@ def test_a_signal_saves_the_trial_and_a_worker_under_torchrun_takes_it(tmp_path:
     config, study = tmp_path / "small.yaml", tmp_path / "small"
     config.write_text(SEARCH)
     command = ("run", "--config", config, f"run.dir={tmp_path}", "trials=1", "train.steps=40", "seeds=2")
-    asked = start(*command)
-    wait_for_step(study / "0000", 4, asked)
-    os.kill(asked.pid, signal.SIGTERM)
-    output, _ = asked.communicate(timeout=300)
-    assert asked.returncode == 0, output
+    with started("launch/search.py", *command) as asked:
+        wait_for_step(study / "0000", 4, asked)
+        asked.send_signal(signal.SIGTERM)
+        code, output = asked.wait(300), asked.said("out") + asked.said("err")
+    assert code == 0, output
     assert "trial 0 is saved: start the search again" in output
     assert json.loads((study / "0000" / "status.json").read_text())["state"] == "preempted"
 
