@@ -10,11 +10,18 @@ import torch.distributed as dist
 
 from launch.processes import importing
 from tests.helpers.fuzz import OUTCOMES
+from tests.helpers.paths import ROOT
 from trainer.parallel.mesh import World, init_world
 
 # The models are so small that a second thread costs more than it gives, and tests run side by side.
 torch.set_num_threads(1)
 
+# Run first, in this order: minutes each, of which the first one mostly waits. What comes last should be short, or one
+# worker runs it while the others have nothing left.
+_LONGEST = (
+    "integration/test_slurm.py", "distributed/test_zero.py", "faults/test_faults.py", "distributed/test_resume.py",
+    "distributed/test_buckets.py", "distributed/test_worlds.py",
+)  # fmt: skip
 _STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
 _running: list[pytest.Item] = []  # the fast test that runs now, if one does
 
@@ -32,6 +39,12 @@ def pytest_collection() -> Generator[None, object, object]:
     """Imports all tests, in each worker."""
     with importing():
         return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    places = {ROOT / "tests" / path: place for place, path in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.hookimpl(wrapper=True)
