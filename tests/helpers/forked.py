@@ -139,7 +139,7 @@ def under_torchrun(
     """As `started`, by `python -m torch.distributed.run`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     arguments = [*launcher, *once([str(part) for part in command])]
-    variables = environment() | (more_environment or {})
+    variables = {**environment(), **(more_environment or {})}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
