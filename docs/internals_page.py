@@ -44,11 +44,11 @@ configs/NAME.yaml: optim.lr
        trainer/mup/rules.py      role, optimizer -> factors on lr, weight decay and epsilon, init, multiplier
        trainer/mup/table.py      one row per parameter NAME with these factors
        trainer/mup/apply.py      param_groups: parameters with equal factors form a group; lr_scale is its muP factor
-  -> trainer/parallel/fsdp.py    AdamW, made after sharding; build_engine compares each group with the table
+  -> trainer/parallel/fsdp.py    shards, and then makes the Update; build_engine compares each group with the table
 each step:
      trainer/loop.py             engine.step(run.lr(step))
      trainer/lr_schedule.py      warm-up and decay: a factor on the base rate (run.lr is put together in build/run.py)
-     trainer/parallel/fsdp.py    group lr = base lr x schedule x lr_scale; clip, AdamW, skip of a bad step
+     trainer/parallel/update.py  group lr = base lr x schedule x lr_scale; clip, AdamW or Muon, skip of a bad step
 ```
 
 ## The way of a sample: from the shard to the loss
@@ -76,7 +76,7 @@ each step:
 
 | | |
 |---|---|
-| gradient clipping, skipped steps, AdamW | `step` in `trainer/parallel/fsdp.py`; under DeepSpeed in `zero.py` |
+| gradient clipping, skipped steps, AdamW | `step` in `trainer/parallel/update.py`; under DeepSpeed in `zero.py` |
 | the threshold of a spike | `trainer/recovery/spikes.py` |
 | initialisation | `declarations` of the backbone and `trainer/mup/rules.py`; `trainer/mup/apply.py` does it |
 | which of its captions a sample gets | `pick` in `data/captions.py`; `data/decode.py` draws it, and the drop |
