@@ -55,7 +55,7 @@ STUDIES = {
     ),
     "dit_cpu": Study(
         "dit_cifar_mup.yaml",
-        ("model.depth=3", "train.global_batch_size=32", "data.resolution=16"), 64, 256, 960, _LRS,
+        ("model.depth=3", "train.global_batch_size=32", "data.resolution=16"), 64, 256, 480, _LRS,
     ),
     # Seconds: a test that the machinery works, not that Muon does.
     "tiny": Study(
