@@ -54,13 +54,7 @@ class Sweep:
 
 # AdamW's rule for hidden weights, and Muon's scale of equal root mean squares, 0.2 sqrt(max(fan_out, fan_in)).
 _WRONG = {"lr / m": -1.0, "equal rms": 0.5}
-_RULES = {
-    "mup": ("mup.parametrization=mup",),
-    "sp": ("mup.parametrization=sp",),
-    # Muon's scale sqrt(fan_out / fan_in) is 2 and 1/2 for the two weights of an MLP, and 1 for all others.
-    "no scale": ('mup.factors={"*.mlp.fc1.weight": {lr: 0.5}, "*.mlp.fc2.weight": {lr: 2.0}}',),
-}
-_TITLES = {"mup": "μP", "sp": "SP"}
+TITLES = {"mup": "μP", "sp": "SP"}
 _SIZES = {"width": (64, 128, 256), "batch": (32, 64, 128), "steps": (300, 600, 1200)}
 SWEEPS = {
     # At 16 pixels a step has a quarter of the image tokens: 90 runs fit into an hour on two cores.
@@ -83,7 +77,7 @@ SWEEPS = {
         _SIZES,
         (-8, -7, -6, -5, -4, -3),
         swept="optim.muon.lr",
-        controls=("no scale",),
+        controls=(),
         wrong=_WRONG,
     ),
     "mmdit_gpu": Sweep(
@@ -119,13 +113,8 @@ def jobs(sweep: Sweep, axis: str) -> Iterator[Job]:
     """All seeds one after the other, so that a sweep that was stopped is a whole one with fewer seeds."""
     for seed, parametrization in itertools.product(range(sweep.seeds), ("mup", *sweep.controls)):
         for value, lr in itertools.product(sweep.values[axis], sweep.log2_lrs):
-            if parametrization == "mup" or (axis == "width" and not _as_mup(sweep, parametrization, value)):
+            if parametrization == "mup" or (axis == "width" and value != sweep.values[axis][0]):
                 yield Job(parametrization, axis, value, lr, seed)
-
-
-def _as_mup(sweep: Sweep, parametrization: str, value: int) -> bool:
-    """Whether muP's runs are those of a parametrization too: SP's at the base width."""
-    return parametrization == "sp" and value == sweep.values["width"][0]
 
 
 def settings(sweep: Sweep, job: Job) -> list[str]:
@@ -134,7 +123,7 @@ def settings(sweep: Sweep, job: Job) -> list[str]:
     return [
         *_SHORT, *sweep.overrides,
         *(f"{_AXES[axis]}={value}" for axis, value in sizes.items()),
-        f"mup.base_width={sweep.values['width'][0]}", *_RULES[job.parametrization],
+        f"mup.base_width={sweep.values['width'][0]}", f"mup.parametrization={job.parametrization}",
         f"{sweep.swept}={2.0**job.log2_lr}", f"train.seed={job.seed}",
         f"train.validate_every={sizes['steps']}", f"train.log_every={max(1, sizes['steps'] // 10)}",
     ]  # fmt: skip
@@ -168,13 +157,13 @@ def judge(sweep: Sweep, axis: str, results: list[dict[str, Any]]) -> dict[str, T
     base = sweep.values[axis][0]
 
     def losses(parametrization: str, value: int, lr: float) -> list[float]:
-        kind = "mup" if axis == "width" and _as_mup(sweep, parametrization, value) else parametrization
+        kind = "mup" if value == base else parametrization
         found = [have[kind, value, lr, seed] for seed in seeds]
         return [math.inf if loss is None else loss for loss in found]
 
     def swept(kind: str, power: float = 0.0) -> Transfer:
         def base_rate(value: int, lr: float) -> float:
-            return lr - power * math.log2(value / base)
+            return lr - power * math.log2(value / base) if power else lr
 
         values = sweep.values[axis]
         return transfer({v: {base_rate(v, lr): losses(kind, v, lr) for lr in sweep.log2_lrs} for v in values})
@@ -212,7 +201,7 @@ def plot(sweep: Sweep, axis: str, results: list[dict[str, Any]], found: dict[str
         for place, value in enumerate(sweep.values[axis]):
             colour = f"C{place}"
             rows = [r for r in results if r["value"] == value and r["loss"] is not None
-                    and r["parametrization"] == ("mup" if _as_mup(sweep, kind, value) else kind)]  # fmt: skip
+                    and r["parametrization"] == ("mup" if value == sweep.values[axis][0] else kind)]  # fmt: skip
             lrs = sorted({r["log2_lr"] for r in rows})
             means = [sum(v) / len(v) for v in ([r["loss"] for r in rows if r["log2_lr"] == lr] for lr in lrs)]
             axes.scatter([r["log2_lr"] for r in rows], [r["loss"] for r in rows], s=9, color=colour, alpha=0.5)
@@ -220,7 +209,7 @@ def plot(sweep: Sweep, axis: str, results: list[dict[str, Any]], found: dict[str
             best = statistic.optima[value]
             axes.axvspan(best.low, best.high, color=colour, alpha=0.12, lw=0)
             axes.axvline(best.value, color=colour, ls="--", lw=1)
-        axes.set_title(f"{_TITLES.get(kind, kind)}: optimum moves {statistic.shift} octaves a doubling", fontsize=10)
+        axes.set_title(f"{TITLES.get(kind, kind)}: optimum moves {statistic.shift} octaves a doubling", fontsize=10)
         axes.set(xlabel=f"log2 of the base {sweep.swept}", ylim=(0.97 * min(finite), min(max(finite), 3 * min(finite))))
         axes.grid(True, alpha=0.25)
         axes.legend()

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from benchmarks.transfer import SWEEPS, Job, Sweep, jobs, judge, plot, run_all, settings, to_json, verdict
+from benchmarks.transfer import SWEEPS, TITLES, Job, Sweep, jobs, judge, plot, run_all, settings, to_json, verdict
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 
@@ -46,12 +46,26 @@ def test_settings_are_configs(study: str, axis: str) -> None:
     job = list(jobs(sweep, axis))[-1]
     config = load_config(sweep.config, settings(sweep, job))
     assert config.mup.base_width == sweep.values["width"][0]
-    assert config.mup.parametrization == ("sp" if axis == "width" else "mup")
+    assert config.mup.parametrization == ("sp" if axis == "width" and "sp" in sweep.controls else "mup")
     assert config.train.validate_every == config.train.steps
     assert getattr({"width": config.model, "batch": config.train, "steps": config.train}[axis],
                    {"width": "width", "batch": "global_batch_size", "steps": "steps"}[axis]) == job.value  # fmt: skip
     twin = load_config(sweep.config, settings(sweep, dataclasses.replace(job, parametrization="mup")))
     assert config.model_copy(update={"mup": twin.mup}) == twin
+    assert (config.optim.kind == "muon") == study.endswith("muon")
+
+
+def test_rules_that_are_wrong_for_muon_are_told_from_its_own() -> None:
+    """The same runs at other base rates: an octave a doubling for lr / m, half of one for equal rms."""
+    sweep = dataclasses.replace(CPU, controls=(), wrong=SWEEPS["dit_muon"].wrong)
+    rows = [row for row in results({"mup": 0.0, "sp": 0.0}) if row["parametrization"] == "mup"]
+    found = judge(sweep, "width", rows)
+    shifts = {kind: round(statistic.shift.value, 1) for kind, statistic in found.items()}
+    assert shifts["lr / m"] - shifts["mup"] == pytest.approx(1, abs=0.11)
+    assert shifts["equal rms"] - shifts["mup"] == pytest.approx(-0.5, abs=0.11)
+    assert all(verdict(found).values())
+    right = dataclasses.replace(sweep, wrong={"lr / m": 0.1})
+    assert not verdict(judge(right, "width", rows))["lr / m: shift beyond ±0.35"]
 
 
 def test_judgement() -> None:
@@ -96,7 +110,7 @@ def test_runs_are_stored_and_not_done_again(tmp_path: Path) -> None:
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows) == 2
 
 
-@pytest.mark.parametrize(("study", "name"), [("mmdit", "MMDiT"), ("dit", "DiT")])
+@pytest.mark.parametrize(("study", "name"), [("mmdit", "MMDiT"), ("dit", "DiT"), ("muon_dit", "DiT, Muon")])
 def test_the_committed_study_says_what_its_runs_say(study: str, name: str) -> None:
     """Statistics, verdict and the page's table follow from the runs that lie beside them."""
     stored = json.loads((DOCS / f"transfer_{study}.json").read_text())
@@ -109,5 +123,5 @@ def test_the_committed_study_says_what_its_runs_say(study: str, name: str) -> No
     for kind, statistic in found.items():
         optima = " | ".join(f"{estimate.value:.2f}" for estimate in statistic.optima.values())
         end = f"{statistic.regret.value:.4f} | {'yes' if statistic.wider_at_least_as_good else 'no'} |"
-        row = f"| {name} | {'μP' if kind == 'mup' else 'SP'} | {optima} | {statistic.shift} | {end}"
+        row = f"| {name} | {TITLES.get(kind, kind)} | {optima} | {statistic.shift} | {end}"
         assert row in page, row
