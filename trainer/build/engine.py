@@ -75,8 +75,9 @@ def build_mup_table(config: TrainConfig) -> MuTable:
 def base_rates(config: TrainConfig) -> dict[Optimizer, BaseRates]:
     """What the factors of the muP table are of, for each optimizer that it has."""
     optim, muon = config.optim, config.optim.muon
+    decay = optim.weight_decay if muon.weight_decay is None else muon.weight_decay
     rates: dict[Optimizer, BaseRates] = {"adamw": BaseRates(optim.lr, optim.weight_decay, optim.eps)}
-    return rates if optim.kind == "adamw" else {**rates, "muon": BaseRates(muon.lr, muon.weight_decay, eps=0.0)}
+    return rates if optim.kind == "adamw" else {**rates, "muon": BaseRates(muon.lr, decay, eps=0.0)}
 
 
 def build_engine(config: TrainConfig, table: MuTable, world: World, attention: Kernel | None = None) -> Engine:

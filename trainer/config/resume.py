@@ -21,9 +21,14 @@ def differences(old: Mapping[str, Any], new: TrainConfig) -> list[Difference]:
     """The keys of `new` that differ from the config stored in a checkpoint, which is plain data."""
     # A key that the checkpoint's code did not have yet acted then as its default acts now.
     defaults = {k: v for k, v in flatten(plain(TrainConfig())).items() if not k.startswith("model.")}
-    before, now = defaults | flatten(old), flatten(plain(new))
+    before, now = without_factors_of_1(defaults | flatten(old)), without_factors_of_1(flatten(plain(new)))
     pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return [Difference(key, key_class(key), *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def without_factors_of_1(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config but those of mup.factors that are 1, which do what none does."""
+    return {key: value for key, value in keys.items() if not (key.startswith("mup.factors") and value in (1, {}))}
 
 
 def of_data(key: str) -> bool:

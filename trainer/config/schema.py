@@ -180,8 +180,9 @@ class MuonConfig(Section):
 
     lr: float = Field(default=2.0**-8, gt=0)
     """Base learning rate of Muon's matrices; it takes part in the schedule as optim.lr does."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of Muon's matrices: a step multiplies one by 1 - learning rate x weight decay (mup.wd_rule)."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay of Muon's matrices: a step multiplies one by 1 - learning rate x weight decay (mup.wd_rule); null is
+    optim.weight_decay."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay rate of the running mean of the gradient."""
     nesterov: bool = True

@@ -60,6 +60,8 @@ class Health:
         self._sums = torch.zeros(len(self.roles), _SUMS, dtype=torch.float64, device=device)
         for name, gradient in gradients.items():
             role, eps = self._settings[name]
+            if eps == 0:  # Muon has none
+                continue
             row = self._sums[self.roles.index(role)]
             row[2] += (gradient.abs() < _TINY * eps).sum()
             row[3] += gradient.numel()

@@ -59,6 +59,8 @@ class Muon:
         takes the step; a scalar on the shards' device, so that the host need not know."""
         own = next(iter(self.shards.values())).dtype
         taken = (1 - skipped).to(own)
+        without = self.shards.keys() - gradients.keys()
+        assert not without, f"{min(without)} has no gradient: a weight that nothing depends on cannot be Muon's"
         directions = self._directions({name: gradients[name] for name in self.shards}, taken)
         factors = {
             name: (1 - taken * (group["lr"] * group["weight_decay"]), taken * (-group["lr"] * group["scale"]))

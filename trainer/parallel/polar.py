@@ -16,8 +16,10 @@ def polar_factor(matrices: Tensor, steps: int) -> Tensor:
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices  # [M, r, c] with r <= c: the products below are [r, r]
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=_at_least_fp32(x.dtype))  # [M, 1, 1]
-    x = (x / norm.clamp(min=torch.finfo(norm.dtype).tiny)).to(matrices.dtype)
+    # By its largest entry first: squares of entries below 1e-23 are 0 in fp32, and a momentum fades to that.
+    x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = (x / norm.clamp(min=1)).to(matrices.dtype)  # it is at least 1, but for a matrix of zeros
     for _ in range(steps):
         gram = x @ x.mT  # [M, r, r]
         polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)  # b S + c S^2
@@ -29,7 +31,3 @@ def multiply_adds(rows: int, columns: int, steps: int) -> int:
     """Multiply-adds of `polar_factor` for one matrix."""
     short, long = sorted((rows, columns))
     return steps * (2 * short * short * long + short**3)
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

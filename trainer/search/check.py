@@ -47,6 +47,11 @@ class Check:
 def check_search(study: Study, width: int) -> Search:
     """The three runs as a search of their own, beside the study's: its best trial at that width, with the learning rate
     that `transfer` writes. Raises ConfigError where the study did not search it."""
+    if study.proxy.optim.kind == "muon":
+        raise ConfigError(
+            f"{study.folder} is of optim.kind muon: the check moves {LR} alone, which is AdamW's. Search again at "
+            f"model.width={width} instead"
+        )
     done = completed(study)
     best, fit = done[0], fit_of(study.search.space, done)
     if fit is None:

@@ -182,8 +182,8 @@ def _check_corners(search: Search, source: str) -> None:
     for corner in [*([search.start] if search.start else []), *corners]:
         try:
             config = search.proxy(corner)
-            if corner is corners[-1]:  # names of parameters, which mup.factors and optim.muon have, are found here
-                build_mup_table(config)
+            if corner in (search.start, corners[0], corners[-1]):
+                build_mup_table(config)  # finds names of parameters, which mup.factors and optim.muon have
         except ConfigError as error:
             raise ConfigError(f"{source}: space with {', '.join(as_overrides(corner))}: {error}") from None
         if not config.train.validate_every:

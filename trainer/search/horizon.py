@@ -63,6 +63,11 @@ class Horizon(Trunks[Trunk]):
         shares, factors = _positive("--branches", branches, 2), _positive("--lrs", lrs, 3)
         if seeds < 1:
             raise ConfigError(f"--seeds must be at least 1, got {seeds}")
+        if study.proxy.optim.kind == "muon":
+            raise ConfigError(
+                "optim.kind muon has no rule for the duration that an exponent could serve: search at the target's "
+                "duration, or measure a study of optim.kind adamw"
+            )
         steps = tuple(round(share * study.proxy.train.steps) for share in shares)
         if len(set(steps)) < len(steps) or steps[0] < 1:
             raise ConfigError(f"--branches {branches} of {study.proxy.train.steps} steps are {steps}: two are the same")

@@ -17,8 +17,9 @@ from typing import IO, Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..config.keys import flatten, key_class, plain
+from ..config.keys import plain
 from ..config.load import parse
+from ..config.resume import differences
 from ..config.schema import TrainConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import NoLocksError, lock_folder, try_lock
@@ -267,11 +268,10 @@ def _check_same(folder: Path, stored: dict[str, Any], search: Search, proxy: Tra
         for key in now
         if key not in free and was.get(key) != now[key]
     ]
-    before, after = flatten(stored["proxy"]), flatten(plain(proxy))
     changed += [
-        f"{key}: {before.get(key)} in the study, {after.get(key)} now"
-        for key in sorted(before.keys() | after.keys())
-        if (key_class(key) != "runtime" or key == "parallel.precision") and before.get(key) != after.get(key)
+        f"{each.key}: {each.before} in the study, {each.now} now"
+        for each in differences(stored["proxy"], proxy)
+        if each.kind != "runtime" or each.key == "parallel.precision"
     ]
     if changed:
         raise ConfigError(

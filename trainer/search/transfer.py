@@ -10,6 +10,7 @@ from ..build.engine import build_mup_table
 from ..config.keys import flatten, plain
 from ..config.load import load_config
 from ..config.resolve import resolve
+from ..config.resume import without_factors_of_1
 from ..config.schema import TrainConfig
 from ..config.yaml_files import CONFIG_DIR, find_config
 from ..errors import ConfigError
@@ -23,8 +24,8 @@ from .study import Study, Trial
 
 # What transfer needs to be equal: with another value the base hyperparameters mean something else.
 _SHARED = ("model.kind", "model.head_dim", "mup.parametrization", "mup.base_width", "mup.wd_rule", "objective.kind",
-           "objective.predict", "optim.kind", "optim.muon.by_head", "optim.muon.include",
-           "optim.muon.exclude")  # fmt: skip
+           "objective.predict", "optim.kind", "optim.muon.nesterov", "optim.muon.steps", "optim.muon.by_head",
+           "optim.muon.include", "optim.muon.exclude")  # fmt: skip
 _RATES = tuple(f"optim.{name}" for name in Rates._fields)
 
 
@@ -280,16 +281,17 @@ def warnings(proxy: TrainConfig, target: TrainConfig, written: Mapping[str, Any]
     if proxy.model.width < proxy.mup.base_width:
         yield f"proxy: its width {proxy.model.width} is below the base width {proxy.mup.base_width}; optima drift there"
     here, there = _size(proxy), _size(target)
+    by_rules = "--rules completed-p" if proxy.optim.kind == "adamw" else "another search: for Muon no rule is known"
     images, longer = here.steps * here.batch, there.steps * there.batch
     if (rules == "none" and here.steps != there.steps) or (rules == "sqrt-batch" and images != longer):
         yield (
             f"horizon: {here.steps} steps ({images:.3g} images) in the proxy, {there.steps} ({longer:.3g}) in the "
-            "target. The best learning rate falls as runs grow longer, which muP leaves to --rules completed-p"
+            f"target. The best learning rate falls as runs grow longer, which muP leaves to {by_rules}"
         )
     if here.batch != there.batch and rules == "none":
         yield (
             f"batch: {here.batch} in the proxy, {there.batch} in the target. Learning rate, betas, epsilon and weight "
-            "decay belong to a batch size: --rules completed-p moves them together"
+            f"decay belong to a batch size, which muP leaves to {by_rules}"
         )
     by_depth = here.depth != there.depth and here.base_depth == there.base_depth
     if here.depth != there.depth and not by_depth:
@@ -305,7 +307,7 @@ def warnings(proxy: TrainConfig, target: TrainConfig, written: Mapping[str, Any]
 
 def _other_keys(proxy: TrainConfig, target: TrainConfig, known: Collection[str]) -> Iterator[str]:
     """Keys that differ, matter, and are not dealt with elsewhere."""
-    before, after = flatten(plain(proxy)), flatten(plain(target))
+    before, after = (without_factors_of_1(flatten(plain(config))) for config in (proxy, target))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key) or key in known or key in _HANDLED:
             continue

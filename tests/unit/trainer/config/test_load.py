@@ -478,6 +478,12 @@ def resumed(*overrides: str) -> list[str]:
     return check_resume(plain(load_config(DEBUG)), load_config(DEBUG, overrides), 4)
 
 
+def test_a_factor_of_1_is_no_change_on_resume() -> None:
+    assert resumed("mup.factors.attention.lr=1") == []
+    with pytest.raises(ConfigError, match=r"mup\.factors\.attention\.lr: None in the checkpoint, 1\.5 now"):
+        resumed("mup.factors.attention.lr=1.5")
+
+
 def test_resume_unchanged() -> None:
     assert resumed() == []
 

@@ -25,9 +25,10 @@ def test_figures_by_role() -> None:
         "a": WatchedParameter("hidden", 1e-3),
         "b": WatchedParameter("hidden", 1e-6),
         "c": WatchedParameter("vector", 1e-3),
+        "d": WatchedParameter("vector", 0.0),  # of Muon, which has no epsilon: its gradient is not counted
     }
     weights = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2), "c": torch.tensor([2.0])}
-    gradients = {"a": torch.tensor([0.0099, -0.0101]), "b": torch.tensor([-0.009, 0.0])}  # c has none
+    gradients = {"a": torch.tensor([0.0099, -0.0101]), "b": torch.tensor([-0.009, 0.0]), "d": torch.zeros(3)}
     health = Health(settings, replicas=1)
     health.before(weights, gradients)
     weights["a"] += torch.tensor([0.3, -0.4])

@@ -16,7 +16,7 @@ def spectrum(ratio: float, rows: int, columns: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (96, 24), (24, 96)])
-@pytest.mark.parametrize("size", [1.0, 1e-17])
+@pytest.mark.parametrize("size", [1.0, 1e-17, 1e-34])
 def test_directions_are_kept_and_singular_values_are_near_1(shape: tuple[int, int], size: float) -> None:
     matrix = size * spectrum(0.1, *shape)
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)

@@ -89,3 +89,10 @@ def test_a_study_without_a_learning_rate_has_no_optimum(tmp_path: Path) -> None:
     fill(study, lambda p: float(p["optim.clip_norm"] or 0))
     with pytest.raises(ConfigError, match=r"did not search optim\.lr"):
         check_search(study, 128)
+
+
+def test_a_study_of_muon_is_refused(tmp_path: Path) -> None:
+    """Its own rate would stay where it is."""
+    study = Study.open(search(tmp_path, "optim.kind=muon", trials=2))
+    with pytest.raises(ConfigError, match=r"is of optim\.kind muon: .* Search again at model\.width=128"):
+        check_search(study, 128)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.studies import search
 from trainer.config.load import load_config
 from trainer.errors import ConfigError, RunError
 from trainer.search.exponent import FILE, read_exponent
@@ -118,6 +119,11 @@ def test_best_rate_at_the_edge_leaves_no_exponent(own: Study) -> None:
 def test_refusals(own: Study, changes: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         horizon(own, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_study_of_muon_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.kind muon has no rule for the duration"):
+        horizon(Study.open(search(tmp_path, "optim.kind=muon", trials=2)))
 
 
 def test_folder_takes_more_rates_and_seeds_but_no_other_durations(own: Study) -> None:

@@ -3,12 +3,15 @@
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
 
 from tests.helpers.studies import fill, search
+from trainer.config.keys import plain
+from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 from trainer.search.report import completed
 from trainer.search.space import point
@@ -116,6 +119,22 @@ def test_another_search_is_refused_and_more_trials_are_added(tmp_path: Path) -> 
     study = Study.open(search(tmp_path, trials=14))
     assert [t.number for t in study.trials()] == list(range(14))
     assert len(Study.open(search(tmp_path, trials=5)).trials()) == 14
+
+
+def test_a_study_from_before_a_key_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key then acted as its default acts now; another value of it is another search."""
+
+    def older(config: TrainConfig) -> dict[str, Any]:
+        data = plain(config)
+        del data["optim"]["kind"], data["optim"]["muon"], data["mup"]["factors"]
+        return data
+
+    with monkeypatch.context() as then:
+        then.setattr("trainer.search.study.plain", older)
+        Study.open(search(tmp_path))
+    assert len(Study.open(search(tmp_path)).trials()) == 12
+    with pytest.raises(ConfigError, match=r"optim\.kind: adamw in the study, muon now"):
+        Study.open(search(tmp_path, "optim.kind=muon"))
 
 
 def test_a_kill_before_the_trials_are_stored_is_mended(tmp_path: Path) -> None:
