@@ -81,7 +81,7 @@ ON_CPU = {
     ),
     "mmdit_384_muon": Case(
         "mmdit_0.18b_mup.yaml",
-        32,
+        16,
         (OURS, OURS_MUON),
         (*_SHALLOW, "model.width=384", "mup.base_width=384", "text_encoder.width=384", *_SHORT, _NO_REPA),
     ),
