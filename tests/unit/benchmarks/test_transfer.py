@@ -110,7 +110,10 @@ def test_runs_are_stored_and_not_done_again(tmp_path: Path) -> None:
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows) == 2
 
 
-@pytest.mark.parametrize(("study", "name"), [("mmdit", "MMDiT"), ("dit", "DiT"), ("muon_dit", "DiT, Muon"), ("muon_mmdit", "MMDiT, Muon")])
+@pytest.mark.parametrize(
+    ("study", "name"),
+    [("mmdit", "MMDiT"), ("dit", "DiT"), ("muon_dit", "DiT, Muon"), ("muon_mmdit", "MMDiT, Muon")],
+)
 def test_the_committed_study_says_what_its_runs_say(study: str, name: str) -> None:
     """Statistics, verdict and the page's table follow from the runs that lie beside them."""
     stored = json.loads((DOCS / f"transfer_{study}.json").read_text())
