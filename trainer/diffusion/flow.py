@@ -45,8 +45,8 @@ class RectifiedFlow:
 
     predict: what the model puts out. Of the clean x, the loss is still that of the velocity, (x_t - x) / max(t,
     x_clamp), of prediction and image alike. uniform_share: of samples whose time is uniform on (0, 1), and not shifted.
-    contrastive_weight: of the squared distance to another sample's velocity, which is subtracted (contrastive flow
-    matching, arXiv 2506.05350); each other's other are rows 0 and 1, 2 and 3, ...
+    contrastive_weight: of the squared distance to another sample's velocity, noise - x0 at any time, which is
+    subtracted (contrastive flow matching, arXiv 2506.05350); each other's other are rows 0 and 1, 2 and 3, ...
     """
 
     mean: float
@@ -88,7 +88,7 @@ class RectifiedFlow:
             there = other < len(loss)
             other = torch.where(there, other, rows)
             counted = there if counts is None else there * counts[other]
-            distance = (velocity - target[other]).square().flatten(1).mean(1)
+            distance = (velocity - draw.target[other]).square().flatten(1).mean(1)
             loss = loss - self.contrastive_weight * counted * distance
         return draw.weight * loss
 
