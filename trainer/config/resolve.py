@@ -22,10 +22,24 @@ def buckets_of(c: TrainConfig) -> list[Bucket]:
 
 def micro_batch_rows(c: TrainConfig, bucket: Bucket, world_size: int, most: float | None) -> int:
     """Most samples in a device's micro-batch of this bucket. most: as Resolved.micro_batch_size. Larger images make it
-    smaller; the text does not count."""
+    smaller; the text does not count. Where objective.contrastive_weight compares samples in pairs, no pair is parted,
+    if there is room for one and the share is even."""
     share = -(-c.train.global_batch_size // world_size)
     area = bucket.height * bucket.width / 256**2
-    return share if most is None else max(1, min(share, int(most / area + 1e-9)))
+    rows = share if most is None else max(1, min(share, int(most / area + 1e-9)))
+    if c.objective.contrastive_weight:  # whole pairs, once the share is parted evenly, as data.batch does
+        while rows > 1 and -(-share // -(-share // rows)) % 2:
+            rows -= 1
+    return rows
+
+
+def least_rows(c: TrainConfig) -> int:
+    """Fewest square images that a micro-batch must have room for: one; where objective.contrastive_weight compares
+    samples in pairs, as many as two of the largest bucket's images take."""
+    if not c.objective.contrastive_weight:
+        return 1
+    area = max(bucket.height * bucket.width for bucket in buckets_of(c))
+    return -(-2 * area // c.data.resolution**2)
 
 
 def micro_batch_size(c: TrainConfig, rows: int) -> float:

@@ -14,7 +14,7 @@ import torch
 from data.errors import DataError
 
 from ..build.engine import build_mup_table
-from ..config.resolve import micro_batch_size, resolve
+from ..config.resolve import buckets_of, least_rows, micro_batch_rows, micro_batch_size, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError, DeviceMemoryError
 from ..files import write_atomically
@@ -62,11 +62,17 @@ def fitting_micro_batch(config: TrainConfig, gpus: int, usable: int, too_large: 
     rows = fitting = memory.fitting_rows(shard, share, usable)
     if too_large is not None:
         rows = min(rows, int(too_large / micro_batch_size(config, 1) / 2 + 1e-9))
-    if rows < 1:
+    if rows < (least := least_rows(config)):
         raise ConfigError(_what_would_fit(config, memory, gpus, shard, share, usable))
-    halved, rows = rows < fitting, equal_parts(share, rows)
+    halved, rows = rows < fitting, _rows(config, gpus, equal_parts(share, rows))
     count = -(-share // rows)
-    return Fitting(micro_batch_size(config, rows), rows, count, memory.parts(shard, rows, count > 1), usable, halved)
+    size = micro_batch_size(config, max(rows, least))
+    return Fitting(size, rows, count, memory.parts(shard, rows, count > 1), usable, halved)
+
+
+def _rows(config: TrainConfig, gpus: int, most: int) -> int:
+    """Samples of a micro-batch with room for `most` square images: fewer where those would part a pair."""
+    return micro_batch_rows(config, buckets_of(config)[0], gpus, micro_batch_size(config, most))
 
 
 def _encoder_bytes(config: TrainConfig) -> int:
@@ -80,7 +86,8 @@ def _encoder_bytes(config: TrainConfig) -> int:
 
 
 def _what_would_fit(config: TrainConfig, memory: Memory, gpus: int, shard: int, share: int, usable: int) -> str:
-    parallel, alone = config.parallel, memory.parts(shard, 1, share > 1)
+    parallel, least = config.parallel, least_rows(config)
+    alone = memory.parts(shard, least, share > least)
     largest = max(alone, key=lambda part: alone[part])
     advice = []
     if parallel.activation_checkpointing != "full":
@@ -90,8 +97,9 @@ def _what_would_fit(config: TrainConfig, memory: Memory, gpus: int, shard: int, 
     if memory.encoders:
         advice.append("precomputed text (launch/precompute.py), without text_encoder.path")
     advice.append("more GPUs")
+    samples = "one sample" if least == 1 else f"{least} samples"
     return (
-        f"not even a micro-batch of one sample fits: {sum(alone.values()) / GIB:.1f} of {usable / GIB:.1f} GiB, of "
+        f"not even a micro-batch of {samples} fits: {sum(alone.values()) / GIB:.1f} of {usable / GIB:.1f} GiB, of "
         f"which {largest.replace('_', ' ')} {alone[largest] / GIB:.1f} (MODEL). What would help: {'; '.join(advice)}. "
         "launch/estimate.py --plan compares them; a number in train.micro_batch_size skips this check"
     )
@@ -133,15 +141,16 @@ def telling_out_of_memory(config: TrainConfig, fitting: Fitting | None, gpus: in
 
 def _remedy(config: TrainConfig, fitting: Fitting | None, gpus: int, folder: Path, reason: str) -> str:
     rows = resolve(config, gpus, fitting and fitting.size).micro_batch_rows
+    least, half = least_rows(config), _rows(config, gpus, max(1, rows // 2))
     told = f"out of memory with micro-batches of {rows} samples: {reason}. "
     if config.train.micro_batch_size is not None:
-        return told + f"Set train.micro_batch_size={micro_batch_size(config, max(1, rows // 2)):g}, or auto"
-    if rows == 1:
+        return told + f"Set train.micro_batch_size={micro_batch_size(config, max(half, least)):g}, or auto"
+    if rows // 2 < least:
         return told + "launch/estimate.py --plan tells what fits"
     record = {"place": _place(config, gpus), "too_large": micro_batch_size(config, rows)}
     with contextlib.suppress(OSError):  # a full disk, say
         write_atomically(folder / _RECORD, json.dumps(record))
-    return told + f"Start it again: it goes on from its newest checkpoint with {rows // 2}"
+    return told + f"Start it again: it goes on from its newest checkpoint with {half}"
 
 
 def usable_here() -> int:

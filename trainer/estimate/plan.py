@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..build.engine import build_mup_table
-from ..config.resolve import keeps_gathered, micro_batch_size, resolve
+from ..config.resolve import keeps_gathered, least_rows, micro_batch_size, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from .cluster import GIB, Cluster
@@ -129,9 +129,9 @@ class Planner:
         for mode in RECOMPUTATION:
             memory = self._memory(shard, mode, precomputed)
             rows = memory.fitting_rows(shard, self._share, usable)
-            if rows < 1:
+            if rows < (least := least_rows(self._config)):
                 continue
-            variant = self._variant(shard, mode, equal_parts(self._share, rows))
+            variant = self._variant(shard, mode, max(least, equal_parts(self._share, rows)))
             total = memory.total(shard, resolve(variant, self._cluster.gpus).micro_batch_rows, rows < self._share)
             yield Plan(variant, precomputed, total, step_time(variant, self._cluster, self._work, encoding))
             if rows == self._share:

@@ -9,7 +9,7 @@ from data.files import parse_json
 
 from ..build.engine import build_mup_table
 from ..build.flops import image_flops
-from ..config.resolve import Resolved, keeps_gathered, micro_batch_size, resolve
+from ..config.resolve import Resolved, keeps_gathered, least_rows, micro_batch_size, resolve
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from ..mup.table import MuTable
@@ -198,11 +198,12 @@ def _right_size(config: TrainConfig, parameters: int) -> dict[str, float | str]:
 def _with_micro_batch(
     config: TrainConfig, resolved: Resolved, memories: tuple[Memory, Memory], usable: int
 ) -> TrainConfig:
-    """The config with the micro-batch that auto takes; without the encoders where it fits only so; one sample where
-    nothing fits."""
+    """The config with the micro-batch that auto takes; without the encoders where it fits only so; the least one
+    where nothing fits."""
     share = -(-config.train.global_batch_size // resolved.world_size)
     fitting = (memory.fitting_rows(resolved.shard, share, usable) for memory in memories)
-    rows = equal_parts(share, next(filter(None, fitting), 1))
+    least = least_rows(config)
+    rows = max(least, equal_parts(share, next((rows for rows in fitting if rows >= least), least)))
     train = config.train.model_copy(update={"micro_batch_size": micro_batch_size(config, rows)})
     return config.model_copy(update={"train": train})
 

@@ -21,7 +21,7 @@ from data.storage import FileVersion
 from data.synthetic import SyntheticReader
 
 from ..collectives import on_rank_0
-from ..config.resolve import Resolved, buckets_of, micro_batch_rows
+from ..config.resolve import Resolved, buckets_of, least_rows, micro_batch_rows, micro_batch_size
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from ..parallel.mesh import World
@@ -155,13 +155,18 @@ def _check_pairs(c: TrainConfig, resolved: Resolved) -> None:
     """Raise ConfigError unless slots 0 and 1, 2 and 3, ... of every batch come in one micro-batch each, so that no loss
     depends on how a batch is spread over ranks and micro-batches."""
     batch, world, most = c.train.global_batch_size, resolved.world_size, resolved.micro_batch_size
-    rows = [micro_batch_shape(batch, world, micro_batch_rows(c, bucket, world, most))[1] for bucket in buckets_of(c)]
-    if batch % (2 * world) or any(count % 2 for count in rows):
+    pairs = "objective.contrastive_weight compares the samples of a batch in pairs, which stay together"
+    if batch % (2 * world):
+        nearest = max(1, round(batch / (2 * world))) * 2 * world
         raise ConfigError(
-            "objective.contrastive_weight compares the samples of a batch in pairs, which stay together on a process "
-            f"and in a micro-batch: train.global_batch_size must be a multiple of 2 x {world} processes, got {batch}, "
-            f"and micro-batches must have even numbers of samples, got {', '.join(map(str, sorted({*rows})))}: set "
-            "train.micro_batch_size so"
+            f"{pairs} on a process: train.global_batch_size must be a multiple of 2 x {world} processes, got {batch}; "
+            f"the nearest is {nearest}"
+        )
+    rows = [micro_batch_shape(batch, world, micro_batch_rows(c, bucket, world, most))[1] for bucket in buckets_of(c)]
+    if any(count % 2 for count in rows):
+        raise ConfigError(
+            f"{pairs} in a micro-batch, and one of train.micro_batch_size {most} has no room for two samples: the "
+            f"least is {micro_batch_size(c, least_rows(c))}"
         )
 
 

@@ -55,6 +55,23 @@ def test_half_of_what_was_too_large() -> None:
         fitting_micro_batch(configured(), 2, 2**40, too_large=1 * AREA)
 
 
+def test_pairs_are_fitted_and_halved_whole(tmp_path: Path) -> None:
+    """Of 10 rows where 6 fit, plain micro-batches have 5 and those of pairs 4; the half of 6 is 3, which is 2."""
+    pairs = configured("objective.contrastive_weight=0.05", "train.global_batch_size=10")
+    memory = Memory(profile(pairs, 1), build_mup_table(pairs), 0, pairs.parallel)
+    usable = memory.total(1, 6, True)
+    assert fitting_micro_batch(configured("train.global_batch_size=10"), 1, usable).rows == 5
+    assert fitting_micro_batch(pairs, 1, usable)[:3] == (4 * AREA, 4, 3)
+    assert fitting_micro_batch(pairs, 1, 2**40, too_large=6 * AREA).rows == 2
+    with pytest.raises(ConfigError, match="not even a micro-batch of 2 samples fits"):
+        fitting_micro_batch(pairs, 1, memory.total(1, 2, True) - 1)
+    for rows, told in ((10, "with 4"), (4, "with 2"), (2, "launch/estimate.py --plan tells what fits")):
+        fitting = fitting_micro_batch(pairs, 1, 2**40)._replace(size=rows * AREA)
+        assert micro_batch._remedy(pairs, fitting, 1, tmp_path, "full").endswith(told)
+    named = configured("objective.contrastive_weight=0.05", f"train.micro_batch_size={6 * AREA}")
+    assert f"Set train.micro_batch_size={2 * AREA:g}, or" in micro_batch._remedy(named, None, 1, tmp_path, "full")
+
+
 def trained(folder: Path, *more: str) -> list[Any]:
     config = configured(*QUIET, f"run.dir={folder}", *more)
     with Signals(at_once=True) as signals:
