@@ -139,8 +139,6 @@ def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]
             yield f"{stock} knows latents of {rows} rows for such a model, this one has {config.latent_size}"
         if config.text_encoder.max_length != _STOCK_TOKENS:
             yield f"{stock} cuts captions at {_STOCK_TOKENS} tokens, not at {config.text_encoder.max_length}"
-        if model.micro_conditions and model.pixels_per_latent != config.autoencoder.downsample:
-            yield f"{stock} gives sizes in pixels, not in model.pixels_per_latent {model.pixels_per_latent}"
         if stored_text_encoder(config.text_encoder)[0] != "T5EncoderModel":
             yield f"{stock} has a T5 encoder, not the one at {config.text_encoder.path}"
 

@@ -45,6 +45,13 @@ def _model_conflicts(c: TrainConfig) -> Iterator[str]:
         )
     else:
         yield from c.model.conflicts(c.data.resolution, longest_side(c, token), c.text_encoder.max_length)
+    downsample = c.autoencoder.downsample
+    pixels = getattr(c.model, "pixels_per_latent", downsample)
+    if c.model.micro_conditions and pixels != downsample:
+        yield (
+            f"model.pixels_per_latent {pixels} is not autoencoder.downsample {downsample}, so that sampling would give "
+            f"model.micro_conditions other sizes than training: set it to {downsample}"
+        )
     if c.mup.base_width % c.model.head_dim:
         yield f"mup.base_width {c.mup.base_width} is not a multiple of model.head_dim {c.model.head_dim}"
     else:
@@ -106,6 +113,12 @@ def _objective_conflicts(c: TrainConfig) -> Iterator[str]:
             )
     if c.objective.predict != "x" and c.objective.x_clamp != default.x_clamp:
         yield f"objective.x_clamp {c.objective.x_clamp} does nothing without objective.predict x: leave it out"
+    batch = c.train.global_batch_size
+    if c.objective.contrastive_weight and batch % 2:
+        yield (
+            f"train.global_batch_size {batch} is odd, and objective.contrastive_weight compares the samples of a batch "
+            f"in pairs: set it to {batch + 1}"
+        )
 
 
 def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:

@@ -419,6 +419,11 @@ def test_no_key_stores_a_secret(override: str) -> None:
             "objective.contrastive_weight 0.05 needs objective.kind rectified_flow, not ddpm: leave it 0.0",
         ),
         (["objective.x_clamp=0.1"], "objective.x_clamp 0.1 does nothing without objective.predict x"),
+        (
+            ["objective.contrastive_weight=0.05", "train.global_batch_size=7"],
+            "train.global_batch_size 7 is odd, and objective.contrastive_weight compares the samples of a batch in "
+            "pairs: set it to 8",
+        ),
         (["objective.contrastive_weight=1"], "objective.contrastive_weight must be at least 0 and less than 1, got 1"),
         (["run.allow_change=[optim.lrr]"], '"optim.lrr" is no config key; did you mean "optim.lr"?'),
         (["run.allow_change=[train.seed]"], '"train.seed" is what the run is'),
@@ -426,6 +431,15 @@ def test_no_key_stores_a_secret(override: str) -> None:
 )
 def test_conflicts(overrides: list[str], problem: str) -> None:
     assert problem in message(*overrides)
+
+
+def test_sizes_of_images_are_in_pixels_of_the_autoencoder() -> None:
+    changes = ["model.micro_conditions=true", "model.width=96", "mup.base_width=48", "model.pixels_per_latent=8"]
+    said = r"model\.pixels_per_latent 8 is not autoencoder\.downsample 1, .*: set it to 1$"
+    with pytest.raises(ConfigError, match=said):
+        load_config("pixart_debug_mup", changes)
+    load_config("pixart_debug_mup", [*changes[:-1], "model.pixels_per_latent=1"])
+    load_config("pixart_debug_mup", ["model.pixels_per_latent=8"])  # which is then unused
 
 
 def test_a_base_width_that_the_model_refuses() -> None:
