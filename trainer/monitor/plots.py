@@ -11,13 +11,14 @@ from ..files import write_atomically
 
 VALIDATION = "val_"
 _LEVEL = "val_loss_ema_t"
+_LOSSES = {"loss": "training", "val_loss": "validation", "val_loss_ema": "validation, EMA"}
 
 
 def plot_loss(records: list[dict[str, Any]], path: Path, band: Sequence[tuple[int, float, float, float]] = ()) -> None:
     """Training and validation losses against the step, as a PNG. band: (step, loss, low, high) of a forecast."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label in (("loss", "training"), ("val_loss", "validation"), ("val_loss_ema", "validation, EMA")):
+    for key, label in _LOSSES.items():
         for number, points in enumerate(_series(records, key)):
             later = f", other samples from step {points[0][0]}" if number else ""
             axes.plot(*zip(*points, strict=True), label=label + later, lw=1, marker="" if key == "loss" else ".")
@@ -25,7 +26,9 @@ def plot_loss(records: list[dict[str, Any]], path: Path, band: Sequence[tuple[in
         steps, losses, low, high = zip(*band, strict=True)
         axes.fill_between(steps, low, high, color="C7", alpha=0.3, lw=0, label="forecast, 90 %")
         axes.plot(steps, losses, color="C7", lw=1, ls=":", marker="." if len(band) == 1 else "")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    # A loss less a contrastive term may be negative, where a logarithm would leave gaps.
+    drawn = [loss for key in _LOSSES for points in _series(records, key) for _, loss in points]
+    axes.set(xlabel="step", ylabel="loss", yscale="linear" if any(loss <= 0 for loss in drawn) else "log")
     axes.grid(True, which="both", alpha=0.3)
     if axes.has_data():
         axes.legend()

@@ -25,6 +25,16 @@ def test_plot_loss(records: list[dict[str, Any]], tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
+@pytest.mark.parametrize(("losses", "scale"), [([1.0, 0.1], "log"), ([1.0, -0.1], "linear")])
+def test_a_negative_loss_is_drawn(
+    losses: list[float], scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[matplotlib.figure.Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plot_loss([{"step": step, "loss": loss} for step, loss in enumerate(losses)], tmp_path)
+    assert figures[0].axes[0].get_yscale() == scale
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_band_of_a_forecast(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[matplotlib.figure.Figure] = []
