@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ..config import NONE, AutoencoderConfig
 from ..errors import DataError
-from .autoencoder_classes import CLASSES, AutoencoderClass, MissingStatistics, Normalisation
+from .autoencoder_classes import CLASSES, STATISTICS, AutoencoderClass, MissingStatistics, Normalisation
 from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, unit_range, weights_digest
 from .weights import check_whole
 
@@ -154,6 +154,7 @@ def _load(cfg: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype
         if not isinstance(stored, dict):
             raise ValueError("config.json holds no object")
         name, kind = _class_of(cfg.path, stored)
+        _check_fixed(cfg.path, stored, name, kind)
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}
         autoencoder_class: Any = kind.model
         model, found = autoencoder_class.from_pretrained(
@@ -169,9 +170,18 @@ def _load(cfg: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype
     try:
         normalisation = kind.normalisation(stored, model)
     except MissingStatistics as missing:
+        remedy = "fetch config.json again"
+        if name == "AutoencoderKL":
+            remedy = (
+                "add the value that belongs to these weights (SD 0.18215, SDXL 0.13025, SD3 1.5305 with shift_factor "
+                "0.0609)"
+            )
+        raise DataError(f"autoencoder.path: config.json of {cfg.path!r} has no {missing}; {remedy}") from None
+    except (TypeError, ValueError, RuntimeError):
+        given = {field: stored[field] for field in STATISTICS if field in stored}
         raise DataError(
-            f"autoencoder.path: config.json of {cfg.path!r} has no {missing}; add the value that belongs "
-            "to these weights (SD 0.18215, SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609)"
+            f"autoencoder.path: config.json of {cfg.path!r} must normalise latents by numbers, or lists of one for "
+            f"each channel, got {given}; fetch config.json again"
         ) from None
     freeze(model, device)
     per_channel = [each.flatten().tolist() for each in normalisation if isinstance(each, torch.Tensor)]
@@ -192,6 +202,16 @@ def _class_of(path: str, stored: Mapping[str, Any]) -> tuple[str, AutoencoderCla
             "pipeline name the folder vae: autoencoder.subfolder=vae)"
         )
     return name, CLASSES[name]
+
+
+def _check_fixed(path: str, stored: Mapping[str, Any], name: str, kind: AutoencoderClass) -> None:
+    """Raise DataError where a config.json has another value than the only one that is supported."""
+    for field, value in kind.fixed.items():
+        if stored.get(field, value) != value:
+            raise DataError(
+                f"autoencoder.path: config.json of {path!r} has {field} {stored[field]}; of a {name} only {value} is "
+                "supported"
+            )
 
 
 def _check_normalisation(autoencoder: Autoencoder, path: str) -> None:

@@ -5,6 +5,7 @@ Another class is one more row of CLASSES.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 
 Config = Mapping[str, Any]
+
+STATISTICS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Fields of a config.json that may say how latents are normalised."""
 
 
 class Normalisation(NamedTuple):
@@ -36,7 +40,8 @@ class AutoencoderClass:
 
     normalisation: (config.json, the loaded model) -> of its latents; raises MissingStatistics. variance: whether
     latents are distributions, and not the encoder's output itself. video: images are videos of one frame. patch:
-    latents of patch x patch neighbours are stacked as channels, and then normalised.
+    latents of patch x patch neighbours are stacked as channels, and then normalised. fixed: fields of config.json with
+    the only value that is supported.
     """
 
     model: type[Any]
@@ -47,6 +52,7 @@ class AutoencoderClass:
     variance: bool = True
     video: bool = False
     patch: int = 1
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _by_blocks(field: str) -> Callable[[Config], int]:
@@ -101,6 +107,7 @@ CLASSES: dict[str, AutoencoderClass] = {
         _by_blocks("block_out_channels"),
         _batch_norm,
         patch=2,
+        fixed={"patch_size": [2, 2]},
     ),
     "AutoencoderDC": AutoencoderClass(
         AutoencoderDC,
@@ -127,5 +134,6 @@ CLASSES: dict[str, AutoencoderClass] = {
         _by_blocks("dim_mult"),
         _mean_and_std,
         video=True,
+        fixed={"input_channels": 3},
     ),
 }

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,7 +200,7 @@ def test_statistics_that_are_missing_are_not_made_up(name: str, missing: str, tm
     """The classes have defaults, which belong to other weights."""
     saved(tmp_path, name)
     rewrite_config(tmp_path, **{missing: None})
-    with pytest.raises(DataError, match=f"has no {missing}"):
+    with pytest.raises(DataError, match=f"has no {missing}; fetch config.json again"):
         loaded(tmp_path, name)
 
 
@@ -209,6 +210,33 @@ def test_statistics_that_cannot_be(std: list[float], said: str, tmp_path: Path) 
     rewrite_config(tmp_path, latents_std=std)
     with pytest.raises(DataError, match=said):
         loaded(tmp_path, "AutoencoderKLQwenImage")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("AutoencoderKLQwenImage", "latents_std", [1, "x"]),
+        ("AutoencoderKLQwenImage", "latents_mean", [1, [2, 3]]),
+        ("AutoencoderDC", "scaling_factor", "abc"),
+        ("AutoencoderKL", "latents_std", {"0": 1}),
+    ],
+)
+def test_statistics_that_are_no_numbers(name: str, field: str, value: Any, tmp_path: Path) -> None:
+    saved(tmp_path, name)
+    rewrite_config(tmp_path, **{field: value})
+    with pytest.raises(DataError, match=rf"must normalise latents by numbers.*{re.escape(f'{field!r}: {value}'[:9])}"):
+        loaded(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [("AutoencoderKLFlux2", "patch_size", [1, 1]), ("AutoencoderKLQwenImage", "input_channels", 4)],
+)
+def test_values_that_are_not_supported(name: str, field: str, value: Any, tmp_path: Path) -> None:
+    saved(tmp_path, name)
+    rewrite_config(tmp_path, **{field: value})
+    with pytest.raises(DataError, match=rf"config\.json of '{tmp_path}' has {field} {re.escape(str(value))}; "):
+        loaded(tmp_path, name)
 
 
 def test_the_fingerprint_knows_the_statistics(tmp_path: Path) -> None:
