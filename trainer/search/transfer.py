@@ -24,8 +24,9 @@ from .study import Study, Trial
 
 # What transfer needs to be equal: with another value the base hyperparameters mean something else.
 _SHARED = ("model.kind", "model.head_dim", "mup.parametrization", "mup.base_width", "mup.wd_rule", "objective.kind",
-           "objective.predict", "optim.kind", "optim.muon.nesterov", "optim.muon.steps", "optim.muon.by_head",
-           "optim.muon.include", "optim.muon.exclude")  # fmt: skip
+           "objective.predict", "objective.x_clamp", "objective.uniform_share", "objective.contrastive_weight",
+           "optim.kind", "optim.muon.nesterov", "optim.muon.steps", "optim.muon.by_head", "optim.muon.include",
+           "optim.muon.exclude")  # fmt: skip
 _RATES = tuple(f"optim.{name}" for name in Rates._fields)
 
 

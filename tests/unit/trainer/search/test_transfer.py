@@ -103,6 +103,14 @@ def test_transfer_leaves_what_the_target_is_made_of(study: Study, tmp_path: Path
     assert (parent.read_text(), target.read_text()) == (TARGET, "extends: parent.yaml\n")
 
 
+@pytest.mark.parametrize(("key", "before", "after"), [("uniform_share", 0.0, 0.1), ("contrastive_weight", 0.0, 0.05)])
+def test_another_objective_is_refused(key: str, before: float, after: float, study: Study, tmp_path: Path) -> None:
+    target = tmp_path / "target.yaml"
+    target.write_text(RULED + f"objective: {{{key}: {after}}}\n")
+    with pytest.raises(ConfigError, match=rf"objective\.{key}: {before} in the proxy, {after} in "):
+        write_target(study, str(target), tmp_path / "found.yaml")
+
+
 # --------------------------------------------------------------------------------------------------------------- rules
 RULED = "extends: mmdit_debug_mup.yaml\nmodel: {width: 128}\noptim: {weight_decay: 0.1}\n"
 
