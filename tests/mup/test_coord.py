@@ -108,6 +108,14 @@ def test_fp8_does_not_depend_on_the_width(backbone: str, world: World) -> None:
     assert report.verdict == "passed", report.reason
 
 
+def test_x_does_not_depend_on_the_width(world: World) -> None:
+    """A model that puts out the clean image; beside SP that does."""
+    x = ("mmdit_debug_mup", "objective.predict=x")
+    control = sweep(world, *x, "mup.parametrization=sp", widths=NARROW)
+    report = judge(sweep(world, *x, widths=NARROW, seeds=2), control)
+    assert report.verdict == "passed", report.reason
+
+
 def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Judgement, Measured]) -> None:
     """Judged by the same thresholds, the SP control is a failure that names hidden weights."""
     backbone, report, control = sound
