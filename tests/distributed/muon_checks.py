@@ -45,6 +45,7 @@ class Moves:
             momentum = muon.momentum * old + (1 - muon.momentum) * gradient
             ahead = muon.momentum * momentum + (1 - muon.momentum) * gradient
             polar = torch.cat([*polar_factor(torch.stack(ahead.chunk(row.matrices)), muon.steps)])
+            assert muon.weight_decay is not None
             lr, decay = muon.lr * row.lr, muon.weight_decay * row.weight_decay
             ways = (
                 (lr, decay, row.scale),

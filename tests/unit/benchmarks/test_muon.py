@@ -6,6 +6,7 @@ import json
 import pytest
 
 from benchmarks.muon import STUDIES, Study, arms, best_rate, judge, run_job, settings, sweep
+from benchmarks.runs import worker_pool
 from tests.helpers.paths import ROOT
 from trainer.config.load import load_config
 
@@ -26,7 +27,8 @@ def test_arms_differ_in_the_optimizer_alone(study: Study) -> None:
 def test_a_run_and_the_best_of_a_sweep() -> None:
     study = STUDIES["tiny"]
     first, second = sweep(study)
-    one = run_job(study, first)
+    with worker_pool(1) as pool:  # a study's process keeps its process group
+        one = pool.submit(run_job, study, first).result()
     other = {**dataclasses.asdict(second), "loss": one["loss"] / 2}
     diverged = {**dataclasses.asdict(dataclasses.replace(first, adamw=-3.0)), "loss": None}
     assert 0 < one["loss"] < 10
