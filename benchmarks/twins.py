@@ -66,7 +66,7 @@ def build_twin(config: TrainConfig, table: MuTable, world: World) -> Engine:
 
     def groups(named: dict[str, Tensor]) -> list[dict[str, Any]]:
         settings = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay, "eps": config.optim.eps}
-        return [{"params": list(named.values()), "lr_scale": 1.0, **settings}]
+        return [{"optimizer": "adamw", "params": list(named.values()), "lr_scale": 1.0, **settings}]
 
     return native_engine(
         config,
