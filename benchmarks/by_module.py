@@ -99,7 +99,8 @@ def judge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def searched(file: Path) -> dict[str, Any]:
     """What a YAML of `search.py transfer` sets differently from the config that it extends, by key."""
     ours, base = (load_config(name, []).model_dump() for name in (str(file), SWEEP.config))
-    found: dict[str, Any] = {"optim.lr": ours["optim"]["lr"]}
+    # A rate that was not searched is the target's own; the factors were found beside that of LOG2_LR.
+    found: dict[str, Any] = {} if ours["optim"]["lr"] == base["optim"]["lr"] else {"optim.lr": ours["optim"]["lr"]}
     for kind, factors in ours["mup"]["factors"].items():
         for key, value in factors.items():
             if value is not None and value != 1.0:
