@@ -97,7 +97,7 @@ STUDIES = {
                   workers=1),
 }  # fmt: skip
 
-_COMMON = (
+COMMON = (
     "train.sample_every=0", "train.checkpoint_every=0", "run.keep_last=1", "validation.samples=128",
     "ema.decays=[0.98]", "optim.warmup_steps=20", "optim.schedule=constant",
 )  # fmt: skip
@@ -145,7 +145,7 @@ def settings(study: Study, job: Job) -> list[str]:
     """A job's overrides. SP and muP differ in the parametrization and the learning rate alone."""
     every = study.steps // 8
     return [
-        *_COMMON, *study.overrides,
+        *COMMON, *study.overrides,
         f"model.width={job.width}", f"mup.base_width={study.base_width}", f"mup.parametrization={job.parametrization}",
         f"optim.lr={2.0**job.log2_lr}", f"train.seed={job.seed}", f"train.steps={study.steps}",
         f"train.log_every={every}", f"train.validate_every={every if job.compared else study.steps}",
@@ -286,7 +286,7 @@ def judge(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         reached, times = speed_up(curves, curves_of(results, found["mup"], measure))
         against.setdefault(control, {})[measure] = {
             **dataclasses.asdict(reached),
-            "times_earlier": {key: _number(value) for key, value in dataclasses.asdict(times).items()},
+            "times_earlier": {key: number(value) for key, value in dataclasses.asdict(times).items()},
             "text": f"μP {reached}",
         }
     return {
@@ -298,7 +298,7 @@ def judge(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     """None: without bound, which JSON has no number for."""
     return round(value, 3) if math.isfinite(value) else None
 

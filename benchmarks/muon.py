@@ -22,7 +22,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.convergence import curves_of, mean_curve, speed_up
+from benchmarks.convergence import COMMON, curves_of, mean_curve, number, speed_up
 from benchmarks.machine import write
 from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained, worker_pool
 from trainer.config.load import load_config
@@ -63,10 +63,6 @@ STUDIES = {
         32, 64, 24, {"adamw": (-9.0, -7.0), "muon": (-7.0,)}, seeds=2, workers=1,
     ),
 }  # fmt: skip
-_COMMON = (
-    "train.sample_every=0", "train.checkpoint_every=0", "run.keep_last=1", "validation.samples=128",
-    "ema.decays=[0.98]", "optim.warmup_steps=20", "optim.schedule=constant",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +80,7 @@ def settings(study: Study, job: Job) -> list[str]:
     every = study.steps // _POINTS
     muon = [] if job.muon is None else ["optim.kind=muon", f"optim.muon.lr={2.0**job.muon}"]
     return [
-        *_COMMON, *study.overrides, *muon, f"optim.lr={2.0**job.adamw}",
+        *COMMON, *study.overrides, *muon, f"optim.lr={2.0**job.adamw}",
         f"model.width={job.width}", f"mup.base_width={study.base_width}", f"train.seed={job.seed}",
         f"train.steps={study.steps}", f"train.log_every={every}",
         f"train.validate_every={every if job.width == study.width else study.steps}",
@@ -100,7 +96,7 @@ def run_job(study: Study, job: Job) -> dict[str, Any]:
     return {**dataclasses.asdict(job), "loss": curve.get(study.steps), "step_s": step_s, LOSS: curve}
 
 
-def best_rate(study: Study, results: Sequence[dict[str, Any]], jobs: Sequence[Job], key: str) -> float:
+def best_rate(results: Sequence[dict[str, Any]], jobs: Sequence[Job], key: str) -> float:
     """log2 of the rate with the lowest last loss of a sweep; `key`: of the job."""
     of_sweep = [r for r in results if any(dataclasses.asdict(job).items() <= r.items() for job in jobs)]
     return min((r for r in of_sweep if r["loss"] is not None), key=lambda r: r["loss"])[key]
@@ -131,17 +127,12 @@ def judge(study: Study, results: Sequence[dict[str, Any]], found: dict[str, list
     ends = {arm: [curve[study.steps] for curve in curves] for arm, curves in (("adamw", adamw), ("muon", muon))}
     return {
         "reached": str(reached),
-        "fewer_steps": {key: _number(value) for key, value in dataclasses.asdict(times).items()},
-        "less_time": {key: _number(value / slower) for key, value in dataclasses.asdict(times).items()},
+        "fewer_steps": {key: number(value) for key, value in dataclasses.asdict(times).items()},
+        "less_time": {key: number(value / slower) for key, value in dataclasses.asdict(times).items()},
         "step_s": {arm: round(value, 4) for arm, value in step_s.items()},
         "last_loss": {arm: [round(value, 5) for value in values] for arm, values in ends.items()},
         "last_loss_ratio": round(statistics.fmean(ends["muon"]) / statistics.fmean(ends["adamw"]), 4),
     }
-
-
-def _number(value: float) -> float | None:
-    """None: without bound, which JSON has no number for."""
-    return round(value, 3) if math.isfinite(value) else None
 
 
 def plot(results: Sequence[dict[str, Any]], found: dict[str, list[Job]]) -> Figure:
@@ -176,9 +167,9 @@ def main() -> int:
             return run_jobs(pool, workers, jobs, functools.partial(run_job, study), file, deadline)
 
         swept = sweep(study)
-        adamw = best_rate(study, done(swept), swept, "adamw")
+        adamw = best_rate(done(swept), swept, "adamw")
         swept = sweep(study, adamw)
-        muon = best_rate(study, done(swept), swept, "muon")
+        muon = best_rate(done(swept), swept, "muon")
         found = arms(study, adamw, muon)
         results = done([job for jobs in zip(*found.values(), strict=True) for job in jobs])
     verdict = judge(study, results, found)

@@ -32,7 +32,7 @@ def test_a_run_and_the_best_of_a_sweep() -> None:
     other = {**dataclasses.asdict(second), "loss": one["loss"] / 2}
     diverged = {**dataclasses.asdict(dataclasses.replace(first, adamw=-3.0)), "loss": None}
     assert 0 < one["loss"] < 10
-    assert best_rate(study, [one, other, diverged], [first, second], "adamw") == second.adamw
+    assert best_rate([one, other, diverged], [first, second], "adamw") == second.adamw
 
 
 def test_the_committed_race_says_what_its_runs_say() -> None:
