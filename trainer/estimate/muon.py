@@ -46,7 +46,7 @@ def state_numbers(table: MuTable) -> int:
 
 
 def polar_flops(matrices: Iterable[Matrices], steps: int) -> int:
-    """Of all polar factors of a step, over all GPUs of one copy or of all copies together."""
+    """Of all polar factors of a step, over all GPUs: each matrix is computed once."""
     return sum(2 * each.number * multiply_adds(each.rows, each.columns, steps) for each in matrices)
 
 

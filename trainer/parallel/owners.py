@@ -46,9 +46,12 @@ class _Matrix(NamedTuple):
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Parameters that are exchanged at once. owned: their matrices by copy, then by owner."""
+    """Parameters that are exchanged at once. owned: their matrices by copy, then by owner. theirs: elements of each
+    owner's matrices that lie in this rank's shard; mine: elements of this rank's matrices in the shard of each rank."""
 
     owned: list[list[list[_Matrix]]]
+    theirs: list[int]
+    mine: list[int]
 
 
 class Owners:
@@ -102,7 +105,10 @@ class Owners:
             load, copy, owner = heapq.heappop(loads)
             heapq.heappush(loads, (load + work, copy, owner))
             owned[copy][owner].append(matrix)
-        return _Bucket(owned)
+        own = owned[self._copy]
+        theirs = [sum(matrix.elements[self._rank] for matrix in each) for each in own]
+        mine = [sum(matrix.elements[rank] for matrix in own[self._rank]) for rank in range(self._size)]
+        return _Bucket(owned, theirs, mine)
 
     def _matrix(self, name: str, start: int, end: int) -> _Matrix:
         columns = self._parameters[name].columns
@@ -162,14 +168,11 @@ class Owners:
         return self._exchange(bucket, pieces, to_owners=False)
 
     def _exchange(self, bucket: _Bucket, pieces: Sequence[Tensor], to_owners: bool) -> "_Exchange":
-        owned = bucket.owned[self._copy]
-        theirs = [sum(matrix.elements[self._rank] for matrix in each) for each in owned]
-        mine = [sum(matrix.elements[rank] for matrix in owned[self._rank]) for rank in range(self._size)]
         sent = torch.cat(list(pieces)) if pieces else torch.empty(0)
         sent = sent.to(self._device, self._dtype)
-        if self._ranks.shard is None or not any(owned):
+        if self._ranks.shard is None or not any(bucket.owned[self._copy]):
             return _Exchange(sent, sent, None)
-        to, given = (theirs, mine) if to_owners else (mine, theirs)
+        to, given = (bucket.theirs, bucket.mine) if to_owners else (bucket.mine, bucket.theirs)
         received = sent.new_empty(sum(given))
         work = dist.all_to_all_single(received, sent, given, to, group=self._ranks.shard, async_op=True)
         return _Exchange(sent, received, work)
