@@ -60,9 +60,9 @@ class MuDiTPipeline(DiffusionPipeline):
     vae: None for a model of pixels. text_encoder, tokenizer: None for a model of classes.
     latent_size: rows of a latent by default. pixels_per_latent: pixels per row of a latent, for size conditions.
     max_length: the most tokens per caption. steps, guidance: as the model was sampled in training. guidance_channels:
-    how many channels are guided, None for all. vae_source: [path or id, subfolder, class of
-    diffusers] and text_encoder_source: [class of
-    transformers, path or id, subfolder, the tokenizer's subfolder] name parts that lie elsewhere.
+    how many channels are guided, None for all. vae_source: [path or id, subfolder, class of diffusers] and
+    text_encoder_source: [class of transformers, path or id, subfolder, the tokenizer's subfolder] name parts that lie
+    elsewhere.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

@@ -73,7 +73,8 @@ def qwen() -> AutoencoderKLQwenImage:
 
 
 def per_channel_kl() -> AutoencoderKL:
-    return AutoencoderKL(**_KL, scaling_factor=0.5, latents_mean=_MEAN, latents_std=_STD)  # type: ignore[arg-type]
+    given: dict[str, Any] = {**_KL, "scaling_factor": 0.5, "latents_mean": _MEAN, "latents_std": _STD}
+    return AutoencoderKL(**given)
 
 
 # class -> (channels, downsample)
@@ -111,7 +112,7 @@ def theirs(name: str, model: Any, pixels: Tensor, noise: Tensor) -> Tensor:
     """Latents as diffusers' pipelines make them. noise: with which a distribution is sampled, where it is."""
     if name == "AutoencoderKLFlux2":  # its pipeline takes the mean
         pipe: Any = SimpleNamespace(vae=model, _patchify_latents=Flux2Pipeline._patchify_latents)
-        return Flux2Pipeline._encode_vae_image(pipe, pixels, None)  # type: ignore[arg-type]
+        return Flux2Pipeline._encode_vae_image(pipe, pixels, None)  # type: ignore[arg-type] (no generator: it takes the mean)
     if name == "AutoencoderKLQwenImage":
         pipe = SimpleNamespace(vae=model, latent_channels=4)
         encode: Any = QwenImageImg2ImgPipeline._encode_vae_image
@@ -291,4 +292,4 @@ def test_latents_without_a_variance_are_stored_without_one(tmp_path: Path) -> No
     assert torch.equal(of_images.keys, of_latents.keys)
     mean, _ = autoencoder.encode(of_images.images)
     torch.testing.assert_close(of_latents.latents.float(), mean, rtol=2e-3, atol=1e-3)
-    assert torch.equal(split(of_latents, 2)[1].latents, of_latents.latents[2:])  # type: ignore[arg-type]
+    assert torch.equal(split(of_latents, 2)[1].latents, of_latents.latents[2:])  # type: ignore[arg-type] (it has latents)

@@ -262,7 +262,7 @@ def test_pairs_stay_together(world_size: int, batch: int, micro_batch: str, refu
         ["objective.contrastive_weight=0.05", f"train.global_batch_size={batch}", f"train.micro_batch_size={size}",
          "data.shards=synthetic", "data.resolution=16"],
     )  # fmt: skip
-    world = World(0, world_size, torch.device("cpu"), None, None, None)  # type: ignore[arg-type]
+    world = World(0, world_size, torch.device("cpu"), None, None, None)  # type: ignore[arg-type] (no process group)
     if refused is None:
         TrainingData(config, resolve(config, world_size), world)
         return
