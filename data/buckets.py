@@ -143,6 +143,15 @@ class Schedule:
         # The block that was asked for last: its number and its steps.
         self._block: tuple[int, list[StepBucket]] = -1, []
 
+    def before(self, step: int) -> list[int]:
+        """How many steps before `step` have each bucket."""
+        first = step - step % BLOCK
+        dealt, _ = deal(self._rates, np.arange(first))
+        counts = np.bincount(dealt, minlength=len(self._rates) + 1)
+        for each in range(first, step):
+            counts[self.at(each).bucket] += 1
+        return counts.tolist()
+
     def at(self, step: int) -> StepBucket:
         """The bucket of a step."""
         block, within = divmod(step, BLOCK)
@@ -163,7 +172,8 @@ class BucketOrder:
     A pure function of (seed, index, buckets, global batch size). With one bucket it is the Order of the index.
     epochs: None repeats for ever; with k, a bucket's positions past its k-th epoch have shard END_OF_DATA.
     characters_per_token: data.characters_per_token, by which a caption's number of tokens is estimated. first_step: the
-    step that reads the order's beginning.
+    step that reads the order's beginning. left_over: bool [samples], those that the first epochs read, where another
+    order has read the others of an epoch.
     """
 
     def __init__(
@@ -175,22 +185,32 @@ class BucketOrder:
         epochs: int | None,
         characters_per_token: float,
         first_step: int = 0,
+        left_over: np.ndarray | None = None,
     ) -> None:
-        self._first_step = first_step
+        self._first_step, self._index, self._left_over = first_step, index, left_over
         self._ends = np.cumsum(index.shard_sizes)
         if len(buckets) == 1 or not len(index):  # an empty index is an error that Order raises
             self._bucket_of = None
-            self._orders = {0: Order(seed, index.shard_sizes, global_batch_size, epochs, index.sources)}
+            rest = None if left_over is None else _sizes(np.zeros(len(index), np.uint8), index, 1, left_over)[0]
+            self._orders = {0: Order(seed, index.shard_sizes, global_batch_size, epochs, index.sources, rest)}
             shares = [Fraction(1)]
         else:
             self._bucket_of = _buckets_of(index, buckets, characters_per_token)
-            sizes = _sizes(self._bucket_of, index.shard_sizes, len(buckets))
+            sizes = _sizes(self._bucket_of, index, len(buckets))
             self._joins = np.array(merged(sizes.sum(axis=1).tolist(), buckets, global_batch_size))
-            sizes = np.stack([sizes[self._joins == c].sum(axis=0) for c in range(len(buckets))])
+            sizes = self._joined(sizes)
+            rests = None if left_over is None else self._joined(_sizes(self._bucket_of, index, len(buckets), left_over))
             read = [c for c in range(len(buckets)) if sizes[c].any()]
             sources = {c: _sources_of_bucket(index, sizes[c]) for c in read}
             self._orders = {
-                c: Order(int(mix(seed, _PURPOSE_BUCKET, c)), sizes[c].tolist(), global_batch_size, epochs, sources[c])
+                c: Order(
+                    int(mix(seed, _PURPOSE_BUCKET, c)),
+                    sizes[c].tolist(),
+                    global_batch_size,
+                    epochs,
+                    sources[c],
+                    None if rests is None else rests[c],
+                )
                 for c in read
             }
             shares = [sum((Fraction(source.weight) for source in sources[c]), Fraction()) for c in read]
@@ -212,22 +232,45 @@ class BucketOrder:
 
     def queues(self, at: StepBucket, slots: range) -> list[Iterator[Chunk]]:
         """For each slot the endless chunks of at.bucket that it reads, from the bucket's step at.number on."""
-        queues = self._orders[at.bucket].queues(at.number, slots)
-        return [self._located(at.bucket, queue) for queue in queues] if self._bucket_of is not None else queues
+        return [self._located(at.bucket, queue) for queue in self._orders[at.bucket].queues(at.number, slots)]
+
+    def left_over(self, step: int) -> np.ndarray:
+        """bool [samples]: those that the epochs in progress have still to read before `step`. Each source has epochs of
+        its own in each bucket. Of samples that are not read at all (of weight 0) it says what was said before."""
+        left = np.ones(len(self._index), bool) if self._left_over is None else np.array(self._left_over)
+        for place, bucket in enumerate(self._read):
+            number = self._schedule.before(step - self._first_step)[place]
+            for source, (of_rest, of_epoch) in self._orders[bucket].left_over(number).items():
+                before = sum(each.shards for each in self._index.sources[:source])
+                for shard in range(before, before + self._index.sources[source].shards):
+                    first = int(self._ends[shard - 1]) if shard else 0
+                    members = first + self._members(shard, bucket, of_rest)
+                    left[members], of_epoch = of_epoch[: len(members)], of_epoch[len(members) :]
+        return left
+
+    def _joined(self, sizes: np.ndarray) -> np.ndarray:
+        """int64 [buckets, shards]: samples of each bucket, those that have joined it among them."""
+        return np.stack([sizes[self._joins == c].sum(axis=0) for c in range(len(sizes))])
 
     def _located(self, bucket: int, queue: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The bucket's order numbers samples within the bucket; here they get their numbers in the shard."""
+        """An order numbers samples within the bucket, and within what was left over; here they get their numbers in the
+        shard."""
         for chunk in queue:
-            if chunk.shard == END_OF_DATA:
+            if chunk.shard == END_OF_DATA or (self._bucket_of is None and not chunk.of_rest):
                 yield chunk
             else:
-                yield Chunk(chunk.shard, self._members(chunk.shard, bucket)[chunk.samples])
+                yield Chunk(chunk.shard, self._members(chunk.shard, bucket, chunk.of_rest)[chunk.samples])
 
-    def _members(self, shard: int, bucket: int) -> np.ndarray:
-        """int64: the samples of a shard that are in a bucket, in the order of the shard."""
-        assert self._bucket_of is not None
-        first = int(self._ends[shard - 1]) if shard else 0
-        return np.flatnonzero(self._joins[self._bucket_of[first : self._ends[shard]]] == bucket)
+    def _members(self, shard: int, bucket: int, of_rest: bool) -> np.ndarray:
+        """int64: the samples of a shard that are in a bucket, in the order of the shard. of_rest: of those that were
+        left over."""
+        rows = slice(int(self._ends[shard - 1]) if shard else 0, int(self._ends[shard]))
+        chosen = np.ones(rows.stop - rows.start, bool)
+        if self._bucket_of is not None:
+            chosen &= self._joins[self._bucket_of[rows]] == bucket
+        if of_rest and self._left_over is not None:
+            chosen &= self._left_over[rows]
+        return np.flatnonzero(chosen)
 
 
 def _buckets_of(index: IndexColumns, buckets: Sequence[Bucket], characters_per_token: float) -> np.ndarray:
@@ -245,11 +288,13 @@ def _buckets_of(index: IndexColumns, buckets: Sequence[Bucket], characters_per_t
     return index.stored_array(f"buckets-{hashlib.sha256(question.encode()).hexdigest()[:16]}", make)
 
 
-def _sizes(bucket_of: np.ndarray, shard_sizes: Sequence[int], buckets: int) -> np.ndarray:
-    """int64 [buckets, shards]: samples of each bucket in each shard."""
-    sizes, first = np.zeros((buckets, len(shard_sizes)), np.int64), 0
-    for shard, count in enumerate(shard_sizes):
-        sizes[:, shard] = np.bincount(bucket_of[first : first + count], minlength=buckets)
+def _sizes(bucket_of: np.ndarray, index: IndexColumns, buckets: int, chosen: np.ndarray | None = None) -> np.ndarray:
+    """int64 [buckets, shards]: samples of each bucket in each shard. chosen: bool [samples], which of them count."""
+    sizes, first = np.zeros((buckets, len(index.shard_sizes)), np.int64), 0
+    for shard, count in enumerate(index.shard_sizes):
+        rows = slice(first, first + count)
+        of_shard = bucket_of[rows] if chosen is None else bucket_of[rows][chosen[rows]]
+        sizes[:, shard] = np.bincount(of_shard, minlength=buckets)
         first += count
     return sizes
 

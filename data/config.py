@@ -15,6 +15,7 @@ BUCKET_STEPS = 16  # sides of buckets are multiples of this part of data.resolut
 # Inputs are hidden from pydantic's own messages, because a URL may hold a password.
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True)
 RUNTIME: JsonDict = {"class": "runtime"}  # free to change when a run is resumed (see trainer.config.schema)
+STAGED: JsonDict = {"class": "identity", "stage": True}  # changes in mid-run by a stage alone
 
 
 class Bucket(NamedTuple):
@@ -100,26 +101,26 @@ class DataConfig:
     launch/precompute.py wrote hold latents, text states and features in place of images and captions."""
     val_shards: str | None = Field(default=None, json_schema_extra=RUNTIME)
     """Shards that the run is validated on, written as data.shards; null validates on the training shards."""
-    resolution: int = Field(default=256, ge=1)
+    resolution: int = Field(default=256, ge=1, json_schema_extra=STAGED)
     """Side of the square images in pixels; images of other shapes have about the same area."""
-    buckets: Literal["none", "aspect"] = "none"
+    buckets: Literal["none", "aspect"] = Field(default="none", json_schema_extra=STAGED)
     """`none` crops all images to squares; `aspect` crops each to the nearest of several aspect ratios."""
-    max_aspect: float = Field(default=2.0, ge=1, le=8)
+    max_aspect: float = Field(default=2.0, ge=1, le=8, json_schema_extra=STAGED)
     """Longer side divided by shorter side of the longest bucket (data.buckets aspect)."""
-    text_lengths: tuple[int, ...] = ()
+    text_lengths: tuple[int, ...] = Field(default=(), json_schema_extra=STAGED)
     """Rising caption lengths in tokens, each of which makes buckets of its own; the last one must equal
     text_encoder.max_length. Empty: all captions are padded to text_encoder.max_length."""
-    characters_per_token: float = Field(default=1.0, gt=0)
+    characters_per_token: float = Field(default=1.0, gt=0, json_schema_extra=STAGED)
     """Characters per token by which a caption's length is estimated when its bucket is chosen. At 1 no caption is cut
     that text_encoder.max_length would not cut; a larger number gives shorter padding."""
     num_workers: int = Field(default=2, ge=0, json_schema_extra=RUNTIME)
     """Reader processes per rank; 0 reads in the training process."""
-    crop: Literal["random", "center"] = "random"
+    crop: Literal["random", "center"] = Field(default="random", json_schema_extra=STAGED)
     """Where the largest part of the wanted shape is cut from a training image. Latents and validation images are always
     cut from the centre."""
-    flip: float = Field(default=0.5, ge=0, le=1)
+    flip: float = Field(default=0.5, ge=0, le=1, json_schema_extra=STAGED)
     """Probability that an image is flipped horizontally. The caption stays, so one that says "left" becomes wrong."""
-    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    label_dropout: float = Field(default=0.1, ge=0, le=1, json_schema_extra=STAGED)
     """Probability that a class label is replaced by "no class", for models that are conditioned on classes."""
     epochs: int | None = Field(default=None, ge=1)
     """How often the data set is read; null repeats it without end."""
@@ -133,12 +134,12 @@ class DataConfig:
     """Images of more pixels count as unreadable and are not decoded; one takes up to 10 bytes of memory per pixel."""
     sources: tuple[SourceConfig, ...] = Field(default=(), json_schema_extra=RUNTIME)
     """Several data sets, each with its weight, in place of data.shards."""
-    filter: FilterConfig = FilterConfig()
+    filter: FilterConfig = Field(default=FilterConfig(), json_schema_extra=STAGED)
     """Samples that are left out when the shards, data.val_shards too, are indexed."""
     captions: str | None = Field(default=None, json_schema_extra=RUNTIME)
     """.jsonl or .parquet files of captions by image, for shards (data.val_shards too) that hold no captions: a path, a
     folder, or a pattern of paths with commas, braces or wildcards."""
-    caption_fields: tuple[str, ...] = ()
+    caption_fields: tuple[str, ...] = Field(default=(), json_schema_extra=STAGED)
     """Where a sample's caption is, the first that is there and not empty: fields of its .json member or of
     data.captions, or plain members (`llava` is KEY.llava). Empty: KEY.txt, else `captions` or `caption`."""
     caption_key: str | None = Field(default=None, json_schema_extra=RUNTIME)
@@ -199,9 +200,9 @@ class TextEncoderConfig:
     """A local folder or a hub id; `none` where text states come with the data."""
     subfolder: str | None = Field(default=None, json_schema_extra=RUNTIME)
     """Folder below text_encoder.path, as in a diffusers pipeline (`text_encoder_3`)."""
-    max_length: int = Field(default=256, ge=1)
+    max_length: int = Field(default=256, ge=1, json_schema_extra=STAGED)
     """Tokens per caption; longer captions are cut."""
-    dropout: float = Field(default=0.1, ge=0, le=1)
+    dropout: float = Field(default=0.1, ge=0, le=1, json_schema_extra=STAGED)
     """Probability that a caption is replaced by the empty one before it is encoded."""
     width: int = Field(default=4096, ge=1)
     """Hidden size of the encoder, which is compared with that of the encoder that is loaded."""

@@ -67,10 +67,12 @@ class Source(NamedTuple):
 
 class Chunk(NamedTuple):
     """A chunk, or what a seek left of it: its shard, and its samples (int64 numbers in the shard) in reading order.
-    Both are END_OF_DATA past the last epoch."""
+    Both are END_OF_DATA past the last epoch. of_rest: the numbers are those among the samples that were left over (see
+    Order)."""
 
     shard: int
     samples: np.ndarray
+    of_rest: bool = False
 
 
 class _Start(NamedTuple):
@@ -127,57 +129,124 @@ def slots_of(rank: int, world: int, global_batch_size: int) -> range:
     return share_of(rank, world, global_batch_size)
 
 
-class _SourceOrder:
-    """One source, read by `slots` slots alone. first_shard: number of its first shard among those of all sources."""
+class _Chunks:
+    """Samples of a source, cut into chunks. sizes: int64 [shards], samples of each shard."""
 
-    def __init__(self, seed: int, sizes: np.ndarray, first_shard: int, slots: int, epochs: int | None) -> None:
-        self._seed, self._sizes, self._first_shard, self._epochs = seed, sizes, first_shard, epochs
-        self.slots = slots
-        self._chunk_length = int(np.clip(int(sizes.sum()) // (CHUNKS_PER_SLOT * slots), 1, MAX_CHUNK))
-        chunks = -(-sizes // self._chunk_length)  # int64 [shards]
+    def __init__(self, sizes: np.ndarray, length: int) -> None:
+        self._length = length
+        chunks = -(-sizes // length)  # int64 [shards]
         self._ends = np.cumsum(chunks)
-        self.chunks = int(self._ends[-1])
+        self._first_samples = np.cumsum(sizes) - sizes  # of each shard
+        self.count = int(self._ends[-1])
         # One byte per chunk: with 100 million samples this array and the live permutations are what stays in memory.
-        self.lengths = np.full(self.chunks, self._chunk_length, np.uint8)
+        self.lengths = np.full(self.count, length, np.uint8)
         filled = chunks > 0
-        self.lengths[self._ends[filled] - 1] = sizes[filled] - (chunks[filled] - 1) * self._chunk_length
+        self.lengths[self._ends[filled] - 1] = sizes[filled] - (chunks[filled] - 1) * length
+
+    def place(self, chunk: int) -> tuple[int, int]:
+        """The shard of a chunk, and the number of its first sample there."""
+        shard = int(np.searchsorted(self._ends, chunk, side="right"))
+        before = int(self._ends[shard - 1]) if shard else 0
+        return shard, (chunk - before) * self._length
+
+    def number_of(self, shard: int, samples: np.ndarray) -> np.ndarray:
+        """The numbers of a shard's samples among all samples of the source."""
+        return self._first_samples[shard] + samples
+
+
+class _SourceOrder:
+    """One source, read by `slots` slots alone. first_shard: number of its first shard among those of all sources.
+    rest: int64 [shards], samples of each shard that the first epoch has, where it has not all of them."""
+
+    def __init__(
+        self,
+        seed: int,
+        sizes: np.ndarray,
+        first_shard: int,
+        slots: int,
+        epochs: int | None,
+        rest: np.ndarray | None = None,
+    ) -> None:
+        self._seed, self._first_shard, self._epochs = seed, first_shard, epochs
+        self.slots = slots
+        length = int(np.clip(int(sizes.sum()) // (CHUNKS_PER_SLOT * slots), 1, MAX_CHUNK))
+        self._whole = _Chunks(sizes, length)
+        self._has_rest = rest is not None and bool(rest.any())
+        self._first = _Chunks(rest, length) if rest is not None and self._has_rest else self._whole
         self._permutations: dict[int, np.ndarray] = {}
-        self._kept_permutations = LIVE_EPOCHS + 2 * slots // self.chunks  # one step may span several epochs
+        # One step may span several epochs.
+        self._kept_permutations = LIVE_EPOCHS + self._has_rest + 2 * slots // self._whole.count
+
+    def _epoch(self, number: int) -> tuple[int, int]:
+        """(the epoch of chunk `number`, its place there)."""
+        if number < self._first.count:
+            return 0, number
+        epoch, j = divmod(number - self._first.count, self._whole.count)
+        return epoch + 1, j
+
+    def _start(self, epoch: int) -> int:
+        """The number of the first chunk of an epoch."""
+        return self._first.count + (epoch - 1) * self._whole.count if epoch else 0
+
+    def _chunks(self, epoch: int) -> _Chunks:
+        return self._whole if epoch else self._first
 
     def length(self, number: int) -> int:
         """Samples of chunk `number`."""
-        return int(self.lengths[self._permuted(number)])
+        epoch, chunk = self._permuted(number)
+        return int(self._chunks(epoch).lengths[chunk])
 
     def chunk(self, number: int) -> Chunk:
         """Chunk `number` of the source; past its last epoch one of END_OF_DATA."""
-        epoch, chunk = number // self.chunks, self._permuted(number)
+        epoch, chunk = self._permuted(number)
+        chunks = self._chunks(epoch)
         if self._epochs is not None and epoch >= self._epochs:  # as long as it would be, so that nothing is shifted
-            return Chunk(END_OF_DATA, np.full(self.lengths[chunk], END_OF_DATA))
-        within = np.arange(self.lengths[chunk])
+            return Chunk(END_OF_DATA, np.full(chunks.lengths[chunk], END_OF_DATA))
+        within = np.arange(chunks.lengths[chunk])
         order = np.argsort(mix(self._seed, _PURPOSE_INSIDE, epoch, chunk, within), kind="stable")
-        shard = int(np.searchsorted(self._ends, chunk, side="right"))
-        before = int(self._ends[shard - 1]) if shard else 0
-        return Chunk(self._first_shard + shard, (chunk - before) * self._chunk_length + order)
+        shard, first = chunks.place(chunk)
+        return Chunk(self._first_shard + shard, first + order, self._has_rest and epoch == 0)
 
-    def _permuted(self, number: int) -> int:
-        """The chunk that has a number."""
-        epoch, j = divmod(number, self.chunks)
+    def _permuted(self, number: int) -> tuple[int, int]:
+        """(the epoch of chunk `number`, which of the epoch's chunks it is)."""
+        epoch, j = self._epoch(number)
         if epoch not in self._permutations:
             while len(self._permutations) >= self._kept_permutations:
                 del self._permutations[min(self._permutations)]
-            self._permutations[epoch] = self._permute(np.array([epoch]))[0].astype(np.uint32)
-        return int(self._permutations[epoch][j])
+            self._permutations[epoch] = self._permute(np.array([epoch]), self._chunks(epoch))[0].astype(np.uint32)
+        return epoch, int(self._permutations[epoch][j])
 
     def lengths_of(self, first: int, last: int) -> np.ndarray:
         """int64 [last - first]: samples of each of the chunks first ... last - 1, whatever the number of epochs."""
-        epoch = first // self.chunks
-        chunks = self._permute(np.arange(epoch, -(-last // self.chunks))).ravel()
-        return self.lengths[chunks[first - epoch * self.chunks : last - epoch * self.chunks]].astype(np.int64)
+        epoch, end = self._epoch(first)[0], self._epoch(last - 1)[0] + 1
+        of_first = self._first.lengths[self._permute(np.arange(epoch, 1), self._first)]
+        of_others = self._whole.lengths[self._permute(np.arange(max(1, epoch), end), self._whole)]
+        lengths = np.concatenate([of_first.ravel(), of_others.ravel()])
+        return lengths[first - self._start(epoch) : last - self._start(epoch)].astype(np.int64)
 
-    def _permute(self, epochs: np.ndarray) -> np.ndarray:
-        """int64 [len(epochs), C]: the chunk permutation of each epoch."""
-        hashes = mix(self._seed, _PURPOSE_CHUNKS, epochs[:, None], np.arange(self.chunks)[None, :])
+    def _permute(self, epochs: np.ndarray, chunks: _Chunks) -> np.ndarray:
+        """int64 [len(epochs), C]: the chunk permutation of each epoch. chunks: those that all these epochs have."""
+        hashes = mix(self._seed, _PURPOSE_CHUNKS, epochs[:, None], np.arange(chunks.count)[None, :])
         return np.argsort(hashes, axis=1, kind="stable")
+
+    def left_over(self, chunk: np.ndarray, offset: np.ndarray) -> tuple[bool, np.ndarray]:
+        """What the epoch in progress has still to read, where queue b stands at sample offset[b] of chunk chunk[b],
+        both int64 [slots]: (whether its samples are those of `rest`, bool [its samples]).
+
+        The epoch in progress is the newest that any queue has read of. What slower queues have left of the one before
+        is given up: about a chunk of each.
+        """
+        begun = np.where(offset > 0, chunk, chunk - self.slots)  # the last chunk that each queue has read of
+        epoch = self._epoch(max(0, int(begun.max())))[0]
+        chunks, numbers = self._chunks(epoch), self._start(epoch) + np.arange(self._chunks(epoch).count)
+        read = np.zeros(chunks.count, bool)
+        read[self._permute(np.array([epoch]), chunks)[0]] = numbers < chunk[numbers % self.slots]
+        left = ~np.repeat(read, chunks.lengths)
+        for number, count in zip(chunk.tolist(), offset.tolist(), strict=True):
+            if count and self._epoch(number)[0] == epoch:
+                found = self.chunk(number)
+                left[chunks.number_of(found.shard - self._first_shard, found.samples[:count])] = False
+        return self._has_rest and epoch == 0, left
 
     def seek(self, slots: np.ndarray, samples: np.ndarray) -> tuple[list[int], list[int]]:
         """For each of some slots, int64 [n], that have read `samples` samples, int64 [n]: the chunk in which the next
@@ -188,8 +257,9 @@ class _SourceOrder:
         each row: column sums tell how many rows each slot has behind it, and a slot that a block does not suffice takes
         the rest of its samples to the next block. Only lengths are computed, no samples.
         """
-        longest = int(self.lengths.max())
-        if (self.lengths == longest).all():
+        lengths = [self._first.lengths, self._whole.lengths]
+        longest = int(self._whole.lengths.max())
+        if all((each == longest).all() for each in lengths):
             return (slots + self.slots * (samples // longest)).tolist(), (samples % longest).tolist()
 
         chunk, offset = np.full(len(slots), -1), np.zeros(len(slots), np.int64)  # -1: not found yet
@@ -197,7 +267,7 @@ class _SourceOrder:
         # A block covers at least an epoch, so that each epoch is permuted twice at most. More chunks than there are
         # samples to pass would be wasted: no chunk is empty.
         passed = int(samples.max(initial=0)) + 1
-        rows = -(-max(min(SEEK_BLOCK, passed * self.slots), self.chunks) // self.slots)
+        rows = -(-max(min(SEEK_BLOCK, passed * self.slots), self._whole.count) // self.slots)
         base = 0  # the block's first row
         while (chunk < 0).any():
             lengths = self.lengths_of(base * self.slots, (base + rows) * self.slots)
@@ -226,7 +296,7 @@ class _Queue:
                 self._start, self._chunk = self._start + length, self._chunk + self._source.slots
             found = self._source.chunk(self._chunk)
             samples = found.samples[first - self._start : first - self._start + count]
-            yield Chunk(found.shard, samples)
+            yield found._replace(samples=samples)
             first, count = first + len(samples), count - len(samples)
 
 
@@ -235,7 +305,9 @@ class Order:
 
     seed: of the run. shard_sizes: samples of each shard. epochs: None repeats the sources for ever; with k, positions
     past the k-th epoch of a source have shard END_OF_DATA. sources: those that the shards belong to; None is one
-    source. Raises DataError where a source that is read holds no samples.
+    source. rest: int64 [shards], how many samples of each shard the first epoch reads, where others of an epoch were
+    read already; the numbers of its samples are those among these. Raises DataError where a source that is read holds
+    no samples.
     """
 
     def __init__(
@@ -245,6 +317,7 @@ class Order:
         global_batch_size: int,
         epochs: int | None,
         sources: Sequence[Source] | None = None,
+        rest: np.ndarray | None = None,
     ) -> None:
         sizes = np.asarray(shard_sizes, np.int64)
         sources = sources or [Source(len(sizes), 1.0)]
@@ -254,11 +327,13 @@ class Order:
         self._shares = Shares([Fraction(sources[number].weight) for number in read], global_batch_size)
         self._sources: list[_SourceOrder] = []
         for number, slots in zip(read, self._shares.slots, strict=True):
-            own = sizes[first_shards[number] : first_shards[number + 1]]
+            shards = slice(first_shards[number], first_shards[number + 1])
+            own, own_rest = sizes[shards], None if rest is None else rest[shards]
             if own.sum() == 0:
                 raise DataError("data.shards holds no samples; build shards with launch/shard.py")
             own_seed = int(mix(seed, number)) if number else seed  # so that equal sources have different orders
-            self._sources.append(_SourceOrder(own_seed, own, int(first_shards[number]), max(1, slots), epochs))
+            self._sources.append(_SourceOrder(own_seed, own, int(shards.start), max(1, slots), epochs, own_rest))
+        self._read = read
 
     def steps(self, first_step: int, slots: range) -> Iterator[tuple[int, list[Position]]]:
         """Endless (step, positions of `slots`) from first_step on, without replaying what comes before."""
@@ -271,14 +346,25 @@ class Order:
 
     @staticmethod
     def _samples(queue: Iterator[Chunk]) -> Iterator[tuple[int, int]]:
-        for shard, samples in queue:
-            for sample in samples.tolist():
-                yield shard, sample
+        for chunk in queue:
+            for sample in chunk.samples.tolist():
+                yield chunk.shard, sample
 
     def queues(self, first_step: int, slots: range) -> list[Iterator[Chunk]]:
         """For each slot the endless chunks that it reads from first_step on; of the first one only what is left."""
         starts = self._seek(first_step, slots)
         return [self._queue(first_step, slot, starts) for slot in slots]
+
+    def left_over(self, step: int) -> dict[int, tuple[bool, np.ndarray]]:
+        """For each source that is read, by its number: what the epochs in progress have still to read before `step`
+        (see _SourceOrder.left_over)."""
+        starts = self._seek(step, range(self.global_batch_size))
+        found = {}
+        for i, source in enumerate(self._sources):
+            queues = [starts[i, queue] for queue in range(source.slots)]
+            chunk, offset = (np.array(each, np.int64) for each in zip(*(q[:2] for q in queues), strict=True))
+            found[self._read[i]] = source.left_over(chunk, offset)
+        return found
 
     def _queue(self, first_step: int, slot: int, starts: Mapping[tuple[int, int], _Start]) -> Iterator[Chunk]:
         queues: dict[tuple[int, int], _Queue] = {}

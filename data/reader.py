@@ -25,6 +25,7 @@ from .index import ImageTextIndex
 from .order import mix, share_of, slots_of
 from .precomputed_read import LatentRows
 from .samples import RawSample, SampleFiles
+from .stages import Begin, Part
 
 _AHEAD = 2  # batches that a worker reads before they are asked for
 _OTHER_FILES, _FILES_OF_A_WORKER = 64, 8  # open beside the tensors: of this process, and the pipes of a worker
@@ -38,7 +39,8 @@ class _Rows(IterableDataset[Batch]):
     """A rank's rows of each step from first_step on, as far as they belong to this worker; endless.
 
     Worker w of n owns a contiguous part of the rank's rows, so that a chunk is read by one process. buckets: those of
-    the run. rows: of a rank in a step of each bucket, fill-up rows included. slots: the rank's.
+    the run. rows: of a rank in a step of each bucket, fill-up rows included. slots: the rank's. first_position: of the
+    whole batch of first_step.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class _Rows(IterableDataset[Batch]):
         rows: Sequence[int],
         global_batch_size: int,
         first_step: int,
+        first_position: int,
         slots: range,
     ) -> None:
         self.decoder, self._order, self._buckets, self._rows = decoder, order, buckets, rows
-        self._batch, self._first_step, self._slots = global_batch_size, first_step, slots
+        self._batch, self._slots = global_batch_size, slots
+        self._first_step, self._first_position = first_step, first_position
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -70,7 +74,8 @@ class _Rows(IterableDataset[Batch]):
             if at.bucket not in streams:
                 queues = self._order.queues(at, slots)
                 streams[at.bucket] = self.decoder.files.streams(queues, sets=len(self._order.buckets))
-            positions = [*(step * self._batch + slot for slot in slots), *[_FILL_UP] * fill_up]
+            position = self._first_position + (step - self._first_step) * self._batch
+            positions = [*(position + slot for slot in slots), *[_FILL_UP] * fill_up]
             samples = [*(next(stream) for stream in streams[at.bucket]), *[None] * fill_up]
             yield self.decoder.batch(positions, samples, self._buckets[at.bucket])
 
@@ -114,6 +119,7 @@ class ImageTextReader:
     the most rows of a micro-batch. classes: the number of classes of a model that is conditioned on labels, else None.
     buckets: those of the steps, each with the most rows of a micro-batch; None is a single one, the square of
     cfg.resolution with micro_batch_size. features: batches of precomputed shards hold the features of their images.
+    begin: where the order of these data begins; None: at cfg.first_step.
     Raises DataError where there are more ranks than samples in the global batch; its batches do where the machine's
     limits are too small for them.
     """
@@ -131,13 +137,14 @@ class ImageTextReader:
         classes: int | None = None,
         buckets: Mapping[Bucket, int] | None = None,
         features: bool = False,
+        begin: Begin | None = None,
     ) -> None:
         self._batch, self._slots = global_batch_size, slots_of(rank, world, global_batch_size)
         self._buckets, self._shapes = step_shapes(buckets, global_batch_size, world, micro_batch_size)
         known = [bucket or Bucket(cfg.resolution, cfg.resolution, 0) for bucket in self._buckets]
-        self._order = BucketOrder(
-            seed, index, known, global_batch_size, cfg.epochs, cfg.characters_per_token, cfg.first_step
-        )
+        begin = begin or Begin(cfg.first_step, cfg.first_step * global_batch_size)
+        self._order = begin.order(seed, Part(index, known, global_batch_size, cfg.characters_per_token), cfg.epochs)
+        self._begin = begin
         dropout = caption_dropout if classes is None else cfg.label_dropout
         self.decoder = _decoder(index, cfg, seed, cfg.flip, dropout, cfg.crop == "random", classes, features)
         self._workers = cfg.num_workers
@@ -159,6 +166,7 @@ class ImageTextReader:
                 [count * rows for count, rows in self._shapes],
                 self._batch,
                 first_step,
+                self._begin.position_of(first_step, self._batch),
                 self._slots,
             ),
             batch_size=None,

@@ -212,7 +212,7 @@ class SampleFiles:
         """The samples of a queue in parts; bytes behind URLs are requested when a part is handed out. most: bytes of a
         part, which holds at least one sample."""
         first = True
-        for shard, samples in chunks:
+        for shard, samples, _ in chunks:
             if shard == END_OF_DATA:
                 yield [None] * len(samples)
                 continue

@@ -13,6 +13,7 @@ from .batch import NO_LABEL, Batch, step_shapes
 from .buckets import Schedule
 from .config import AutoencoderConfig, Bucket, DataConfig, TextEncoderConfig
 from .order import mix, position_keys, share_of, uniforms
+from .stages import Begin
 
 
 class SyntheticReader:
@@ -20,8 +21,8 @@ class SyntheticReader:
 
     A row depends on its key and its bucket alone: latents ~ N(0, 1) [C, height / downsample, width / downsample]; text
     states ~ N(0, 1) of a true length that varies, and one fixed state of length 1 where the caption is dropped. With
-    `classes`, the number of classes, uniform labels take the place of text states. buckets: as of ImageTextReader; each
-    is as frequent as the others.
+    `classes`, the number of classes, uniform labels take the place of text states. buckets, begin: as of
+    ImageTextReader; each bucket is as frequent as the others.
     """
 
     fingerprint = "synthetic"
@@ -38,6 +39,7 @@ class SyntheticReader:
         micro_batch_size: int,
         classes: int | None = None,
         buckets: Mapping[Bucket, int] | None = None,
+        begin: Begin | None = None,
     ) -> None:
         self._classes, self._label_dropout = classes, cfg.label_dropout
         self._base = Bucket(cfg.resolution, cfg.resolution, text.max_length)
@@ -46,13 +48,15 @@ class SyntheticReader:
         self._slots = share_of(rank, world, global_batch_size)  # some ranks have none where a bank is small
         self._buckets, self._shapes = step_shapes(buckets, global_batch_size, world, micro_batch_size)
         self._schedule = Schedule(seed, [Fraction(1)] * len(self._buckets))
+        self._begin = begin or Begin()
 
     def batches(self, first_step: int) -> Iterator[tuple[int, list[Batch]]]:
         """(step, micro-batches of this rank) from first_step on, endless."""
         for step in itertools.count(first_step):
             bucket = self._schedule.at(step).bucket if len(self._buckets) > 1 else 0
             count, rows = self._shapes[bucket]
-            positions = [step * self._batch + slot for slot in self._slots]
+            position = self._begin.position_of(step, self._batch)
+            positions = [position + slot for slot in self._slots]
             positions += [-1] * (count * rows - len(positions))
             chunks = [positions[i * rows : (i + 1) * rows] for i in range(count)]
             yield step, [self._make(chunk, self._buckets[bucket]) for chunk in chunks]

@@ -115,7 +115,7 @@ def keep_files(overwrite: bool, *outputs: Path) -> None:
 
 
 class Opened(NamedTuple):
-    """A checkpoint: its folder, its meta.json, and the config that it was trained with, overrides applied."""
+    """A checkpoint: its folder, its meta.json, and the config that it (or its stage) was trained with, overridden."""
 
     folder: Path
     meta: dict[str, Any]
@@ -128,11 +128,11 @@ def open_checkpoint(path: Path, overrides: Sequence[str] = (), ranks: "Ranks | N
     of the weights. Raises CheckpointError and ConfigError."""
     from trainer.checkpoint.find import find_checkpoint
     from trainer.checkpoint.meta import read_meta
-    from trainer.config.load import parse
+    from trainer.config.load import parse_trained
 
     folder = find_checkpoint(path, None if ranks is None else ranks.control)
     meta = read_meta(folder)
-    return Opened(folder, meta, parse(meta["config"], f"the config of {folder}", ["parallel.shard=0", *overrides]))
+    return Opened(folder, meta, parse_trained(meta, f"the config of {folder}", ["parallel.shard=0", *overrides]))
 
 
 @contextlib.contextmanager

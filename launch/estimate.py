@@ -2,9 +2,10 @@
 
 python launch/estimate.py --config mmdit_18b_mup.yaml --gpus 256 [--card h200] [--json] [section.key=value ...]
 
-Exits 0 where the run fits into the GPU's memory, 1 where it does not. Time is a MODEL: the slower of arithmetic and
-network, with published rates of the card; no GPU has confirmed it. Two things are in no figure: what CUDA, NCCL and the
-allocator hold beside the tensors (3 GiB are reserved), and the encoders' working memory before a step.
+Exits 0 where the run fits into the GPU's memory, 1 where it does not; a run of stages is priced stage by stage. Time is
+a MODEL: the slower of arithmetic and network, with published rates of the card; no GPU has confirmed it. Two things are
+in no figure: what CUDA, NCCL and the allocator hold beside the tensors (3 GiB are reserved), and the encoders' working
+memory before a step.
 """
 
 import argparse
@@ -38,17 +39,25 @@ def main() -> int:
     with importing():
         from trainer.estimate.plan import Planner, describe_plans
         from trainer.estimate.report import describe, estimate
+        from trainer.estimate.stages import describe_stages, estimate_stages
 
     cluster = cluster_of(a)
+    if a.plan and config.stages:
+        raise ConfigError("--plan compares settings of one stage: add stages=[] and the keys of the stage you mean")
     if a.plan:
         planner = Planner(config, cluster)
         plans = planner.best()
         text = describe_plans(plans, cluster) if plans else planner.what_would_fit()
         print(json.dumps([plan.data(cluster) for plan in plans], indent=1) if a.json else text)
         return 0 if plans else 1
-    found = estimate(config, cluster)
-    print(json.dumps(found, indent=1) if a.json else describe(found, cluster))
-    return 0 if found["memory_gib"]["fits"] or found["memory_cached_gib"]["fits"] else 1
+    if config.stages:
+        found = estimate_stages(config, cluster)
+        text, fits = describe_stages(found, cluster), found["run"]
+    else:
+        fits = found = estimate(config, cluster)
+        text = describe(found, cluster)
+    print(json.dumps(found, indent=1) if a.json else text)
+    return 0 if fits["memory_gib"]["fits"] or fits["memory_cached_gib"]["fits"] else 1
 
 
 def cluster_of(a: argparse.Namespace) -> Cluster:

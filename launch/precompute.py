@@ -23,8 +23,10 @@ from data.index import open_index
 from data.precomputed_write import Precompute
 from launch.common import command, run
 from launch.processes import end_with_torchrun
-from trainer.config.load import load_config
+from trainer.config.keys import plain
+from trainer.config.load import load_config, parse
 from trainer.config.schema import TrainConfig
+from trainer.config.stages import stages_of
 from trainer.errors import ConfigError
 from trainer.parallel.precision import DTYPES, at_least_fp32, precision_of, without_fp8
 
@@ -87,11 +89,18 @@ def main() -> int:
     parser.add_argument(
         "--batch-size", type=int, default=32, help="images, and captions, that are encoded together (default: 32)"
     )
+    parser.add_argument(
+        "--stage", type=int, default=1, metavar="N", help="for which stage of the run, by its resolution (default: 1)"
+    )
     arguments = parser.parse_args()
     for name in ("samples_per_shard", "batch_size", "images_per_s"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
-    config = load_config(arguments.config, arguments.overrides)
+    stages = stages_of(load_config(arguments.config, arguments.overrides))
+    if not 1 <= arguments.stage <= len(stages):
+        parser.error(f"--stage {arguments.stage}: the run has stages 1 to {len(stages)}")
+    # Overrides once more: the images are given in place of the stage's own shards, which are to be made.
+    config = parse(plain(stages[arguments.stage - 1].config), arguments.config, arguments.overrides)
     end_with_torchrun()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.dry_run and rank > 0:

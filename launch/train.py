@@ -22,6 +22,7 @@ from trainer.config.help import describe_keys
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
+from trainer.config.stages import stages_of
 from trainer.errors import DeviceMemoryError, PeerError
 from trainer.recovery.signals import Signals
 
@@ -55,7 +56,7 @@ def _train(config: TrainConfig, signals: Signals) -> int:
     # What is slow to import comes only now: --help and a wrong key are answered at once.
     with importing():
         from export.forms import export_note
-        from trainer.build.run import build_run
+        from trainer.build.run import build_run, release_memory, stage_of
         from trainer.collectives import from_rank_0
         from trainer.estimate.micro_batch import find_fitting, telling_out_of_memory
         from trainer.loop import train
@@ -64,21 +65,30 @@ def _train(config: TrainConfig, signals: Signals) -> int:
 
     folder = config.run.folder
     # Before the world opens: what is simulated has a world of its own.
-    find = find_fitting(config, world_size(), folder)
+    finds = [find_fitting(stage.config, world_size(), folder) for stage in stages_of(config)]
     with open_world(resolve(config, world_size()).shard) as world:
-        fitting = from_rank_0(world, find)
-        try:
-            with telling_out_of_memory(config, fitting, world.size, folder):
+        fittings = [from_rank_0(world, find) for find in finds]
+        sizes = [fitting and fitting.size for fitting in fittings]
+
+        def train_stage() -> str:
+            stage = from_rank_0(world, lambda: stage_of(config))
+            with telling_out_of_memory(stage.config, fittings[stage.number], world.size, folder):
                 with watched_build(config.train.watchdog_factor, config.train.watchdog_min_s, signals) as hold:
-                    job = build_run(config, world, hold, fitting and fitting.size)
-                if note := export_note(config):
+                    job = build_run(config, world, hold, sizes)
+                if note := export_note(stage.config):
                     job.metrics.say(note)
                 with job.lock or contextlib.nullcontext():
                     try:
                         outcome = train(job)
                     finally:
                         job.metrics.close()
-            job.metrics.say(f"{outcome} at step {job.state.step}: {job.folder}")
+            ended = f"{job.plan.stage} has ended" if outcome == "running" else outcome
+            job.metrics.say(f"{ended} at step {job.state.step}: {job.folder}")
+            return outcome
+
+        try:
+            while train_stage() == "running":
+                release_memory()
         except (PeerError, DeviceMemoryError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.stdout.flush()

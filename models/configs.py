@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import ConfigDict, Field
+from pydantic.config import JsonDict
 from pydantic.dataclasses import dataclass
 
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+_STAGED: JsonDict = {"class": "identity", "stage": True}  # a stage may change it (see trainer.config.schema)
 
 # Keys that several kinds have: type, range and help are declared here once, the default is each kind's own.
 Width = Annotated[int, Field(ge=1, description="Features per token; it grows by whole heads of model.head_dim.")]
@@ -126,7 +129,7 @@ class MMDiTConfig:
     mlp_ratio: MLPRatio = 4
     pos_embed_max_size: int = Field(default=64, ge=1)
     """Tokens along a side of the table of positions, which bounds the image (SD3: 192)."""
-    pos_embed_base_size: int = Field(default=16, ge=1)
+    pos_embed_base_size: int = Field(default=16, ge=1, json_schema_extra=_STAGED)
     """Neighbouring tokens lie pos_embed_base_size / pos_embed_max_size apart in the table of positions (SD3: 64 /
     192)."""
     time_freq_shift: float = Field(default=0.0, ge=0, le=1)
@@ -217,10 +220,10 @@ class PixArtConfig:
     patch_size: PatchSize = 2
     mlp_ratio: MLPRatio = 4
     learn_sigma: LearnSigma = True
-    pos_embed_base_size: int = Field(default=16, ge=1)
+    pos_embed_base_size: int = Field(default=16, ge=1, json_schema_extra=_STAGED)
     """A side of n tokens is at positions 0 to pos_embed_base_size / pos_embed_interpolation, whatever n (256 px: 16
     and 1; 512 px: 32 and 1; 1024 px: 64 and 2)."""
-    pos_embed_interpolation: float = Field(default=1.0, gt=0)
+    pos_embed_interpolation: float = Field(default=1.0, gt=0, json_schema_extra=_STAGED)
     """Divides the positions; see model.pos_embed_base_size."""
     micro_conditions: bool = False
     """Add the image's size and aspect ratio to the time (for aspect-ratio buckets; off at 256 px)."""

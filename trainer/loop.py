@@ -21,7 +21,8 @@ from .step import Alignment, Encoded, MicroBatch, Objective, micro_batch_losses
 
 
 def train(run: Run) -> str:
-    """Train to the end; returns "finished" or "preempted". Raises RunError where the run cannot go on."""
+    """Train to the end; returns "finished" or "preempted", or "running" where it has come to the end of a stage that is
+    not the last one. Raises RunError where the run cannot go on."""
     plan, state, metrics = run.plan, run.state, run.metrics
     if state.step >= run.last_step:
         metrics.say(f"{run.folder} has finished its {state.step} steps; nothing to do")
@@ -58,7 +59,7 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
     """Train until the last step, or until the ranks agree to stop; returns the outcome and its reason."""
     plan, state = run.plan, run.state
     if state.step == 0:
-        record: dict[str, Any] = {"step": 0, "samples_seen": 0}
+        record = plan.place(0)
         _validate_sample_evaluate(run, watchdog, record, {"validate"} if plan.every.validate else set())
         check_health(run, record, skipped_row=0)
     batches = run.batches()
@@ -74,7 +75,7 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
         asked, holes, read = stop_signal.exchange(holes, read)
         bad.update(holes, read, state.holes)
         too_bad = "log" in due and bad.too_much
-        record = {"step": state.step, "samples_seen": state.step * plan.global_batch_size}
+        record = plan.place(state.step)
         if "log" in due:
             record |= _figures(run) | {"bad_share": bad.share}
             watchdog.beat(state.step, record["step_time_s"])
@@ -87,7 +88,7 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
         if due & {"log", "validate", "sample", "evaluate"}:
             _validate_sample_evaluate(run, watchdog, record, due)
             check_health(run, record, state.spikes.row())
-        stopping = (asked and state.step < run.last_step) or too_bad
+        stopping = (asked and (state.step < run.last_step or not plan.is_last)) or too_bad
         last = stopping or state.step == run.last_step
         to_save |= last or "checkpoint" in due
         if to_save or "snapshot" in due:
@@ -112,7 +113,7 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
             return "preempted", f"asked to stop by a signal{unsaved}"
         if due:
             run.timer.restart()  # what was done beside training is not training time
-    return "finished", "" if run.last_step == plan.steps else "the data ended: rollbacks skipped the rest of them"
+    return plan.outcome(run.last_step)
 
 
 def train_step(run: Run, micro_batches: list[MicroBatch]) -> None:

@@ -31,6 +31,11 @@ def go_back(run: Run, row: int) -> None:
     if checkpoint is None:
         raise RunError(f"{why}, and there is no checkpoint to go back to: {advice}, or set train.checkpoint_every")
     target = int(checkpoint.name.removeprefix("step_"))
+    if target < run.plan.first_step:
+        raise RunError(
+            f"{why}, and {checkpoint}, the newest to go back to, is before step {run.plan.first_step}, at which "
+            f"{run.plan.stage} begins: {advice}"
+        )
     if sum(skipped.at_step == target for skipped in state.skipped_ranges) >= MOST_IN_A_ROW:
         raise RunError(
             f"{why}, and the run has gone back to {checkpoint} {MOST_IN_A_ROW} times already: remove that "

@@ -39,7 +39,16 @@ class Intervals(NamedTuple):
 class Plan:
     """The numbers of the config that the loop reads, which must not know config files, and what a step costs."""
 
+    stage: str | None
+    """Name of the stage that is trained; None where the run has no stages."""
+    first_step: int
+    """Of the stage."""
     steps: int
+    """The step at which the stage ends; where it is the only one, the run."""
+    is_last: bool
+    """Whether the run ends with this stage."""
+    images: Callable[[int], int]
+    """Step -> samples that the run has seen before it."""
     global_batch_size: int
     every: Intervals
     max_bad_share: float
@@ -56,6 +65,17 @@ class Plan:
     """(text tokens per image, the batch's bucket) -> FLOPs of one image in a forward and a backward pass."""
     peak_flops: float | None
     """FLOP/s of all devices together; None where unknown, then no MFU is given."""
+
+    def place(self, step: int) -> dict[str, Any]:
+        """How far the run is before update `step`, as a line of metrics begins."""
+        stage = {} if self.stage is None else {"stage": self.stage}
+        return {"step": step, "samples_seen": self.images(step), **stage}
+
+    def outcome(self, last_step: int) -> tuple[str, str]:
+        """What training ends as after `last_step`, and its reason."""
+        if not self.is_last:
+            return "running", f"{self.stage} has ended"
+        return "finished", "" if last_step == self.steps else "the data ended: rollbacks skipped the rest of them"
 
 
 @dataclass(frozen=True)

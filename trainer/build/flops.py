@@ -5,6 +5,7 @@ from models.flops import forward_flops
 
 from ..config.resolve import image_tokens
 from ..config.schema import TrainConfig
+from ..config.stages import stages_of
 
 
 def image_flops(config: TrainConfig, text_tokens: float | None = None, bucket: Bucket | None = None) -> int:
@@ -22,3 +23,9 @@ def image_flops(config: TrainConfig, text_tokens: float | None = None, bucket: B
         text.max_length if text_tokens is None else round(text_tokens),
         config.projector,
     )
+
+
+def training_flops(config: TrainConfig) -> float:
+    """True FLOPs of a whole run, all its stages; captions at their full length."""
+    stages = stages_of(config)
+    return float(sum((s.images(s.last_step) - s.images_before) * image_flops(s.config) for s in stages))

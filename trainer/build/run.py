@@ -1,10 +1,10 @@
 """The composition root of training: config -> everything that a run needs, one function for each phase."""
 
+import gc
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,52 +13,51 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.debug import ensure_debug_assets
-from data.errors import DataError
 from models.attention import kernel_in_use
 
 from ..checkpoint.compatible import check_usable, lasting
-from ..checkpoint.find import find_checkpoint, set_aside, weights_of
+from ..checkpoint.find import (
+    Newest,
+    complete_checkpoints,
+    find_checkpoint,
+    newest_good,
+    set_aside,
+    step_of,
+    weights_of,
+)
 from ..checkpoint.meta import read_meta
 from ..checkpoint.resume import Resumed, engine_identity, find_resumed
 from ..checkpoint.write import Checkpointer, clear_leftovers
-from ..collectives import first_on_rank_0, from_rank_0, on_rank_0
+from ..collectives import from_rank_0, on_rank_0
 from ..config.keys import plain
 from ..config.load import to_yaml
-from ..config.resolve import Resolved, resolve
 from ..config.schema import TrainConfig
+from ..config.stages import Stage, as_trained, changes, stage_at, stages_of
 from ..ema import EMA
 from ..errors import ConfigError
-from ..evaluate.evaluation import prepare
-from ..evaluate.generate import save_grid
-from ..evaluate.metrics import MetricError
-from ..evaluate.suite import load_suite
-from ..evaluate.val_loss import validation
 from ..files import Lock, lock_folder, write_atomically
 from ..forecast.track import Track, bank_of
-from ..input.encoding import Encoders
 from ..input.stream import follow, prefetch
-from ..input.training_data import TrainingData, is_debug, validation_bank
 from ..lr_schedule import lr_factor
 from ..monitor.metrics import Metrics, peak_flops
 from ..monitor.mup_health import Health, WatchedParameter
 from ..monitor.step_timer import StepTimer
-from ..mup.table import MuTable
 from ..parallel.cuda_graph import Recorder
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
-from ..parallel.precision import multiplies, precision_of, without_fp8
+from ..parallel.precision import multiplies, precision_of
 from ..provenance import commit
 from ..recovery.skipped_ranges import read_skipped_ranges
 from ..run import Intervals, Plan, Run
 from ..state import TrainState
 from ..step import MicroBatch
 from .attention import attention_choice, describe
-from .engine import base_rates, build_alignment, build_engine, build_mup_table, build_objective, units_of
+from .engine import base_rates, build_alignment, build_engine, build_objective, units_of
 from .float8 import check_fp8_is_compiled
 from .flops import image_flops
-from .inference import image_generator, sample_images
+from .inputs import Inputs, open_inputs
 from .passes import build_passes, graph_recorder
+from .side_jobs import SideJobs, build_side_jobs
 
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy")
 
@@ -67,10 +66,14 @@ def build_run(
     config: TrainConfig,
     world: World,
     hold: Callable[[Path], None] = lambda folder: None,
-    fitting: float | None = None,
+    fitting: Sequence[float | None] = (),
 ) -> Run:
-    """Everything for the loop. User's mistakes raise ConfigError, DataError or CheckpointError before the run folder is
-    written. hold: is called on rank 0 with the folder once no other run can have it. fitting: see resolve."""
+    """Everything for the loop, of the stage that the run folder has come to. User's mistakes raise ConfigError,
+    DataError or CheckpointError before the run folder is written.
+
+    hold: is called on rank 0 with the folder once no other run can have it. fitting: of each stage, see resolve; empty:
+    none of them has one.
+    """
 
     def lock_run(folder: Path) -> Lock:
         lock = lock_folder(folder)
@@ -78,44 +81,45 @@ def build_run(
         return lock
 
     _set_determinism(config)
-    recorder = graph_recorder(config, world)
-    check_fp8_is_compiled(config, world)
-    inputs = _open_inputs(config, resolve(config, world.size, fitting), world)
-    on_rank_0(world, lambda: _check_is_run_folder(inputs.folder))
+    folder = config.run.folder
+    on_rank_0(world, lambda: _check_is_run_folder(folder))
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
-    lock = on_rank_0(world, lambda: lock_run(inputs.folder) if inputs.folder.is_dir() else None)
+    lock = on_rank_0(world, lambda: lock_run(folder) if folder.is_dir() else None)
+    newest = newest_good(folder, world.control)
+    stage = stage_at(config, step_of(newest[0]) if newest[0] else 0)
+    recorder = graph_recorder(stage.config, world)
+    check_fp8_is_compiled(stage.config, world)
+    own_fitting = fitting[stage.number] if fitting else None
+    inputs = open_inputs(config, stage, world, own_fitting, read_skipped_ranges(folder))
     track = from_rank_0(world, lambda: Track.of(config))
-    start = _find_start(inputs)
+    start = _find_start(inputs, newest)
     trained = _build_trained(inputs, start)
-    notes = [*_describe(inputs, start), *describe(attention_choice(config, world))]
-    notes += [*_slow_precision(config, world.device), *inputs.data.notes]
+    notes = [*_describe(inputs, start), *describe(attention_choice(inputs.config, world))]
+    notes += [*_slow_precision(inputs.config, world.device), *inputs.data.notes]
     if track is not None:
         bank = bank_of({"validation": inputs.data.validation_fingerprint})
         notes += track.notes({**inputs.fingerprints, **bank})
-    side_jobs = _build_side_jobs(inputs, trained, notes)
-    lock = on_rank_0(world, lambda: lock or lock_run(inputs.folder))
+    with_averages = trained.with_averages(inputs.config.ema.decays[0])
+    side_jobs = build_side_jobs(inputs, trained.engine, with_averages, notes)
+    lock = on_rank_0(world, lambda: lock or lock_run(folder))
     metrics = _open_folder(inputs, start, trained.state.step, notes)
     if track is not None:
         side_jobs = side_jobs._replace(validate=_followed(track, side_jobs.validate, trained.state, metrics))
     return _assemble(inputs, trained, side_jobs, metrics, lock, recorder)
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What a run reads, and what follows from its config."""
+def stage_of(config: TrainConfig) -> Stage:
+    """The stage that the run folder has come to, by the name of its newest checkpoint."""
+    saved = complete_checkpoints(config.run.folder / "checkpoints")
+    return stage_at(config, step_of(saved[-1]) if saved else 0)
 
-    config: TrainConfig
-    resolved: Resolved
-    world: World
-    folder: Path
-    data: TrainingData
-    encoders: Encoders
-    table: MuTable
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Identities of data and encoders, which a resumed run must find again."""
-        return {**self.data.fingerprints, **self.encoders.fingerprints()}
+def release_memory() -> None:
+    """Give back what a stage that is over has left: a sharded model holds itself in cycles, and with it its memory, and
+    its graphs would count against the recompile limit."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class _Start(NamedTuple):
@@ -137,14 +141,6 @@ class _Trained(NamedTuple):
         return partial(self.engine.swapped, self.ema.shards[decay])
 
 
-class _SideJobs(NamedTuple):
-    """What a run does beside training; see Run."""
-
-    validate: Callable[[], dict[str, float]]
-    write_grid: Callable[[Path], None]
-    evaluate: Callable[[], dict[str, Any]]
-
-
 # --------------------------------------------------------------------------------------------------- what the run reads
 
 
@@ -152,21 +148,6 @@ def _set_determinism(config: TrainConfig) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-
-
-def _open_inputs(config: TrainConfig, resolved: Resolved, world: World) -> _Inputs:
-    if is_debug(config.text_encoder.path) or is_debug(config.objective.repa_encoder):
-        first_on_rank_0(world, ensure_debug_assets)
-    data = TrainingData(config, resolved, world)
-    return _Inputs(
-        config=config,
-        resolved=resolved,
-        world=world,
-        folder=config.run.folder,
-        data=data,
-        encoders=Encoders(config, world, data.dataset, align=True),
-        table=build_mup_table(config),
-    )
 
 
 def _check_is_run_folder(folder: Path) -> None:
@@ -177,9 +158,9 @@ def _check_is_run_folder(folder: Path) -> None:
                 raise ConfigError(f"{folder} holds {name}, but no run: choose another run.name or run.dir")
 
 
-def _find_start(inputs: _Inputs) -> _Start:
+def _find_start(inputs: Inputs, newest: Newest) -> _Start:
     config, table, world = inputs.config, inputs.table, inputs.world
-    resumed = find_resumed(config, inputs.folder, table, inputs.fingerprints, world)
+    resumed = find_resumed(inputs.whole, inputs.stage, newest, table, inputs.fingerprints, world)
     if resumed is not None or config.run.init_from is None:
         return _Start(resumed, None)
     initial = find_checkpoint(Path(config.run.init_from), world.control)
@@ -190,16 +171,15 @@ def _find_start(inputs: _Inputs) -> _Start:
 # -------------------------------------------------------------------------------------------------- what the run trains
 
 
-def _build_trained(inputs: _Inputs, start: _Start) -> _Trained:
+def _build_trained(inputs: Inputs, start: _Start) -> _Trained:
     """Weights, averages and state: new, or as `start` has them."""
     config, world = inputs.config, inputs.world
-    skipped_ranges = read_skipped_ranges(inputs.folder)
     engine = build_engine(config, inputs.table, world)
     if start.initial is not None:
         engine.load_weights(start.initial, weights_of(read_meta(start.initial)), lasting(inputs.table.rows))
     ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
     state = TrainState.start(world.device, config.optim.spike_threshold)
-    state.skipped_ranges = skipped_ranges
+    state.skipped_ranges = inputs.skipped_ranges
     if start.resumed is not None:
         meta = start.resumed.meta
         kept = [decay for decay in ema.decays if decay in meta["config"]["ema"]["decays"]]
@@ -209,13 +189,14 @@ def _build_trained(inputs: _Inputs, start: _Start) -> _Trained:
     return _Trained(engine, ema, state)
 
 
-def _describe(inputs: _Inputs, start: _Start) -> list[str]:
+def _describe(inputs: Inputs, start: _Start) -> list[str]:
     """What the user is told about the start, once the run folder is there to hold it."""
     if start.resumed is not None:
         damaged = start.resumed.damaged.values()
         return [
             *(f"warning: {reason}; renamed to .corrupt and passed over" for reason in damaged),
             f"resuming {start.resumed.checkpoint}",
+            *_stage_notes(inputs, start.resumed.meta["step"]),
             *(f"changed: {change}" for change in start.resumed.changes),
             *_jumps(inputs, start.resumed.meta),
         ]
@@ -224,10 +205,24 @@ def _describe(inputs: _Inputs, start: _Start) -> list[str]:
         inputs.table.describe(base_rates(inputs.config)),
         f"{inputs.folder}: {billions:.3g} B parameters, {inputs.world.size} processes",
     ]
+    notes += _stage_notes(inputs, 0)
     if start.initial is not None:
         weights = weights_of(read_meta(start.initial))
         notes.append(f"weights from {start.initial} ({weights}), and nothing else: moments, EMA and data begin anew")
     return notes
+
+
+def _stage_notes(inputs: Inputs, step: int) -> list[str]:
+    """The stage of a run that has several, and what changes where it begins."""
+    stage = inputs.stage
+    if stage.of == 1:
+        return []
+    changed = changes(stage, stages_of(inputs.whole)[stage.number - 1]) if stage.number else []
+    begins = changed and step == stage.first_step
+    return [
+        f"{stage.name}: steps {stage.first_step} to {stage.last_step}",
+        *(f"from here on: {change}" for change in changed if begins),
+    ]
 
 
 def _slow_precision(config: TrainConfig, device: torch.device) -> list[str]:
@@ -242,15 +237,21 @@ def _slow_precision(config: TrainConfig, device: torch.device) -> list[str]:
     ]
 
 
-def _jumps(inputs: _Inputs, meta: dict[str, Any]) -> Iterator[str]:
-    """What breaks off at a resume although the config may change so."""
-    step, (optim, train) = meta["step"], (meta["config"][section] for section in ("optim", "train"))
-    if step:  # of a run that was at its end: its last rate
-        at = min(step, train["steps"] - 1)
+def _jumps(inputs: Inputs, meta: dict[str, Any]) -> Iterator[str]:
+    """What breaks off at a resume although the config may change so, other than by a new stage."""
+    step, stage = meta["step"], inputs.stage
+    if step == stage.first_step:
+        return
+    if step:
+        optim, steps = as_trained(meta["config"], step)["optim"], meta["config"]["train"]["steps"]
+        first, last = stage.schedule
+        if last == inputs.whole.train.steps:
+            last = steps
+        at = min(step, last - 1)  # of a run that was at its end: its last rate
         before = optim["lr"] * lr_factor(
-            at, optim["schedule"], optim["warmup_steps"], optim["decay_steps"], train["steps"]
+            at - first, optim["schedule"], optim["warmup_steps"], optim["decay_steps"], last - first
         )
-        now = _learning_rate(inputs.config, step)
+        now = _learning_rate(stage, step)
         if not 0.9 * before <= now <= 1.1 * before:
             change = f"{now / before:.3g} times" if before else "from 0"
             yield f"warning: the learning rate jumps from {before:.3g} to {now:.3g} ({change}) at step {step}"
@@ -262,79 +263,10 @@ def _jumps(inputs: _Inputs, meta: dict[str, Any]) -> Iterator[str]:
         )
 
 
-# ----------------------------------------------------------------------------------------- what it does beside training
-
-
-def _build_side_jobs(inputs: _Inputs, trained: _Trained, notes: list[str]) -> _SideJobs:
-    """Validation, sample grids and evaluation; what they need is read now."""
-    config, encoders = inputs.config, inputs.encoders
-    bank = []
-    if config.train.validate_every:
-        bank = validation_bank(inputs.data.validation(), encoders.encode, config.data, inputs.world, notes)
-    with_averages = trained.with_averages(config.ema.decays[0])
-    objective = build_objective(config, inputs.resolved)
-    side_jobs = _SideJobs(
-        validate=partial(validation, trained.engine.model, objective, bank, with_averages),
-        write_grid=_grid_writer(inputs, trained.engine, with_averages),
-        evaluate=_evaluator(inputs, trained.engine, with_averages),
-    )
-    if encoders.without_images and config.train.sample_every:
-        notes.append(f"no sample grids: {encoders.without_images}")
-    return side_jobs
-
-
-def _grid_writer(
-    inputs: _Inputs, engine: Engine, with_averages: Callable[[], AbstractContextManager[None]]
-) -> Callable[[Path], None]:
-    config, world = inputs.config, inputs.world
-    generate = image_generator(config, engine, inputs.encoders, inputs.resolved)
-    prompts = list(config.sample.prompts[: config.sample.count])
-    if not prompts and config.train.sample_every and not inputs.encoders.without_images:
-        prompts = inputs.data.validation_prompts(config.sample.count)
-        if not prompts:
-            raise DataError("no validation sample has a prompt for the sample grids: give sample.prompts")
-
-    def write_grid(path: Path) -> None:
-        with with_averages():
-            images = sample_images(generate, world, prompts)
-        if world.rank == 0:
-            save_grid(images, path)
-            write_atomically(path.parent / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
-
-    return write_grid
-
-
-def _evaluator(
-    inputs: _Inputs, engine: Engine, with_averages: Callable[[], AbstractContextManager[None]]
-) -> Callable[[], dict[str, Any]]:
-    """Figures of train.evaluate_suite as metrics names them."""
-    config, world, encoders = inputs.config, inputs.world, inputs.encoders
-    if not config.train.evaluate_every:
-        return dict
-    if encoders.without_images:
-        raise DataError(f"train.evaluate_every needs images: {encoders.without_images}")
-    _, suite = load_suite(config.train.evaluate_suite)
-    precision = without_fp8(precision_of(config.parallel.precision, world.device))
-    suite = suite.model_copy(update={"vae": None, "precision": precision})
-    generate = image_generator(suite.applied(config), engine, encoders, inputs.resolved)
-    evaluation = prepare(suite, config.data.resolution, config.label_classes, world.device, world.control)
-
-    def evaluate() -> dict[str, Any]:
-        try:
-            with with_averages():
-                images = {batch: evaluation.make(generate, batch) for batch, _ in evaluation.own_batches()}
-            figures = evaluation.measure(lambda batch: evaluation.as_kept(images[batch]))
-            return {f"val_{key}": score.value for key, score in figures.items()}
-        except MetricError as error:  # constant images early, NaN after a divergence: no reason to stop
-            return {"evaluation_error": str(error)} if world.rank == 0 else {}
-
-    return evaluate
-
-
 # ---------------------------------------------------------------------------------------------- what the loop is handed
 
 
-def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) -> Metrics:
+def _open_folder(inputs: Inputs, start: _Start, step: int, notes: list[str]) -> Metrics:
     """Write the run folder, from which damaged checkpoints are set aside, and tell the notes."""
     config, folder = inputs.config, inputs.folder
 
@@ -344,7 +276,7 @@ def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) ->
         clear_leftovers(folder)
         for name, text in (
             ("mup.json", json.dumps(table, indent=1)),  # first: by it a run folder is known
-            ("config.yaml", to_yaml(config)),
+            ("config.yaml", to_yaml(inputs.whole)),
         ):
             if not (folder / name).is_file() or (folder / name).read_bytes() != text.encode():  # no room is needed then
                 write_atomically(folder / name, text)
@@ -354,7 +286,7 @@ def _open_folder(inputs: _Inputs, start: _Start, step: int, notes: list[str]) ->
     on_rank_0(inputs.world, write)
     metrics = Metrics(folder, inputs.world.rank == 0, config.train.steps, step)
     if config.wandb.project is not None:
-        metrics.start_wandb(config.wandb.project, config.wandb.mode, str(config.run.name), plain(config))
+        metrics.start_wandb(config.wandb.project, config.wandb.mode, str(config.run.name), plain(inputs.whole))
     for note in notes:
         metrics.say(note)
     return metrics
@@ -379,9 +311,9 @@ def _followed(
 
 
 def _assemble(
-    inputs: _Inputs,
+    inputs: Inputs,
     trained: _Trained,
-    side_jobs: _SideJobs,
+    side_jobs: SideJobs,
     metrics: Metrics,
     lock: Lock | None,
     recorder: Recorder | None,
@@ -412,7 +344,7 @@ def _assemble(
         timer=timer,
         passes=build_passes(engine, objective, alignment, scale, recorder),
         alignment=alignment,
-        lr=partial(_learning_rate, config),
+        lr=partial(_learning_rate, inputs.stage),
         batches=partial(_batches, inputs, state, timer),
         validate=side_jobs.validate,
         sample=sample,
@@ -433,7 +365,7 @@ def _assemble(
     )
 
 
-def _batches(inputs: _Inputs, state: TrainState, timer: StepTimer) -> Iterator[list[MicroBatch]]:
+def _batches(inputs: Inputs, state: TrainState, timer: StepTimer) -> Iterator[list[MicroBatch]]:
     """The chain of batches: reader -> encoding of the next step -> skipped ranges -> timer.
 
     Skipped ranges come after the encoding: where they seek, the stream before them is closed and begun again, so that
@@ -443,12 +375,16 @@ def _batches(inputs: _Inputs, state: TrainState, timer: StepTimer) -> Iterator[l
     return timer.timed(follow(prefetched, lambda: state.data_step))
 
 
-def _plan(inputs: _Inputs) -> Plan:
-    config, world = inputs.config, inputs.world
+def _plan(inputs: Inputs) -> Plan:
+    config, world, stage = inputs.config, inputs.world, inputs.stage
     train = config.train
     peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     return Plan(
-        steps=train.steps,
+        stage=stage.name if stage.of > 1 else None,
+        first_step=stage.first_step,
+        steps=stage.last_step,
+        is_last=stage.last_step == inputs.whole.train.steps,
+        images=stage.images,
         global_batch_size=train.global_batch_size,
         every=Intervals(
             log=train.log_every,
@@ -469,16 +405,16 @@ def _plan(inputs: _Inputs) -> Plan:
     )
 
 
-def _learning_rate(config: TrainConfig, step: int) -> float:
+def _learning_rate(stage: Stage, step: int) -> float:
     """Base learning rate of update `step` (from 0); each parameter's is this times its factor in the muP table."""
-    optim = config.optim
-    return optim.lr * lr_factor(step, optim.schedule, optim.warmup_steps, optim.decay_steps, config.train.steps)
+    optim, (first, last) = stage.config.optim, stage.schedule
+    return optim.lr * lr_factor(step - first, optim.schedule, optim.warmup_steps, optim.decay_steps, last - first)
 
 
-def _checkpoint_meta(inputs: _Inputs) -> dict[str, Any]:
+def _checkpoint_meta(inputs: Inputs) -> dict[str, Any]:
     config, data = inputs.config, inputs.data
     return {
-        "config": plain(config),
+        "config": plain(inputs.whole),
         "engine": engine_identity(config, inputs.world),
         "attention": kernel_in_use(),
         "mup": inputs.table.to_json(),

@@ -25,6 +25,9 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+Newest = tuple[Path | None, dict[Path, str]]
+
+
 def find_checkpoint(path: Path, group: dist.ProcessGroup | None = None) -> Path:
     """The checkpoint that a user means: the folder itself, or the newest undamaged one of a run folder.
 
@@ -87,7 +90,7 @@ def _newest_good(checkpoints: Sequence[Path], group: dist.ProcessGroup | None) -
     return None, damaged
 
 
-def newest_good(folder: Path, group: dist.ProcessGroup) -> tuple[Path | None, dict[Path, str]]:
+def newest_good(folder: Path, group: dist.ProcessGroup) -> Newest:
     """(newest complete checkpoint of a run folder that verifies, what is wrong with each newer one), on all ranks.
 
     None where there is no checkpoint; raises CheckpointError where there are some and all are damaged.

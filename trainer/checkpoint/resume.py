@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 from ..config.resume import check_resume, has_new_data
 from ..config.schema import TrainConfig
+from ..config.stages import Stage
 from ..errors import CheckpointError, ConfigError
 from ..mup.table import MuTable
 from ..parallel.mesh import World
 from .compatible import OF_DATA, check_pickles, check_same_contents, check_same_engine, check_same_model
-from .find import newest_good
+from .find import Newest
 from .meta import read_meta
 
 
@@ -31,16 +32,23 @@ class Resumed(NamedTuple):
 
 
 def find_resumed(
-    config: TrainConfig, folder: Path, table: MuTable, fingerprints: dict[str, str], world: World
+    config: TrainConfig,
+    stage: Stage,
+    newest: Newest,
+    table: MuTable,
+    fingerprints: dict[str, str],
+    world: World,
 ) -> Resumed | None:
-    """The newest undamaged checkpoint of the run folder, if there is one and this config may continue it."""
-    checkpoint, damaged = newest_good(folder, world.control)
+    """The newest undamaged checkpoint of the run folder, if there is one and this config may continue it. config: of
+    the run. stage: the one that goes on from there."""
+    checkpoint, damaged = newest
     first = config.data.first_step
     if checkpoint is None:
         if first:
             raise ConfigError(f"data.first_step is {first}, and a new run begins at step 0: leave it out")
         return None
     if not config.run.resume:
+        folder = config.run.folder
         raise ConfigError(f"run.resume is false, but {folder} has checkpoints: use another run.name or remove them")
     meta = read_meta(checkpoint)
     check_same_engine(meta, engine_identity(config, world), checkpoint)
@@ -49,7 +57,7 @@ def find_resumed(
         raise CheckpointError(f"{checkpoint} is before step {first}, at which the data of data.first_step begin")
     changes = check_resume(meta["config"], config, meta["step"])
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
-    if has_new_data(config, meta["step"]):  # it has read none of these data
+    if has_new_data(config, meta["step"]) or stage.begins_with_other_data(meta["step"]):  # it has read none of them
         fingerprints = {part: value for part, value in fingerprints.items() if part not in OF_DATA}
     check_same_contents(meta, fingerprints, checkpoint)
     return Resumed(checkpoint, meta, changes, damaged)

@@ -7,11 +7,13 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
 from models.configs import ModelConfig
 from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 from ..errors import ConfigError
-from .keys import KeyClass, class_at, keys_of, section_in
+from .keys import KeyClass, class_at, keys_of, may_be_staged, section_in
 from .messages import range_text
 from .schema import TrainConfig
 from .yaml_files import nearest
@@ -59,6 +61,9 @@ def sections() -> Iterator[SectionHelp]:
             yield from _models(class_at(key.field))
         elif key.section is not None:
             yield section_help(name, key.section, f"{name}.", class_at(key.field))
+        elif element := section_in(key.field.annotation, or_list=True):
+            listed = section_help(name, element, f"{name}[].", class_at(key.field))
+            yield listed._replace(keys=[_key_help(name, key.field, class_at(key.field)), *listed.keys])
 
 
 def describe_keys(wanted: str | None = None) -> str:
@@ -94,14 +99,19 @@ def _keys(section: type, prefix: str, above: KeyClass | None, model: type[ModelC
     for name, (field, inner) in keys_of(section, model).items():
         found = class_at(field) or above
         if not isinstance(field.annotation, type) or inner is None:  # a value, or a section that may be left out
-            default = _REQUIRED if field.is_required() else json.dumps(field.default)
-            type_, help_ = _type_text(field.annotation), _one_line(field.description)
-            yield KeyHelp(f"{prefix}{name}", type_, default, range_text(field), found or "", help_)
+            yield _key_help(f"{prefix}{name}", field, found)
         if inner is not None:
             yield from _keys(inner, f"{prefix}{name}.", found, model)
         elif element := section_in(field.annotation, or_list=True):
             of_each = ".NAME." if get_origin(field.annotation) is dict else "[]."
             yield from _keys(element, f"{prefix}{name}{of_each}", found, model)
+
+
+def _key_help(name: str, field: FieldInfo, key_class: KeyClass | None) -> KeyHelp:
+    default = _REQUIRED if field.is_required() else json.dumps(field.default)
+    type_, help_ = _type_text(field.annotation), _one_line(field.description)
+    by_stage = " (a stage may change it)" if may_be_staged(field) else ""
+    return KeyHelp(name, type_, default, range_text(field), f"{key_class or ''}{by_stage}", help_)
 
 
 def _models(key_class: KeyClass | None) -> Iterator[SectionHelp]:
@@ -149,7 +159,7 @@ def _type_text(annotation: Any) -> str:
     if origin is tuple and ... not in parts:
         return f"list of {len(parts)} {_type_text(parts[0])}s"
     if origin is dict:
-        return "sections by name"
+        return "sections by name" if section_in(annotation, or_list=True) else "keys"
     if origin is tuple:
         return f"list of {_plural(parts[0])}"
     return _WORDS.get(annotation, "section")

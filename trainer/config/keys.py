@@ -73,7 +73,7 @@ def key_class(key: str) -> KeyClass:
     section, _, rest = key.partition(".")
     found = class_at(TrainConfig.model_fields[section])
     # No key of a model has a class of its own, so that any kind of model will do here.
-    field = declaration(TrainConfig, [section, *rest.split(".")], MODEL_KINDS[DEFAULT_KIND])
+    field = declaration(TrainConfig, [section, *(rest.split(".") if rest else ())], MODEL_KINDS[DEFAULT_KIND])
     found = (field and class_at(field)) or found
     assert found is not None, f"{section} declares no class"
     return found
@@ -83,6 +83,12 @@ def class_at(field: FieldInfo) -> KeyClass | None:
     """The class that is declared at this very key."""
     extra: Any = field.json_schema_extra or {}
     return extra.get("class")
+
+
+def may_be_staged(field: FieldInfo) -> bool:
+    """Whether a stage may change this key, although another value at the start would make another run."""
+    extra: Any = field.json_schema_extra or {}
+    return extra.get("stage", False)
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .conflicts import conflicts
 from .keys import flatten, keys_of, leaf_keys, plain
 from .messages import MOST_PROBLEMS, explain
 from .schema import NAME_FORM, Section, TrainConfig, is_name
+from .stages import as_trained, stage_problems
 from .yaml_files import find_config, nearest, override_all, read
 
 S = TypeVar("S", bound=Section)
@@ -44,9 +45,15 @@ def parse(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -
     data = override_all(data, overrides)
     source += " with overrides" if overrides else ""
     config = validated(TrainConfig, data, source)
-    if problems := list(conflicts(config)):
+    if problems := [*conflicts(config), *stage_problems(config)]:
         raise refused(source, problems)
     return config
+
+
+def parse_trained(meta: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config that a checkpoint's weights were trained with, as `parse` reads it: in a run of stages, that of the
+    stage which the checkpoint is of. meta: its meta.json."""
+    return parse(as_trained(meta["config"], meta["step"]), source, overrides)
 
 
 def validated(section: type[S], data: Mapping[str, Any], source: str) -> S:

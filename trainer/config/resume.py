@@ -1,11 +1,13 @@
 """Which keys of a config may differ from the config that the run was started with."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from .keys import KeyClass, flatten, key_class, plain
 from .schema import TrainConfig
+from .stages import as_trained, borders_before, may_change
 
 
 class Difference(NamedTuple):
@@ -19,9 +21,14 @@ class Difference(NamedTuple):
 
 def differences(old: Mapping[str, Any], new: TrainConfig) -> list[Difference]:
     """The keys of `new` that differ from the config stored in a checkpoint, which is plain data."""
+    return _differences(old, plain(new))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     # A key that the checkpoint's code did not have yet acted then as its default acts now.
-    defaults = {k: v for k, v in flatten(plain(TrainConfig())).items() if not k.startswith("model.")}
-    before, now = without_factors_of_1(defaults | flatten(old)), without_factors_of_1(flatten(plain(new)))
+    own = ("model.", "stages")
+    defaults = {k: v for k, v in flatten(plain(TrainConfig())).items() if not k.startswith(own)}
+    before, now = without_factors_of_1(defaults | flatten(old)), without_factors_of_1(flatten(new))
     pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return [Difference(key, key_class(key), *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
 
@@ -46,9 +53,10 @@ def check_resume(old: Mapping[str, Any], new: TrainConfig, step: int) -> list[st
     """The keys that changed, as text for the log; raises ConfigError for changes that are refused.
 
     old: the config stored in the checkpoint, as plain data. step: the checkpoint's. Where data.first_step is this step,
-    the run goes on with other data, and their keys may change.
+    the run goes on with other data, and their keys may change. Stages are compared as far as they are trained; those to
+    come are free.
     """
-    found, allowed = differences(old, new), new.run.allow_change
+    found, allowed = _trained_differences(old, plain(new), step), new.run.allow_change
     free = [each for each in found if has_new_data(new, step) and of_data(each.key)]
     identity = [each for each in found if each.kind == "identity" and each not in free]
     schedule = [each for each in found if each.kind == "schedule" and each.key not in allowed]
@@ -61,5 +69,28 @@ def check_resume(old: Mapping[str, Any], new: TrainConfig, step: int) -> list[st
         if schedule:  # quoted, because shells read [...] as a pattern
             keys = ",".join([*allowed, *(each.key for each in schedule)])
             lines.append(f"To go on with the new schedule, add 'run.allow_change=[{keys}]'")
+        if staged := [each.key for each in identity if may_change(each.key, type(new.model))]:
+            lines.append(
+                f"To go on with another {' or '.join(staged)} from step {step} on, keep the old value and add a stage "
+                f"(docs/stages.md): {_example(step, next(e for e in identity if e.key == staged[0]))}"
+            )
         raise ConfigError("\n".join([*lines, "Use another run.name for a new run."]))
-    return [f"{each.key}: {each.before} -> {each.now}" for each in found if not each.key.startswith("run.")]
+    changed = [f"{each.key}: {each.before} -> {each.now}" for each in found if not each.key.startswith("run.")]
+    stages = [json.dumps(config.get("stages") or []) for config in (old, plain(new))]
+    return changed + ([f"stages: {stages[0]} -> {stages[1]}"] if stages[0] != stages[1] else [])
+
+
+def _example(step: int, change: Difference) -> str:
+    """A stage that makes a change from a step on, as an override."""
+    section, _, key = change.key.partition(".")
+    return f"'stages=[{{until: {max(1, step)}}}, {{{section}: {{{key}: {json.dumps(change.now)}}}}}]'"
+
+
+def _trained_differences(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[Difference]:
+    """Where two configs differ up to a step: in all keys of the stage that is trained there, and in those of class
+    identity of the stages before it."""
+    ends = sorted({*borders_before(old, step), *borders_before(new, step), step})
+    found = [_differences(as_trained(old, end), as_trained(new, end)) for end in ends]
+    last = found.pop()
+    past = {each.key: each for stage in found for each in stage if each.kind == "identity"}
+    return [*last, *(each for key, each in past.items() if key not in {one.key for one in last})]

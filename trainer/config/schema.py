@@ -4,6 +4,7 @@ A key's class says what becomes of a change when a run is resumed. It is declare
 identity    the change is refused, because another value makes another run;
 schedule    the change is refused unless the key is listed in run.allow_change;
 runtime     the change is free. Paths are runtime: what lies there is compared by its fingerprint.
+A key of class identity that is declared STAGED may be changed by a stage, from a step on.
 """
 
 import json
@@ -15,13 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
-from data.config import NONE, AutoencoderConfig, DataConfig, TextEncoderConfig
+from data.config import NONE, RUNTIME, STAGED, AutoencoderConfig, DataConfig, TextEncoderConfig
 from models.configs import ModelConfig, ProjectorConfig
 from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 IDENTITY: JsonDict = {"class": "identity"}
 SCHEDULE: JsonDict = {"class": "schedule"}
-RUNTIME: JsonDict = {"class": "runtime"}
 
 
 class Section(BaseModel):
@@ -77,7 +77,7 @@ class TrainSection(Section):
 
     steps: int = Field(default=100_000, ge=1, json_schema_extra=SCHEDULE)
     """Optimizer steps of the whole run."""
-    global_batch_size: int = Field(default=256, ge=1, json_schema_extra=IDENTITY)
+    global_batch_size: int = Field(default=256, ge=1, json_schema_extra=STAGED)
     """Samples per optimizer step, over all devices."""
     micro_batch_size: Annotated[float | None, BeforeValidator(_auto_as_null)] = Field(default=None, gt=0)
     """Samples that a device holds at once at 256² pixels (a fourth of them at 512²), from which gradient accumulation
@@ -250,18 +250,18 @@ class ObjectiveConfig(Section):
     """Least time by which the error of x is divided in training, where the velocity's error is its error / time."""
     beta_schedule: Literal["linear", "scaled_linear"] = "linear"
     """Noise schedule of ddpm: `linear` as Ho et al., `scaled_linear` as Stable Diffusion."""
-    timestep_mean: float = 0.0
+    timestep_mean: float = Field(default=0.0, json_schema_extra=STAGED)
     """Mean of the logit of rectified_flow's training times, before the shift."""
-    timestep_std: float = Field(default=1.0, gt=0)
+    timestep_std: float = Field(default=1.0, gt=0, json_schema_extra=STAGED)
     """Standard deviation of the logit of rectified_flow's training times."""
-    uniform_share: float = Field(default=0.0, ge=0, le=1)
+    uniform_share: float = Field(default=0.0, ge=0, le=1, json_schema_extra=STAGED)
     """Share of samples whose training time is uniform between 0 and 1, and not shifted."""
-    contrastive_weight: float = Field(default=0.0, ge=0, lt=1)
+    contrastive_weight: float = Field(default=0.0, ge=0, lt=1, json_schema_extra=STAGED)
     """Weight of the distance to the velocity of another sample of the batch, which is subtracted from rectified_flow's
     loss (contrastive flow matching, arXiv 2506.05350); 0 turns it off."""
-    shift_base_tokens: int = Field(default=256, ge=1)
+    shift_base_tokens: int = Field(default=256, ge=1, json_schema_extra=STAGED)
     """Number of image tokens at which times are not shifted; others are by s = sqrt(image tokens / this number)."""
-    repa_weight: float = Field(default=0.0, ge=0)
+    repa_weight: float = Field(default=0.0, ge=0, json_schema_extra=STAGED)
     """Weight of the alignment with a frozen image encoder (REPA, arXiv 2410.06940); 0 turns it off."""
     repa_layer: int = Field(default=8, ge=1)
     """Number of blocks after which tokens are aligned."""
@@ -344,6 +344,34 @@ class WandbConfig(Section):
     key or network are missing; `disabled` does nothing."""
 
 
+class StageConfig(Section):
+    """A stage: keys of the config that change from a step on (docs/stages.md). The first stage gives `until` alone."""
+
+    until: int | None = Field(default=None, ge=1)
+    """Step at which the stage ends and the next one begins; null, for the last one alone, is train.steps."""
+    train: dict[str, Any] = {}
+    """Keys of `train` that change when the stage begins: train.global_batch_size, train.micro_batch_size, intervals."""
+    optim: dict[str, Any] = {}
+    """Keys of `optim`. With optim.schedule, optim.warmup_steps or optim.decay_steps among them the stage begins a
+    learning-rate schedule of its own."""
+    ema: dict[str, Any] = {}
+    """Keys of `ema`."""
+    model: dict[str, Any] = {}
+    """Keys of `model` that place image tokens: model.pos_embed_base_size, model.pos_embed_interpolation."""
+    objective: dict[str, Any] = {}
+    """Keys of `objective`: times, shift, and the weights of its terms (objective.repa_weight 0 ends the alignment)."""
+    parallel: dict[str, Any] = {}
+    """Keys of `parallel`, such as parallel.activation_checkpointing for larger images."""
+    data: dict[str, Any] = {}
+    """Keys of `data`: data.resolution, data.buckets, data.sources and their weights, ..."""
+    text_encoder: dict[str, Any] = {}
+    """Keys of `text_encoder`: text_encoder.max_length and text_encoder.dropout."""
+    validation: dict[str, Any] = {}
+    """Keys of `validation`."""
+    sample: dict[str, Any] = {}
+    """Keys of `sample`."""
+
+
 if TYPE_CHECKING:
     AnyModel = ModelConfig
 else:  # pydantic tells the kinds of the registry apart by their key `kind`
@@ -374,6 +402,8 @@ class TrainConfig(Section):
     validation: ValidationConfig = Field(default=ValidationConfig(), json_schema_extra=RUNTIME)
     sample: SampleConfig = Field(default=SampleConfig(), json_schema_extra=RUNTIME)
     wandb: WandbConfig = Field(default=WandbConfig(), json_schema_extra=RUNTIME)
+    stages: tuple[StageConfig, ...] = Field(default=(), json_schema_extra=RUNTIME)
+    """Stages of the run, one after the other, each with the keys that change when it begins."""
 
     @property
     def latent_size(self) -> int:

@@ -162,10 +162,10 @@ def read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends must name one config, got {quote(parent)}")
-    return _lay(read(find_config(parent, path.parent), (*chain, path.resolve())), data)
+    return lay(read(find_config(parent, path.parent), (*chain, path.resolve())), data)
 
 
-def _lay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def lay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """A file over the one that it extends, or overrides over a file. Where it gives one of two keys that exclude each
     other, that one stands in the place of the other; where it gives both, both stay, and are refused."""
     lower, upper = below.get(_SECTION), above.get(_SECTION)
@@ -202,7 +202,7 @@ def override_all(data: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any
     given: dict[str, Any] = {}
     for text in texts:
         given = override(given, text)
-    return _lay(data, given)
+    return lay(data, given)
 
 
 def refuse_duplicates(overrides: Sequence[str]) -> None:

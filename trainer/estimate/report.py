@@ -11,6 +11,7 @@ from ..build.engine import build_mup_table
 from ..build.flops import image_flops
 from ..config.resolve import Resolved, keeps_gathered, least_rows, micro_batch_size, resolve
 from ..config.schema import TrainConfig
+from ..config.stages import images_of
 from ..errors import ConfigError
 from ..mup.table import MuTable
 from .arithmetic import products_flops
@@ -178,14 +179,15 @@ def estimate(config: TrainConfig, cluster: Cluster, simulated: Profile | None = 
         "time": timed(config, cluster, steps[0]),
         "time_cached": timed(config, cluster, steps[1]),
         "checkpoint_gib": _checkpoint_gib(config, table, parameters),
-        "right_size": _right_size(config, parameters),
+        "right_size": size_of_data(config, parameters),
     }
     result["advice"] = advice(config, cluster, result)
     return result
 
 
-def _right_size(config: TrainConfig, parameters: int) -> dict[str, float | str]:
-    best, images = right_size(config), config.train.steps * config.train.global_batch_size
+def size_of_data(config: TrainConfig, parameters: int) -> dict[str, float | str]:
+    """How the images of a run lie to what right_size finds."""
+    best, images = right_size(config), images_of(config)
     return {
         "images_per_parameter": images / parameters,
         "source": best.source,

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ..build.flops import image_flops
+from ..build.flops import training_flops
 from ..config.schema import TrainConfig
 from ..forecast.track import Track
 
@@ -29,7 +29,7 @@ def right_size(config: TrainConfig) -> RightSize:
     """
     if (track := Track.of(config)) is not None and track.optimum is not None:
         return RightSize(f"the forecast {track.source}", track.optimum[0], track.optimum[1])
-    flops = float(config.train.steps * config.train.global_batch_size * image_flops(config))
+    flops = training_flops(config)
     tokens = 186.8535 * flops**0.4319
     return RightSize(PAPER, 0.0009 * flops**0.5681, tokens / config.image_tokens)
 

@@ -17,6 +17,7 @@ from data.index import ImageTextIndex, open_index, open_validation_index
 from data.order import MIXED_ORDER
 from data.precomputed_format import check_images, check_same_kind
 from data.reader import ImageTextReader, validation_batches
+from data.stages import Begin
 from data.storage import FileVersion
 from data.synthetic import SyntheticReader
 
@@ -25,6 +26,7 @@ from ..config.resolve import Resolved, buckets_of, least_rows, micro_batch_rows,
 from ..config.schema import TrainConfig
 from ..errors import ConfigError
 from ..parallel.mesh import World
+from .begin import BeginData, begin_of
 
 _VALIDATION_SEED = 0x5EED  # of synthetic data: differs from any that a user is likely to train with
 _DEBUG_ASSETS = ".cache/debug"
@@ -34,12 +36,14 @@ T = TypeVar("T")
 class TrainingData:
     """Training and validation data of a config: the reader of each rank, and what identifies the data.
 
-    Raises DataError where the data cannot be read or are not of the kind that the config says, and ConfigError where
-    they are too few for train.steps, or where micro-batches would part what objective.contrastive_weight pairs.
+    config: of a stage of the run. begin: where its data begin; None: of a run of one stage. Raises DataError where the
+    data cannot be read or are not of the kind that the config says, and ConfigError where they are too few for
+    train.steps, or where micro-batches would part what objective.contrastive_weight pairs.
     """
 
-    def __init__(self, config: TrainConfig, resolved: Resolved, world: World) -> None:
+    def __init__(self, config: TrainConfig, resolved: Resolved, world: World, begin: BeginData | None = None) -> None:
         self._config, self._resolved, self._world = config, resolved, world
+        self._begin = begin or begin_of(config, 0)
         if config.objective.contrastive_weight:
             _check_pairs(config, resolved)
         self._index: ImageTextIndex | None = None
@@ -49,6 +53,7 @@ class TrainingData:
             self._index = self._shared_index()
             self._check_length(self._index)
             self._check_kind(self._index)
+        self._begin_of_index = self._begin_with_indexes()
         self.dataset = None if self._index is None else self._index.dataset
         """What precomputed training shards say about themselves; None for other data."""
         if self.dataset is not None and config.projector is not None:
@@ -63,10 +68,16 @@ class TrainingData:
         if self._index is not None and self._index.image_rules is not None:
             self.fingerprints["images"] = self._index.image_rules
 
-    def _shared_index(self, validation: bool = False) -> ImageTextIndex:
+    def _begin_with_indexes(self) -> Begin:
+        begin = self._begin
+        if self._index is None:
+            return Begin(begin.step, begin.position, begin.number)
+        return begin.of_index(self._config, self._index, lambda data: self._shared_index(data=data))
+
+    def _shared_index(self, validation: bool = False, data: DataConfig | None = None) -> ImageTextIndex:
         """The index of the training or the validation data. Rank 0 alone asks for each shard's size and version, which
-        otherwise a store would be asked for by every rank."""
-        data, world = self._config.data, self._world
+        otherwise a store would be asked for by every rank. data: of an earlier stage."""
+        data, world = data or self._config.data, self._world
         first = on_rank_0(world, lambda: _open_index(data, validation))
         told: list[Any] = [None if first is None else (first.versions, first.fingerprint)]
         dist.broadcast_object_list(told, src=0, group=world.control)
@@ -95,9 +106,9 @@ class TrainingData:
         buckets = {bucket: micro_batch_rows(c, bucket, size, most) for bucket in buckets_of(c)}
         part = (rank, size, rows, c.label_classes, buckets)
         if self._index is None:
-            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part)
-        features = c.projector is not None
-        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part, features=features)
+            return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part, self._begin_of_index)
+        features, begin = c.projector is not None, self._begin_of_index
+        return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part, features, begin)
 
     def validation(self) -> list[Batch]:
         """This rank's micro-batches of the fixed validation bank."""
@@ -113,11 +124,11 @@ class TrainingData:
 
     @property
     def validation_fingerprint(self) -> str:
-        """Identity of the validation bank."""
+        """Identity of the validation bank, of which each stage has its own: losses of two do not compare."""
         index = None if self._index is None else self._validation_index
-        if index is None or index.image_rules is None:
-            return f"{index.fingerprint if index else self.fingerprint}/{self._config.validation.samples}"
-        return f"{index.fingerprint}/{self._config.validation.samples}/{index.image_rules}"
+        rules, number = None if index is None else index.image_rules, self._begin.number
+        parts = [index.fingerprint if index else self.fingerprint, str(self._config.validation.samples)]
+        return "/".join([*parts, *([rules] if rules else []), *([f"stage {number + 1}"] if number else [])])
 
     def validation_prompts(self, count: int) -> list[str]:
         """Captions, or class numbers as text, of the first `count` samples of the bank, the same on all ranks."""

@@ -35,6 +35,12 @@ def data_step(step: int, skipped_ranges: Sequence[SkippedRange]) -> int:
     return step + sum(skipped.steps for skipped in skipped_ranges if skipped.at_step <= step)
 
 
+def skipped_before(skipped_ranges: Sequence[SkippedRange], step: int) -> int:
+    """Steps of the data that are left out before training step `step - 1`. Those between it and `step` are not counted:
+    where a stage begins at `step`, they are its own."""
+    return sum(skipped.steps for skipped in skipped_ranges if skipped.at_step < step)
+
+
 def last_step(steps: int, data_steps: int | None, skipped_ranges: Sequence[SkippedRange]) -> int:
     """How many training steps there are: `steps`, or fewer if the data end after data_steps steps, of which the skipped
     ranges leave too few. data_steps: None where the data have no end."""

@@ -4,21 +4,23 @@ import math
 from dataclasses import dataclass
 
 from ..build.engine import build_mup_table
-from ..build.flops import image_flops
+from ..build.flops import training_flops
 from ..config.schema import TrainConfig
+from ..config.stages import images_of
 from .definition import Published, Search
 from .space import Sampler
 
 
 @dataclass(frozen=True)
 class Size:
-    """A run: parameters, steps x images, FLOPs of the whole training."""
+    """A run: parameters, steps, images and FLOPs of the whole training. batch: of its first stage."""
 
     name: str
     width: int
     parameters: int
     batch: int
     steps: int
+    images: int
     flops: float
 
     @classmethod
@@ -26,12 +28,9 @@ class Size:
         table = build_mup_table(config)
         parameters = sum(math.prod(row.shape) for row in table.rows.values())
         train = config.train
-        flops = float(train.steps * train.global_batch_size * image_flops(config))
-        return cls(str(config.run.name), config.model.width, parameters, train.global_batch_size, train.steps, flops)
-
-    @property
-    def images(self) -> int:
-        return self.batch * self.steps
+        name, width = str(config.run.name), config.model.width
+        images, flops = images_of(config), training_flops(config)
+        return cls(name, width, parameters, train.global_batch_size, train.steps, images, flops)
 
 
 @dataclass(frozen=True)

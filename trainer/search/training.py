@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
-
-from ..build.run import build_run
+from ..build.run import build_run, release_memory
 from ..config.schema import TrainConfig
 from ..estimate.micro_batch import Fitting, telling_out_of_memory
 from ..loop import train
@@ -57,20 +54,32 @@ def train_quietly(
     beside it. begin: called when the run is built. look: called with each line of metrics. Raises what either raises,
     and the errors of build_run and train.
     """
-    torch.compiler.reset()  # graphs of the runs before would count against the recompile limit
+    release_memory()  # of the runs before
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file):
-        run = build_run(config, world, fitting=fitting and fitting.size)
-        try:
-            begin(run)
-            watched = dataclasses.replace(run, metrics=cast(Metrics, WatchedMetrics(run.metrics, look)))
-            with telling_out_of_memory(config, fitting, world.size, log.parent.parent):
-                outcome = train(watched)
-        finally:
-            run.metrics.close()
-            if run.lock is not None:
-                run.lock.close()
-    trained = Trained(outcome, run.state.step, run.folder, run.meta)
-    del run, watched
-    gc.collect()  # a sharded model holds itself in cycles, and with it its memory
+        while (trained := _train_stage(config, world, log, fitting, begin, look)).outcome == "running":
+            release_memory()
+    release_memory()
     return trained
+
+
+def _train_stage(
+    config: TrainConfig,
+    world: World,
+    log: Path,
+    fitting: Fitting | None,
+    begin: Callable[[Run], None],
+    look: Callable[[Mapping[str, Any]], None],
+) -> Trained:
+    size = fitting and fitting.size
+    run = build_run(config, world, fitting=[size] * max(1, len(config.stages)))
+    try:
+        begin(run)
+        watched = dataclasses.replace(run, metrics=cast(Metrics, WatchedMetrics(run.metrics, look)))
+        with telling_out_of_memory(config, fitting, world.size, log.parent.parent):
+            outcome = train(watched)
+    finally:
+        run.metrics.close()
+        if run.lock is not None:
+            run.lock.close()
+    return Trained(outcome, run.state.step, run.folder, run.meta)

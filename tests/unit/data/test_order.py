@@ -81,7 +81,7 @@ def test_a_batch_mixes_as_many_chunks_as_it_has_slots() -> None:
 def test_slots_stay_level_over_many_epochs() -> None:
     order = Order(0, [1000] * 3, 16, None)
     chunks = [start.chunk for start in order._seek(20_000, range(16)).values()]
-    assert max(chunks) - min(chunks) < 2 * order._sources[0].chunks
+    assert max(chunks) - min(chunks) < 2 * order._sources[0]._whole.count
 
 
 def test_epochs_and_seeds_differ() -> None:
