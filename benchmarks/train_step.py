@@ -143,7 +143,7 @@ class Variant:
         """card: whose step is modelled, of a variant that is ours."""
         seconds, rows = statistics.median(self.seconds), self.config.train.global_batch_size
         text_tokens = 0 if self.config.label_classes else self.config.text_encoder.max_length
-        flops = self.run.plan.image_flops(text_tokens, None) * rows / seconds
+        flops = self.run.plan.image_flops(text_tokens, None, True) * rows / seconds
         peak_flops, cuda = self.run.plan.peak_flops, self.run.world.device.type == "cuda"
         found = {
             "parameters": sum(p.numel() for p in self.run.engine.model.parameters()),

@@ -119,12 +119,13 @@ def _steps(run: Run, stop_signal: StopSignal, watchdog: Watchdog) -> tuple[str, 
 def train_step(run: Run, micro_batches: list[MicroBatch]) -> None:
     """One update from this rank's micro-batches, which are taken out of the list one by one."""
     state, world = run.state, run.world
+    alignment = run.alignment_at(state.step)
     logged = "log" in run.plan.every.due(state.step + 1, run.last_step)
     run.timer.watching = logged
     sums = StepSums.zeros(world.device)
     while micro_batches:
         batch, encoding = micro_batches.pop(0)  # a list that held it would keep its memory to the end of the step
-        features = () if run.alignment is None else (run.alignment.features(batch),)
+        features = () if alignment is None else (alignment.features(batch),)
         sums += run.passes(encoding(), *features, last=not micro_batches)
         state.add_reads(batch.read, batch.holes)
     result = run.engine.step(run.lr(state.step), run.health if logged else None, state.spikes.limit())
@@ -147,12 +148,13 @@ def forward_backward(
     *,
     last: bool,
 ) -> Tensor:
-    """The passes of a micro-batch: adds up its gradients, times `scale`, and returns its packed StepSums.
+    """The passes of a micro-batch: adds up its gradients, times `scale`, and returns its packed StepSums. features:
+    None in a step without the alignment.
 
     All of it runs on the device, and between micro-batches of a shape nothing differs but the tensors: it can be
     recorded as a CUDA graph.
     """
-    losses = micro_batch_losses(engine.model, objective, alignment, encoded, features)
+    losses = micro_batch_losses(engine.model, objective, None if features is None else alignment, encoded, features)
     engine.backward(scale * losses.total, last)
     return StepSums.of_micro_batch(losses, encoded).packed()
 
@@ -187,7 +189,7 @@ def _figures(run: Run) -> dict[str, Any]:
     if counted:
         figures["loss"] = float(totals.loss) / counted
         figures["grad_norm"] = float(totals.grad_norm) / counted
-        if run.alignment is not None:
+        if run.alignment_at(state.step - 1) is not None:  # of all steps since the last line, or of none
             figures["repa_loss"] = float(totals.repa_loss) / counted
         figures["mup/clip_share"] = float(totals.clipped) / counted
     figures |= time_figures(totals.by_time.tolist()) | run.health.figures() | run.checkpointer.figures()
@@ -197,7 +199,8 @@ def _figures(run: Run) -> dict[str, Any]:
 def _speed(run: Run, step_s: float, text_tokens: float) -> dict[str, Any]:
     """Throughput of the steps since the last log line. step_s: mean time per step. text_tokens: mean per image."""
     plan, buckets = run.plan, run.timer.buckets
-    flops = sum(plan.image_flops(text_tokens, bucket) * steps for bucket, steps in buckets.items())
+    aligned = run.alignment_at(run.state.step - 1) is not None
+    flops = sum(plan.image_flops(text_tokens, bucket, aligned) * steps for bucket, steps in buckets.items())
     images_per_s = plan.global_batch_size / step_s
     flops_per_s = flops / buckets.total() * images_per_s
     figures: dict[str, Any] = {

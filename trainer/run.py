@@ -61,8 +61,9 @@ class Plan:
     """Steps that the data hold; None where they have no end."""
     watchdog_factor: float | None
     watchdog_min_s: float
-    image_flops: Callable[[float, Any], float]
-    """(text tokens per image, the batch's bucket) -> FLOPs of one image in a forward and a backward pass."""
+    image_flops: Callable[[float, Any, bool], float]
+    """(text tokens per image, the batch's bucket, whether the step has an alignment) -> FLOPs of one image in a forward
+    and a backward pass."""
     peak_flops: float | None
     """FLOP/s of all devices together; None where unknown, then no MFU is given."""
 
@@ -90,7 +91,8 @@ class Run:
     health: Health
     timer: StepTimer
     passes: Callable[..., Tensor]
-    """loop.forward_backward of a micro-batch: (encoded, features where there is an alignment, last=...) -> StepSums."""
+    """loop.forward_backward of a micro-batch: (encoded, features where the step has an alignment, last=...) ->
+    StepSums."""
     alignment: Alignment | None
     lr: Callable[[int], float]
     """Number of an update (from 0) -> its base learning rate."""
@@ -110,6 +112,10 @@ class Run:
     state: TrainState
     lock: Lock | None
     """Held on rank 0 as long as this run holds its folder."""
+
+    def alignment_at(self, step: int) -> Alignment | None:
+        """The alignment of update number `step` (from 0); None where it has none."""
+        return self.alignment if self.alignment is not None and self.alignment.on(step) else None
 
     @property
     def last_step(self) -> int:

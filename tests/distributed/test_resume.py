@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.forked import finished
 from trainer.checkpoint.find import complete_checkpoints
@@ -88,3 +89,30 @@ def test_another_world_size_goes_on(tmp_path: Path, uninterrupted: dict[int, lis
     assert_close(changed, whole, 1e-9)
     ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) <= 1e-9
+
+
+@pytest.mark.parametrize("reshard", ["true", "false"])
+def test_an_alignment_that_has_ended_stays_so_and_its_projector_stays(reshard: str, tmp_path: Path) -> None:
+    """On two ranks, resumed after the border and before it. The projector gets no gradient, no decay and no norm."""
+    keys = (
+        *("data.shards=synthetic", "text_encoder.width=16", "text_encoder.max_length=6", "train.sample_every=0"),
+        *("objective.repa_weight=0.5", "objective.repa_layer=1", "objective.repa_width=16", "objective.repa_hidden=24"),
+        *("objective.repa_until=3", "train.steps=6", "train.checkpoint_every=2", "train.micro_batch_size=1"),
+        *("optim.weight_decay=0.1", f"parallel.reshard_after_forward={reshard}"),
+    )
+    whole = tmp_path / "whole"
+    records = train(2, whole, *keys)
+    assert [record["step"] for record in records if "repa_loss" in record] == [1, 2, 3]
+    kept = {}
+    for later in (4, 6):
+        run = tmp_path / f"before_{later}"
+        shutil.copytree(whole, run)
+        for step in range(later, 7, 2):
+            shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+        kept[later - 2] = weights(run)
+        assert exact(train(2, run, *keys)) == exact(records)
+    end = weights(whole)
+    moved = {step: {name for name in end if not torch.equal(then[name], end[name])} for step, then in kept.items()}
+    assert any(name.startswith("projector.") for name in moved[2])
+    assert moved[4]
+    assert not any(name.startswith("projector.") for name in moved[4])

@@ -183,7 +183,7 @@ def build_alignment(config: TrainConfig, encoders: Encoders) -> Alignment | None
     objective = config.objective
     if not objective.repa_weight:
         return None
-    return Alignment(objective.repa_weight, objective.repa_layer - 1, encoders.features)
+    return Alignment(objective.repa_weight, objective.repa_layer - 1, encoders.features, objective.repa_until)
 
 
 def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:

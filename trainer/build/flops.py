@@ -8,11 +8,13 @@ from ..config.schema import TrainConfig
 from ..config.stages import stages_of
 
 
-def image_flops(config: TrainConfig, text_tokens: float | None = None, bucket: Bucket | None = None) -> int:
+def image_flops(
+    config: TrainConfig, text_tokens: float | None = None, bucket: Bucket | None = None, aligned: bool = True
+) -> int:
     """True FLOPs of one image in a forward and a backward pass, which costs twice the forward; nothing is recomputed.
 
     text_tokens: of its caption, or a mean over images; the full length by default. bucket: of the image; by default the
-    square of data.resolution.
+    square of data.resolution. aligned: with REPA, where the config has it.
     """
     text = config.text_encoder
     return 3 * forward_flops(
@@ -21,7 +23,7 @@ def image_flops(config: TrainConfig, text_tokens: float | None = None, bucket: B
         text.width,
         image_tokens(config, bucket) if bucket else config.image_tokens,
         text.max_length if text_tokens is None else round(text_tokens),
-        config.projector,
+        config.projector if aligned else None,
     )
 
 

@@ -30,8 +30,7 @@ def conflicts(c: TrainConfig) -> Iterator[str]:
             "parallel.cuda_graph does not go with parallel.cpu_offload, which brings weights from the host into other "
             "memory in every step: set one of them to false"
         )
-    if c.objective.repa_weight:
-        yield from _repa_conflicts(c)
+    yield from _repa_conflicts(c)
     yield from _allow_change_conflicts(c)
 
 
@@ -148,6 +147,15 @@ def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:
 def _repa_conflicts(c: TrainConfig) -> Iterator[str]:
     """What does not go with representation alignment (REPA)."""
     o = c.objective
+    if not o.repa_weight:
+        if o.repa_until is not None:
+            yield f"objective.repa_until {o.repa_until} does nothing without objective.repa_weight: leave it null"
+        return
+    # Both would go on moving the projector by its momentum, and by weight decay.
+    if o.repa_until is not None and c.parallel.engine == "zero":
+        yield "objective.repa_until needs parallel.engine fsdp2: leave it null under zero"
+    if o.repa_until is not None and c.parallel.cuda_graph:
+        yield "objective.repa_until does not go with parallel.cuda_graph: set that to false, or leave it null"
     if not c.model.residual:
         yield (
             f"objective.repa_weight does not fit model.kind {c.model.kind}: its long skips carry the early blocks past "

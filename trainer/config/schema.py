@@ -263,6 +263,9 @@ class ObjectiveConfig(Section):
     """Number of image tokens at which times are not shifted; others are by s = sqrt(image tokens / this number)."""
     repa_weight: float = Field(default=0.0, ge=0, json_schema_extra=STAGED)
     """Weight of the alignment with a frozen image encoder (REPA, arXiv 2410.06940); 0 turns it off."""
+    repa_until: int | None = Field(default=None, ge=1, json_schema_extra=SCHEDULE)
+    """Updates that have the alignment; later ones encode no features and leave the projector as it is; null gives it to
+    all."""
     repa_layer: int = Field(default=8, ge=1)
     """Number of blocks after which tokens are aligned."""
     repa_encoder: str = Field(default=NONE, json_schema_extra=RUNTIME)

@@ -13,11 +13,17 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Alignment:
     """weight: of the term in the loss that is trained. features_at: block (from 0) whose tokens are projected.
-    features: micro-batch -> [b, N, F], what the encoder sees at each of the N tokens."""
+    features: micro-batch -> [b, N, F], what the encoder sees at each of the N tokens. until: the first update (from 0)
+    without the term; None where all have it."""
 
     weight: float
     features_at: int
     features: Callable[[Any], Tensor]
+    until: int | None = None
+
+    def on(self, step: int) -> bool:
+        """Whether update number `step` (from 0) has the term."""
+        return self.until is None or step < self.until
 
     def losses(self, projected: Tensor, features: Tensor) -> Tensor:
         """projected, features [b, N, F] -> per sample [b] minus the mean cosine over tokens, -1 (aligned) to 1."""

@@ -243,6 +243,13 @@ def advice(config: TrainConfig, cluster: Cluster, found: dict[str, Any]) -> list
         said.append(
             f"Traffic ({network:.2f} s per step) hides behind arithmetic ({arithmetic:.2f} s) only if it overlaps."
         )
+    until = config.objective.repa_until
+    if until is not None and until < config.train.steps:
+        less = 1 - image_flops(config, aligned=False) / found["flops_per_image"]
+        said.append(
+            f"All steps are priced with REPA; those from objective.repa_until={until} on cost {less:.1%} fewer FLOPs, "
+            "and nothing of its encoder."
+        )
     if config.parallel.engine == "zero":
         said.append(
             f"Activations and traffic are those of parallel.engine=fsdp2; weights, gradients and buffers follow from "

@@ -28,6 +28,7 @@ RUNTIME |= {"data.cache_dir", "data.cache_gib", "data.caption_key"}
 RUNTIME |= {f"{part}.{key}" for part in ("text_encoder", "autoencoder") for key in ("path", "subfolder")}
 RUNTIME |= {"text_encoder.device", "text_encoder.shard"}
 RUNTIME |= {"objective.repa_encoder", "stages"}
+SCHEDULE |= {"objective.repa_until"}
 IDENTITY = {"model.", "mup.", "train.seed", "train.global_batch_size"}
 IDENTITY |= {"optim.kind", "optim.muon.by_head", "optim.muon.include", "optim.muon.exclude"}
 IDENTITY |= {f"data.{key}" for key in ("resolution", "crop", "flip", "epochs", "max_image_pixels", "label_dropout")}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from data.debug import ensure_debug_assets
-from data.encoders.dinov2 import load_feature_encoder
+from data.encoders.dinov2 import FeatureEncoder, load_feature_encoder
 from data.errors import DataError
 from launch import sample
 from models.configs import ProjectorConfig
@@ -22,9 +22,12 @@ from models.flops import forward_flops
 from tests.distributed.runs import exact
 from tests.helpers.backbones import CHANNELS, TEXT_WIDTH, condition_of, image
 from tests.mup.cases import REPA_CASES
+from trainer.build.flops import image_flops
 from trainer.build.run import build_run
 from trainer.checkpoint.find import find_checkpoint
+from trainer.config.keys import plain
 from trainer.config.load import load_config
+from trainer.config.resume import check_resume
 from trainer.config.schema import TrainConfig
 from trainer.diffusion.repa import Alignment
 from trainer.errors import ConfigError
@@ -140,6 +143,10 @@ def test_a_wrong_encoder(path: str, width: int, message: str) -> None:
         ("uvit", REPA, "objective.repa_weight does not fit model.kind uvit: its long skips"),
         ("mmdit", (*REPA, "objective.repa_layer=3"), "objective.repa_layer 3 is more than model.depth 2"),
         ("mmdit", ("objective.repa_weight=-1",), "objective.repa_weight"),
+        ("mmdit", ("objective.repa_until=3",), "objective.repa_until 3 does nothing without objective.repa_weight"),
+        ("mmdit", (*REPA, "objective.repa_until=0"), "objective.repa_until"),
+        ("mmdit", (*REPA, "objective.repa_until=3", "parallel.engine=zero"), "repa_until needs parallel.engine fsdp2"),
+        ("mmdit", (*REPA, "objective.repa_until=3", "parallel.cuda_graph=true"), "not go with parallel.cuda_graph"),
     ],
 )
 def test_a_wrong_config(kind: str, overrides: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -221,6 +228,57 @@ def test_the_term_is_trained_and_not_logged_as_the_loss(tmp_path: Path) -> None:
     assert plain[1]["grad_norm"] != aligned[1]["grad_norm"]
     assert plain[-1]["loss"] != aligned[-1]["loss"]
     assert not any("repa_loss" in record for record in plain)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_after_repa_until_the_projector_stays_and_nothing_is_encoded(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then the run is that without the key; from then on its steps are those of a run without REPA. A resume from
+    a checkpoint before, at or after the border is exact."""
+    keys = (*REPA, "train.steps=6", "train.checkpoint_every=1", "run.keep_last=9", "train.sample_every=0")
+    keys = (*keys, "optim.weight_decay=0.1", f"parallel.precision={precision}", "optim.lr=8e-3")
+    encoded: list[int] = []
+    encode = FeatureEncoder.encode
+    monkeypatch.setattr(FeatureEncoder, "encode", lambda *given: encoded.append(1) or encode(*given))
+    always, _, _ = trained(configured("mmdit", tmp_path, *keys, "run.name=always"))
+    assert len(encoded) == 6
+    records, _, weights = trained(configured("mmdit", tmp_path, *keys, "objective.repa_until=3", "run.name=whole"))
+    assert len(encoded) == 6 + 3
+    assert exact(records[:4]) == exact(always[:4])
+    assert [record["step"] for record in records if "repa_loss" in record] == [1, 2, 3]
+    assert records[4]["loss"] == always[4]["loss"]  # the fourth step begins from the same weights
+    assert records[4]["grad_norm"] != always[4]["grad_norm"]
+    assert records[5]["loss"] != always[5]["loss"]
+    for step in (2, 3, 4):
+        shutil.copytree(tmp_path / "whole", tmp_path / f"from_{step}")
+        for later in range(step + 1, 7):
+            shutil.rmtree(tmp_path / f"from_{step}" / "checkpoints" / f"step_{later:08d}")
+        config = configured("mmdit", tmp_path, *keys, "objective.repa_until=3", f"run.name=from_{step}")
+        resumed, start, end = trained(config)
+        assert exact(resumed) == exact(records), step
+        assert all(torch.equal(end[name], weights[name]) for name in weights), step
+        moved = {name for name in weights if not torch.equal(start[name], end[name])}
+        assert any(name.startswith("projector.") for name in moved) == (step < 3), step
+        assert any(name.startswith("blocks.") for name in moved), step
+
+
+def test_repa_until_is_a_key_of_the_schedule(tmp_path: Path) -> None:
+    keys = (*REPA, "train.sample_every=0", "run.name=a")
+    first = configured("dit", tmp_path, *keys, "train.steps=2")
+    trained(first)
+    with pytest.raises(ConfigError, match=r"objective.repa_until: None in the checkpoint, 3 now"):
+        check_resume(plain(first), configured("dit", tmp_path, *keys, "train.steps=2", "objective.repa_until=3"), 2)
+    longer = ("run.allow_change=[train.steps,objective.repa_until]", "objective.repa_until=3")
+    records, _, _ = trained(configured("dit", tmp_path, *keys, *longer))
+    assert [record["step"] for record in records if "repa_loss" in record] == [1, 2, 3]
+
+
+def test_model_flops_of_a_step_are_without_the_projector_once_it_is_off(tmp_path: Path) -> None:
+    with built(configured("dit", tmp_path, *REPA, "objective.repa_until=3", "run.name=a")) as run:
+        assert [run.alignment_at(step) is not None for step in range(5)] == [True, True, True, False, False]
+        aligned, plain = (run.plan.image_flops(0, None, on) for on in (True, False))
+        assert plain == image_flops(configured("dit", tmp_path)) < aligned
 
 
 def test_zero_weight_is_no_projector(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from launch import estimate
 from models.flops import forward_flops
 from trainer.build.engine import build_engine, build_mup_table, build_objective
+from trainer.build.flops import image_flops
 from trainer.config.load import load_config
 from trainer.config.resolve import resolve
 from trainer.config.schema import ParallelConfig, TrainConfig
@@ -283,6 +284,17 @@ def test_a_run_that_does_not_fit_is_told_what_would(simulated: Profile) -> None:
     assert found["memory_cached_gib"]["fits"] is False
     assert any("does not fit" in line for line in found["advice"])
     assert any("activation_checkpointing=full" in line for line in found["advice"])
+
+
+@pytest.mark.parametrize(("until", "said"), [(1, True), (9, False)])
+def test_an_alignment_that_ends_is_priced_to_the_end_and_told(simulated: Profile, until: int, said: bool) -> None:
+    keys = ("objective.repa_weight=0.5", "objective.repa_layer=1", "train.steps=9", f"objective.repa_until={until}")
+    config = configured("mmdit_debug_mup.yaml", *keys)
+    found = report.estimate(config, CLUSTER, simulated)
+    assert found["flops_per_image"] == image_flops(config) > image_flops(config, aligned=False)
+    less = 1 - image_flops(config, aligned=False) / image_flops(config)
+    sentence = f"from objective.repa_until={until} on cost {less:.1%} fewer FLOPs"
+    assert (sentence in "\n".join(found["advice"])) == said
 
 
 def test_encoders_are_counted(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_only_a_logged_step_is_watched() -> None:
         last_step=7,
         engine=engine,
         passes=partial(forward_backward, engine, objective, None, 0.5),
-        alignment=None,
+        alignment_at=lambda step: None,
         health=Health({}, replicas=1),
         timer=SimpleNamespace(),
         lr=lambda _: 1.0,
