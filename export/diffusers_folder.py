@@ -67,7 +67,7 @@ def twin_config(config: TrainConfig) -> dict[str, Any]:
             "caption_projection_dim": model.width,
             "pooled_projection_dim": config.text_encoder.width,
             "pos_embed_max_size": model.pos_embed_max_size,
-            "qk_norm": "rms_norm",
+            "qk_norm": "rms_norm" if model.qk_norm else None,
         }
     if model.kind == "pixart":
         return shared | {

@@ -123,7 +123,7 @@ def layout(config: Any, channels: int, ours: Mapping[str, Shape], form: Format, 
 
 
 def _mmdit_diffusers(to: Layout, config: Any, tokens: int) -> None:
-    """SD3Transformer2DModel with qk_norm rms_norm."""
+    """SD3Transformer2DModel, its qk_norm rms_norm or none."""
     to.patches("pos_embed.proj")
     to.table("pos_embed.pos_embed", (1, config.pos_embed_max_size**2, config.width))
     for ours, theirs in (("time_embed", "timestep_embedder"), ("pooled_embed", "text_embedder")):
@@ -141,7 +141,7 @@ def _mmdit_diffusers(to: Layout, config: Any, tokens: int) -> None:
             parts = "kv" if last and stream == "text" else "qkv"
             to.layer(f"{ours}.modulation", f"{block}.{norm}.linear")
             to.layer(f"{ours}.{parts}", *(f"{block}.attn.{qkv.format(part)}" for part in parts))
-            for part in parts[:-1]:
+            for part in parts[:-1] if config.qk_norm else "":
                 to.tensor(f"{ours}.norm_{part}.weight", f"{block}.attn.{gain.format(part)}.weight")
             if parts == "qkv":
                 to.layer(f"{ours}.out", f"{block}.attn.{out}")
@@ -150,7 +150,8 @@ def _mmdit_diffusers(to: Layout, config: Any, tokens: int) -> None:
     dead = f"transformer_blocks.{config.depth - 1}.attn"
     to.shapes[f"{dead}.add_q_proj.weight"] = (config.width, config.width)
     to.shapes[f"{dead}.add_q_proj.bias"] = (config.width,)
-    to.shapes[f"{dead}.norm_added_q.weight"] = (config.head_dim,)
+    if config.qk_norm:
+        to.shapes[f"{dead}.norm_added_q.weight"] = (config.head_dim,)
 
 
 def _mmdit_official(to: Layout, config: Any, tokens: int) -> None:
@@ -170,12 +171,13 @@ def _mmdit_official(to: Layout, config: Any, tokens: int) -> None:
                 to.swapped(f"{ours}.modulation", f"{theirs}.adaLN_modulation.1")
                 for leaf, rest in (("weight", (d,)), ("bias", ())):
                     to.rows(f"{ours}.kv.{leaf}", f"{theirs}.attn.qkv.{leaf}", [(0, d, 2 * d)], (3 * d, *rest))
-                to.shapes[f"{theirs}.attn.ln_q.weight"] = (config.head_dim,)
-                to.tensor(f"{ours}.norm_k.weight", f"{theirs}.attn.ln_k.weight")
+                if config.qk_norm:
+                    to.shapes[f"{theirs}.attn.ln_q.weight"] = (config.head_dim,)
+                    to.tensor(f"{ours}.norm_k.weight", f"{theirs}.attn.ln_k.weight")
                 continue
             to.layer(f"{ours}.modulation", f"{theirs}.adaLN_modulation.1")
             to.layer(f"{ours}.qkv", f"{theirs}.attn.qkv")
-            for part in "qk":
+            for part in "qk" if config.qk_norm else "":
                 to.tensor(f"{ours}.norm_{part}.weight", f"{theirs}.attn.ln_{part}.weight")
             to.layer(f"{ours}.out", f"{theirs}.attn.proj")
             to.mlp(f"{ours}.mlp", f"{theirs}.mlp.fc1", f"{theirs}.mlp.fc2")

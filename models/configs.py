@@ -113,7 +113,6 @@ class MMDiTConfig:
     """Two-stream MMDiT of Stable Diffusion 3 (Esser et al., arXiv 2403.03206, Figure 2), with QK-RMSNorm."""
 
     residual = True
-    qk_norm = True
     condition = "text"
     num_classes = 0
     learn_sigma = False
@@ -137,6 +136,9 @@ class MMDiTConfig:
     adaln_init: Literal["zero", "fan_in"] = "zero"
     """Initial modulation of the blocks: `zero` starts each as the identity (adaLN-zero), `fan_in` as the muP paper's
     DiT."""
+    qk_norm: bool = True
+    """Normalise queries and keys (RMSNorm with a gain for each of a head's features) before attention; SD3-medium does
+    not."""
 
     def __post_init__(self) -> None:
         check_shape(self)

@@ -46,8 +46,16 @@ class Modulation(NamedTuple):
     gate_mlp: Tensor
 
 
+def head_norm(config: MMDiTConfig) -> nn.Module:
+    """QK-norm of the heads of queries or keys [B, N, H, K]; the identity without it."""
+    return nn.RMSNorm(config.head_dim, eps=NORM_EPS) if config.qk_norm else nn.Identity()
+
+
 class Stream(nn.Module):
-    """One stream's weights in a block: modulation, qkv with QK-RMSNorm, output projection, MLP."""
+    """One stream's weights in a block: modulation, qkv with QK-norm, output projection, MLP.
+
+    Keys keep their bias without QK-norm, too: each stream has its own, so that their difference moves the scores.
+    """
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -55,8 +63,8 @@ class Stream(nn.Module):
         self.head_dim = config.head_dim
         self.modulation = nn.Linear(d, 6 * d)
         self.qkv = TokenLinear(d, 3 * d)
-        self.norm_q = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
-        self.norm_k = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
+        self.norm_q = head_norm(config)
+        self.norm_k = head_norm(config)
         self.out = TokenLinear(d, d)
         self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"), TokenLinear)
 
@@ -83,7 +91,7 @@ class LastTextStream(nn.Module):
         self.head_dim = config.head_dim
         self.modulation = nn.Linear(d, 2 * d)
         self.kv = TokenLinear(d, 2 * d)
-        self.norm_k = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
+        self.norm_k = head_norm(config)
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, L, D], c [B, D] -> k, v [B, L, H, K]."""
@@ -187,7 +195,7 @@ class MMDiT(Backbone):
         return (
             Declaration("final.weight", "zeros", role="output"),
             Declaration("*.bias", "zeros"),
-            Declaration("*.norm_[qk].weight", "ones"),
+            *([Declaration("*.norm_[qk].weight", "ones")] if config.qk_norm else []),
             Declaration("time_embed.*.weight", "normal", std=0.02),
             adaln,
             Declaration("*.qkv.weight", "fan_in", projections=3),

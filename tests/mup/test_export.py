@@ -78,6 +78,7 @@ def dit(folder: Path, model: Any, dtype: torch.dtype) -> float:
 
 COMPARED: dict[str, tuple[Callable[[Path, Any, torch.dtype], float], str, tuple[str, ...]]] = {
     "mmdit": (sd3, "mmdit", ()),
+    "mmdit, no QK-norm": (sd3, "mmdit", ("model.qk_norm=false",)),
     "pixart": (pixart, "pixart", ()),
     "pixart, sizes": (pixart, "pixart", MICRO),
     "dit": (dit, "dit", ()),

@@ -169,9 +169,11 @@ def _attention_conflicts(c: TrainConfig) -> Iterator[str]:
     """Kernels that do not compute in the run's precision, or that are known to be wrong for its model."""
     kernel, precision = c.parallel.attention, c.parallel.precision
     if kernel == "cudnn" and not c.model.qk_norm:
+        is_key = "qk_norm" in type(c.model).__dataclass_fields__
+        cause = "model.qk_norm false" if is_key else f"model.kind {c.model.kind}"
         yield (
-            f"parallel.attention cudnn does not fit model.kind {c.model.kind}: its gradients are NaN where all scores "
-            "of a query lie far below 0, which only normalised queries and keys exclude; use auto"
+            f"parallel.attention cudnn does not fit {cause}: its gradients are NaN where all scores of a query lie far "
+            "below 0, which only normalised queries and keys exclude; use auto"
         )
     able = {"fp64": ("auto",), "fp32": ("auto", "efficient")}
     if precision in able and kernel not in able[precision]:

@@ -76,7 +76,7 @@ def sd3_weights(model: MMDiT) -> dict[str, Tensor]:
             move(f"{block}.{stream}.modulation", f"{to}.{norm}.linear")
             kept = "kv" if last and stream == "text" else "qkv"
             move(f"{block}.{stream}.{kept}", *(f"{to}.attn.{qkv.format(c)}" for c in kept))
-            for c in kept[:-1]:
+            for c in kept[:-1] if model.config.qk_norm else "":
                 theirs[f"{to}.attn.{gain.format(c)}.weight"] = ours.pop(f"{block}.{stream}.norm_{c}.weight")
             if kept == "qkv":
                 move(f"{block}.{stream}.out", f"{to}.attn.{out}")
@@ -99,13 +99,14 @@ def sd3_twin(model: MMDiT) -> SD3Transformer2DModel:
         caption_projection_dim=c.width,
         pooled_projection_dim=TEXT_WIDTH,
         pos_embed_max_size=c.pos_embed_max_size,
-        qk_norm="rms_norm",
+        qk_norm="rms_norm" if c.qk_norm else None,
     )
     weights = sd3_weights(model)
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     # Nothing reads the last block's text queries: their random values cannot matter; the table is computed.
     dead = f"transformer_blocks.{c.depth - 1}.attn"
-    expected = {f"{dead}.add_q_proj.weight", f"{dead}.add_q_proj.bias", f"{dead}.norm_added_q.weight"}
+    expected = {f"{dead}.add_q_proj.weight", f"{dead}.add_q_proj.bias"}
+    expected |= {f"{dead}.norm_added_q.weight"} if c.qk_norm else set()
     assert set(missing) == expected | {"pos_embed.pos_embed"}
     assert not unexpected
     return twin.eval()
@@ -113,10 +114,14 @@ def sd3_twin(model: MMDiT) -> SD3Transformer2DModel:
 
 @torch.no_grad()
 def difference_to_sd3(
-    height: int, width: int, dtype: torch.dtype, change: Callable[[MMDiT], None] = lambda model: None
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    change: Callable[[MMDiT], None] = lambda model: None,
+    config: MMDiTConfig = CONFIG,
 ) -> float:
     """Largest difference of the two predictions relative to the largest value; `change` is made to ours alone."""
-    model = random_model(dtype=dtype)
+    model = random_model(config, dtype)
     twin = nn.Module.to(sd3_twin(model), dtype)
     change(model)
     x, t, (states, mask) = inputs(height, width)
@@ -138,6 +143,12 @@ def difference_to_sd3(
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 12), (20, 6), (24, 24)])
 def test_equals_sd3_of_diffusers(height: int, width: int, dtype: torch.dtype, tolerance: float) -> None:
     assert difference_to_sd3(height, width, dtype) <= tolerance
+
+
+def test_without_qk_norm_it_equals_sd3_medium() -> None:
+    without = replace(CONFIG, qk_norm=False)
+    assert difference_to_sd3(8, 12, torch.float64, config=without) <= 2e-7
+    assert not any("norm_q" in name for name, _ in random_model(without).named_parameters())
 
 
 def rms_norm_eps(model: MMDiT) -> None:

@@ -660,6 +660,11 @@ def test_attention_kernels_that_are_wrong_for_the_run(config: str, overrides: li
         load_config(f"{config}_debug_mup.yaml", [f"parallel.{override}" for override in overrides])
 
 
+def test_cudnn_needs_the_norms_that_a_key_takes_away() -> None:
+    with pytest.raises(ConfigError, match=r"attention cudnn does not fit model\.qk_norm false: its gradients"):
+        load_config("mmdit_debug_mup.yaml", ["parallel.attention=cudnn", "model.qk_norm=false"])
+
+
 def test_attention_kernels_that_can_be_right() -> None:
     for overrides in (["attention=cudnn"], ["attention=efficient", "precision=fp32"], ["precision=fp64"]):
         load_config("mmdit_debug_mup.yaml", [f"parallel.{override}" for override in overrides])
