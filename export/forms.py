@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal, cast, get_args
 
-from models.configs import ShippedConfig
+from models.configs import MMDiTConfig, ShippedConfig
 from trainer.config.schema import TrainConfig
 
 Format = Literal["diffusers", "official"]
@@ -28,6 +28,8 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
                 f"the pipelines of diffusers take a flow's output for the velocity, this model's is "
                 f"{config.objective.predict} (objective.predict): sample it with launch/sample.py"
             )
+        if model.kind == "mmdit":
+            yield from unlike_sd3(model)
         if model.mlp_ratio != 4:
             yield f"{twin} has MLPs of 4 times the width, this model of model.mlp_ratio {model.mlp_ratio}"
         if model.time_freq_shift != (shift := 1.0 if model.kind == "dit" else 0.0):
@@ -44,6 +46,12 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
                 "the official code computes time with frequencies i / 128, this model was trained with "
                 f"model.time_freq_shift {model.time_freq_shift:g}, and would sample wrongly there"
             )
+
+
+def unlike_sd3(model: MMDiTConfig) -> Iterator[str]:
+    """What of an MMDiT Stable Diffusion 3 does not have, by the config's keys."""
+    if model.mlp != "gelu":
+        yield f"Stable Diffusion 3 has MLPs with GELU, this model of model.mlp {model.mlp}"
 
 
 def export_note(config: TrainConfig) -> str | None:

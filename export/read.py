@@ -20,7 +20,7 @@ from trainer.files import write_atomically
 from trainer.mup.table import MuTable
 
 from .diffusers_folder import position_table, twin_config
-from .forms import Format, shipped
+from .forms import Format, shipped, unlike_sd3
 from .names import LAYOUTS, Layout, fold
 from .weight_files import PublishedWeights
 from .write import layout_of
@@ -63,6 +63,8 @@ def check_import(config: TrainConfig, form: Format, source: PublishedWeights) ->
             f"objective.predict is {config.objective.predict}: published weights of these models predict velocity or "
             "noise, leave it velocity"
         )
+    if model.kind == "mmdit":
+        problems += unlike_sd3(model)
     if model.time_freq_shift and (model.kind, form) != ("dit", "diffusers"):
         problems.append(f"model.time_freq_shift is {model.time_freq_shift:g}: these weights go with 0")
     if form == "diffusers":

@@ -139,9 +139,20 @@ class MMDiTConfig:
     qk_norm: bool = True
     """Normalise queries and keys (RMSNorm with a gain for each of a head's features) before attention; SD3-medium does
     not."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """MLP of the blocks: `gelu`, or `swiglu`, whose hidden features a gate multiplies (Shazeer, arXiv 2002.05202). Its
+    three matrices have about as many weights as the two of `gelu`: 2/3 as many hidden features."""
 
     def __post_init__(self) -> None:
         check_shape(self)
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden features of a block's MLP. Those of SwiGLU are a multiple of 8 for each head, so that they grow with
+        the width exactly."""
+        if self.mlp == "gelu":
+            return self.mlp_ratio * self.width
+        return max(round(2 / 3 * self.mlp_ratio * self.head_dim / 8), 1) * 8 * (self.width // self.head_dim)
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
         """An image that is larger than the table of positions."""
@@ -154,8 +165,9 @@ class MMDiTConfig:
     def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
         """See ModelConfig."""
         d, n, length = self.width, image_tokens, text_tokens
-        full_block = (n + length) * _stream(self) + (n + length) ** 2 * 2 * d + 2 * 6 * d * d
-        last_block = n * _stream(self) + length * 2 * d * d + n * (n + length) * 2 * d + (6 + 2) * d * d
+        stream = 4 * d * d + (3 if self.mlp == "swiglu" else 2) * d * self.mlp_hidden
+        full_block = (n + length) * stream + (n + length) ** 2 * 2 * d + 2 * 6 * d * d
+        last_block = n * stream + length * 2 * d * d + n * (n + length) * 2 * d + (6 + 2) * d * d
         patch = in_channels * self.patch_size**2
         ends = n * patch * d * 2 + length * text_width * d + (256 + text_width + 2 * d) * d + 2 * d * d
         return (self.depth - 1) * full_block + last_block + ends

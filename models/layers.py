@@ -24,8 +24,9 @@ class Declaration(NamedTuple):
         (uniform with standard deviation std x sqrt(2 / (fan_in + fan_out))).
     role: only where the shape cannot tell (an output weight and an embedding table look alike).
     inner: an output weight that more layers follow, so that its output must not shrink with the width at init.
-    projections: number of matrices that lie behind each other along fan_out, each of whole heads: 3 for a fused query,
-        key and value, 1 for a query alone; 0 where rows belong to no heads.
+    projections: number of matrices that lie behind each other along fan_out: 3 for a fused query, key and value, 1 for
+        a query alone, 2 for a fused gate and its MLP; 0 where the weight is one matrix without heads.
+    heads: whether the rows of these are those of whole heads.
     """
 
     pattern: str
@@ -34,6 +35,7 @@ class Declaration(NamedTuple):
     role: Literal["input", "hidden", "output", "vector", "fixed"] | None = None
     inner: bool = False
     projections: int = 0
+    heads: bool = True
 
 
 class TextCondition(NamedTuple):
@@ -98,6 +100,22 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """MLP of a block whose hidden features are gated (Shazeer, arXiv 2002.05202): [..., D] -> [..., D].
+
+    One product makes gate and features, the gate's rows first: declare it with two projections without heads.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = TokenLinear(width, 2 * hidden)
+        self.fc2 = TokenLinear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, features = self.fc1(x).chunk(2, dim=-1)  # 2 x [..., hidden]
+        return self.fc2(F.silu(gate) * features)
 
 
 class QKVLinear(TokenLinear):

@@ -22,6 +22,7 @@ from .layers import (
     TIME_FEATURES,
     Declaration,
     OutputLinear,
+    SwiGLU,
     TextCondition,
     TokenLinear,
     add_gated,
@@ -51,6 +52,13 @@ def head_norm(config: MMDiTConfig) -> nn.Module:
     return nn.RMSNorm(config.head_dim, eps=NORM_EPS) if config.qk_norm else nn.Identity()
 
 
+def block_mlp(config: MMDiTConfig) -> nn.Module:
+    """The MLP of a stream [B, N, D] -> [B, N, D]."""
+    if config.mlp == "swiglu":
+        return SwiGLU(config.width, config.mlp_hidden)
+    return MLP(config.width, config.mlp_hidden, config.width, nn.GELU(approximate="tanh"), TokenLinear)
+
+
 class Stream(nn.Module):
     """One stream's weights in a block: modulation, qkv with QK-norm, output projection, MLP.
 
@@ -66,7 +74,7 @@ class Stream(nn.Module):
         self.norm_q = head_norm(config)
         self.norm_k = head_norm(config)
         self.out = TokenLinear(d, d)
-        self.mlp = MLP(d, config.mlp_ratio * d, d, nn.GELU(approximate="tanh"), TokenLinear)
+        self.mlp = block_mlp(config)
 
     def before_attention(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Modulation]:
         """x [B, N, D], c [B, D] (after SiLU) -> q, k, v [B, N, H, K] and the modulation for `after_attention`."""
@@ -192,14 +200,19 @@ class MMDiT(Backbone):
     def declarations(config: MMDiTConfig) -> tuple[Declaration, ...]:
         """Init of each parameter at the base width, and the roles that its shape cannot tell."""
         adaln = Declaration("*modulation.weight", "zeros" if config.adaln_init == "zero" else "fan_in")
+        norms = [Declaration("*.norm_[qk].weight", "ones")] if config.qk_norm else []
+        gates = (
+            [Declaration("*.mlp.fc1.weight", "fan_in", projections=2, heads=False)] if config.mlp == "swiglu" else []
+        )
         return (
             Declaration("final.weight", "zeros", role="output"),
             Declaration("*.bias", "zeros"),
-            *([Declaration("*.norm_[qk].weight", "ones")] if config.qk_norm else []),
+            *norms,
             Declaration("time_embed.*.weight", "normal", std=0.02),
             adaln,
             Declaration("*.qkv.weight", "fan_in", projections=3),
             Declaration("*.kv.weight", "fan_in", projections=2),
+            *gates,
             Declaration("*.weight", "fan_in"),
         )
 

@@ -63,6 +63,8 @@ class Declared(Protocol):
     def inner(self) -> bool: ...
     @property
     def projections(self) -> int: ...
+    @property
+    def heads(self) -> bool: ...
 
 
 class _Decided(NamedTuple):
@@ -218,7 +220,8 @@ def _row(
     depth_eps = settings.branch_scale if info.in_branch and settings.eps_rule == "width" else 1.0
     own: dict[str, Any] = {}
     if optimizer == "muon":
-        matrices = _matrices(name, info.shape, declared.projections, settings.muon_head_dim)
+        head_dim = settings.muon_head_dim if declared.heads else None
+        matrices = _matrices(name, info.shape, declared.projections, head_dim)
         own = {"optimizer": "muon", "matrices": matrices, "scale": polar_scale(fan_in, fan_out // matrices)}
     return ParameterRow(
         role=role,

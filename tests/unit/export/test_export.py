@@ -58,6 +58,7 @@ def exported(folder: Path, patch: pytest.MonkeyPatch, config: TrainConfig, *argu
         ("pixart", ("model.time_freq_shift=1",), "diffusers", r"i / \(128 - 0\)"),
         ("mmdit", ("objective.predict=x",), "diffusers", r"output for the velocity, this model's is x"),
         ("mmdit", ("model.mlp_ratio=3",), "diffusers", r"MLPs of 4 times the width.*model\.mlp_ratio 3"),
+        ("mmdit", ("model.mlp=swiglu",), "diffusers", r"MLPs with GELU, this model of model\.mlp swiglu"),
         ("mmdit", (), "official", r"model\.kind mmdit goes to diffusers"),
         ("pixart", (), "official", r"model\.kind pixart goes to diffusers"),
     ],
