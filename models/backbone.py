@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .configs import ModelConfig, ProjectorConfig
+from .configs import ProjectorConfig
 from .layers import Declaration
+from .model_config import ModelConfig
 from .registry import BACKBONES, class_of
 from .repa import DECLARATIONS, Projector
 

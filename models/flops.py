@@ -1,6 +1,7 @@
 """Floating-point operations of a forward pass, a multiply and an add counted as two."""
 
-from .configs import ModelConfig, ProjectorConfig
+from .configs import ProjectorConfig
+from .model_config import ModelConfig
 
 
 def forward_flops(

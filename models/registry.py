@@ -1,7 +1,7 @@
 """The backbones by `model.kind`: one line each, from which all else about a backbone is found. No torch.
 
-A line names the class of its keys (models.configs.ModelConfig: ranges, conflicts, FLOPs) and the class of its modules
-(models.backbone.Backbone: forward, shard units, declarations); both may stand in one file. The config
+A line names the class of its keys (models.model_config.ModelConfig: ranges, conflicts, FLOPs) and the class of its
+modules (models.backbone.Backbone: forward, shard units, declarations); both may stand in one file. The config
 configs/KIND_debug_mup.yaml is what tests train. docs/extending.md adds a backbone step by step.
 """
 
@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from .configs import ModelConfig
+from .model_config import ModelConfig
 
 
 class Entry(NamedTuple):

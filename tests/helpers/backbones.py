@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbone import build_model, declarations, out_channels
-from models.configs import ModelConfig
 from models.flops import forward_flops
 from models.layers import ClassCondition, TextCondition
+from models.model_config import ModelConfig
 from trainer.mup.apply import build_table, init_parameters
 from trainer.mup.rules import Settings
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import build_model, declarations, kinds, out_channels
-from models.configs import DiTConfig, MMDiTConfig, ModelConfig, PixArtConfig, ProjectorConfig, UViTConfig
+from models.configs import DiTConfig, MMDiTConfig, PixArtConfig, ProjectorConfig, UViTConfig
 from models.layers import ClassCondition, TextCondition
+from models.model_config import ModelConfig
 from trainer.diffusion.repa import Alignment
 from trainer.mup.apply import apply_multipliers, build_table, init_parameters
 from trainer.mup.rules import Settings

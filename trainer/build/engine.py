@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.attention import Kernel, use_kernel
 from models.backbone import build_model, declarations, kinds
-from models.configs import ModelConfig
+from models.model_config import ModelConfig
 
 from ..config.resolve import Resolved, compiles, keeps_gathered
 from ..config.schema import TrainConfig

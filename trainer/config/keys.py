@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from models.configs import ModelConfig
+from models.model_config import ModelConfig
 from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 from .schema import TrainConfig

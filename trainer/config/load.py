@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from data.config import secret_in
 from data.redaction import one_line, quote
-from models.configs import ModelConfig
+from models.model_config import ModelConfig
 from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 from ..errors import ConfigError

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from data.redaction import one_line, quote
-from models.configs import ModelConfig
+from models.model_config import ModelConfig
 from models.registry import MODEL_KINDS
 
 from .keys import declaration

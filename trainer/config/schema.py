@@ -17,7 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from data.config import NONE, RUNTIME, STAGED, AutoencoderConfig, DataConfig, TextEncoderConfig
-from models.configs import ModelConfig, ProjectorConfig
+from models.configs import ProjectorConfig
+from models.model_config import ModelConfig
 from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 IDENTITY: JsonDict = {"class": "identity"}

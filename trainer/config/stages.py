@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from models.configs import ModelConfig
+from models.model_config import ModelConfig
 from models.registry import MODEL_KINDS
 
 from .conflicts import conflicts

@@ -20,8 +20,9 @@ from models.attention import (
     visible_from,
 )
 from models.backbone import build_model
-from models.configs import DiTConfig, MMDiTConfig, ModelConfig, PixArtConfig, UViTConfig
+from models.configs import DiTConfig, MMDiTConfig, PixArtConfig, UViTConfig
 from models.layers import TextCondition
+from models.model_config import ModelConfig
 from tests.helpers.backbones import CHANNELS, TEXT_WIDTH, image, labels, random_model
 from tests.helpers.varlen import check, varlen_on_cpu
 
