@@ -61,8 +61,9 @@ independent).
 | scale | sqrt(fan_out / fan_in) | a step then moves the output by at most lr in rms, of inputs with rms 1, at every \
 shape: what μP asks of a change (arXiv 2310.17813). Torch's `max(1, .)` moves [D, 4D] twice as far; a scale that \
 matches the rms of Adam's steps does not transfer across the width |
-| matrices | 3 for q, k, v | each is [D, D] with singular values of its own; the polar factor of all three as one \
-[3D, D] would bind them together. `optim.muon.by_head` takes each head [K, D], with sqrt(K/D) |
+| matrices | 3 for q, k, v; 2 for a gate and its features | each has singular values of its own; the polar factor of \
+all three as one [3D, D] would bind them together. `optim.muon.by_head` takes each head [K, D], with sqrt(K/D); a \
+gated MLP has none |
 | lr | 1 | the change of the output does not grow with the width, so no 1/m is due |
 | wd, `wd_rule: independent`, `sqrt`, `coupled` | 1, 1/sqrt(m), 1/m | lr x wd goes with the width as under AdamW, \
 whose lr has the 1/m. With matrix optimizers 1/m is reported best (arXiv 2512.05620): `coupled` |

@@ -51,7 +51,11 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
 def unlike_sd3(model: MMDiTConfig) -> Iterator[str]:
     """What of an MMDiT Stable Diffusion 3 does not have, by the config's keys."""
     if model.mlp != "gelu":
-        yield f"Stable Diffusion 3 has MLPs with GELU, this model of model.mlp {model.mlp}"
+        yield f"Stable Diffusion 3 has MLPs with GELU, this model model.mlp {model.mlp}"
+    if model.single_depth:
+        yield f"Stable Diffusion 3 has two streams in every block, this model model.single_depth {model.single_depth}"
+    if model.positions != "sincos":
+        yield f"Stable Diffusion 3 adds a table of positions, this model model.positions {model.positions}"
 
 
 def export_note(config: TrainConfig) -> str | None:

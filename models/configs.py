@@ -64,11 +64,17 @@ class MMDiTConfig:
     width: Width = 512
     depth: int = Field(default=19, ge=1)
     """Number of blocks; the last one has no text output."""
+    single_depth: int = Field(default=0, ge=0)
+    """How many of the blocks, the last ones, are FLUX.1's with a single stream: image and text are one sequence with
+    the same weights, attention and MLP side by side."""
     head_dim: HeadDim = 64
     patch_size: PatchSize = 2
     mlp_ratio: MLPRatio = 4
+    positions: Literal["sincos", "rope"] = "sincos"
+    """Where a token is: `sincos` adds a table's row to each image token once; `rope` turns queries and keys in every
+    block by row and column, as FLUX.1 does, and no image is too large."""
     pos_embed_max_size: int = Field(default=64, ge=1)
-    """Tokens along a side of the table of positions, which bounds the image (SD3: 192)."""
+    """Tokens along a side of the table of model.positions sincos, which bounds the image (SD3: 192)."""
     pos_embed_base_size: int = Field(default=16, ge=1, json_schema_extra=_STAGED)
     """Neighbouring tokens lie pos_embed_base_size / pos_embed_max_size apart in the table of positions (SD3: 64 /
     192)."""
@@ -86,6 +92,12 @@ class MMDiTConfig:
 
     def __post_init__(self) -> None:
         check_shape(self)
+        if self.single_depth > self.depth:
+            raise ValueError(f"model.single_depth {self.single_depth} is more than model.depth {self.depth}")
+        if self.positions == "rope" and self.head_dim % 4:
+            raise ValueError(
+                f"model.head_dim {self.head_dim} must be a multiple of 4 with model.positions rope (two axes, pairs)"
+            )
 
     @property
     def mlp_hidden(self) -> int:
@@ -97,7 +109,7 @@ class MMDiTConfig:
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
         """An image that is larger than the table of positions."""
-        if side > self.pos_embed_max_size:
+        if self.positions == "sincos" and side > self.pos_embed_max_size:
             yield (
                 f"data.resolution {resolution} gives {side} tokens a side, more than "
                 f"model.pos_embed_max_size {self.pos_embed_max_size}"
@@ -109,8 +121,11 @@ class MMDiTConfig:
         stream = 4 * d * d + (3 if self.mlp == "swiglu" else 2) * d * self.mlp_hidden
         full_block = (n + length) * stream + (n + length) ** 2 * 2 * d + 2 * 6 * d * d
         last_block = n * stream + length * 2 * d * d + n * (n + length) * 2 * d + (6 + 2) * d * d
+        single_block = (n + length) * stream + (n + length) ** 2 * 2 * d + 3 * d * d
         patch = in_channels * self.patch_size**2
         ends = n * patch * d * 2 + length * text_width * d + (256 + text_width + 2 * d) * d + 2 * d * d
+        if self.single_depth:
+            return (self.depth - self.single_depth) * full_block + self.single_depth * single_block + ends
         return (self.depth - 1) * full_block + last_block + ends
 
 

@@ -204,6 +204,29 @@ def axis_sinusoids(width: int, max_size: int, base_size: float, device: torch.de
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
+def grid_places(height: int, width: int, others: int, device: torch.device) -> Tensor:
+    """(row, column) of the tokens of an image, then (0, 0) of `others`: int64 [height * width + others, 2]."""
+    rows = torch.arange(height, device=device).repeat_interleave(width)  # [h w]
+    columns = torch.arange(width, device=device).repeat(height)  # [h w]
+    return F.pad(torch.stack([rows, columns], dim=1), (0, 0, 0, others))
+
+
+def rotate(x: Tensor, places: Tensor) -> Tensor:
+    """RoPE on two axes as FLUX.1 has it: x [B, N, H, K], queries or keys, turned by their places [N, 2] or [B, N, 2].
+
+    Neighbouring features are a pair. The first K / 4 pairs turn by the row and the others by the column, pair i of an
+    axis by 10000^(-4 i / K) a step, so that a score depends on the distance of two tokens alone. Angles are integers
+    times float32 in any precision.
+    """
+    pairs = x.shape[-1] // 4
+    frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float32, device=x.device) / pairs)  # [K / 4]
+    angle = (places[..., None] * frequency).flatten(-2)[..., None, :]  # [N, 1, K / 2]
+    cos, sin = angle.cos(), angle.sin()
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # 2 x [B, N, H, K / 2]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)  # [B, N, H, K / 2, 2]
+    return turned.flatten(-2).to(x.dtype)
+
+
 def crop_positions(axis: Tensor, height: int, width: int) -> Tensor:
     """Centre crop of the 2-D table as SD3 takes it, of any shape: axis [max, D/2] -> [height * width, D]."""
     max_size = axis.shape[0]

@@ -22,14 +22,17 @@ from .layers import (
     TIME_FEATURES,
     Declaration,
     OutputLinear,
+    QKVLinear,
     SwiGLU,
     TextCondition,
     TokenLinear,
     add_gated,
     axis_sinusoids,
     crop_positions,
+    grid_places,
     modulate,
     patchify,
+    rotate,
     split_heads,
     time_sinusoids,
     unpatchify,
@@ -50,6 +53,11 @@ class Modulation(NamedTuple):
 def head_norm(config: MMDiTConfig) -> nn.Module:
     """QK-norm of the heads of queries or keys [B, N, H, K]; the identity without it."""
     return nn.RMSNorm(config.head_dim, eps=NORM_EPS) if config.qk_norm else nn.Identity()
+
+
+def place(q: Tensor, k: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q [B, N, H, K] and k [B, M, H, K] with RoPE by places [M, 2] of the keys, the first N of them the queries'."""
+    return (q, k) if places is None else (rotate(q, places[: q.shape[1]]), rotate(k, places))
 
 
 def block_mlp(config: MMDiTConfig) -> nn.Module:
@@ -120,11 +128,14 @@ class Block(nn.Module):
         self.image = Stream(config)
         self.text = Stream(config)
 
-    def forward(self, x: Tensor, y: Tensor, c: Tensor, seen: Visible) -> tuple[Tensor, Tensor]:
-        """x [B, N, D], y [B, L, D], c [B, D], seen: of N + L keys -> x, y."""
+    def forward(
+        self, x: Tensor, y: Tensor, c: Tensor, seen: Visible, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, N, D], y [B, L, D], c [B, D], seen: of N + L keys, places [N + L, 2] of RoPE -> x, y."""
         q_x, k_x, v_x, mod_x = self.image.before_attention(x, c)
         q_y, k_y, v_y, mod_y = self.text.before_attention(y, c)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))  # [B, N + L, H, K]
+        q, k = place(q, k, places)  # [B, N + L, H, K]
         attended_x, attended_y = attend(q, k, v, seen).split([x.shape[1], y.shape[1]], dim=1)  # [B, N, D], [B, L, D]
         x = self.image.after_attention(x, attended_x, mod_x, self.branch_scale)  # [B, N, D]
         y = self.text.after_attention(y, attended_y, mod_y, self.branch_scale)  # [B, L, D]
@@ -142,13 +153,47 @@ class LastBlock(nn.Module):
         self.image = Stream(config)
         self.text = LastTextStream(config)
 
-    def forward(self, x: Tensor, y: Tensor, c: Tensor, seen: Visible) -> tuple[Tensor, None]:
+    def forward(
+        self, x: Tensor, y: Tensor, c: Tensor, seen: Visible, places: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         """As Block.forward, without a text output."""
         q, k_x, v_x, mod = self.image.before_attention(x, c)  # [B, N, H, K]
         k_y, v_y = self.text(y, c)  # [B, L, H, K]
         k, v = torch.cat([k_x, k_y], dim=1), torch.cat([v_x, v_y], dim=1)  # [B, N + L, H, K]
+        q, k = place(q, k, places)  # [B, N, H, K], [B, N + L, H, K]
         attended = attend(q, k, v, visible_from(x, seen))  # [B, N, D]
         return self.image.after_attention(x, attended, mod, self.branch_scale), None
+
+
+class SingleBlock(nn.Module):
+    """FLUX.1's single-stream block: attention and MLP read the same modulated tokens, and one gate adds both.
+
+    Its layers are apart where FLUX.1 fuses them (qkv with the MLP's first, the output with its second), so that each
+    has its kind, its init and its matrices for Muon. The sum of the last two has one bias, the MLP's. Without QK-norm
+    keys have no bias, which softmax would ignore.
+    """
+
+    branch_scale: float = 1.0
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.head_dim = config.head_dim
+        self.modulation = nn.Linear(d, 3 * d)
+        self.qkv = TokenLinear(d, 3 * d) if config.qk_norm else QKVLinear(d, d)
+        self.norm_q = head_norm(config)
+        self.norm_k = head_norm(config)
+        self.out = TokenLinear(d, d, bias=False)
+        self.mlp = block_mlp(config)
+
+    def forward(self, x: Tensor, c: Tensor, seen: Visible, places: Tensor | None) -> Tensor:
+        """x [B, N + L, D], the image before the text, c [B, D], seen: of N + L keys, places [N + L, 2] of RoPE -> x."""
+        shift, scale, gate = self.modulation(c).chunk(3, dim=-1)  # 3 x [B, D]
+        modulated = modulate(x, shift, scale)  # [B, N + L, D]
+        q, k, v = split_heads(self.qkv(modulated), 3, self.head_dim)  # 3 x [B, N + L, H, K]
+        q, k = place(self.norm_q(q), self.norm_k(k), places)  # [B, N + L, H, K]
+        branch = self.out(attend(q, k, v, seen)) + self.mlp(modulated)  # [B, N + L, D]
+        return add_gated(x, gate, branch, self.branch_scale)  # [B, N + L, D]
 
 
 class MMDiT(Backbone):
@@ -180,16 +225,20 @@ class MMDiT(Backbone):
         self.time_embed = MLP(TIME_FEATURES, d, d, nn.SiLU())
         self.pooled_embed = MLP(text_width, d, d, nn.SiLU())
         self.text_embed = nn.Linear(text_width, d)
-        self.blocks = nn.ModuleList([*(Block(config) for _ in range(config.depth - 1)), LastBlock(config)])
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth - max(config.single_depth, 1)))
+        self.blocks.extend([SingleBlock(config) for _ in range(config.single_depth)] or [LastBlock(config)])
         self.final_modulation = nn.Linear(d, 2 * d)
         self.final = OutputLinear(d, patch * patch * in_channels)
         self.projector = nn.Identity()
-        self.register_buffer("axis_table", torch.empty(config.pos_embed_max_size, d // 2), persistent=False)
+        if config.positions == "sincos":
+            self.register_buffer("axis_table", torch.empty(config.pos_embed_max_size, d // 2), persistent=False)
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
         """Compute the position table; called again after the model has left the meta device."""
         c = self.config
+        if c.positions == "rope":
+            return
         self.axis_table = axis_sinusoids(c.width, c.pos_embed_max_size, c.pos_embed_base_size, self.axis_table.device)
 
     def shard_units(self) -> list[nn.Module]:
@@ -200,19 +249,18 @@ class MMDiT(Backbone):
     def declarations(config: MMDiTConfig) -> tuple[Declaration, ...]:
         """Init of each parameter at the base width, and the roles that its shape cannot tell."""
         adaln = Declaration("*modulation.weight", "zeros" if config.adaln_init == "zero" else "fan_in")
+        last = [] if config.single_depth else [Declaration("*.kv.weight", "fan_in", projections=2)]
         norms = [Declaration("*.norm_[qk].weight", "ones")] if config.qk_norm else []
-        gates = (
-            [Declaration("*.mlp.fc1.weight", "fan_in", projections=2, heads=False)] if config.mlp == "swiglu" else []
-        )
+        gated = Declaration("*.mlp.fc1.weight", "fan_in", projections=2, heads=False)
         return (
             Declaration("final.weight", "zeros", role="output"),
-            Declaration("*.bias", "zeros"),
+            Declaration("*bias", "zeros"),
             *norms,
             Declaration("time_embed.*.weight", "normal", std=0.02),
             adaln,
             Declaration("*.qkv.weight", "fan_in", projections=3),
-            Declaration("*.kv.weight", "fan_in", projections=2),
-            *gates,
+            *last,
+            *([gated] if config.mlp == "swiglu" else []),
             Declaration("*.weight", "fan_in"),
         )
 
@@ -225,7 +273,11 @@ class MMDiT(Backbone):
         states, mask = condition.states.to(dtype), condition.mask  # [B, L, E], [B, L]
 
         tokens = self.patch_embed(patchify(x, config.patch_size).to(dtype))  # [B, N, D]
-        tokens = (tokens + crop_positions(self.axis_table, height, width)).to(dtype)  # [B, N, D]
+        places = None
+        if config.positions == "rope":
+            places = grid_places(height, width, states.shape[1], x.device)  # [N + L, 2], the text's at 0 as FLUX.1's
+        else:
+            tokens = (tokens + crop_positions(self.axis_table, height, width)).to(dtype)  # [B, N, D]
         weights = mask[..., None].to(dtype) / mask.sum(1).clamp(min=1)[:, None, None].to(dtype)  # [B, L, 1]
         pooled = (states * weights).sum(1)  # [B, E], masked mean
         c = self.time_embed(time_sinusoids(t, config.time_freq_shift).to(dtype)) + self.pooled_embed(pooled)
@@ -235,9 +287,14 @@ class MMDiT(Backbone):
 
         features = None
         for number, block in enumerate(self.blocks):
-            tokens, y = block(tokens, y, c, seen)  # [B, N, D], [B, L, D]
+            if isinstance(block, SingleBlock):
+                tokens = tokens if y is None else torch.cat([tokens, y], dim=1)  # [B, N + L, D]
+                tokens, y = block(tokens, c, seen, places), None  # [B, N + L, D]
+            else:
+                tokens, y = block(tokens, y, c, seen, places)  # [B, N, D], [B, L, D]
             if number == features_at:
-                features = self.projector(tokens)
+                features = self.projector(tokens[:, : height * width])
+        tokens = tokens[:, : height * width]  # [B, N, D]
         scale, shift = self.final_modulation(c).chunk(2, dim=-1)  # 2 x [B, D], scale first as in SD3
         patches = self.final(modulate(tokens, shift, scale))  # [B, N, P P C]
         return unpatchify(patches, config.patch_size, height, width), features

@@ -108,6 +108,24 @@ MMDIT = {
     **FINAL,
 }
 
+# MMDiT with RoPE, gated MLPs and a single-stream block, without QK-norm; a gated MLP has 128 hidden features.
+GATED = {**linear("mlp.fc1", HIDDEN), **linear("mlp.fc2", hidden(128**-0.5))}
+GATED_STREAM = {**linear("modulation", HIDDEN), **linear("qkv", HIDDEN), **linear("out", HIDDEN), **GATED}
+SINGLE_BLOCK = {
+    **linear("modulation", HIDDEN),
+    "qkv.weight": HIDDEN,
+    "qkv.q_bias": BIAS,
+    "qkv.v_bias": BIAS,
+    "out.weight": HIDDEN,
+    **GATED,
+}
+MMDIT_OPTIONS = {
+    **{name: row for name, row in MMDIT.items() if not name.startswith("blocks.")},
+    **under("blocks.0.image", GATED_STREAM),
+    **under("blocks.0.text", GATED_STREAM),
+    **under("blocks.1", SINGLE_BLOCK),
+}
+
 DIT_BLOCK = {
     **linear("modulation", HIDDEN),
     "attention.qkv.weight": HIDDEN,
@@ -291,6 +309,13 @@ def mmdit(width: int, adaln: AdaLN) -> ModelConfig:
     )
 
 
+def mmdit_options(width: int, adaln: AdaLN) -> ModelConfig:
+    return MMDiTConfig(
+        width=width, depth=2, head_dim=HEAD_DIM, adaln_init=adaln, positions="rope", mlp="swiglu", single_depth=1,
+        qk_norm=False,
+    )  # fmt: skip
+
+
 def dit(width: int, adaln: AdaLN) -> ModelConfig:
     return DiTConfig(width=width, depth=2, head_dim=HEAD_DIM, num_classes=CLASSES, adaln_init=adaln)
 
@@ -317,6 +342,10 @@ def constant(snapshot: Snapshot) -> dict[str, float]:
 
 CASES: dict[str, Case] = {
     "mmdit": Case(mmdit, MMDIT, "time_embed.fc1.weight", "modulation", constant(MMDIT), "modulation.weight"),
+    "mmdit_options": Case(
+        mmdit_options, MMDIT_OPTIONS, "time_embed.fc1.weight", "modulation", constant(MMDIT_OPTIONS),
+        "modulation.weight",
+    ),
     "dit": Case(dit, DIT, "label_embed.weight", "modulation", {}, "modulation.weight"),
     # The patch embedding's Xavier formula at the trained shape: fan_out 4 x 48.
     "pixart": Case(

@@ -32,7 +32,7 @@ def test_factors_are_on_what_they_name(case: Case, optimizer: Optimizer, paramet
     factors = {"attention": {"lr": 0.5, "weight_decay": 2.0, "init": 1.25}, "*mlp.fc1.*": {"lr": 4.0}}
     table = with_factors(case, factors, settings)
     # By hand: what attention is called in the four backbones.
-    parts = ("attention.", ".qkv.", ".kv.", ".norm_q.", ".norm_k.", "image.out.", "text.out.")
+    parts = ("attention.", ".qkv.", ".kv.", ".norm_q.", ".norm_k.", ".out.")
     attention = {name for name in case.snapshot if any(part in name for part in parts)}
     first = {name for name in case.snapshot if "mlp.fc1." in name}
     assert attention

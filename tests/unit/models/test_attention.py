@@ -28,12 +28,13 @@ from tests.helpers.varlen import check, varlen_on_cpu
 
 BACKBONES: dict[str, ModelConfig] = {
     "mmdit": MMDiTConfig(width=32, depth=3, head_dim=16, pos_embed_max_size=8, pos_embed_base_size=4),
+    "mmdit, options": MMDiTConfig(width=32, depth=3, head_dim=16, positions="rope", single_depth=1, qk_norm=False),
     "pixart": PixArtConfig(width=32, depth=2, head_dim=16, pos_embed_base_size=4),
     "dit": DiTConfig(width=32, depth=2, head_dim=16, num_classes=10),
     "uvit": UViTConfig(width=32, depth=2, head_dim=16, input_size=4, num_classes=10),
     "uvit, text": UViTConfig(width=32, depth=2, head_dim=16, input_size=4, condition="text", text_length=7),
 }
-WITH_TEXT = ["mmdit", "pixart", "uvit, text"]
+WITH_TEXT = ["mmdit", "mmdit, options", "pixart", "uvit, text"]
 LENGTHS = torch.tensor([0, 1, 5, 7])
 
 
@@ -82,7 +83,7 @@ def tokens_before_the_text_are_forgotten(mask: Tensor, before: int = 0) -> Visib
 
 
 FAULTS = [(kind, fault) for kind in WITH_TEXT for fault in (all_is_text, one_token_too_few)]
-FAULTS += [(kind, tokens_before_the_text_are_forgotten) for kind in ("mmdit", "uvit, text")]  # PixArt has none
+FAULTS += [(kind, tokens_before_the_text_are_forgotten) for kind in WITH_TEXT if kind != "pixart"]  # which has none
 
 
 @pytest.mark.parametrize(("kind", "fault"), FAULTS)
@@ -158,6 +159,7 @@ def test_the_flash_operation_gets_what_it_asks_for(kind: str) -> None:
         assert q.dtype == k.dtype == v.dtype == torch.bfloat16
         assert (len(q), len(k), len(v)) == (4 * most_q, 4 * most_k, 4 * most_k)
     shapes = {"mmdit": [(23, 23), (23, 23), (16, 23)], "pixart": 2 * [(16, 7)], "uvit, text": 3 * [(24, 24)]}
+    shapes["mmdit, options"] = 3 * [(23, 23)]
     assert [call[5:7] for call in calls.packed] == shapes[kind]
 
 

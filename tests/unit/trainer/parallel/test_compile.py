@@ -30,7 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
-BACKBONES = ("mmdit", "pixart", "dit", "uvit")
+BACKBONES = ("mmdit", "mmdit, options", "pixart", "dit", "uvit")
+OPTIONS = ["model.positions=rope", "model.mlp=swiglu", "model.single_depth=2"]
 # (samples, latent height, text tokens): 7 token counts.
 SHAPES = ((2, 32, 6), (2, 16, 6), (4, 32, 8), (2, 24, 5), (3, 20, 6), (2, 32, 4), (2, 28, 9))
 
@@ -49,6 +50,8 @@ def _compiler() -> Iterator[None]:
 def build(kind: str, *more: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[nn.Module]]:
     """A debug model of 4 blocks (U-ViT: 2 and 1 and 2) with no weight at zero, and its units; with REPA's projector
     where the backbone can have it."""
+    kind, _, options = kind.partition(", ")
+    more = (*(OPTIONS if options else ()), *more)
     repa = ["objective.repa_weight=1", "objective.repa_layer=1"] if kind != "uvit" else []
     repa += ["objective.repa_width=16", "objective.repa_hidden=24"]
     config = load_config(f"{kind}_debug_mup.yaml", ["text_encoder.width=16", "model.depth=4", *repa, *more])
@@ -108,7 +111,7 @@ def test_saved_bytes_fall(kind: str, dtype: torch.dtype, monkeypatch: pytest.Mon
     assert saved("selective") == full
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("mmdit", "selective"), ("pixart", "none")])
+@pytest.mark.parametrize(("kind", "mode"), [("mmdit", "selective"), ("mmdit, options", "full"), ("pixart", "none")])
 def test_seven_token_counts_share_graphs(kind: str, mode: Any) -> None:
     """Also with a branch scale (a float on the blocks), with tokens that equal the width at first (64), and in the
     first block, whose input is a view in some backbones."""
@@ -142,7 +145,7 @@ def test_packed_attention_is_kept_for_the_backward_pass(kind: str, mode: Any) ->
     assert all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("mmdit", "selective"), ("pixart", "none")])
+@pytest.mark.parametrize(("kind", "mode"), [("mmdit", "selective"), ("mmdit, options", "none"), ("pixart", "none")])
 def test_packed_rows_share_graphs(kind: str, mode: Any) -> None:
     """Of seven token counts, forward and backward, traced by autograd as for inductor."""
     plain, (model, units) = build(kind)[0], build(kind)
