@@ -201,11 +201,23 @@ class TextEncoderConfig:
     subfolder: str | None = Field(default=None, json_schema_extra=RUNTIME)
     """Folder below text_encoder.path, as in a diffusers pipeline (`text_encoder_3`)."""
     max_length: int = Field(default=256, ge=1, json_schema_extra=STAGED)
-    """Tokens per caption; longer captions are cut."""
+    """Tokens per caption, those that the chat template writes behind it among them; longer captions are cut."""
     dropout: float = Field(default=0.1, ge=0, le=1, json_schema_extra=STAGED)
     """Probability that a caption is replaced by the empty one before it is encoded."""
     width: int = Field(default=4096, ge=1)
-    """Hidden size of the encoder, which is compared with that of the encoder that is loaded."""
+    """Features of a text state, which are compared with those of the encoder that is loaded: its hidden size, times the
+    number of text_encoder.layers where more than one is chosen."""
+    prefix: str = ""
+    """Text before each caption, which a language model reads and of which no state is kept."""
+    chat: str | None = None
+    """System text of a chat: the tokenizer's chat template is written around each caption, which is the user's message,
+    and the answer is begun; what stands before the caption is cut from the states. "" writes no system message; null
+    uses no template."""
+    thinking: bool = False
+    """Leave the answer's thinking on, where the chat template can turn it off."""
+    layers: tuple[int, ...] = ()
+    """Layers whose states are taken, numbered as transformers' hidden_states (0 is the embedding, -1 the last); several
+    lie behind each other along the features. Empty takes the last one."""
     device: Literal["cpu"] | None = Field(default=None, json_schema_extra=RUNTIME)
     """`cpu` keeps the encoder in the host's memory and computes there; null puts it beside the model."""
     shard: bool = Field(default=False, json_schema_extra=RUNTIME)

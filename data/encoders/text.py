@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    MT5EncoderModel,
+    T5EncoderModel,
+    T5GemmaEncoderModel,
+    UMT5EncoderModel,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from ..config import NONE, TextEncoderConfig
 from ..errors import DataError
 from .loading import fingerprint_of, freeze, load_error, quieten, weights_digest
+from .template import Template, template_of
 from .weights import load_whole
 
 # Of an encoder-decoder only the encoder is loaded; every other kind of model is loaded whole by AutoModel.
-_ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
+_ENCODERS: dict[str, Any] = {
+    "t5": T5EncoderModel,
+    "mt5": MT5EncoderModel,
+    "umt5": UMT5EncoderModel,
+    "t5gemma": T5GemmaEncoderModel,
+}
 # fmt: off
 _TEXT_FIELDS = (
     "model_type", "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "hidden_size",
     "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance",
     "max_position_embeddings", "layer_norm_epsilon", "layer_norm_eps",
+)
+# What else makes the states of a model with rotary positions; the fingerprints of other models do not hold these names.
+_ROTARY_FIELDS = (
+    "rope_parameters", "num_key_value_heads", "head_dim", "rms_norm_eps", "sliding_window", "layer_types",
+    "query_pre_attn_scalar", "attn_logit_softcapping", "hidden_activation", "use_bidirectional_attention",
 )
 # fmt: on
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "vocab.txt")
@@ -36,14 +57,28 @@ _PROBE_TEXT = "The 2 quick brown foxes; \u00b5 'caf\u00e9' \u732b"  # tells toke
 class TextEncoder:
     """A frozen Hugging Face text encoder.
 
-    model: is called with input_ids and attention_mask. tokenizer: of Hugging Face. width: D, its hidden size.
-    max_length: L, the most tokens per caption. fingerprint: identifies weights and tokenizer, whatever their path.
-    weights: their digest (see weights_digest).
+    model: is called with input_ids and attention_mask. tokenizer: of Hugging Face. width: D, the features of a
+    state. max_length: L, the most tokens per caption. fingerprint: identifies weights, tokenizer and template, whatever
+    their path. weights: their digest (see weights_digest).
     lockstep: the model is sharded over ranks, so every call must run it equally often, whatever the captions are.
+    template: the text around captions. layers: whose states are taken, as TextEncoderConfig.layers.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, width: int, max_length: int, fingerprint: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        width: int,
+        max_length: int,
+        fingerprint: str,
+        template: Template | None = None,
+        layers: Sequence[int] = (),
+    ) -> None:
         self.model = model
+        self.template, self.layers = template, layers
+        # A language model would keep its keys and values for the tokens that follow, of which there are none.
+        keeps = "use_cache" in inspect.signature(model.forward).parameters
+        self._options = ({"output_hidden_states": True} if layers else {}) | ({"use_cache": False} if keeps else {})
         self.width, self.max_length, self.fingerprint = width, max_length, fingerprint
         self.weights: str | None = None
         self.lockstep = False
@@ -78,19 +113,42 @@ class TextEncoder:
         """n captions -> (states [n, L, D], mask [n, L]), from one forward pass at the longest true length, of at most
         L = `length` tokens."""
         device = next(self.model.parameters()).device
-        tokens = self.tokenizer(
-            captions,
-            padding="longest",
-            padding_side="right",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        ids, mask = (tokens[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask"))
-        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, longest, D]
-        states = states.masked_fill(mask[..., None] == 0, 0.0)
+        ids, mask, kept = self._tokens(captions, length)
+        mask = mask.to(device, non_blocking=True)
+        found = self.model(input_ids=ids.to(device, non_blocking=True), attention_mask=mask, **self._options)
+        layers = [found.hidden_states[layer] for layer in self.layers] or [found.last_hidden_state]
+        states = torch.cat(layers, -1)  # [n, longest, D]
+        if kept is not None:
+            kept = kept.to(device, non_blocking=True)
+            states = torch.take_along_dim(states, kept[..., None].clamp(min=0), 1)  # [n, most kept, D]
+            mask = kept >= 0
+        states = states.masked_fill(mask[..., None] == 0, 0.0)[:, :length]
+        mask = mask.bool()[:, :length]
         missing = length - mask.shape[1]
-        return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
+        return F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+
+    def _tokens(self, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """n captions -> (ids [n, longest], their mask, which of the tokens become states [n, most kept]: -1 behind a
+        caption's last; None where all do). Padding stands at the right: so a causal model sees nothing of it."""
+        if self.template is None:
+            tokens = self.tokenizer(
+                captions,
+                padding="longest",
+                padding_side="right",
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            )
+            return tokens["input_ids"], tokens["attention_mask"], None
+        rows = self.template.tokens(captions, length)
+        start = len(self.template.first)
+        # The last token before the caption stands for a caption without tokens.
+        kept = [list(range(start, len(row))) or [start - 1] for row in rows]
+        return (
+            _padded(rows, self.tokenizer.pad_token_id),
+            _padded([[1] * len(row) for row in rows], 0),
+            _padded(kept, -1),
+        )
 
     def save(self, model_folder: Path, tokenizer_folder: Path) -> None:
         """Write model and tokenizer in the form that from_pretrained reads, of transformers 4 as well."""
@@ -103,6 +161,11 @@ class TextEncoder:
         ):  # whose name in transformers 4, which 5 reads too, is
             settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
             path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
 def tokenizer_subfolder(cfg: TextEncoderConfig) -> str | None:
@@ -139,37 +202,78 @@ def load_text_encoder(
     if cfg.path == NONE:
         raise DataError("text_encoder.path is 'none': give the folder or hub id of a text encoder")
     quieten()
-    where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
     try:
-        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False, **where)
-        width = getattr(config, "hidden_size", None)
-        if width is None:
-            raise DataError(
-                f"text_encoder.path: {cfg.path!r} is a {config.model_type}, not a text encoder alone: name the folder "
-                "of one (its config.json has a hidden_size)"
-            )
+        config = _text_config(cfg)
         model = _load_model(cfg, config, dtype, shapes_only)
         tokenizer = load_tokenizer(cfg)
     except DataError:
         raise
     except Exception as error:  # a config.json or a tokenizer that is damaged raises errors of any kind
         raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
-
-    if width != cfg.width:
-        raise DataError(f"text_encoder.width is {cfg.width}, but {cfg.path!r} has width {width}: set it to {width}")
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and cfg.max_length > longest:
-        raise DataError(
-            f"text_encoder.max_length is {cfg.max_length}, but {cfg.path!r} has {longest} positions: set at most that"
-        )
+    template = template_of(cfg, tokenizer)
+    _check_fits(cfg, config, template)
     freeze(model, "meta" if shapes_only else device)
-    probe = tokenizer(_PROBE_TEXT)["input_ids"]
-    fingerprint = "" if shapes_only else fingerprint_of(config.to_dict(), _TEXT_FIELDS, model, probe)
-    encoder = TextEncoder(model, tokenizer, width, cfg.max_length, fingerprint)
+    encoder = TextEncoder(model, tokenizer, cfg.width, cfg.max_length, "", template, cfg.layers)
     if not shapes_only:
         _check_states(cfg, encoder)
+        encoder.fingerprint = _fingerprint(cfg, config, encoder)
         encoder.weights = weights_digest(model, cfg.path, cfg.subfolder)
     return encoder
+
+
+def _text_config(cfg: TextEncoderConfig) -> Any:
+    """The config of transformers; of a model of text and images (Qwen2.5-VL, Gemma 3) that of its language model."""
+    where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
+    config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False, **where)
+    if config.model_type == "t5gemma":
+        config.is_encoder_decoder = False  # its encoder alone asks for it
+    elif getattr(config, "hidden_size", None) is None and type(own := config.get_text_config()) in MODEL_MAPPING:
+        config = own
+    if getattr(_encoder_config(config), "hidden_size", None) is None:
+        raise DataError(
+            f"text_encoder.path: {cfg.path!r} is a {config.model_type}, not a text encoder alone: name the folder "
+            "of one (its config.json has a hidden_size)"
+        )
+    return config
+
+
+def _encoder_config(config: Any) -> Any:
+    return config.encoder if config.model_type == "t5gemma" else config
+
+
+def _check_fits(cfg: TextEncoderConfig, config: Any, template: Template | None) -> None:
+    """Raise DataError where text_encoder.layers, width or max_length do not fit the model. config: its own."""
+    config = _encoder_config(config)
+    hidden, layers = config.hidden_size, getattr(config, "num_hidden_layers", 0)
+    if wrong := [layer for layer in cfg.layers if not -layers - 1 <= layer <= layers]:
+        raise DataError(
+            f"text_encoder.layers: {cfg.path!r} has no layer {wrong[0]}: its states are numbered 0 to {layers}, or "
+            f"-1 to {-layers - 1} from the end"
+        )
+    width = hidden * max(1, len(cfg.layers))
+    if width != cfg.width:
+        of = f" ({len(cfg.layers)} layers of {hidden})" if len(cfg.layers) > 1 else ""
+        raise DataError(f"text_encoder.width is {cfg.width}, but {cfg.path!r} has width {width}{of}: set it to {width}")
+    longest = getattr(config, "max_position_embeddings", None)
+    room = None if longest is None else longest - (len(template.first) if template else 0)
+    if room is not None and cfg.max_length > room:
+        cut = f", of which the text before a caption takes {longest - room}" if longest != room else ""
+        raise DataError(
+            f"text_encoder.max_length is {cfg.max_length}, but {cfg.path!r} has {longest} positions{cut}: set at most "
+            f"{'that' if longest == room else room}"
+        )
+
+
+def _fingerprint(cfg: TextEncoderConfig, config: Any, encoder: TextEncoder) -> str:
+    """What a default leaves as it was before there were prefixes, chats and layers is not in it."""
+    probe: Any = encoder.tokenizer(_PROBE_TEXT)["input_ids"]
+    more: dict[str, Any] = {"layers": list(cfg.layers)} if cfg.layers else {}
+    if encoder.template is not None:
+        more |= {"first": encoder.template.first, "last": encoder.template.last}
+    said = _encoder_config(config).to_dict()
+    if "rope_parameters" in said:
+        more["rotary"] = {name: said.get(name) for name in _ROTARY_FIELDS}
+    return fingerprint_of(config.to_dict(), _TEXT_FIELDS, encoder.model, [probe, more] if more else probe)
 
 
 def _load_model(cfg: TextEncoderConfig, config: Any, dtype: torch.dtype, shapes_only: bool) -> Any:
@@ -178,7 +282,8 @@ def _load_model(cfg: TextEncoderConfig, config: Any, dtype: torch.dtype, shapes_
     ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _mask_unseen)
     kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     if not shapes_only:
-        return load_whole(model_class, "text_encoder.path", cfg.path, cfg.subfolder, use_safetensors=True, **kind)
+        kind |= {"use_safetensors": True, "config": config}
+        return load_whole(model_class, "text_encoder.path", cfg.path, cfg.subfolder, **kind)
     with torch.device("meta"):
         if model_class is AutoModel:
             return AutoModel.from_config(config, trust_remote_code=False, **kind)
@@ -194,6 +299,8 @@ def load_tokenizer(cfg: TextEncoderConfig) -> Any:
     except Exception as error:  # a tokenizer that is damaged raises errors of any kind
         raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
     _check_tokens(cfg, tokenizer)
+    if tokenizer.pad_token_id is None:  # of some language models; it is masked, so that any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
@@ -222,11 +329,17 @@ def _check_tokens(cfg: TextEncoderConfig, tokenizer: Any) -> None:
             f"{len(flat)} tokens of plain English captions: put the tokenizer's files there (a pipeline keeps those of "
             "its folder text_encoder_3 in tokenizer_3)"
         )
+    if cfg.chat is None and not cfg.prefix and not tokenizer("")["input_ids"]:
+        raise DataError(
+            f"text_encoder.path: the tokenizer of {cfg.path!r} makes no token of the empty caption, for which there "
+            "would be no state: set text_encoder.chat or text_encoder.prefix, as such language models are used"
+        )
 
 
 def _check_states(cfg: TextEncoderConfig, encoder: TextEncoder) -> None:
     """Raise DataError where the states of captions are not finite, or do not tell them apart."""
-    states, mask = encoder._encode(list(_CAPTIONS), 32)  # not encode, which would keep the empty caption's
+    behind = 0 if encoder.template is None else len(encoder.template.last)
+    states, mask = encoder._encode(list(_CAPTIONS), 32 + behind)  # not encode, which would keep the empty caption's
     means = (states.double() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # [3, D]
     if not means.isfinite().all() or len(means.unique(dim=0)) < len(means):
         raise DataError(
@@ -240,4 +353,6 @@ def token_counts(cfg: TextEncoderConfig) -> Callable[[list[str]], list[int]] | N
     if cfg.path == NONE:
         return None
     tokenizer = load_tokenizer(cfg)
+    if (template := template_of(cfg, tokenizer)) is not None:
+        return lambda captions: [len(ids) - len(template.first) for ids in template.tokens(captions, 1 << 30)]
     return lambda captions: [len(ids) for ids in tokenizer(captions, verbose=False)["input_ids"]]

@@ -18,7 +18,8 @@ from .loading import load_error
 # Of a model's weights that are in the file, but not in the part of it that is used: heads of what it was trained for,
 # the image's half of CLIP, and buffers that older versions stored.
 SPARE = (
-    r"(decoder|lm_head|cls|classifier|mlm_head|vision_model|visual_projection|text_projection|logit_scale)\b",
+    r"(model\.)?(decoder|lm_head|cls|classifier|mlm_head|vision_model|visual_projection|text_projection|logit_scale)\b",
+    r"(model\.)?(visual|vision_tower|multi_modal_projector)\b",
     r"(.*\.)?(position_ids|inv_freq|embed_tokens\.weight)$",
 )
 # Of a model's weights that are not in the file: they are not in the way of the tokens' states.

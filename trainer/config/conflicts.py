@@ -22,6 +22,7 @@ def conflicts(c: TrainConfig) -> Iterator[str]:
     yield from _objective_conflicts(c)
     yield from _sampling_conflicts(c)
     yield from _data_conflicts(c)
+    yield from _text_conflicts(c)
     yield from _attention_conflicts(c)
     yield from _zero_conflicts(c)
     yield from _muon_conflicts(c)
@@ -98,6 +99,20 @@ def _data_conflicts(c: TrainConfig) -> Iterator[str]:
         yield (
             f"data.text_lengths must end with text_encoder.max_length {c.text_encoder.max_length}, where captions are "
             f"cut, got {list(lengths)}"
+        )
+
+
+def _text_conflicts(c: TrainConfig) -> Iterator[str]:
+    """What is wrong with the text around captions."""
+    text = c.text_encoder
+    if text.prefix and text.chat is not None:
+        yield "text_encoder.prefix and text_encoder.chat exclude each other: write what the prefix says into the chat"
+    if text.thinking and text.chat is None:
+        yield "text_encoder.thinking does nothing without text_encoder.chat: leave it false"
+    if text.chat is not None and c.data.text_lengths:
+        yield (
+            "data.text_lengths does not go with text_encoder.chat, whose tokens behind a caption the choice of a "
+            "bucket does not count: leave data.text_lengths empty"
         )
 
 

@@ -44,6 +44,7 @@ IDENTITY |= {
 }
 IDENTITY |= {f"objective.{key}" for key in ("predict", "x_clamp", "uniform_share", "contrastive_weight")}
 IDENTITY |= {f"text_encoder.{key}" for key in ("max_length", "dropout", "width")}
+IDENTITY |= {f"text_encoder.{key}" for key in ("prefix", "chat", "thinking", "layers")}
 IDENTITY |= {f"autoencoder.{key}" for key in ("channels", "downsample")}
 
 
@@ -64,7 +65,7 @@ def test_a_key_that_is_no_more_has_the_class_of_its_section() -> None:
 
 
 # Numbers that may be anything, and lists, whose numbers trainer.config.conflicts checks.
-WITHOUT_RANGE = {"objective.timestep_mean", "optim.betas", "ema.decays", "data.text_lengths"}
+WITHOUT_RANGE = {"objective.timestep_mean", "optim.betas", "ema.decays", "data.text_lengths", "text_encoder.layers"}
 
 
 def is_number(annotation: object) -> bool:
