@@ -1,6 +1,6 @@
 """The sections data, text_encoder and autoencoder of a config. No torch."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import ConfigDict, Field
 from pydantic.config import JsonDict
@@ -193,8 +193,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True, config=CONFIG)
+class MoreTextConfig:
+    """One more text encoder beside the first."""
+
+    path: str = Field(default=NONE, json_schema_extra=RUNTIME)
+    """As text_encoder.path, of this encoder."""
+    subfolder: str | None = Field(default=None, json_schema_extra=RUNTIME)
+    """As text_encoder.subfolder, of this encoder."""
+    max_length: int = Field(default=256, ge=1)
+    """As text_encoder.max_length, of this encoder."""
+    width: int = Field(default=4096, ge=1)
+    """As text_encoder.width, of this encoder."""
+    prefix: str = ""
+    """As text_encoder.prefix, of this encoder."""
+    chat: str | None = None
+    """As text_encoder.chat, of this encoder."""
+    thinking: bool = False
+    """As text_encoder.thinking, of this encoder."""
+    layers: tuple[int, ...] = ()
+    """As text_encoder.layers, of this encoder."""
+    pooled_width: int = Field(default=0, ge=0)
+    """As text_encoder.pooled_width, of this encoder."""
+    join: Literal["tokens", "features", "none"] = "tokens"
+    """Where its states go: behind the tokens of the encoders before it, behind the features of the one before it, or
+    nowhere (its pooled vector alone is taken). What is narrower or shorter is filled up with zeros."""
+
+
+@dataclass(frozen=True, config=CONFIG)
 class TextEncoderConfig:
-    """The frozen text encoder."""
+    """The frozen text encoder, or several side by side."""
 
     path: str = Field(default=NONE, json_schema_extra=RUNTIME)
     """A local folder or a hub id; `none` where text states come with the data."""
@@ -202,11 +229,15 @@ class TextEncoderConfig:
     """Folder below text_encoder.path, as in a diffusers pipeline (`text_encoder_3`)."""
     max_length: int = Field(default=256, ge=1, json_schema_extra=STAGED)
     """Tokens per caption, those that the chat template writes behind it among them; longer captions are cut."""
-    dropout: float = Field(default=0.1, ge=0, le=1, json_schema_extra=STAGED)
-    """Probability that a caption is replaced by the empty one before it is encoded."""
     width: int = Field(default=4096, ge=1)
     """Features of a text state, which are compared with those of the encoder that is loaded: its hidden size, times the
     number of text_encoder.layers where more than one is chosen."""
+    dropout: float = Field(default=0.1, ge=0, le=1, json_schema_extra=STAGED)
+    """Probability that a caption is replaced by the empty one before it is encoded."""
+    device: Literal["cpu"] | None = Field(default=None, json_schema_extra=RUNTIME)
+    """`cpu` keeps the encoder in the host's memory and computes there; null puts it beside the model."""
+    shard: bool = Field(default=False, json_schema_extra=RUNTIME)
+    """Shard the encoder over the processes of a node, each of which otherwise holds a whole copy."""
     prefix: str = ""
     """Text before each caption, which a language model reads and of which no state is kept."""
     chat: str | None = None
@@ -218,10 +249,45 @@ class TextEncoderConfig:
     layers: tuple[int, ...] = ()
     """Layers whose states are taken, numbered as transformers' hidden_states (0 is the embedding, -1 the last); several
     lie behind each other along the features. Empty takes the last one."""
-    device: Literal["cpu"] | None = Field(default=None, json_schema_extra=RUNTIME)
-    """`cpu` keeps the encoder in the host's memory and computes there; null puts it beside the model."""
-    shard: bool = Field(default=False, json_schema_extra=RUNTIME)
-    """Shard the encoder over the processes of a node, each of which otherwise holds a whole copy."""
+    pooled_width: int = Field(default=0, ge=0)
+    """Features of CLIP's pooled vector, where it is taken: those of all encoders together then condition the model in
+    place of the mean of the states. 0 takes none."""
+    more: tuple[MoreTextConfig, ...] = ()
+    """More text encoders, each a section with the keys of the first and `join`; Stable Diffusion 3 has three."""
+
+    @property
+    def models(self) -> tuple["TextModelConfig", ...]:
+        """All text encoders, the first one first."""
+        return (self, *self.more)
+
+    def _blocks(self) -> list[list["TextModelConfig"]]:
+        """Encoders whose states share tokens, in the order of the tokens."""
+        blocks: list[list[TextModelConfig]] = [[self]]
+        for one in self.more:
+            if one.join == "features":
+                blocks[-1].append(one)
+            elif one.join == "tokens":
+                blocks.append([one])
+        return blocks
+
+    @property
+    def total_width(self) -> int:
+        """Features of a text state that the model sees."""
+        return max(sum(one.width for one in block) for block in self._blocks())
+
+    @property
+    def total_length(self) -> int:
+        """Most tokens of a caption that the model sees."""
+        return sum(max(one.max_length for one in block) for block in self._blocks())
+
+    @property
+    def total_pooled(self) -> int:
+        """Features of the pooled vector that the model sees; 0 where it takes the mean of the states."""
+        return sum(one.pooled_width for one in self.models)
+
+
+TextModelConfig: TypeAlias = TextEncoderConfig | MoreTextConfig
+"""Where one text encoder lies, what it reads, and which of its states are taken."""
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -91,7 +91,14 @@ class Dataset:
             if self.empty_caption is None:
                 raise DataError(f"{self.where} was precomputed for a model of classes and holds no text states")
             said = self.declared["text_encoder"]
-            pairs += [(f"text_encoder.{key}", getattr(text, key), said[key]) for key in ("max_length", "width")]
+            totals = (("max_length", text.total_length), ("width", text.total_width))
+            of = " of all encoders together" if text.more else ""
+            pairs += [(f"text_encoder.{key}{of}", total, said[key]) for key, total in totals]
+            if text.total_pooled:
+                raise DataError(
+                    f"text_encoder.pooled_width is {text.total_pooled}, but {self.where} holds states alone, no pooled "
+                    "vectors: train on the images, or set it to 0"
+                )
         for key, wanted, found in pairs:
             if wanted != found:
                 raise DataError(

@@ -29,7 +29,7 @@ from .captions import CaptionChoice
 from .config import DataConfig, FilterConfig
 from .encoders.autoencoder import Autoencoder
 from .encoders.dinov2 import FeatureEncoder
-from .encoders.text import TextEncoder
+from .encoders.joined import AnyTextEncoder
 from .errors import DataError, SampleError, StoreError, too_many_unreadable
 from .files import naming, open_plain, parse_json, temporary_beside
 from .images import decode_image
@@ -73,7 +73,7 @@ class Precompute:
     index: ImageTextIndex
     data: DataConfig
     autoencoder: Autoencoder
-    text_encoder: TextEncoder | None
+    text_encoder: AnyTextEncoder | None
     classes: int | None
     prefix: Path
     per_shard: int | None

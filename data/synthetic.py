@@ -42,7 +42,7 @@ class SyntheticReader:
         begin: Begin | None = None,
     ) -> None:
         self._classes, self._label_dropout = classes, cfg.label_dropout
-        self._base = Bucket(cfg.resolution, cfg.resolution, text.max_length)
+        self._base = Bucket(cfg.resolution, cfg.resolution, text.total_length)
         self._channels, self._downsample = autoencoder.channels, autoencoder.downsample
         self._text, self._seed, self._batch = text, seed, global_batch_size
         self._slots = share_of(rank, world, global_batch_size)  # some ranks have none where a bank is small
@@ -96,10 +96,12 @@ class SyntheticReader:
         dropped = uniforms(keys, "caption dropout") < self._text.dropout
         lengths = 1 + (uniforms(keys, "length") * most).astype(np.int64)
         lengths[dropped] = 1
-        batch.text_states = torch.zeros(len(keys), most, self._text.width)
+        batch.text_states = torch.zeros(len(keys), most, self._text.total_width)
         batch.text_mask = torch.arange(most) < torch.from_numpy(lengths)[:, None]
         for i in np.flatnonzero(real):
             text_seed = 0 if dropped[i] else int(mix(int(keys[i]), 1).view(np.int64))
             generator = torch.Generator().manual_seed(text_seed)
-            batch.text_states[i, : lengths[i]] = torch.randn(int(lengths[i]), self._text.width, generator=generator)
+            batch.text_states[i, : lengths[i]] = torch.randn(
+                int(lengths[i]), self._text.total_width, generator=generator
+            )
         batch.captions = ["" if d else name for d, name in zip(dropped, batch.captions, strict=True)]

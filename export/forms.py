@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal, cast, get_args
 
+from data.config import TextEncoderConfig
 from models.configs import MMDiTConfig, ShippedConfig
 from trainer.config.schema import TrainConfig
 
@@ -30,6 +31,12 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
             )
         if model.kind == "mmdit":
             yield from unlike_sd3(model)
+        for key in ("prefix", "chat", "layers", "more", "pooled_width"):
+            if config.label_classes is None and getattr(config.text_encoder, key) != getattr(TextEncoderConfig, key):
+                yield (
+                    "the pipelines that exports write have one text encoder, whose last states they take, and know no "
+                    f"text_encoder.{key}: sample it with launch/sample.py"
+                )
         if model.mlp_ratio != 4:
             yield f"{twin} has MLPs of 4 times the width, this model of model.mlp_ratio {model.mlp_ratio}"
         if model.time_freq_shift != (shift := 1.0 if model.kind == "dit" else 0.0):

@@ -9,7 +9,7 @@ accepted on the hub's page need HF_TOKEN.
 
 from pathlib import Path
 
-from data.config import NONE, AutoencoderConfig, TextEncoderConfig
+from data.config import NONE, AutoencoderConfig, TextModelConfig
 from launch.common import command, run
 from trainer.config.load import load_config
 
@@ -21,9 +21,10 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     from data.encoders.fetch import fetch
 
-    named: dict[str, AutoencoderConfig | TextEncoderConfig] = {"autoencoder": config.autoencoder}
+    named: dict[str, AutoencoderConfig | TextModelConfig] = {"autoencoder": config.autoencoder}
     if config.label_classes is None:
         named["text_encoder"] = config.text_encoder
+        named |= {f"text_encoder.more.{number}": one for number, one in enumerate(config.text_encoder.more)}
     paths = {f"{section}.path": (encoder.path, encoder.subfolder) for section, encoder in named.items()}
     if config.projector is not None:
         paths["objective.repa_encoder"] = config.objective.repa_encoder, None
@@ -34,7 +35,8 @@ def main() -> int:
             print(f"{key}: {path} is a local folder")
         else:
             folder = fetch(key, path, subfolder, arguments.to)
-            print(f"{key}: {folder}" if arguments.to is None else f"{key}={folder}")
+            is_override = arguments.to is not None and not key.startswith("text_encoder.more.")  # a key in a list
+            print(f"{key}={folder}" if is_override else f"{key}: {folder}")
     return 0
 
 

@@ -17,7 +17,7 @@ import torch
 from data.config import NONE
 from data.encoders.autoencoder import Autoencoder, load_autoencoder
 from data.encoders.dinov2 import load_feature_encoder
-from data.encoders.text import load_text_encoder
+from data.encoders.joined import load_text_encoders
 from data.errors import DataError
 from data.index import open_index
 from data.precomputed_write import Precompute
@@ -37,6 +37,11 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
         raise ConfigError("data.shards is synthetic: give the shards to precompute")
     if config.autoencoder.path == NONE:
         raise ConfigError("autoencoder.path is none: there are no latents to precompute, pixels are read as they are")
+    if config.text_encoder.total_pooled:
+        raise ConfigError(
+            "text_encoder.pooled_width: pooled vectors are not precomputed: train on the images, or set it to 0, so "
+            "that the model takes the mean of the states"
+        )
     index = open_index(config.data)
     if index.dataset is not None:
         raise DataError(f"data.shards: {index.dataset.where} was precomputed already; give shards of images")
@@ -53,7 +58,7 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
         index=index,
         data=config.data,
         autoencoder=autoencoder,
-        text_encoder=load_text_encoder(config.text_encoder, device, dtype) if classes is None else None,
+        text_encoder=load_text_encoders(config.text_encoder, device, dtype) if classes is None else None,
         classes=classes,
         prefix=arguments.output,
         per_shard=arguments.samples_per_shard,

@@ -55,15 +55,21 @@ class Backbone(nn.Module, ABC):
 
 
 def build_model(
-    config: ModelConfig, in_channels: int, text_width: int, projector: ProjectorConfig | None = None
+    config: ModelConfig,
+    in_channels: int,
+    text_width: int,
+    projector: ProjectorConfig | None = None,
+    pooled_width: int = 0,
 ) -> Backbone:
     """The backbone of `config` on the current default device (use `torch.device("meta")` for shapes only).
 
     projector: of REPA, which projects the features that forward returns (features_at). It is a part of the backbone
-    because an engine that shards weights gathers those outside the blocks during the forward pass alone. Raises
-    TypeError where the backbone has no place for it.
+    because an engine that shards weights gathers those outside the blocks during the forward pass alone. pooled_width:
+    of a PooledTextCondition, for a backbone whose config says that it reads one (pooled_text). Raises TypeError where
+    the backbone has no place for one of them.
     """
-    model: Backbone = class_of(BACKBONES[config.kind].backbone)(config, in_channels, text_width)
+    pooled = {"pooled_width": pooled_width} if pooled_width else {}
+    model: Backbone = class_of(BACKBONES[config.kind].backbone)(config, in_channels, text_width, **pooled)
     if projector is not None:
         if not hasattr(model, "projector"):
             raise TypeError(f"model.kind {config.kind} has no projector")

@@ -58,6 +58,7 @@ class MMDiTConfig:
     num_classes = 0
     learn_sigma = False
     micro_conditions = False
+    pooled_text = True  # forward reads a PooledTextCondition as well; a kind that does not say so takes none
 
     kind: Literal["mmdit"] = "mmdit"
     """The backbone."""

@@ -11,9 +11,12 @@ def forward_flops(
     image_tokens: int,
     text_tokens: int,
     projector: ProjectorConfig | None = None,
+    pooled_width: int = 0,
 ) -> int:
     """FLOPs of one image's forward pass: matrix products and attention; elementwise work is left out."""
     macs = config.multiply_adds(in_channels, text_width, image_tokens, text_tokens)
+    if pooled_width:  # of which the first layer is not as wide as that of the states' mean
+        macs += (pooled_width - text_width) * config.width
     if projector is not None:
         hidden = projector.hidden
         macs += image_tokens * hidden * (config.width + hidden + projector.features)

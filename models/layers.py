@@ -54,6 +54,14 @@ class SizedTextCondition(NamedTuple):
     size: Tensor
 
 
+class PooledTextCondition(NamedTuple):
+    """As TextCondition, with a vector of the whole caption that takes the place of the states' mean: pooled [B, P]."""
+
+    states: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+
 class ClassCondition(NamedTuple):
     """Class labels int64 [B]; the null label (no condition) is num_classes."""
 

@@ -22,6 +22,7 @@ from .layers import (
     TIME_FEATURES,
     Declaration,
     OutputLinear,
+    PooledTextCondition,
     QKVLinear,
     SwiGLU,
     TextCondition,
@@ -199,7 +200,8 @@ class SingleBlock(nn.Module):
 class MMDiT(Backbone):
     """Velocity (or noise) of an image given time and text.
 
-    in_channels: C of the image or latent. text_width: E, the features of a text state.
+    in_channels: C of the image or latent. text_width: E, the features of a text state. pooled_width: P of a
+    PooledTextCondition; 0 takes the mean of the states.
     """
 
     KINDS = MappingProxyType(
@@ -217,13 +219,13 @@ class MMDiT(Backbone):
 
     axis_table: Tensor
 
-    def __init__(self, config: MMDiTConfig, in_channels: int, text_width: int) -> None:
+    def __init__(self, config: MMDiTConfig, in_channels: int, text_width: int, pooled_width: int = 0) -> None:
         super().__init__()
         d, patch = config.width, config.patch_size
         self.config = config
         self.patch_embed = nn.Linear(in_channels * patch * patch, d)
         self.time_embed = MLP(TIME_FEATURES, d, d, nn.SiLU())
-        self.pooled_embed = MLP(text_width, d, d, nn.SiLU())
+        self.pooled_embed = MLP(pooled_width or text_width, d, d, nn.SiLU())
         self.text_embed = nn.Linear(text_width, d)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth - max(config.single_depth, 1)))
         self.blocks.extend([SingleBlock(config) for _ in range(config.single_depth)] or [LastBlock(config)])
@@ -265,7 +267,7 @@ class MMDiT(Backbone):
         )
 
     def forward(
-        self, x: Tensor, t: Tensor, condition: TextCondition, features_at: int | None = None
+        self, x: Tensor, t: Tensor, condition: TextCondition | PooledTextCondition, features_at: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, C, h P, w P], t [B] in [0, 1] -> prediction like x, and the image tokens after block `features_at`."""
         config, dtype = self.config, self.patch_embed.weight.dtype
@@ -278,8 +280,11 @@ class MMDiT(Backbone):
             places = grid_places(height, width, states.shape[1], x.device)  # [N + L, 2], the text's at 0 as FLUX.1's
         else:
             tokens = (tokens + crop_positions(self.axis_table, height, width)).to(dtype)  # [B, N, D]
-        weights = mask[..., None].to(dtype) / mask.sum(1).clamp(min=1)[:, None, None].to(dtype)  # [B, L, 1]
-        pooled = (states * weights).sum(1)  # [B, E], masked mean
+        if isinstance(condition, PooledTextCondition):
+            pooled = condition.pooled.to(dtype)  # [B, P]
+        else:
+            weights = mask[..., None].to(dtype) / mask.sum(1).clamp(min=1)[:, None, None].to(dtype)  # [B, L, 1]
+            pooled = (states * weights).sum(1)  # [B, E], masked mean
         c = self.time_embed(time_sinusoids(t, config.time_freq_shift).to(dtype)) + self.pooled_embed(pooled)
         c = F.silu(c)  # [B, D]
         y = self.text_embed(states)  # [B, L, D]

@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import TextEncoderConfig
+from ..config import TextModelConfig
 from ..errors import DataError
 
 _MARK = "\ue000"  # of Unicode's private use: stands for the caption while a chat is written
@@ -50,7 +50,7 @@ class Template:
         return rows
 
 
-def template_of(cfg: TextEncoderConfig, tokenizer: Any) -> Template | None:
+def template_of(cfg: TextModelConfig, tokenizer: Any) -> Template | None:
     """The template of a config; None where it has none. Raises DataError where the tokenizer has no chat template, the
     template does not hold the caption once, or text_encoder.max_length leaves no room for one."""
     if cfg.chat is None and not cfg.prefix:
@@ -74,7 +74,7 @@ def _shared(rows: list[list[int]]) -> list[int]:
     return [column[0] for column in columns]
 
 
-def _chat(cfg: TextEncoderConfig, system: str, tokenizer: Any) -> tuple[str, str]:
+def _chat(cfg: TextModelConfig, system: str, tokenizer: Any) -> tuple[str, str]:
     """The chat's text before and after the caption."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": _MARK})

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    CLIPTextModelWithProjection,
     MT5EncoderModel,
     T5EncoderModel,
     T5GemmaEncoderModel,
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ..config import NONE, TextEncoderConfig
+from ..config import NONE, TextModelConfig
 from ..errors import DataError
 from .loading import fingerprint_of, freeze, load_error, quieten, weights_digest
 from .template import Template, template_of
@@ -54,6 +55,10 @@ _CAPTIONS = ("a red apple on a table", "two dogs running through snow", "the old
 _PROBE_TEXT = "The 2 quick brown foxes; \u00b5 'caf\u00e9' \u732b"  # tells tokenizers apart
 
 
+Encoded: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""States [b, L, D] with zeros past a caption's end, their mask bool [b, L], pooled vectors [b, P], where P may be 0."""
+
+
 class TextEncoder:
     """A frozen Hugging Face text encoder.
 
@@ -61,7 +66,8 @@ class TextEncoder:
     state. max_length: L, the most tokens per caption. fingerprint: identifies weights, tokenizer and template, whatever
     their path. weights: their digest (see weights_digest).
     lockstep: the model is sharded over ranks, so every call must run it equally often, whatever the captions are.
-    template: the text around captions. layers: whose states are taken, as TextEncoderConfig.layers.
+    template: the text around captions. layers: whose states are taken, as TextModelConfig.layers. pooled_width: P, the
+    features of the pooled vector, where one is taken; else 0.
     """
 
     def __init__(
@@ -73,9 +79,10 @@ class TextEncoder:
         fingerprint: str,
         template: Template | None = None,
         layers: Sequence[int] = (),
+        pooled_width: int = 0,
     ) -> None:
         self.model = model
-        self.template, self.layers = template, layers
+        self.template, self.layers, self.pooled_width = template, layers, pooled_width
         # A language model would keep its keys and values for the tokens that follow, of which there are none.
         keeps = "use_cache" in inspect.signature(model.forward).parameters
         self._options = ({"output_hidden_states": True} if layers else {}) | ({"use_cache": False} if keeps else {})
@@ -83,20 +90,30 @@ class TextEncoder:
         self.weights: str | None = None
         self.lockstep = False
         self.tokenizer = tokenizer
-        self._empty: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._empty: Encoded | None = None
 
-    @torch.no_grad()
+    @property
+    def parts(self) -> tuple[TextEncoder, ...]:
+        """Itself, as JoinedTextEncoder.parts are several."""
+        return (self,)
+
     def encode(self, captions: list[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """b captions -> (states [b, L, D] in the encoder's dtype, zeros past a caption's end; mask bool [b, L]).
 
         length: L, where it is less than max_length. Equal captions are encoded once, and the empty caption once for the
         whole run. Nothing waits for the device.
         """
+        states, mask, _ = self.encode_pooled(captions, length)
+        return states, mask
+
+    @torch.no_grad()
+    def encode_pooled(self, captions: list[str], length: int | None = None) -> Encoded:
+        """As encode, and the pooled vectors [b, P]."""
         length = length or self.max_length
         if self._empty is None:
             self._empty = self._encode([""], self.max_length)
         distinct = [c for c in dict.fromkeys(captions) if c]
-        parts = [(self._empty[0][:, :length], self._empty[1][:, :length])]
+        parts = [(self._empty[0][:, :length], self._empty[1][:, :length], self._empty[2])]
         if next(self.model.parameters()).dtype == torch.float64:
             # T5 computes its norms and softmax in fp32, where the padding of a batch changes the last bits (by 1e-8).
             # Captions are encoded one by one, so that a caption's states do not depend on the others of the batch.
@@ -104,14 +121,14 @@ class TextEncoder:
             parts += [self._encode([c], length) for c in [*distinct, *unused]]
         elif distinct or self.lockstep:
             parts.append(self._encode(distinct or [""], length))
-        states, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # [1 + distinct, L, ...]
+        states, mask, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # [1 + distinct, L, ...]
         row_of = {"": 0} | {caption: row for row, caption in enumerate(distinct, 1)}
         rows = torch.tensor([row_of[c] for c in captions]).to(states.device, non_blocking=True)
-        return states[rows], mask[rows]
+        return states[rows], mask[rows], pooled[rows]
 
-    def _encode(self, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """n captions -> (states [n, L, D], mask [n, L]), from one forward pass at the longest true length, of at most
-        L = `length` tokens."""
+    def _encode(self, captions: list[str], length: int) -> Encoded:
+        """n captions -> (states [n, L, D], mask [n, L], pooled vectors [n, P]), from one forward pass at the longest
+        true length, of at most L = `length` tokens."""
         device = next(self.model.parameters()).device
         ids, mask, kept = self._tokens(captions, length)
         mask = mask.to(device, non_blocking=True)
@@ -125,7 +142,11 @@ class TextEncoder:
         states = states.masked_fill(mask[..., None] == 0, 0.0)[:, :length]
         mask = mask.bool()[:, :length]
         missing = length - mask.shape[1]
-        return F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+        if self.pooled_width:
+            pooled = found.text_embeds if "text_embeds" in found else found.pooler_output  # [n, P]
+        else:
+            pooled = states.new_empty(len(captions), 0)
+        return F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing)), pooled
 
     def _tokens(self, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """n captions -> (ids [n, longest], their mask, which of the tokens become states [n, most kept]: -1 behind a
@@ -168,12 +189,12 @@ def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
-def tokenizer_subfolder(cfg: TextEncoderConfig) -> str | None:
+def tokenizer_subfolder(cfg: TextModelConfig) -> str | None:
     """The tokenizer's folder: a diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3."""
     return cfg.subfolder.replace("text_encoder", "tokenizer") if cfg.subfolder else None
 
 
-def stored_text_encoder(cfg: TextEncoderConfig) -> tuple[str, torch.dtype]:
+def stored_text_encoder(cfg: TextModelConfig) -> tuple[str, torch.dtype]:
     """(the class of transformers that loads the encoder, the dtype of its stored weights), from its config alone.
     Raises DataError where that cannot be read."""
     try:
@@ -191,7 +212,7 @@ def _mask_unseen(*sizes: Any, **options: Any) -> torch.Tensor:
 
 
 def load_text_encoder(
-    cfg: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype, shapes_only: bool = False
+    cfg: TextModelConfig, device: torch.device | str, dtype: torch.dtype, shapes_only: bool = False
 ) -> TextEncoder:
     """Load the encoder of a T5 model, or any other Hugging Face encoder, from safetensors alone.
 
@@ -213,7 +234,7 @@ def load_text_encoder(
     template = template_of(cfg, tokenizer)
     _check_fits(cfg, config, template)
     freeze(model, "meta" if shapes_only else device)
-    encoder = TextEncoder(model, tokenizer, cfg.width, cfg.max_length, "", template, cfg.layers)
+    encoder = TextEncoder(model, tokenizer, cfg.width, cfg.max_length, "", template, cfg.layers, cfg.pooled_width)
     if not shapes_only:
         _check_states(cfg, encoder)
         encoder.fingerprint = _fingerprint(cfg, config, encoder)
@@ -221,7 +242,7 @@ def load_text_encoder(
     return encoder
 
 
-def _text_config(cfg: TextEncoderConfig) -> Any:
+def _text_config(cfg: TextModelConfig) -> Any:
     """The config of transformers; of a model of text and images (Qwen2.5-VL, Gemma 3) that of its language model."""
     where = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
     config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False, **where)
@@ -241,7 +262,7 @@ def _encoder_config(config: Any) -> Any:
     return config.encoder if config.model_type == "t5gemma" else config
 
 
-def _check_fits(cfg: TextEncoderConfig, config: Any, template: Template | None) -> None:
+def _check_fits(cfg: TextModelConfig, config: Any, template: Template | None) -> None:
     """Raise DataError where text_encoder.layers, width or max_length do not fit the model. config: its own."""
     config = _encoder_config(config)
     hidden, layers = config.hidden_size, getattr(config, "num_hidden_layers", 0)
@@ -254,6 +275,7 @@ def _check_fits(cfg: TextEncoderConfig, config: Any, template: Template | None) 
     if width != cfg.width:
         of = f" ({len(cfg.layers)} layers of {hidden})" if len(cfg.layers) > 1 else ""
         raise DataError(f"text_encoder.width is {cfg.width}, but {cfg.path!r} has width {width}{of}: set it to {width}")
+    _check_pooled(cfg, config)
     longest = getattr(config, "max_position_embeddings", None)
     room = None if longest is None else longest - (len(template.first) if template else 0)
     if room is not None and cfg.max_length > room:
@@ -264,10 +286,36 @@ def _check_fits(cfg: TextEncoderConfig, config: Any, template: Template | None) 
         )
 
 
-def _fingerprint(cfg: TextEncoderConfig, config: Any, encoder: TextEncoder) -> str:
+def _model_class(cfg: TextModelConfig, config: Any) -> Any:
+    """config: of the model. CLIP's pooled vector is projected, where its own class projects it."""
+    projects = "CLIPTextModelWithProjection" in (getattr(config, "architectures", None) or ())
+    if cfg.pooled_width and config.model_type == "clip_text_model" and projects:
+        return CLIPTextModelWithProjection
+    return _ENCODERS.get(config.model_type, AutoModel)
+
+
+def _check_pooled(cfg: TextModelConfig, config: Any) -> None:
+    """Raise DataError where text_encoder.pooled_width is not that of the model."""
+    if not cfg.pooled_width:
+        return
+    if config.model_type != "clip_text_model":
+        raise DataError(
+            f"text_encoder.pooled_width is {cfg.pooled_width}, but {cfg.path!r} is a {config.model_type}, and the text "
+            "encoder of CLIP alone has a pooled vector that is trained: set it to 0"
+        )
+    projected = _model_class(cfg, config) is CLIPTextModelWithProjection
+    width = config.projection_dim if projected else config.hidden_size
+    if width != cfg.pooled_width:
+        raise DataError(
+            f"text_encoder.pooled_width is {cfg.pooled_width}, but {cfg.path!r} has {width}: set it to {width}"
+        )
+
+
+def _fingerprint(cfg: TextModelConfig, config: Any, encoder: TextEncoder) -> str:
     """What a default leaves as it was before there were prefixes, chats and layers is not in it."""
     probe: Any = encoder.tokenizer(_PROBE_TEXT)["input_ids"]
     more: dict[str, Any] = {"layers": list(cfg.layers)} if cfg.layers else {}
+    more |= {"pooled": type(encoder.model).__name__} if cfg.pooled_width else {}
     if encoder.template is not None:
         more |= {"first": encoder.template.first, "last": encoder.template.last}
     said = _encoder_config(config).to_dict()
@@ -276,9 +324,9 @@ def _fingerprint(cfg: TextEncoderConfig, config: Any, encoder: TextEncoder) -> s
     return fingerprint_of(config.to_dict(), _TEXT_FIELDS, encoder.model, [probe, more] if more else probe)
 
 
-def _load_model(cfg: TextEncoderConfig, config: Any, dtype: torch.dtype, shapes_only: bool) -> Any:
+def _load_model(cfg: TextModelConfig, config: Any, dtype: torch.dtype, shapes_only: bool) -> Any:
     """The model of transformers. config: its own."""
-    model_class = _ENCODERS.get(config.model_type, AutoModel)
+    model_class = _model_class(cfg, config)
     ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _mask_unseen)
     kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     if not shapes_only:
@@ -290,7 +338,7 @@ def _load_model(cfg: TextEncoderConfig, config: Any, dtype: torch.dtype, shapes_
         return model_class._from_config(config, **kind)
 
 
-def load_tokenizer(cfg: TextEncoderConfig) -> Any:
+def load_tokenizer(cfg: TextModelConfig) -> Any:
     """The tokenizer of a text encoder. Raises DataError where it cannot be loaded, or knows no English."""
     quieten()
     path, where = _tokenizer_place(cfg)
@@ -304,7 +352,7 @@ def load_tokenizer(cfg: TextEncoderConfig) -> Any:
     return tokenizer
 
 
-def _tokenizer_place(cfg: TextEncoderConfig) -> tuple[str, dict[str, str]]:
+def _tokenizer_place(cfg: TextModelConfig) -> tuple[str, dict[str, str]]:
     """(path, options) of the tokenizer. A folder text_encoder of a pipeline, named without the pipeline, has its
     tokenizer beside it."""
     if subfolder := tokenizer_subfolder(cfg):
@@ -316,7 +364,7 @@ def _tokenizer_place(cfg: TextEncoderConfig) -> tuple[str, dict[str, str]]:
     return cfg.path, {}
 
 
-def _check_tokens(cfg: TextEncoderConfig, tokenizer: Any) -> None:
+def _check_tokens(cfg: TextModelConfig, tokenizer: Any) -> None:
     """Raise DataError where the tokenizer does not tell captions apart: without its files transformers makes one that
     knows no word, and says nothing."""
     ids = [tokenizer(caption)["input_ids"] for caption in _CAPTIONS]
@@ -336,19 +384,22 @@ def _check_tokens(cfg: TextEncoderConfig, tokenizer: Any) -> None:
         )
 
 
-def _check_states(cfg: TextEncoderConfig, encoder: TextEncoder) -> None:
+def _check_states(cfg: TextModelConfig, encoder: TextEncoder) -> None:
     """Raise DataError where the states of captions are not finite, or do not tell them apart."""
     behind = 0 if encoder.template is None else len(encoder.template.last)
-    states, mask = encoder._encode(list(_CAPTIONS), 32 + behind)  # not encode, which would keep the empty caption's
+    states, mask, pooled = encoder._encode(
+        list(_CAPTIONS), 32 + behind
+    )  # not encode, which would keep the empty caption's
     means = (states.double() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # [3, D]
-    if not means.isfinite().all() or len(means.unique(dim=0)) < len(means):
+    told = (means, pooled) if encoder.pooled_width else (means,)
+    if not all(each.isfinite().all() and len(each.unique(dim=0)) == len(each) for each in told):
         raise DataError(
             f"text_encoder.path: {cfg.path!r} gives states that are not finite, or the same for different captions, in "
             f"{encoder.model.dtype}: its weights are damaged, or need another parallel.precision"
         )
 
 
-def token_counts(cfg: TextEncoderConfig) -> Callable[[list[str]], list[int]] | None:
+def token_counts(cfg: TextModelConfig) -> Callable[[list[str]], list[int]] | None:
     """A function that counts the tokens of captions, which are not cut; None where text_encoder.path is none."""
     if cfg.path == NONE:
         return None

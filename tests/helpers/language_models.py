@@ -22,6 +22,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
     UMT5Config,
@@ -89,7 +91,7 @@ def _saved(model: Any, tok: Any, folder: Path) -> Path:
 
 
 def save(kind: str, folder: Path, **options: Any) -> Path:
-    """Save a model of a kind, of width 32, and its tokenizer. options: of the tokenizer."""
+    """Save a model of a kind, of width 32 (T5: 96), and its tokenizer. options: of the tokenizer."""
     tok = tokenizer(**options)
     sizes: dict[str, Any] = _SIZES | {"vocab_size": len(tok), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     with torch.random.fork_rng(devices=[]):
@@ -115,6 +117,10 @@ def save(kind: str, folder: Path, **options: Any) -> Path:
         elif kind == "t5gemma":
             part: Any = sizes | {"head_dim": 8, "sliding_window": 8}
             model = T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=part, decoder=part, vocab_size=len(tok)))
+        elif kind == "t5":
+            model = T5EncoderModel(
+                T5Config(vocab_size=len(tok), d_model=96, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+            )
         elif kind == "umt5":
             config = UMT5Config(vocab_size=len(tok), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
             model = UMT5ForConditionalGeneration(config)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Kernel, use_kernel
-from models.backbone import build_model, declarations, kinds
+from models.backbone import Backbone, build_model, declarations, kinds
 from models.model_config import ModelConfig
 
 from ..config.resolve import Resolved, compiles, keeps_gathered
@@ -46,7 +46,7 @@ def build_mup_table(config: TrainConfig) -> MuTable:
 
     def factory(width: int) -> nn.Module:
         shape: ModelConfig = dataclasses.replace(model, width=width)
-        return build_model(shape, config.autoencoder.channels, config.text_encoder.width, config.projector)
+        return _build(config, shape)
 
     branch_scale, branch_lr = depth_factors(model.depth, mup.base_depth, mup.depth_alpha)
     optim, own_head = config.optim, config.optim.kind == "muon" and config.optim.muon.by_head
@@ -72,6 +72,14 @@ def build_mup_table(config: TrainConfig) -> MuTable:
         raise ConfigError(str(error)) from None
 
 
+def _build(config: TrainConfig, model: ModelConfig) -> Backbone:
+    """The backbone of a config in the shape `model`."""
+    text = config.text_encoder
+    return build_model(
+        model, config.autoencoder.channels, text.total_width, config.projector, pooled_width=text.total_pooled
+    )
+
+
 def base_rates(config: TrainConfig) -> dict[Optimizer, BaseRates]:
     """What the factors of the muP table are of, for each optimizer that it has."""
     optim, muon = config.optim, config.optim.muon
@@ -91,7 +99,7 @@ def build_engine(config: TrainConfig, table: MuTable, world: World, attention: K
         torch.backends.cuda.enable_flash_sdp(True)  # on a CPU off since init_world, for the sake of bf16
     use_kernel(attention or attention_choice(config, world).kernel)
     with torch.device("meta"):
-        model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
+        model = _build(config, config.model)
     apply_multipliers(model, table)
     if precision == "fp8":
         multiply_in_fp8(model, table, world)

@@ -20,10 +20,11 @@ def image_flops(
     return 3 * forward_flops(
         config.model,
         config.autoencoder.channels,
-        text.width,
+        text.total_width,
         image_tokens(config, bucket) if bucket else config.image_tokens,
-        text.max_length if text_tokens is None else round(text_tokens),
+        text.total_length if text_tokens is None else round(text_tokens),
         config.projector if aligned else None,
+        text.total_pooled,
     )
 
 

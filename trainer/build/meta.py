@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from models.backbone import Backbone, build_model
-from models.layers import ClassCondition, SizedTextCondition, TextCondition
+from models.layers import ClassCondition, PooledTextCondition, SizedTextCondition, TextCondition
 
 from ..config.schema import TrainConfig
 from ..parallel.precision import DTYPES
@@ -14,7 +14,13 @@ from ..parallel.precision import DTYPES
 def meta_model(config: TrainConfig) -> Backbone:
     """The backbone on the meta device, in the precision that a GPU computes in."""
     with torch.device("meta"):
-        model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
+        model = build_model(
+            config.model,
+            config.autoencoder.channels,
+            config.text_encoder.total_width,
+            config.projector,
+            config.text_encoder.total_pooled,
+        )
         return model.to(DTYPES[config.parallel.precision or "bf16"])
 
 
@@ -26,8 +32,12 @@ def meta_inputs(config: TrainConfig, rows: int) -> tuple[Any, ...]:
         if config.label_classes is not None:
             condition: Any = ClassCondition(torch.empty(rows, dtype=torch.int64))
         else:
-            states = torch.empty(rows, text.max_length, text.width, dtype=DTYPES[config.parallel.precision or "bf16"])
-            mask = torch.empty(rows, text.max_length, dtype=torch.bool)
-            sized = config.model.micro_conditions
-            condition = SizedTextCondition(states, mask, torch.empty(rows, 2)) if sized else TextCondition(states, mask)
+            dtype = DTYPES[config.parallel.precision or "bf16"]
+            states = torch.empty(rows, text.total_length, text.total_width, dtype=dtype)
+            mask = torch.empty(rows, text.total_length, dtype=torch.bool)
+            condition = TextCondition(states, mask)
+            if config.model.micro_conditions:
+                condition = SizedTextCondition(states, mask, torch.empty(rows, 2))
+            elif text.total_pooled:
+                condition = PooledTextCondition(states, mask, torch.empty(rows, text.total_pooled, dtype=dtype))
         return x, t, condition, None if config.projector is None else config.objective.repa_layer - 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import ValidationError
 
-from data.config import SYNTHETIC
+from data.config import NONE, SYNTHETIC, MoreTextConfig
 
 from .keys import key_class, leaf_keys
 from .messages import explain
@@ -44,7 +44,7 @@ def _model_conflicts(c: TrainConfig) -> Iterator[str]:
             "(autoencoder.downsample x model.patch_size)"
         )
     else:
-        yield from c.model.conflicts(c.data.resolution, longest_side(c, token), c.text_encoder.max_length)
+        yield from c.model.conflicts(c.data.resolution, longest_side(c, token), c.text_encoder.total_length)
     downsample = c.autoencoder.downsample
     pixels = getattr(c.model, "pixels_per_latent", downsample)
     if c.model.micro_conditions and pixels != downsample:
@@ -103,12 +103,29 @@ def _data_conflicts(c: TrainConfig) -> Iterator[str]:
 
 
 def _text_conflicts(c: TrainConfig) -> Iterator[str]:
-    """What is wrong with the text around captions."""
+    """What is wrong with the text encoders, and with the text around captions."""
     text = c.text_encoder
-    if text.prefix and text.chat is not None:
-        yield "text_encoder.prefix and text_encoder.chat exclude each other: write what the prefix says into the chat"
-    if text.thinking and text.chat is None:
-        yield "text_encoder.thinking does nothing without text_encoder.chat: leave it false"
+    for number, one in enumerate(text.models):
+        key = f"text_encoder.more.{number - 1}" if number else "text_encoder"
+        if one.prefix and one.chat is not None:
+            yield f"{key}.prefix and {key}.chat exclude each other: write what the prefix says into the chat"
+        if one.thinking and one.chat is None:
+            yield f"{key}.thinking does nothing without {key}.chat: leave it false"
+        if isinstance(one, MoreTextConfig):
+            if (one.path == NONE) != (text.path == NONE):
+                yield f"{key}.path is {one.path} and text_encoder.path {text.path}: name all encoders, or none of them"
+            if one.join == "none" and not one.pooled_width:
+                yield f"{key}.join is none and its pooled_width 0, so that nothing of it is used: leave it out"
+    if text.total_pooled and not getattr(c.model, "pooled_text", False):
+        yield (
+            f"text_encoder.pooled_width {text.total_pooled} needs a model that reads a pooled vector (model.kind "
+            f"mmdit), not {c.model.kind}: set it to 0"
+        )
+    if text.more and c.data.text_lengths:
+        yield (
+            "data.text_lengths does not go with text_encoder.more, whose encoders count a caption's tokens "
+            "differently: leave data.text_lengths empty"
+        )
     if text.chat is not None and c.data.text_lengths:
         yield (
             "data.text_lengths does not go with text_encoder.chat, whose tokens behind a caption the choice of a "

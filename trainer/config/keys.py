@@ -73,7 +73,9 @@ def key_class(key: str) -> KeyClass:
     section, _, rest = key.partition(".")
     found = class_at(TrainConfig.model_fields[section])
     # No key of a model has a class of its own, so that any kind of model will do here.
-    field = declaration(TrainConfig, [section, *(rest.split(".") if rest else ())], MODEL_KINDS[DEFAULT_KIND])
+    parts = rest.split(".") if rest else ()
+    path = [int(part) if part.isdecimal() else part for part in parts]  # numbers are places in lists
+    field = declaration(TrainConfig, [section, *path], MODEL_KINDS[DEFAULT_KIND])
     found = (field and class_at(field)) or found
     assert found is not None, f"{section} declares no class"
     return found

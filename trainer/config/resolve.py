@@ -16,7 +16,7 @@ def buckets_of(c: TrainConfig) -> list[Bucket]:
     """All pairs of an image size and a text length; first the square with the longest text, which is the only bucket of
     a run without buckets."""
     sizes = c.data.bucket_sizes(c.autoencoder.downsample * c.model.patch_size)
-    lengths = sorted({*c.data.text_lengths, c.text_encoder.max_length}, reverse=True)
+    lengths = sorted({*c.data.text_lengths, c.text_encoder.total_length}, reverse=True)
     return [Bucket(*size, length) for size, length in itertools.product(sizes, lengths)]
 
 

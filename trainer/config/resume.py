@@ -28,9 +28,16 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differe
     # A key that the checkpoint's code did not have yet acted then as its default acts now.
     own = ("model.", "stages")
     defaults = {k: v for k, v in flatten(plain(TrainConfig())).items() if not k.startswith(own)}
-    before, now = without_factors_of_1(defaults | flatten(old)), without_factors_of_1(flatten(new))
+    before, now = (_listed(without_factors_of_1(keys)) for keys in (defaults | flatten(old), flatten(new)))
     pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return [Difference(key, key_class(key), *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def _listed(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config, those of each of text_encoder.more by themselves, since their classes differ."""
+    more = keys.get("text_encoder.more") or []
+    own = {name: value for name, value in keys.items() if name != "text_encoder.more"}
+    return own | {f"text_encoder.more.{i}.{name}": value for i, one in enumerate(more) for name, value in one.items()}
 
 
 def without_factors_of_1(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ PURPOSES = {
     "posterior": 0x706F7374,
     "features": 0x66656174,
     "uniform": 0x756E6966,
+    "pooled": 0x706F6F6C,
 }
 
 

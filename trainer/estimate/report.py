@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from data.config import TextModelConfig
 from data.errors import DataError
 from data.files import parse_json
 
@@ -26,6 +27,7 @@ CARDS_GB = (80, 141)  # H100, H200
 NODE = 8  # GPUs that a node of the smallest cluster has; below a node any number will do
 # Parameters of T5-v1.1's encoders by width, and of Stable Diffusion's autoencoders: the files need not be here.
 T5_PARAMETERS = {512: 35.3e6, 768: 109.6e6, 1024: 341.2e6, 2048: 1.22e9, 4096: 4.76e9}
+_CHARACTERS = 4  # of English text in a token
 AUTOENCODER_PARAMETERS = 83.7e6
 DINOV2_PARAMETERS = {384: 22.1e6, 768: 86.6e6, 1024: 304e6, 1536: 1136e6}  # by features: S, B, L, g
 
@@ -35,15 +37,7 @@ def encoder_bytes(config: TrainConfig) -> dict[str, int]:
     text, images = config.text_encoder, config.autoencoder
     found = {}
     if config.label_classes is None and text.path != "none":
-        parameters = _stored_parameters(text.path, text.subfolder)
-        if parameters is None:
-            parameters = T5_PARAMETERS.get(text.width)
-        if parameters is None:
-            raise ConfigError(
-                f"text_encoder.path {text.path!r} is no local folder and text_encoder.width {text.width} is not that "
-                f"of a T5-v1.1 ({', '.join(map(str, T5_PARAMETERS))}): fetch it first (launch/fetch.py)"
-            )
-        found["text_encoder"] = round(2 * parameters)
+        found["text_encoder"] = sum(round(2 * _text_parameters(one)) for one in text.models)
     if images.path != "none":
         found["autoencoder"] = round(4 * (_stored_parameters(images.path, images.subfolder) or AUTOENCODER_PARAMETERS))
     if config.projector is not None and config.objective.repa_encoder != "none":
@@ -54,8 +48,25 @@ def encoder_bytes(config: TrainConfig) -> dict[str, int]:
 
 def text_encoder_flops(config: TrainConfig) -> int:
     """FLOPs of the text encoder for the caption of one image, padded to its full length."""
-    # Each weight: 2 FLOPs a token, 2 bytes.
-    return encoder_bytes(config).get("text_encoder", 0) * config.text_encoder.max_length
+    if "text_encoder" not in encoder_bytes(config):
+        return 0
+    # The text before a caption is not in max_length, and its tokens are not known without the tokenizer.
+    lengths = [one.max_length + len(one.chat or one.prefix) // _CHARACTERS for one in config.text_encoder.models]
+    parameters = [_text_parameters(one) for one in config.text_encoder.models]
+    return round(sum(2 * number * length for number, length in zip(parameters, lengths, strict=True)))
+
+
+def _text_parameters(text: TextModelConfig) -> float:
+    """Parameters of a text encoder. Raises ConfigError where they are not known."""
+    parameters = _stored_parameters(text.path, text.subfolder)
+    if parameters is None and text.chat is None and not (text.layers or text.pooled_width):  # as a T5 is used
+        parameters = T5_PARAMETERS.get(text.width)
+    if parameters is None:
+        raise ConfigError(
+            f"text_encoder.path {text.path!r} is no local folder and text_encoder.width {text.width} is not that "
+            f"of a T5-v1.1 ({', '.join(map(str, T5_PARAMETERS))}): fetch it first (launch/fetch.py)"
+        )
+    return parameters
 
 
 def _stored_parameters(path: str, subfolder: str | None) -> int | None:

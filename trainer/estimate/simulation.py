@@ -320,12 +320,13 @@ def _step(
 def _batch(config: TrainConfig, rows: int) -> Batch:
     """A micro-batch of the configured shape, all captions at their full length."""
     side, text = config.latent_size, config.text_encoder
+    size = text.total_length, text.total_width
     captioned = config.label_classes is None
     return Batch.empty(
         torch.zeros(rows, dtype=torch.int64),
         latents=torch.empty(rows, config.autoencoder.channels, side, side),
-        text_states=torch.empty(rows, text.max_length, text.width, dtype=torch.bfloat16) if captioned else None,
-        text_mask=torch.ones(rows, text.max_length, dtype=torch.bool) if captioned else None,
+        text_states=torch.empty(rows, *size, dtype=torch.bfloat16) if captioned else None,
+        text_mask=torch.ones(rows, size[0], dtype=torch.bool) if captioned else None,
         read=rows,
         sizes=None,
     )

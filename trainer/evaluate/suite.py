@@ -22,7 +22,7 @@ _PATHS = ("prompts", "reference", "network", "network_sha256", "clip", "detector
 # Of the checkpoint's config: where encoders lie (the protocol has the autoencoder's fingerprint), and what moves a
 # figure by rounding at most.
 _OF_CONFIG = (
-    *(f"text_encoder.{key}" for key in ("path", "subfolder", "device", "shard")),
+    *(f"text_encoder.{key}" for key in ("path", "subfolder", "device", "shard", "more")),
     *(f"autoencoder.{key}" for key in ("path", "subfolder")),
     *(f"parallel.{key}" for key in ("engine", "zero_stage", "shard", "compile")),
     *(f"parallel.{key}" for key in ("reshard_after_forward", "prefetch", "cpu_offload", "cuda_graph")),

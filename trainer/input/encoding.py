@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
-from data.config import NONE
+from data.config import NONE, TextEncoderConfig
 from data.encoders.autoencoder import load_autoencoder
 from data.encoders.dinov2 import load_feature_encoder
+from data.encoders.joined import AnyTextEncoder, join_text_encoders, load_text_encoders, naming_text_encoder
 from data.encoders.text import TextEncoder, load_text_encoder
 from data.errors import DataError
 from data.precomputed_format import Dataset
-from models.layers import ClassCondition, SizedTextCondition, TextCondition
+from models.layers import ClassCondition, PooledTextCondition, SizedTextCondition, TextCondition
 
 from ..collectives import on_rank_0
 from ..config.schema import TrainConfig
@@ -27,14 +28,27 @@ from ..step import Encoded
 from .stream import Background
 
 
-def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype) -> TextEncoder:
-    """The text encoder, whole or sharded. Of several ranks the first one reads it for all."""
+def read_text_encoder(config: TrainConfig, world: World, dtype: torch.dtype) -> AnyTextEncoder:
+    """The text encoder, or several as one, whole or sharded. Of several ranks the first one reads it for all."""
     cfg = config.text_encoder
     device = torch.device(cfg.device) if cfg.device else world.device
     if world.size == 1:
-        return load_text_encoder(cfg, device, dtype)
-    read = on_rank_0(world, lambda: load_text_encoder(cfg, "cpu", dtype))
-    encoder = load_text_encoder(cfg, device, dtype, shapes_only=True)
+        return load_text_encoders(cfg, device, dtype)
+    parts = [_read_one(cfg, number, world, device, dtype) for number in range(len(cfg.models))]
+    return join_text_encoders(cfg, tuple(parts))
+
+
+def _read_one(
+    cfg: TextEncoderConfig, number: int, world: World, device: torch.device, dtype: torch.dtype
+) -> TextEncoder:
+    """Text encoder `number` of a config on several ranks."""
+
+    def load(where: torch.device | str, shapes_only: bool = False) -> TextEncoder:
+        with naming_text_encoder(number):
+            return load_text_encoder(cfg.models[number], where, dtype, shapes_only)
+
+    read = on_rank_0(world, lambda: load("cpu"))
+    encoder = load(device, shapes_only=True)
     identity: list[Any] = [(read.fingerprint, read.weights) if read else None]
     dist.broadcast_object_list(identity, src=0, group=world.control)
     spread(read.model if read else None, encoder.model, device, cfg.shard)
@@ -58,6 +72,7 @@ class Encoders:
         self._dataset = dataset
         self._classes, self._sized = config.label_classes, config.model.micro_conditions
         self._autoencoder = self._text_encoder = self._feature_encoder = None
+        self._pooled_width = config.text_encoder.total_pooled
         self._feature_width = config.objective.repa_width
         self._patch_size, self._downsample = config.model.patch_size, config.autoencoder.downsample
         online = not config.data.synthetic and dataset is None
@@ -143,7 +158,7 @@ class Encoders:
         rows, columns = (side // (self._downsample * self._patch_size) for side in batch.images.shape[-2:])
         return self._feature_encoder.encode(batch.images.to(self.device, non_blocking=True), rows, columns)
 
-    def _condition(self, batch: Batch) -> TextCondition | SizedTextCondition | ClassCondition:
+    def _condition(self, batch: Batch) -> TextCondition | SizedTextCondition | PooledTextCondition | ClassCondition:
         if self._classes is not None:
             # A row without a sample (weight 0) has label -1, which is no row of the embedding: it gets the null label.
             labels = batch.labels.to(self.device, non_blocking=True)
@@ -153,21 +168,26 @@ class Encoders:
                 batch.text_states.to(self.device, non_blocking=True),
                 batch.text_mask.to(self.device, non_blocking=True),
             )
+            if self._pooled_width:  # of synthetic text, since none is precomputed
+                keys = batch.keys.to(self.device, non_blocking=True)
+                text = PooledTextCondition(*text, normal(keys, (self._pooled_width,), "pooled").to(text.states.dtype))
         else:
             text = self._encode_text(batch.captions, batch.bucket.text_length if batch.bucket else None)
         if not self._sized or batch.sizes is None:
             return text
-        return SizedTextCondition(*text, batch.sizes.to(self.device, non_blocking=True))
+        return SizedTextCondition(text.states, text.mask, batch.sizes.to(self.device, non_blocking=True))
 
     @torch.no_grad()
-    def _encode_text(self, captions: list[str], length: int | None = None) -> TextCondition:
+    def _encode_text(self, captions: list[str], length: int | None = None) -> TextCondition | PooledTextCondition:
         assert self._text_encoder is not None
-        states, mask = self._text_encoder.encode(captions, length)
-        if states.device != self.device:  # from the CPU: pinned, so that the host does not wait for the GPU
-            states, mask = (part.pin_memory().to(self.device, non_blocking=True) for part in (states, mask))
-        return TextCondition(states, mask)
+        text = self._text_encoder.encode_pooled(captions, length)
+        if text[0].device != self.device:  # from the CPU: pinned, so that the host does not wait for the GPU
+            states, mask, pooled = (part.pin_memory().to(self.device, non_blocking=True) for part in text)
+        else:
+            states, mask, pooled = text
+        return PooledTextCondition(states, mask, pooled) if self._pooled_width else TextCondition(states, mask)
 
-    def encode_prompts(self, prompts: list[str]) -> TextCondition | ClassCondition:
+    def encode_prompts(self, prompts: list[str]) -> TextCondition | PooledTextCondition | ClassCondition:
         """Conditions of captions, or of class numbers written as text; "" stands for no condition.
 
         Raises DataError for a prompt that is no class of the model.
