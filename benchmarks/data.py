@@ -204,7 +204,7 @@ def index_memory(shards: str, cache: str) -> None:
         queues = order.queues(order.at(0), range(64))
         into_third_epoch = 2 * len(index) // (MAX_CHUNK * 2048) + 2  # chunks of a slot: then three epochs are held
         for run in itertools.chain(map(next, queues), itertools.islice(queues[0], into_third_epoch)):
-            index.rows(*run)
+            index.rows(run.shard, run.samples)
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         found[f"buckets_{len(buckets)}"] = held / len(index)

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 import trainer.build.engine
 import trainer.build.run
-from data.encoders.text import load_text_encoder
+from data.encoders.text import TextEncoder, load_text_encoder
 from trainer.build.run import build_run
 from trainer.config.load import load_config
 from trainer.input.encoding import read_text_encoder
@@ -50,6 +50,7 @@ def sharded_encoder_equals_a_whole_one(world: World) -> float:
         config = load_config("mmdit_debug_mup.yaml", [f"parallel.precision={precision}", "text_encoder.shard=true"])
         whole = load_text_encoder(config.text_encoder, "cpu", dtype)
         sharded = read_text_encoder(config, world, dtype)
+        assert isinstance(sharded, TextEncoder)
         assert sharded.fingerprint == whole.fingerprint
         held = sum(p.to_local().numel() for p in sharded.model.parameters() if isinstance(p, DTensor))
         assert 0.4 < held / sum(p.numel() for p in whole.model.parameters()) < 0.6, "each rank holds its part"

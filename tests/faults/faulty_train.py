@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,7 @@ def slow_board(world: World) -> Any:
 build_run = trainer.build.run.build_run
 
 
-def faulty_run(config: TrainConfig, world: World, hold: Callable[[Path], None], fitting: float | None) -> Run:
+def faulty_run(config: TrainConfig, world: World, hold: Callable[[Path], None], fitting: Sequence[float | None]) -> Run:
     run = build_run(config, world, hold, fitting)
     if FAULTS["rank"] in (None, world.rank):
         trainer.build.run.follow = Faults(run).follow

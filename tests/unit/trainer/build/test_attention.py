@@ -14,9 +14,10 @@ from models.attention_probe import Choice
 from tests.helpers.steps import QUIET
 from trainer.build import attention
 from trainer.build.attention import attention_choice, describe, simulated_kernel
-from trainer.build.run import _checkpoint_meta, _open_inputs, build_run
+from trainer.build.inputs import open_inputs
+from trainer.build.run import _checkpoint_meta, build_run
 from trainer.config.load import load_config
-from trainer.config.resolve import resolve
+from trainer.config.stages import stage_at
 from trainer.parallel.mesh import World
 
 REJECTED = "varlen", "the output differs"
@@ -98,7 +99,7 @@ def test_the_choice_is_told_at_the_start_and_kept_in_checkpoints(
     with kernel_restored():
         run = build_run(config, world)
         assert kernel_in_use() == "math"
-        assert _checkpoint_meta(_open_inputs(config, resolve(config, 1), world))["attention"] == "math"
+        assert _checkpoint_meta(open_inputs(config, stage_at(config, 0), world, None, ()))["attention"] == "math"
         run.metrics.close()
         assert run.lock is not None
         run.lock.close()

@@ -119,8 +119,8 @@ def test_cost_of_the_papers_pixart_search() -> None:
 
 
 def test_cost_of_the_papers_mmdit_search() -> None:
-    proxy = Size("proxy", 512, 178_000_000, 1024, 30_000, 1.0)
-    target = Size("target", 5120, 17_700_000_000, 1024, 200_000, 100.0)
+    proxy = Size("proxy", 512, 178_000_000, 1024, 30_000, 1024 * 30_000, 1.0)
+    target = Size("target", 5120, 17_700_000_000, 1024, 200_000, 1024 * 200_000, 100.0)
     cost = Cost(80, proxy, target, Published(0.18e9, 18e9, "not published"), "random", 4)
     assert cost.published_share == pytest.approx(0.12)
     assert cost.flops_share == pytest.approx(0.8)
