@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from models.registry import DEFAULT_KIND, MODEL_KINDS
+
 from ..errors import ConfigError
 from .keys import KeyClass, flatten, key_class, plain
 from .schema import TrainConfig
@@ -26,9 +28,10 @@ def differences(old: Mapping[str, Any], new: TrainConfig) -> list[Difference]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     # A key that the checkpoint's code did not have yet acted then as its default acts now.
-    own = ("model.", "stages")
-    defaults = {k: v for k, v in flatten(plain(TrainConfig())).items() if not k.startswith(own)}
-    before, now = (_listed(without_factors_of_1(keys)) for keys in (defaults | flatten(old), flatten(new)))
+    model = MODEL_KINDS[old["model"].get("kind", DEFAULT_KIND)]()
+    given = flatten(new)
+    defaults = {key: value for key, value in flatten(plain(TrainConfig(model=model))).items() if key in given}
+    before, now = (_listed(without_factors_of_1(keys)) for keys in (defaults | flatten(old), given))
     pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return [Difference(key, key_class(key), *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
 
