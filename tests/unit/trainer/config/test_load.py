@@ -78,6 +78,17 @@ def test_parameter_counts(name: str, least: float, most: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "least", "most"), [("0.18b", 0.19e9, 0.2e9), ("2b", 1.8e9, 1.9e9), ("18b", 18.3e9, 18.4e9)]
+)
+def test_rungs_of_pixart_change_the_width_alone(name: str, least: float, most: float) -> None:
+    rung, proxy = (plain(load_config(f"pixart_{each}_mup")) for each in (name, "0.04b"))
+    assert least <= sum(p.numel() for p in model_of(load_config(f"pixart_{name}_mup")).parameters()) <= most
+    differing = {(s, k) for s in proxy for k in proxy[s] if rung[s][k] != proxy[s][k]}
+    assert differing == {("model", "width"), ("run", "name")}
+    assert name == "0.18b" or rung["model"]["width"] % 16 == 0, "for parallel.precision fp8"
+
+
+@pytest.mark.parametrize(
     ("name", "least", "most"),
     [
         ("dit_proxy_mup", 42.5e6, 42.7e6),
