@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..config import NONE, TextModelConfig
 from ..errors import DataError
@@ -97,6 +98,14 @@ class TextEncoder:
         """Itself, as JoinedTextEncoder.parts are several."""
         return (self,)
 
+    def mark_sharded(self) -> None:
+        """To be called once the model is sharded over ranks: see lockstep."""
+        self.lockstep = True
+        # transformers finds what a model can record (hidden states) by the name of its class, which sharding changes.
+        for module in self.model.modules():
+            if (recorded := getattr(module, "_can_record_outputs", None)) is not None:
+                dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), recorded)
+
     def encode(self, captions: list[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """b captions -> (states [b, L, D] in the encoder's dtype, zeros past a caption's end; mask bool [b, L]).
 
@@ -133,6 +142,10 @@ class TextEncoder:
         ids, mask, kept = self._tokens(captions, length)
         mask = mask.to(device, non_blocking=True)
         found = self.model(input_ids=ids.to(device, non_blocking=True), attention_mask=mask, **self._options)
+        if self.layers and found.hidden_states is None:
+            raise DataError(
+                f"text_encoder.layers: {type(self.model).__name__} records no hidden states: leave it empty"
+            )
         layers = [found.hidden_states[layer] for layer in self.layers] or [found.last_hidden_state]
         states = torch.cat(layers, -1)  # [n, longest, D]
         if kept is not None:

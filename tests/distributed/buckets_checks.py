@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 import trainer.build.engine
 import trainer.build.run
-from data.encoders.text import TextEncoder, load_text_encoder
+from data.encoders.joined import load_text_encoders
 from trainer.build.run import build_run
 from trainer.config.load import load_config
 from trainer.input.encoding import read_text_encoder
@@ -43,24 +43,41 @@ def sources(where: Path | str) -> tuple[str, ...]:
     return "data.shards=synthetic", f"data.sources=[{', '.join(shards)}]", f"data.val_shards={where}/more-000000.tar"
 
 
-def sharded_encoder_equals_a_whole_one(world: World) -> float:
-    """Largest difference; the ranks have other captions, one of them none, and each call must end on both."""
+def sharded_encoder_equals_a_whole_one(world: World, folder: Path) -> float:
+    """Largest difference; the ranks have other captions, one of them none, and each call must end on both. T5; and a
+    language model in a chat, beside CLIP with its pooled vector."""
     worst = 0.0
-    for precision, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
-        config = load_config("mmdit_debug_mup.yaml", [f"parallel.precision={precision}", "text_encoder.shard=true"])
-        whole = load_text_encoder(config.text_encoder, "cpu", dtype)
+    clip = f"{{path: {folder}/clip, max_length: 20, width: 32, pooled_width: 24}}"
+    chat = (f"text_encoder={{path: {folder}/qwen3, width: 64, chat: Describe, layers: [-2, -1], more: [{clip}]}}",)
+    for precision, dtype, text in (
+        ("fp32", torch.float32, ()),
+        ("fp64", torch.float64, ()),
+        ("fp32", torch.float32, chat),
+        ("fp64", torch.float64, chat),
+    ):
+        settings = [f"parallel.precision={precision}", *text, "text_encoder.shard=true"]
+        config = load_config("mmdit_debug_mup.yaml", settings)
+        whole = load_text_encoders(config.text_encoder, "cpu", dtype)
         sharded = read_text_encoder(config, world, dtype)
-        assert isinstance(sharded, TextEncoder)
-        assert sharded.fingerprint == whole.fingerprint
-        held = sum(p.to_local().numel() for p in sharded.model.parameters() if isinstance(p, DTensor))
-        assert 0.4 < held / sum(p.numel() for p in whole.model.parameters()) < 0.6, "each rank holds its part"
+        assert (sharded.fingerprint, sharded.weights) == (whole.fingerprint, whole.weights)
+        for part, whole_part in zip(sharded.parts, whole.parts, strict=True):
+            held = sum(p.to_local().numel() for p in part.model.parameters() if isinstance(p, DTensor))
+            assert 0.4 < held / sum(p.numel() for p in whole_part.model.parameters()) < 0.6, "each rank holds its part"
         for mine in (["a", "bb", "a", ""], ["ccc", "d", "ee", "f"], [""] * 4):
             captions = mine if world.rank == 0 else [""] * 4
-            for length in (None, 3):
-                states, mask = sharded.encode(captions, length)
-                wanted, wanted_mask = whole.encode(captions, length)
+            for length in (None,) if text else (None, 3):
+                states, mask, pooled = sharded.encode_pooled(captions, length)
+                wanted, wanted_mask, wanted_pooled = whole.encode_pooled(captions, length)
                 assert (mask == wanted_mask).all()
-                worst = max(worst, float((states - wanted).abs().max()))
+                assert (pooled.shape[1] == 24) == bool(text)
+                worst = max(
+                    worst,
+                    float(
+                        (torch.cat([states.flatten(1), pooled], 1) - torch.cat([wanted.flatten(1), wanted_pooled], 1))
+                        .abs()
+                        .max()
+                    ),
+                )
     return worst
 
 
@@ -96,7 +113,7 @@ if __name__ == "__main__":
         run(here, path, "resumed", "mmdit_debug_mup.yaml", STEPS if size > 1 else STEPS // 2)
         if size > 1:
             run(here, path, "sharded", "mmdit_debug_mup.yaml", STEPS, "text_encoder.shard=true")
-            difference = sharded_encoder_equals_a_whole_one(here)
+            difference = sharded_encoder_equals_a_whole_one(here, path)
             (path / f"difference-{here.rank}").write_text(repr(difference))
             run(here, path, "zero", "mmdit_debug_mup.yaml", STEPS // 2, *ZERO)
         else:

@@ -15,6 +15,7 @@ from data.storage import open_shards
 from data.write_shards import write_shards
 from launch import data_order
 from tests.helpers.forked import finished
+from tests.helpers.language_models import save
 from tests.helpers.servers import serve
 from trainer.monitor.metrics import read_metrics
 
@@ -55,6 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("buckets")
     draw_shards(path / "shards", "train", 160)
     draw_shards(path / "shards", "more", 80)
+    save("qwen3", path / "qwen3")
+    save("clip", path / "clip", ends="eos")
     start(1, "-m", "tests.distributed.buckets_checks", str(path), "no URL")
     with serve(path / "shards") as server:
         shards = open_shards(f"{server.url}/{{train,more}}-000000.tar")

@@ -118,8 +118,8 @@ def _text_conflicts(c: TrainConfig) -> Iterator[str]:
                 yield f"{key}.join is none and its pooled_width 0, so that nothing of it is used: leave it out"
     if text.total_pooled and not getattr(c.model, "pooled_text", False):
         yield (
-            f"text_encoder.pooled_width {text.total_pooled} needs a model that reads a pooled vector, which "
-            f"model.kind {c.model.kind} does not: set it to 0"
+            f"text_encoder.pooled_width {text.total_pooled} needs a model that reads a pooled vector, and model.kind "
+            f"{c.model.kind} reads the states alone: set it to 0"
         )
     if text.more and c.data.text_lengths:
         yield (

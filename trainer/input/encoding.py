@@ -52,7 +52,9 @@ def _read_one(
     identity: list[Any] = [(read.fingerprint, read.weights) if read else None]
     dist.broadcast_object_list(identity, src=0, group=world.control)
     spread(read.model if read else None, encoder.model, device, cfg.shard)
-    (encoder.fingerprint, encoder.weights), encoder.lockstep = identity[0], cfg.shard
+    encoder.fingerprint, encoder.weights = identity[0]
+    if cfg.shard:
+        encoder.mark_sharded()
     return encoder
 
 

@@ -192,7 +192,7 @@ def test_errors_name_the_encoder(options: dict[str, Any], message: str, models: 
         ({"text_encoder": {"more": [{"join": "none"}]}}, r"more\.0\.join is none and its pooled_width 0"),
         (
             {"text_encoder": {"pooled_width": 8}, "model": {"kind": "pixart"}},
-            "needs a model that reads a pooled vector",
+            "needs a model that reads a pooled vector, and model.kind pixart",
         ),
         ({"text_encoder": {"more": [{}]}, "data": {"text_lengths": [256]}}, r"does not go with text_encoder\.more"),
         ({"text_encoder": {"more": [{"widht": 8}]}}, r"text_encoder\.more\.0\.widht"),
