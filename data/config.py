@@ -212,6 +212,8 @@ class MoreTextConfig:
     """As text_encoder.thinking, of this encoder."""
     layers: tuple[int, ...] = ()
     """As text_encoder.layers, of this encoder."""
+    pad: bool = False
+    """As text_encoder.pad, of this encoder."""
     pooled_width: int = Field(default=0, ge=0)
     """As text_encoder.pooled_width, of this encoder."""
     join: Literal["tokens", "features", "none"] = "tokens"
@@ -249,6 +251,9 @@ class TextEncoderConfig:
     layers: tuple[int, ...] = ()
     """Layers whose states are taken, numbered as transformers' hidden_states (0 is the embedding, -1 the last); several
     lie behind each other along the features. Empty takes the last one."""
+    pad: bool = False
+    """Let encoder and model see the padding, as Stable Diffusion 3 does: every caption then has max_length tokens, none
+    of which is masked."""
     pooled_width: int = Field(default=0, ge=0)
     """Features of CLIP's pooled vector, where it is taken: those of all encoders together then condition the model in
     place of the mean of the states. 0 takes none."""

@@ -63,9 +63,9 @@ def twin_config(config: TrainConfig) -> dict[str, Any]:
     if model.kind == "mmdit":
         return shared | {
             "sample_size": model.pos_embed_base_size * model.patch_size,
-            "joint_attention_dim": config.text_encoder.width,
+            "joint_attention_dim": config.text_encoder.total_width,
             "caption_projection_dim": model.width,
-            "pooled_projection_dim": config.text_encoder.width,
+            "pooled_projection_dim": config.text_encoder.total_pooled or config.text_encoder.total_width,
             "pos_embed_max_size": model.pos_embed_max_size,
             "qk_norm": "rms_norm" if model.qk_norm else None,
         }
@@ -75,7 +75,7 @@ def twin_config(config: TrainConfig) -> dict[str, Any]:
             "cross_attention_dim": model.width,
             "interpolation_scale": model.pos_embed_interpolation,
             "use_additional_conditions": model.micro_conditions,
-            "caption_channels": config.text_encoder.width,
+            "caption_channels": config.text_encoder.total_width,
             "norm_eps": 1e-6,
         }
     assert model.kind == "dit", model.kind

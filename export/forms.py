@@ -31,7 +31,7 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
             )
         if model.kind == "mmdit":
             yield from unlike_sd3(model)
-        for key in ("prefix", "chat", "layers", "more", "pooled_width"):
+        for key in ("prefix", "chat", "layers", "pad", "more", "pooled_width"):
             if config.label_classes is None and getattr(config.text_encoder, key) != getattr(TextEncoderConfig, key):
                 yield (
                     "the pipelines that exports write have one text encoder, whose last states they take, and know no "

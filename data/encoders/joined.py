@@ -16,7 +16,7 @@ from ..config import TextEncoderConfig
 from ..errors import DataError
 from .text import Encoded, TextEncoder, load_text_encoder
 
-_KEY = re.compile(r"\btext_encoder\.(?=(path|subfolder|max_length|width|prefix|chat|layers|pooled_width)\b)")
+_KEY = re.compile(r"\btext_encoder\.(?=(path|subfolder|max_length|width|prefix|chat|layers|pad|pooled_width)\b)")
 
 
 class JoinedTextEncoder:

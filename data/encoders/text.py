@@ -67,8 +67,9 @@ class TextEncoder:
     state. max_length: L, the most tokens per caption. fingerprint: identifies weights, tokenizer and template, whatever
     their path. weights: their digest (see weights_digest).
     lockstep: the model is sharded over ranks, so every call must run it equally often, whatever the captions are.
-    template: the text around captions. layers: whose states are taken, as TextModelConfig.layers. pooled_width: P, the
-    features of the pooled vector, where one is taken; else 0.
+    template: the text around captions. layers: whose states are taken, as TextEncoderConfig.layers. pooled_width: P,
+    the features of the pooled vector, where one is taken; else 0. pad: whether padding is seen, as
+    TextEncoderConfig.pad.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class TextEncoder:
         template: Template | None = None,
         layers: Sequence[int] = (),
         pooled_width: int = 0,
+        pad: bool = False,
     ) -> None:
         self.model = model
-        self.template, self.layers, self.pooled_width = template, layers, pooled_width
+        self.template, self.layers, self.pooled_width, self.pad = template, layers, pooled_width, pad
         # A language model would keep its keys and values for the tokens that follow, of which there are none.
         keeps = "use_cache" in inspect.signature(model.forward).parameters
         self._options = ({"output_hidden_states": True} if layers else {}) | ({"use_cache": False} if keeps else {})
@@ -167,13 +169,14 @@ class TextEncoder:
         if self.template is None:
             tokens = self.tokenizer(
                 captions,
-                padding="longest",
+                padding="max_length" if self.pad else "longest",
                 padding_side="right",
                 truncation=True,
                 max_length=length,
                 return_tensors="pt",
             )
-            return tokens["input_ids"], tokens["attention_mask"], None
+            ids, mask = tokens["input_ids"], tokens["attention_mask"]
+            return ids, torch.ones_like(mask) if self.pad else mask, None
         rows = self.template.tokens(captions, length)
         start = len(self.template.first)
         # The last token before the caption stands for a caption without tokens.
@@ -247,7 +250,9 @@ def load_text_encoder(
     template = template_of(cfg, tokenizer)
     _check_fits(cfg, config, template)
     freeze(model, "meta" if shapes_only else device)
-    encoder = TextEncoder(model, tokenizer, cfg.width, cfg.max_length, "", template, cfg.layers, cfg.pooled_width)
+    encoder = TextEncoder(
+        model, tokenizer, cfg.width, cfg.max_length, "", template, cfg.layers, cfg.pooled_width, cfg.pad
+    )
     if not shapes_only:
         _check_states(cfg, encoder)
         encoder.fingerprint = _fingerprint(cfg, config, encoder)
@@ -328,6 +333,7 @@ def _fingerprint(cfg: TextModelConfig, config: Any, encoder: TextEncoder) -> str
     """What a default leaves as it was before there were prefixes, chats and layers is not in it."""
     probe: Any = encoder.tokenizer(_PROBE_TEXT)["input_ids"]
     more: dict[str, Any] = {"layers": list(cfg.layers)} if cfg.layers else {}
+    more |= {"pad": [encoder.tokenizer.pad_token_id, encoder.max_length]} if cfg.pad else {}
     more |= {"pooled": type(encoder.model).__name__} if cfg.pooled_width else {}
     if encoder.template is not None:
         more |= {"first": encoder.template.first, "last": encoder.template.last}

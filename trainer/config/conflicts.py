@@ -109,6 +109,8 @@ def _text_conflicts(c: TrainConfig) -> Iterator[str]:
         key = f"text_encoder.more.{number - 1}" if number else "text_encoder"
         if one.prefix and one.chat is not None:
             yield f"{key}.prefix and {key}.chat exclude each other: write what the prefix says into the chat"
+        if one.pad and (one.prefix or one.chat is not None):
+            yield f"{key}.pad does not go with {key}.prefix or chat, whose captions are never padded: set it to false"
         if one.thinking and one.chat is None:
             yield f"{key}.thinking does nothing without {key}.chat: leave it false"
         if isinstance(one, MoreTextConfig):
@@ -126,6 +128,8 @@ def _text_conflicts(c: TrainConfig) -> Iterator[str]:
             "data.text_lengths does not go with text_encoder.more, whose encoders count a caption's tokens "
             "differently: leave data.text_lengths empty"
         )
+    if text.pad and c.data.text_lengths:
+        yield "data.text_lengths shortens the padding that text_encoder.pad lets the model see: leave it empty"
     if text.chat is not None and c.data.text_lengths:
         yield (
             "data.text_lengths does not go with text_encoder.chat, whose tokens behind a caption the choice of a "

@@ -44,9 +44,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sd3(folder: Path, t5_length: int = 24) -> TextEncoderConfig:
+def sd3(folder: Path, t5_length: int = 24, pad: bool = False) -> TextEncoderConfig:
     clip: dict[str, Any] = {"path": str(folder), "max_length": 20, "width": 32, "layers": (-2,), "pooled_width": 24}
-    t5: dict[str, Any] = {"path": str(folder), "subfolder": "text_encoder_3", "max_length": t5_length, "width": 96}
+    clip["pad"] = pad
+    t5: dict[str, Any] = {
+        "path": str(folder),
+        "subfolder": "text_encoder_3",
+        "max_length": t5_length,
+        "width": 96,
+        "pad": pad,
+    }
     return TextEncoderConfig(
         **clip,
         subfolder="text_encoder",
@@ -75,7 +82,8 @@ def test_the_sizes_of_stable_diffusion_3() -> None:
 
 
 def test_as_stable_diffusion_3_encodes_prompts(models: Path) -> None:
-    """The pipeline pads, and masks nothing: each prompt by itself, at the length that T5's tokens have."""
+    """With padding, which the pipeline does not mask, all that it gives; without, the tokens of a prompt whose
+    own length the pipeline is told."""
     named: dict[str, Any] = {}
     for suffix, kind in (
         ("", CLIPTextModelWithProjection),
@@ -88,21 +96,30 @@ def test_as_stable_diffusion_3_encodes_prompts(models: Path) -> None:
     pipeline: Any = SimpleNamespace(**named, tokenizer_max_length=20, _execution_device=CPU)
     for name in ("_get_clip_prompt_embeds", "_get_t5_prompt_embeds"):
         setattr(pipeline, name, getattr(StableDiffusion3Pipeline, name).__get__(pipeline))
-    encode: Any = StableDiffusion3Pipeline.encode_prompt
+
+    @torch.no_grad()
+    def theirs(prompts: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        encode: Any = StableDiffusion3Pipeline.encode_prompt
+        given = {"do_classifier_free_guidance": False, "max_sequence_length": length}
+        found, _, pooled, _ = encode(pipeline, prompts, None, None, **given)
+        return found, pooled
+
+    padded, mask, pooled = load(sd3(models, pad=True)).encode_pooled(CAPTIONS)
+    wanted, wanted_pooled = theirs(CAPTIONS, 24)
+    assert mask.all()
+    torch.testing.assert_close(padded, wanted, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(pooled, wanted_pooled, atol=2e-5, rtol=2e-5)
+
     states, mask, pooled = load(sd3(models)).encode_pooled(CAPTIONS)
-    assert states.shape == (4, 44, 96)
-    assert pooled.shape == (4, 48)
+    assert (states.shape, pooled.shape) == ((4, 44, 96), (4, 48))
     for caption, own, own_mask, vector in zip(CAPTIONS, states, mask, pooled, strict=True):
         tokens = len(named["tokenizer"](caption)["input_ids"])
-        with torch.no_grad():
-            theirs, _, theirs_pooled, _ = encode(
-                pipeline, caption, None, None, do_classifier_free_guidance=False, max_sequence_length=tokens
-            )
-        wanted = torch.cat([theirs[0, :tokens], theirs[0, 20:]])
+        wanted, wanted_pooled = theirs(caption, tokens)
         assert own_mask.tolist() == [True] * (2 * tokens) + [False] * (44 - 2 * tokens)
-        torch.testing.assert_close(own[: 2 * tokens], wanted, atol=2e-5, rtol=2e-5)
-        assert (wanted[:tokens, 64:] == 0).all()
-        torch.testing.assert_close(vector, theirs_pooled[0], atol=2e-5, rtol=2e-5)
+        both = torch.cat([wanted[0, :tokens], wanted[0, 20:]])
+        torch.testing.assert_close(own[: 2 * tokens], both, atol=2e-5, rtol=2e-5)
+        assert (both[:tokens, 64:] == 0).all()
+        torch.testing.assert_close(vector, wanted_pooled[0], atol=2e-5, rtol=2e-5)
 
 
 def test_a_pooled_vector_beside_another_encoder(models: Path, tmp_path: Path) -> None:
@@ -152,6 +169,7 @@ def test_fingerprint_and_weights_are_of_all_encoders(models: Path, tmp_path: Pat
     )  # fmt: skip
     assert load(other).fingerprint != encoder.fingerprint
     assert load(sd3(models, t5_length=25)).fingerprint != encoder.fingerprint
+    assert load(sd3(models, pad=True)).fingerprint != encoder.fingerprint
     t5: Any = T5EncoderModel.from_pretrained(moved / "text_encoder_3", trust_remote_code=False)
     with torch.no_grad():
         t5.encoder.block[0].layer[0].SelfAttention.q.weight.view(-1)[100].neg_()
@@ -189,6 +207,11 @@ def test_errors_name_the_encoder(options: dict[str, Any], message: str, models: 
             {"text_encoder": {"more": [{"path": "here"}]}},
             r"more\.0\.path is here and text_encoder\.path none: name all",
         ),
+        (
+            {"text_encoder": {"pad": True, "chat": ""}},
+            r"text_encoder\.pad does not go with text_encoder\.prefix or chat",
+        ),
+        ({"text_encoder": {"pad": True}, "data": {"text_lengths": [256]}}, r"data\.text_lengths shortens the padding"),
         ({"text_encoder": {"more": [{"join": "none"}]}}, r"more\.0\.join is none and its pooled_width 0"),
         (
             {"text_encoder": {"pooled_width": 8}, "model": {"kind": "pixart"}},

@@ -44,7 +44,7 @@ IDENTITY |= {
 }
 IDENTITY |= {f"objective.{key}" for key in ("predict", "x_clamp", "uniform_share", "contrastive_weight")}
 IDENTITY |= {f"text_encoder.{key}" for key in ("max_length", "dropout", "width")}
-IDENTITY |= {f"text_encoder.{key}" for key in ("prefix", "chat", "thinking", "layers", "pooled_width", "more")}
+IDENTITY |= {f"text_encoder.{key}" for key in ("prefix", "chat", "thinking", "layers", "pad", "pooled_width", "more")}
 IDENTITY |= {f"autoencoder.{key}" for key in ("channels", "downsample")}
 
 
