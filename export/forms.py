@@ -19,6 +19,9 @@ def shipped(config: TrainConfig) -> ShippedConfig:
 def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
     """Why a model of this config would not compute the same in the other code base, one reason each."""
     model = shipped(config)
+    if model.route is not None and model.route.fuse == "sprint":
+        yield "no other code base has the layer of model.route.fuse sprint: sample it with launch/sample.py"
+        return
     if form == "diffusers":
         if model.kind not in TWINS:
             yield f"diffusers has no model like model.kind {model.kind}; --format official writes the official names"

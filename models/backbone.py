@@ -11,6 +11,7 @@ from .layers import Declaration
 from .model_config import ModelConfig
 from .registry import BACKBONES, class_of
 from .repa import DECLARATIONS, Projector
+from .route import DECLARATIONS as OF_ROUTE
 
 
 class Backbone(nn.Module, ABC):
@@ -32,12 +33,13 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Tensor, t: Tensor, condition: Any, features_at: int | None = None
+        self, x: Tensor, t: Tensor, condition: Any, features_at: int | None = None, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, C, H, W], t [B] in [0, 1], condition as config.condition says -> (prediction [B, O, H, W], features).
 
         O is C, or 2 C where config.learn_sigma. features: the tokens [B, N, D] after block `features_at`, projected;
-        None where features_at is None.
+        None where features_at is None. kept: int64 [B, K], the image tokens that go through the blocks of config.route,
+        rising; None: all do. It is given where the config has a route, and features in the route are those of the K.
         """
 
     @abstractmethod
@@ -80,7 +82,8 @@ def build_model(
 def declarations(config: ModelConfig, projector: ProjectorConfig | None = None) -> tuple[Declaration, ...]:
     """What the backbone, and its projector, say about their parameters' roles and init."""
     of_projector = () if projector is None else DECLARATIONS
-    return (*of_projector, *class_of(BACKBONES[config.kind].backbone).declarations(config))
+    of_route = OF_ROUTE if config.route is not None and config.route.fuse == "sprint" else ()
+    return (*of_projector, *of_route, *class_of(BACKBONES[config.kind].backbone).declarations(config))
 
 
 def kinds(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:

@@ -7,13 +7,11 @@ weighted sum.
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.config import JsonDict
 from pydantic.dataclasses import dataclass
 
-from .model_config import ModelConfig
-
-CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+from .model_config import CONFIG, ModelConfig, Route, RouteConfig
 
 _STAGED: JsonDict = {"class": "identity", "stage": True}  # a stage may change it (see trainer.config.schema)
 
@@ -31,8 +29,8 @@ LabelInitStd = Annotated[
 ]
 
 
-def check_shape(config: Any) -> None:
-    """What the backbones ask of their numbers beside the ranges of the keys."""
+def check_shape(config: Any, more_blocks: int = 0) -> None:
+    """What the backbones ask of their numbers beside the ranges of the keys. more_blocks: than model.depth."""
     if config.width % config.head_dim:
         raise ValueError(
             f"model.width {config.width} is not a multiple of model.head_dim {config.head_dim}: "
@@ -42,6 +40,24 @@ def check_shape(config: Any) -> None:
         raise ValueError(f"model.width {config.width} must be a multiple of 4 (two axes, sine and cosine)")
     if getattr(config, "time_freq_shift", 0.0) not in (0.0, 1.0):
         raise ValueError(f"model.time_freq_shift must be 0 or 1, got {config.time_freq_shift}")
+    route: RouteConfig | None = config.route
+    blocks = config.depth + more_blocks
+    if route is not None and not route.start < route.end < blocks:
+        raise ValueError(
+            f"model.route from {route.start} to {route.end} does not fit {blocks} blocks: start must be less than end, "
+            "and end less than that, because the last block sees all tokens"
+        )
+
+
+def _by_tokens(route: RouteConfig | None, blocks: int, tokens: int, kept: int | None) -> list[tuple[int, int]]:
+    """(how many of the blocks, how many image tokens they see): outside the route, and in it."""
+    inside = 0 if route is None else route.end - route.start
+    return [(blocks - inside, tokens), (inside, tokens if kept is None else kept)]
+
+
+def _fuse(config: ModelConfig, tokens: int) -> int:
+    """Multiply-adds of the layer that ends the route."""
+    return tokens * 2 * config.width**2 if config.route and config.route.fuse == "sprint" else 0
 
 
 def _stream(config: ModelConfig) -> int:
@@ -90,6 +106,7 @@ class MMDiTConfig:
     mlp: Literal["gelu", "swiglu"] = "gelu"
     """MLP of the blocks: `gelu`, or `swiglu`, whose hidden features a gate multiplies (Shazeer, arXiv 2002.05202). Its
     three matrices have about as many weights as the two of `gelu`: 2/3 as many hidden features."""
+    route: Route = None
 
     def __post_init__(self) -> None:
         check_shape(self)
@@ -115,19 +132,29 @@ class MMDiTConfig:
                 f"data.resolution {resolution} gives {side} tokens a side, more than "
                 f"model.pos_embed_max_size {self.pos_embed_max_size}"
             )
+        double = self.depth - self.single_depth
+        if self.route is not None and self.single_depth and self.route.end > double:
+            yield (
+                f"model.route.end {self.route.end} is among the blocks of model.single_depth {self.single_depth}, in "
+                f"which image and text are one sequence: end it after block {double} at the latest"
+            )
 
-    def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+    def multiply_adds(
+        self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int, kept: int | None = None
+    ) -> int:
         """See ModelConfig."""
         d, n, length = self.width, image_tokens, text_tokens
         stream = 4 * d * d + (3 if self.mlp == "swiglu" else 2) * d * self.mlp_hidden
-        full_block = (n + length) * stream + (n + length) ** 2 * 2 * d + 2 * 6 * d * d
+        full_blocks = sum(
+            times * ((m + length) * stream + (m + length) ** 2 * 2 * d + 2 * 6 * d * d)
+            for times, m in _by_tokens(self.route, self.depth - max(1, self.single_depth), n, kept)
+        )
         last_block = n * stream + length * 2 * d * d + n * (n + length) * 2 * d + (6 + 2) * d * d
         single_block = (n + length) * stream + (n + length) ** 2 * 2 * d + 3 * d * d
         patch = in_channels * self.patch_size**2
         ends = n * patch * d * 2 + length * text_width * d + (256 + text_width + 2 * d) * d + 2 * d * d
-        if self.single_depth:
-            return (self.depth - self.single_depth) * full_block + self.single_depth * single_block + ends
-        return (self.depth - 1) * full_block + last_block + ends
+        last_blocks = self.single_depth * single_block if self.single_depth else last_block
+        return full_blocks + last_blocks + ends + _fuse(self, n)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -157,6 +184,7 @@ class DiTConfig:
     """Initial weights of linear layers: `fan_in` normals as the muP paper's DiT, or `xavier_uniform` as the original,
     with 0.02 in the time MLP."""
     label_init_std: LabelInitStd = 1.0
+    route: Route = None
 
     def __post_init__(self) -> None:
         check_shape(self)
@@ -165,12 +193,17 @@ class DiTConfig:
         """None: positions are computed for any grid."""
         yield from ()
 
-    def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+    def multiply_adds(
+        self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int, kept: int | None = None
+    ) -> int:
         """See ModelConfig."""
         d, n, patch = self.width, image_tokens, in_channels * self.patch_size**2
-        block = n * _stream(self) + n * n * 2 * d + 6 * d * d
+        blocks = sum(
+            times * (m * _stream(self) + m * m * 2 * d + 6 * d * d)
+            for times, m in _by_tokens(self.route, self.depth, n, kept)
+        )
         ends = n * patch * d * (2 + self.learn_sigma) + (256 + d) * d + 2 * d * d
-        return self.depth * block + ends
+        return blocks + ends + _fuse(self, n)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -202,6 +235,7 @@ class PixArtConfig:
     """Image pixels along a side of a latent pixel, for the size of an image that comes without one."""
     time_freq_shift: float = Field(default=0.0, ge=0, le=1)
     """The time's frequencies are 10000^(-i / (128 - shift)): 0 as published, 1 as in diffusers."""
+    route: Route = None
 
     def __post_init__(self) -> None:
         check_shape(self)
@@ -215,15 +249,19 @@ class PixArtConfig:
         """None: positions are computed for any grid."""
         yield from ()
 
-    def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+    def multiply_adds(
+        self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int, kept: int | None = None
+    ) -> int:
         """See ModelConfig."""
         d, n, length, patch = self.width, image_tokens, text_tokens, in_channels * self.patch_size**2
-        cross = (n + length) * 2 * d * d + n * length * 2 * d  # q and out of the image, k and v of the text
-        block = n * _stream(self) + n * n * 2 * d + cross
+        blocks = sum(  # in cross-attention q and out of the image, k and v of the text
+            times * (m * _stream(self) + m * m * 2 * d + (m + length) * 2 * d * d + m * length * 2 * d)
+            for times, m in _by_tokens(self.route, self.depth, n, kept)
+        )
         time = (256 + d) * d + 6 * d * d
         size = 3 * (256 + d // 3) * (d // 3) if self.micro_conditions else 0  # height, width, aspect ratio
         text = length * (text_width + d) * d
-        return self.depth * block + n * patch * d * (2 + self.learn_sigma) + time + size + text
+        return blocks + n * patch * d * (2 + self.learn_sigma) + time + size + text + _fuse(self, n)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -259,11 +297,17 @@ class UViTConfig:
     time_freq_shift: float = Field(default=0.0, ge=0, le=1)
     """The time's frequencies are 10000^(-i / (width / 2 - shift))."""
     label_init_std: LabelInitStd = 1.0
+    route: Route = None
 
     def __post_init__(self) -> None:
-        check_shape(self)
+        check_shape(self, more_blocks=1)
         if self.depth % 2:
             raise ValueError(f"model.depth {self.depth} must be even: half before the middle block, half after it")
+        if self.route is not None and self.route.end != (end := self.depth + 1 - self.route.start):
+            raise ValueError(
+                f"model.route.end {self.route.end} must be {end} with start {self.route.start}, as far from the last "
+                "block as that from the first: a long skip joins blocks that see the same tokens"
+            )
 
     def conflicts(self, resolution: int, side: int, text_length: int) -> Iterator[str]:
         """Images or captions that the learned positions do not fit."""
@@ -275,16 +319,19 @@ class UViTConfig:
         if self.condition == "text" and text_length > self.text_length:
             yield f"text_encoder.max_length {text_length} is more than model.text_length {self.text_length}"
 
-    def multiply_adds(self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int) -> int:
+    def multiply_adds(
+        self, in_channels: int, text_width: int, image_tokens: int, text_tokens: int, kept: int | None = None
+    ) -> int:
         """See ModelConfig."""
         d, n, patch = self.width, image_tokens, in_channels * self.patch_size**2
-        tokens = n + 1 + (text_tokens if self.condition == "text" else 1)
-        block = tokens * _stream(self) + tokens**2 * 2 * d
-        skips = self.depth // 2 * tokens * 2 * d * d
+        others = 1 + (text_tokens if self.condition == "text" else 1)
+        parts = [(times, m + others) for times, m in _by_tokens(self.route, self.depth + 1, n, kept)]
+        blocks = sum(times * (m * _stream(self) + m * m * 2 * d) for times, m in parts)
+        skips = sum(times // 2 * m * 2 * d * d for times, m in parts)  # the middle block has none
         text = text_tokens * text_width * d if self.condition == "text" else 0
         time = 8 * d * d if self.time_mlp else 0
         conv = n * self.patch_size**2 * in_channels**2 * 9 if self.final_conv else 0
-        return (self.depth + 1) * block + skips + n * patch * d * 2 + text + time + conv
+        return blocks + skips + n * patch * d * 2 + text + time + conv + _fuse(self, n + others)
 
 
 ShippedConfig = MMDiTConfig | DiTConfig | PixArtConfig | UViTConfig  # for code that knows the kinds one by one

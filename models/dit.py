@@ -26,6 +26,7 @@ from .layers import (
     time_sinusoids,
     unpatchify,
 )
+from .route import ends, keep, rejoin
 
 
 class Block(nn.Module):
@@ -61,6 +62,7 @@ class DiT(Backbone):
             "label": ("label_embed.*",),
             "time": ("time_embed.*",),
             "patch": ("patch_embed.*",),
+            "skip": ("rejoin.*",),
             "final": ("final_modulation.*", "final.*"),
         }
     )
@@ -77,6 +79,7 @@ class DiT(Backbone):
         self.final_modulation = nn.Linear(d, 2 * d)
         self.final = OutputLinear(d, patch * patch * out_channels)
         self.projector = nn.Identity()
+        self.rejoin = rejoin(config.route, d)
 
     def fill_buffers(self) -> None:
         """No buffers: positions are computed for the grid at hand."""
@@ -101,10 +104,15 @@ class DiT(Backbone):
         )
 
     def forward(
-        self, x: Tensor, t: Tensor, condition: ClassCondition, features_at: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: ClassCondition,
+        features_at: int | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, C, h P, w P], t [B] in [0, 1] (step / 1000) -> prediction [B, O, h P, w P], and the tokens after block
-        `features_at`."""
+        """x [B, C, h P, w P], t [B] in [0, 1] (step / 1000), kept [B, K] of the tokens -> prediction [B, O, h P, w P],
+        and the tokens after block `features_at`."""
         config, dtype = self.config, self.patch_embed.weight.dtype
         height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
 
@@ -114,11 +122,16 @@ class DiT(Backbone):
         time = self.time_embed(time_sinusoids(t, config.time_freq_shift).to(dtype))  # [B, D]
         c = F.silu(time + self.label_embed(condition.labels))  # [B, D]
 
-        features = None
+        features, before = None, tokens
+        first, last = ends(config.route, kept)
         for number, block in enumerate(self.blocks):
-            tokens = block(tokens, c)  # [B, N, D]
+            if number == first:
+                before, tokens = tokens, keep(tokens, kept)  # [B, N, D], [B, K, D]
+            tokens = block(tokens, c)  # [B, N or K, D]
             if number == features_at:
                 features = self.projector(tokens)
+            if number == last:
+                tokens = self.rejoin(before, tokens, kept)  # [B, N, D]
         shift, scale = self.final_modulation(c).chunk(2, dim=-1)  # 2 x [B, D]
         patches = self.final(modulate(tokens, shift, scale))  # [B, N, P P O]
         return unpatchify(patches, config.patch_size, height, width), features

@@ -12,11 +12,21 @@ def forward_flops(
     text_tokens: int,
     projector: ProjectorConfig | None = None,
     pooled_width: int = 0,
+    features_at: int | None = None,
+    routed: bool = False,
 ) -> int:
-    """FLOPs of one image's forward pass: matrix products and attention; elementwise work is left out."""
-    macs = config.multiply_adds(in_channels, text_width, image_tokens, text_tokens)
+    """FLOPs of one image's forward pass: matrix products and attention; elementwise work is left out.
+
+    projector: of the tokens after block features_at (from 0). pooled_width: of the text's pooled vector, where the
+    model reads one. routed: as in training, where the blocks of the config's route see a part of the image tokens.
+    """
+    route = config.route if routed else None
+    kept = None if route is None else route.kept(image_tokens)
+    macs = config.multiply_adds(in_channels, text_width, image_tokens, text_tokens, kept)
     if pooled_width:  # of which the first layer is not as wide as that of the states' mean
         macs += (pooled_width - text_width) * config.width
+    if route is not None and kept is not None and features_at is not None and features_at in route.blocks:
+        image_tokens = kept
     if projector is not None:
         hidden = projector.hidden
         macs += image_tokens * hidden * (config.width + hidden + projector.features)

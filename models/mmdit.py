@@ -38,6 +38,7 @@ from .layers import (
     time_sinusoids,
     unpatchify,
 )
+from .route import ends, keep, rejoin
 
 
 class Modulation(NamedTuple):
@@ -57,8 +58,18 @@ def head_norm(config: MMDiTConfig) -> nn.Module:
 
 
 def place(q: Tensor, k: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q [B, N, H, K] and k [B, M, H, K] with RoPE by places [M, 2] of the keys, the first N of them the queries'."""
-    return (q, k) if places is None else (rotate(q, places[: q.shape[1]]), rotate(k, places))
+    """q [B, N, H, K] and k [B, M, H, K] with RoPE by places [M, 2] or [B, M, 2] of the keys, the first N of them
+    the queries'."""
+    return (q, k) if places is None else (rotate(q, places[..., : q.shape[1], :]), rotate(k, places))
+
+
+def keep_places(places: Tensor | None, kept: Tensor, image_tokens: int) -> Tensor | None:
+    """Places [N + L, 2] of all tokens -> [B, K + L, 2] of those that go through a route. kept: [B, K] of the N tokens
+    of the image."""
+    if places is None:
+        return None
+    text = places[image_tokens:]  # [L, 2]
+    return torch.cat([places[kept], text.expand(len(kept), -1, -1)], dim=1)
 
 
 def block_mlp(config: MMDiTConfig) -> nn.Module:
@@ -213,6 +224,7 @@ class MMDiT(Backbone):
             "image": ("blocks.*.image.*",),
             "time": ("time_embed.*",),
             "patch": ("patch_embed.*",),
+            "skip": ("rejoin.*",),
             "final": ("final_modulation.*", "final.*"),
         }
     )
@@ -234,6 +246,7 @@ class MMDiT(Backbone):
         self.projector = nn.Identity()
         if config.positions == "sincos":
             self.register_buffer("axis_table", torch.empty(config.pos_embed_max_size, d // 2), persistent=False)
+        self.rejoin = rejoin(config.route, d)
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
@@ -267,9 +280,15 @@ class MMDiT(Backbone):
         )
 
     def forward(
-        self, x: Tensor, t: Tensor, condition: TextCondition | PooledTextCondition, features_at: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: TextCondition | PooledTextCondition,
+        features_at: int | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, C, h P, w P], t [B] in [0, 1] -> prediction like x, and the image tokens after block `features_at`."""
+        """x [B, C, h P, w P], t [B] in [0, 1], kept [B, K] of the image tokens -> prediction like x, and the image
+        tokens after block `features_at`."""
         config, dtype = self.config, self.patch_embed.weight.dtype
         height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
         states, mask = condition.states.to(dtype), condition.mask  # [B, L, E], [B, L]
@@ -288,17 +307,24 @@ class MMDiT(Backbone):
         c = self.time_embed(time_sinusoids(t, config.time_freq_shift).to(dtype)) + self.pooled_embed(pooled)
         c = F.silu(c)  # [B, D]
         y = self.text_embed(states)  # [B, L, D]
-        seen = visible(mask, before=tokens.shape[1])
+        seen = seen_by_all = visible(mask, before=tokens.shape[1])
 
-        features = None
+        features, before, places_of_all = None, tokens, places
+        first, last = ends(config.route, kept)
         for number, block in enumerate(self.blocks):
+            if number == first and kept is not None:
+                before, tokens = tokens, keep(tokens, kept)  # [B, N, D], [B, K, D]
+                seen, places = visible(mask, before=tokens.shape[1]), keep_places(places_of_all, kept, height * width)
             if isinstance(block, SingleBlock):
                 tokens = tokens if y is None else torch.cat([tokens, y], dim=1)  # [B, N + L, D]
                 tokens, y = block(tokens, c, seen, places), None  # [B, N + L, D]
             else:
-                tokens, y = block(tokens, y, c, seen, places)  # [B, N, D], [B, L, D]
+                tokens, y = block(tokens, y, c, seen, places)  # [B, N or K, D], [B, L, D]
             if number == features_at:
                 features = self.projector(tokens[:, : height * width])
+            if number == last:
+                tokens, seen = self.rejoin(before, tokens, kept), seen_by_all  # [B, N, D]
+                places = places_of_all
         tokens = tokens[:, : height * width]  # [B, N, D]
         scale, shift = self.final_modulation(c).chunk(2, dim=-1)  # 2 x [B, D], scale first as in SD3
         patches = self.final(modulate(tokens, shift, scale))  # [B, N, P P C]

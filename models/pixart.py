@@ -35,6 +35,7 @@ from .layers import (
     time_sinusoids,
     unpatchify,
 )
+from .route import ends, keep, rejoin
 
 
 class CrossAttention(nn.Module):
@@ -89,6 +90,7 @@ class PixArt(Backbone):
             "text": ("text_embed.*", "blocks.*.cross_attention.kv.*"),
             "time": ("time_embed.*",),
             "patch": ("patch_embed.*",),
+            "skip": ("rejoin.*",),
             "final": ("scale_shift_table", "final.*"),
         }
     )
@@ -109,6 +111,7 @@ class PixArt(Backbone):
         self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
         self.final = OutputLinear(d, patch * patch * out_channels)
         self.projector = nn.Identity()
+        self.rejoin = rejoin(config.route, d)
 
     def fill_buffers(self) -> None:
         """No buffers: positions are computed for the grid at hand."""
@@ -154,10 +157,15 @@ class PixArt(Backbone):
         return torch.cat([sizes, self.aspect_embed(sinusoids(aspect).to(dtype))], dim=-1)  # [B, D]
 
     def forward(
-        self, x: Tensor, t: Tensor, condition: TextCondition | SizedTextCondition, features_at: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: TextCondition | SizedTextCondition,
+        features_at: int | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, C, h P, w P], t [B] in [0, 1] (step / 1000) -> prediction [B, O, h P, w P], and the image tokens
-        after block `features_at`."""
+        """x [B, C, h P, w P], t [B] in [0, 1] (step / 1000), kept [B, K] of the image tokens -> prediction
+        [B, O, h P, w P], and the image tokens after block `features_at`."""
         config, dtype = self.config, self.patch_embed.weight.dtype
         height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
         extent = config.pos_embed_base_size / config.pos_embed_interpolation
@@ -172,13 +180,20 @@ class PixArt(Backbone):
         y = self.text_embed(condition.states.to(dtype))  # [B, L, D]
         mask = condition.mask
         # Softmax over nothing is NaN, which a weight of 0 does not undo: a row without tokens attends to its padding.
-        seen = visible_from(tokens, visible(mask | ~mask.any(1, keepdim=True)))
+        text = visible(mask | ~mask.any(1, keepdim=True))
+        seen = seen_by_all = visible_from(tokens, text)
 
-        features = None
+        features, before = None, tokens
+        first, last = ends(config.route, kept)
         for number, block in enumerate(self.blocks):
-            tokens = block(tokens, y, modulation, seen)  # [B, N, D]
+            if number == first:
+                before, tokens = tokens, keep(tokens, kept)  # [B, N, D], [B, K, D]
+                seen = visible_from(tokens, text)
+            tokens = block(tokens, y, modulation, seen)  # [B, N or K, D]
             if number == features_at:
                 features = self.projector(tokens)
+            if number == last:
+                tokens, seen = self.rejoin(before, tokens, kept), seen_by_all  # [B, N, D]
         shift, scale = (self.scale_shift_table + c[:, None]).unbind(1)  # 2 x [B, D]
         patches = self.final(modulate(tokens, shift, scale))  # [B, N, P P O]
         return unpatchify(patches, config.patch_size, height, width), features

@@ -24,6 +24,7 @@ from .layers import (
     time_sinusoids,
     unpatchify,
 )
+from .route import ends, keep, rejoin
 
 NORM_EPS = 1e-5  # as published; the other backbones have 1e-6
 
@@ -72,7 +73,7 @@ class UViT(Backbone):
             "label": ("label_embed.*",),
             "time": ("time_embed.*",),
             "patch": ("patch_embed.*",),
-            "skip": ("out_blocks.*.skip.*",),
+            "skip": ("out_blocks.*.skip.*", "rejoin.*"),
             "final": ("norm.*", "final.*", "final_conv.*"),
         }
     )
@@ -95,6 +96,7 @@ class UViT(Backbone):
         self.out_blocks = nn.ModuleList([SkipBlock(config) for _ in range(half)])
         self.norm = nn.LayerNorm(d, eps=NORM_EPS)
         self.final = OutputLinear(d, patch * patch * in_channels)
+        self.rejoin = rejoin(config.route, d)
         if config.final_conv:
             self.final_conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
 
@@ -145,10 +147,15 @@ class UViT(Backbone):
         return grid[top : top + height, left : left + width].flatten(0, 1)
 
     def forward(
-        self, x: Tensor, t: Tensor, condition: ClassCondition | TextCondition, features_at: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: ClassCondition | TextCondition,
+        features_at: int | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, C, h P, w P], t [B] in [0, 1] (step / 1000) -> prediction like x, and the image tokens after block
-        `features_at` (in the order of shard_units)."""
+        """x [B, C, h P, w P], t [B] in [0, 1] (step / 1000), kept [B, K] of the image tokens -> prediction like x, and
+        the image tokens after block `features_at` (in the order of shard_units)."""
         config, dtype = self.config, self.patch_embed.weight.dtype
         height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
 
@@ -160,23 +167,39 @@ class UViT(Backbone):
         extras = 1 + given.shape[1]
         positions = torch.cat([self.pos_embed[:extras], self.image_positions(height, width)])  # [T, D]
         tokens = torch.cat([time[:, None], given, patches], dim=1) + positions  # [B, T, D]
-        seen, image = None, slice(extras, None)
+        seen, image = None, slice(extras, extras + patches.shape[1])
         if text_mask is not None:
             # The text goes to the end, because a packed row has its padding there.
-            tokens, image = tokens.roll(-extras, dims=1), slice(patches.shape[1])
+            tokens, image = tokens.roll(-extras, dims=1), slice(0, patches.shape[1])
             seen = visible(text_mask, before=patches.shape[1] + 1)
 
         features, skipped, half = None, [], config.depth // 2
+        first, last = ends(config.route, kept)
+        places = None if kept is None else places_of(kept, image, tokens.shape[1])  # [B, T'], T' = T - N + K
+        before, seen_by_all, image_of_all = tokens, seen, image
         for number, block in enumerate(self.shard_units()):
+            if number == first:
+                before, tokens = tokens, keep(tokens, places)  # [B, T, D], [B, T', D]
+                image = slice(image.start, image.start + tokens.shape[1] - extras)
+                seen = None if text_mask is None else visible(text_mask, before=image.stop + 1)
             if number <= half:
-                tokens = block(tokens, seen)  # [B, T, D]
+                tokens = block(tokens, seen)  # [B, T or T', D]
             else:
-                tokens = block(tokens, seen, skipped.pop())  # [B, T, D]
+                tokens = block(tokens, seen, skipped.pop())  # [B, T or T', D]
             if number < half:
                 skipped.append(tokens)
             if number == features_at:
                 features = tokens[:, image]
+            if number == last:
+                tokens, seen, image = self.rejoin(before, tokens, places), seen_by_all, image_of_all  # [B, T, D]
         prediction = unpatchify(self.final(self.norm(tokens[:, image])), config.patch_size, height, width)
         if config.final_conv:
             prediction = self.final_conv(prediction)  # [B, C, h P, w P]
         return prediction, features
+
+
+def places_of(kept: Tensor, image: slice, count: int) -> Tensor:
+    """Where in a row of `count` tokens, of which `image` are the image's, the kept ones [B, K] and all others lie:
+    [B, count - N + K]."""
+    row = torch.arange(count, device=kept.device).expand(len(kept), -1)  # [B, T]
+    return torch.cat([row[:, : image.start], kept + image.start, row[:, image.stop :]], dim=1)

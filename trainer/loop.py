@@ -17,7 +17,7 @@ from .recovery.watchdog import Watchdog
 from .rollback import check_health, go_back
 from .run import Run
 from .state import StepSums, Totals, TrainState
-from .step import Alignment, Encoded, MicroBatch, Objective, micro_batch_losses
+from .step import Alignment, Encoded, MicroBatch, Objective, Route, micro_batch_losses
 
 
 def train(run: Run) -> str:
@@ -146,6 +146,7 @@ def forward_backward(
     encoded: Encoded,
     features: Tensor | None = None,
     *,
+    route: Route | None = None,
     last: bool,
 ) -> Tensor:
     """The passes of a micro-batch: adds up its gradients, times `scale`, and returns its packed StepSums. features:
@@ -154,7 +155,8 @@ def forward_backward(
     All of it runs on the device, and between micro-batches of a shape nothing differs but the tensors: it can be
     recorded as a CUDA graph.
     """
-    losses = micro_batch_losses(engine.model, objective, None if features is None else alignment, encoded, features)
+    alignment = None if features is None else alignment
+    losses = micro_batch_losses(engine.model, objective, alignment, encoded, features, route)
     engine.backward(scale * losses.total, last)
     return StepSums.of_micro_batch(losses, encoded).packed()
 

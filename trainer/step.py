@@ -56,6 +56,14 @@ class Alignment(Protocol):
     def losses(self, projected: Tensor, features: Tensor) -> Tensor: ...
 
 
+class Route(Protocol):
+    """Blocks that see a part of the image tokens; see trainer.diffusion.route.Route."""
+
+    @property
+    def blocks(self) -> range: ...
+    def kept(self, x0: Tensor, keys: Tensor) -> Tensor: ...
+
+
 class MicroBatchLosses(NamedTuple):
     """The losses of b rows. `loss`, `repa_loss` and `total` are scalars: sums over the rows, times their weights."""
 
@@ -76,16 +84,20 @@ def micro_batch_losses(
     alignment: Alignment | None,
     encoded: Encoded,
     features: Tensor | None = None,
+    route: Route | None = None,
 ) -> MicroBatchLosses:
-    """The forward pass. features: what the alignment compares with, see Alignment.features."""
+    """The forward pass. features: what the alignment compares with, see Alignment.features. route: the model's."""
     draw = objective.draw(encoded.x0, encoded.keys)
     features_at = None if alignment is None else alignment.features_at
-    prediction, projected = model(draw.x_t, draw.t, encoded.condition, features_at=features_at)
+    routed = {} if route is None else {"kept": route.kept(encoded.x0, encoded.keys)}  # [b, K]
+    prediction, projected = model(draw.x_t, draw.t, encoded.condition, features_at=features_at, **routed)
     per_sample = objective.loss(prediction, draw, encoded.weight)  # [b]
     total = loss = (encoded.weight * per_sample).sum()
     repa_loss = torch.zeros_like(loss)
     if alignment is not None:
         assert features is not None
+        if route is not None and features_at in route.blocks:
+            features = torch.take_along_dim(features, routed["kept"][..., None], dim=1)  # [b, K, F]
         repa_loss = (encoded.weight * alignment.losses(projected, features)).sum()
         total = loss + alignment.weight * repa_loss
     return MicroBatchLosses(loss, repa_loss, total, draw, per_sample)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from models.backbone import build_model, declarations, kinds, out_channels
 from models.configs import DiTConfig, MMDiTConfig, PixArtConfig, ProjectorConfig, UViTConfig
 from models.layers import ClassCondition, TextCondition
-from models.model_config import ModelConfig
+from models.model_config import ModelConfig, RouteConfig
+from trainer.diffusion.random import subset
 from trainer.diffusion.repa import Alignment
 from trainer.mup.apply import apply_multipliers, build_table, init_parameters
 from trainer.mup.rules import Settings
@@ -296,6 +297,9 @@ class Case:
         mask[0, 3:] = False
         labels = torch.randint(CLASSES + 1, (4,), generator=generator)
         condition = TextCondition(states, mask) if config.condition == "text" else ClassCondition(labels)
+        if config.route is not None:
+            kept = subset(torch.arange(4) + 4 * step, 16, config.route.kept(16), "route")  # of 4 x 4 tokens
+            return F.mse_loss(model(x, t, condition, kept=kept)[0], target)
         if self.projector is None:
             return F.mse_loss(model(x, t, condition)[0], target)
         features = draw(4, 16, self.projector.features)  # of 4 x 4 tokens
@@ -361,3 +365,22 @@ REPA_CASES = {
     name: replace(CASES[name], snapshot={**CASES[name].snapshot, **ALIGNED}, projector=PROJECTOR)
     for name in ("mmdit", "dit", "pixart")
 }
+
+JOINED = {  # what a fused route adds; fan_in 2 x 48
+    "rejoin.mask_token": vector(0.02),
+    **linear("rejoin.linear", xavier("hidden", 2 * 48, 48)),
+}
+
+
+def routed(name: str) -> Case:
+    """A case one of whose blocks sees half of the tokens, and whose tokens are fused after it."""
+    case, start = CASES[name], int(name.startswith("uvit"))
+    route = RouteConfig(share=0.5, start=start, end=start + 1, fuse="sprint")
+
+    def config(width: int, adaln: AdaLN) -> ModelConfig:
+        return replace(case.config(width, adaln), route=route)
+
+    return replace(case, config=config, snapshot={**case.snapshot, **JOINED})
+
+
+ROUTED_CASES = {name: routed(name) for name in CASES}

@@ -137,6 +137,19 @@ def test_x_does_not_depend_on_the_width(world: World) -> None:
     assert report.verdict == "passed", report.reason
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_route_does_not_depend_on_the_width(backbone: str, world: World) -> None:
+    """Half of the tokens skip a block and are fused again; beside SP that does the same."""
+    end = 2 if backbone.startswith("uvit") else 1
+    route = {"share": 0.5, "start": end - 1, "end": end, "fuse": "sprint"}
+    keys = [f"model.route.{key}={value}" for key, value in route.items()]
+    control = sweep(world, backbone, *keys, "mup.parametrization=sp", widths=NARROW)
+    report = judge(sweep(world, backbone, *keys, widths=NARROW, seeds=2), control)
+    assert report.verdict == "passed", report.reason
+    table = build_mup_table(configured(backbone, WIDTHS[0], 0, *keys))
+    assert slopes(report, "update").keys() == table.rows.keys(), "a parameter never moved"
+
+
 def test_sp_fails_and_the_worst_are_hidden(sound: tuple[str, Judgement, Measured]) -> None:
     """Judged by the same thresholds, the SP control is a failure that names hidden weights."""
     backbone, report, control = sound

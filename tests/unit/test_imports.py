@@ -50,7 +50,7 @@ CONFIG = (
 ROOMS: dict[str, Room] = {
     "models": Room(("torch",), ("models",), ("torch.distributed",)),
     "models.configs": Room(("pydantic",), ("models.model_config",)),
-    "models.model_config": Room((), ()),
+    "models.model_config": Room(("pydantic",), ()),
     "models.registry": Room((), ("models.model_config",)),
     "data": Room(DATA_PACKAGES, ("data",), ("torch.distributed",)),
     "data.config": Room(("pydantic",), ("data.errors", "data.redaction")),

@@ -19,6 +19,7 @@ from ..diffusion.ddpm import DDPM
 from ..diffusion.ddpm_sampling import DDPMSampler
 from ..diffusion.flow import RectifiedFlow
 from ..diffusion.repa import Alignment
+from ..diffusion.route import Route
 from ..diffusion.sampling import Euler, Sampler
 from ..errors import ConfigError
 from ..input.encoding import Encoders
@@ -192,6 +193,12 @@ def build_alignment(config: TrainConfig, encoders: Encoders) -> Alignment | None
     if not objective.repa_weight:
         return None
     return Alignment(objective.repa_weight, objective.repa_layer - 1, encoders.features, objective.repa_until)
+
+
+def build_route(config: TrainConfig) -> Route | None:
+    """The route of the image tokens in training, where the model has one."""
+    route = config.model.route
+    return None if route is None else Route(config.model.patch_size, route.kept, route.blocks)
 
 
 def build_sampler(config: TrainConfig, resolved: Resolved) -> Sampler:

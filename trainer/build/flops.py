@@ -14,7 +14,8 @@ def image_flops(
     """True FLOPs of one image in a forward and a backward pass, which costs twice the forward; nothing is recomputed.
 
     text_tokens: of its caption, or a mean over images; the full length by default. bucket: of the image; by default the
-    square of data.resolution. aligned: with REPA, where the config has it.
+    square of data.resolution. aligned: with REPA, where the config has it. Blocks of model.route see
+    the tokens that go through them.
     """
     text = config.text_encoder
     return 3 * forward_flops(
@@ -25,6 +26,8 @@ def image_flops(
         text.total_length if text_tokens is None else round(text_tokens),
         config.projector if aligned else None,
         text.total_pooled,
+        config.objective.repa_layer - 1,
+        routed=True,
     )
 
 

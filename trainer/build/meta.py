@@ -40,4 +40,7 @@ def meta_inputs(config: TrainConfig, rows: int) -> tuple[Any, ...]:
                 condition = SizedTextCondition(states, mask, torch.empty(rows, 2))
             elif text.total_pooled:
                 condition = PooledTextCondition(states, mask, torch.empty(rows, text.total_pooled, dtype=dtype))
-        return x, t, condition, None if config.projector is None else config.objective.repa_layer - 1
+        features_at = None if config.projector is None else config.objective.repa_layer - 1
+        if (route := config.model.route) is None:
+            return x, t, condition, features_at
+        return x, t, condition, features_at, torch.empty(rows, route.kept(config.image_tokens), dtype=torch.int64)

@@ -12,7 +12,7 @@ from ..loop import forward_backward
 from ..parallel.cuda_graph import CUDAGraphs, CUDARecorder, Recorder
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
-from ..step import Alignment, Objective
+from ..step import Alignment, Objective, Route
 
 
 def graph_recorder(config: TrainConfig, world: World) -> Recorder | None:
@@ -25,10 +25,15 @@ def graph_recorder(config: TrainConfig, world: World) -> Recorder | None:
 
 
 def build_passes(
-    engine: Engine, objective: Objective, alignment: Alignment | None, scale: float, recorder: Recorder | None
+    engine: Engine,
+    objective: Objective,
+    alignment: Alignment | None,
+    route: Route | None,
+    scale: float,
+    recorder: Recorder | None,
 ) -> Callable[..., Tensor]:
     """Run.passes. scale: a factor on the losses."""
-    passes = partial(forward_backward, engine, objective, alignment, scale)
+    passes = partial(forward_backward, engine, objective, alignment, scale, route=route)
     if recorder is None:
         return passes
     # On one process, the only place for graphs, nothing is reduced, so that no micro-batch is the last one.

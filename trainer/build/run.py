@@ -52,7 +52,7 @@ from ..run import Intervals, Plan, Run
 from ..state import TrainState
 from ..step import MicroBatch
 from .attention import attention_choice, describe
-from .engine import base_rates, build_alignment, build_engine, build_objective, units_of
+from .engine import base_rates, build_alignment, build_engine, build_objective, build_route, units_of
 from .float8 import check_fp8_is_compiled
 from .flops import image_flops
 from .inputs import Inputs, open_inputs
@@ -342,7 +342,7 @@ def _assemble(
         ema=ema,
         health=Health(watched, replicas=world.size // inputs.resolved.shard),
         timer=timer,
-        passes=build_passes(engine, objective, alignment, scale, recorder),
+        passes=build_passes(engine, objective, alignment, build_route(config), scale, recorder),
         alignment=alignment,
         lr=partial(_learning_rate, inputs.stage),
         batches=partial(_batches, inputs, state, timer),

@@ -67,6 +67,11 @@ def _model_conflicts(c: TrainConfig) -> Iterator[str]:
             f"mup.base_depth does not fit model.kind {c.model.kind}, which is not deep by residual branches alone: "
             "no scale of branches makes it independent of depth; leave it null"
         )
+    if c.mup.base_depth is not None and c.model.route is not None and c.model.route.fuse == "sprint":
+        yield (
+            "mup.base_depth does not fit model.route.fuse sprint, whose layer stands in the residual stream itself: "
+            "leave one of them out"
+        )
 
 
 def _step_conflicts(c: TrainConfig) -> Iterator[str]:

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective, units_of
+from ..build.engine import (
+    build_alignment,
+    build_engine,
+    build_mup_table,
+    build_objective,
+    build_route,
+    units_of,
+)
 from ..config.load import load_config
 from ..config.resolve import compiles, resolve
 from ..config.schema import TrainConfig
@@ -60,11 +67,11 @@ def build_subject(config: TrainConfig, world: World, table: MuTable | None = Non
     objective = build_objective(config, resolved)
     _, (batch,) = next(iter(TrainingData(config, resolved, world).batches(0)))
     encoders = Encoders(config, world)
-    encoded, alignment = encoders.encode(batch), build_alignment(config, encoders)
+    encoded, alignment, route = encoders.encode(batch), build_alignment(config, encoders), build_route(config)
     features = alignment and alignment.features(batch)
 
     def loss() -> Tensor:
-        losses = micro_batch_losses(engine.model, objective, alignment, encoded, features)
+        losses = micro_batch_losses(engine.model, objective, alignment, encoded, features, route)
         return losses.total / config.train.global_batch_size
 
     def update(value: Tensor) -> None:

@@ -21,6 +21,7 @@ PURPOSES = {
     "features": 0x66656174,
     "uniform": 0x756E6966,
     "pooled": 0x706F6F6C,
+    "route": 0x726F7574,
 }
 
 
@@ -66,6 +67,12 @@ def integers(keys: Tensor, high: int, purpose: str) -> Tensor:
     The upper half of a word times `high` keeps the odds of two values within high / 2^32 of each other.
     """
     return (_shift_right(bits(keys, 1, purpose)[:, 0], 32) * high) >> 32
+
+
+def subset(keys: Tensor, size: int, count: int, purpose: str) -> Tensor:
+    """keys int64 [B] -> [B, count] int64: so many of the numbers 0 .. size - 1, rising, each set as likely as any."""
+    drawn = uniform(keys, size, purpose).argsort(dim=1, stable=True)[:, :count]
+    return drawn.sort(dim=1).values
 
 
 def at_step(keys: Tensor, step: int) -> Tensor:

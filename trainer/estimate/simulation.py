@@ -28,7 +28,7 @@ from data.batch import Batch
 from data.config import SYNTHETIC
 
 from ..build.attention import simulated_kernel
-from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective
+from ..build.engine import build_alignment, build_engine, build_mup_table, build_objective, build_route
 from ..config.resolve import resolve
 from ..config.schema import TrainConfig
 from ..ema import EMA
@@ -297,7 +297,7 @@ def _step(
 ) -> Step:
     """A step as trainer.loop.train_step takes it, at a log step."""
     encoders = Encoders(config, world)
-    alignment = build_alignment(config, encoders)
+    alignment, route = build_alignment(config, encoders), build_route(config)
     account.reset()
     for number in range(micro_batches):
         account.kind = ACTIVATIONS
@@ -305,7 +305,7 @@ def _step(
         batch = _batch(config, rows)
         encoded = encoders.encode(batch)
         features = alignment and alignment.features(batch)
-        losses = micro_batch_losses(engine.model, objective, alignment, encoded, features)
+        losses = micro_batch_losses(engine.model, objective, alignment, encoded, features, route)
         engine.backward(losses.total, last=number == micro_batches - 1)
         del batch, encoded, features, losses
         account.relabel(ACTIVATIONS, ACCUMULATED if number < micro_batches - 1 else GRADIENTS)

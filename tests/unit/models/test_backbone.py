@@ -13,8 +13,8 @@ from trainer.config.yaml_files import CONFIG_DIR
 
 CONFIGS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
 KINDS = {"attention", "mlp", "modulation", "text", "image", "label", "time", "patch", "skip", "final"}
-# U-ViT has its embeddings by its condition, and a time MLP or none.
-BY_CONFIG = {"uvit": {"text", "label", "time"}}
+# U-ViT has its embeddings by its condition, and a time MLP or none; a fused route ends in a skip.
+BY_CONFIG = {"uvit": {"text", "label", "time"}, "mmdit": {"skip"}, "dit": {"skip"}, "pixart": {"skip"}}
 
 
 def named(config: str) -> dict[str, set[str]]:
@@ -41,6 +41,12 @@ def test_each_pattern_names_parameters_of_some_config() -> None:
     }
     more = (["model.time_mlp=true", "model.final_conv=true"], ["model.condition=text", "model.text_length=256"])
     variants = [load_config("uvit_debug_mup.yaml", overrides) for overrides in more]
+    fused = ("model.route.share=0.5", "model.route.start=1", "model.route.end=2", "model.route.fuse=sprint")
+    deeper = ("model.depth=4", "model.route.end=4")  # U-ViT's route ends as many blocks before the end as it begins
+    variants += [
+        load_config(f"{kind}_debug_mup.yaml", [*fused, "model.depth=3", *(deeper if kind == "uvit" else ())])
+        for kind in BACKBONES
+    ]
     for loaded in (*(load_config(f"{config}.yaml") for config in CONFIGS), *variants):
         names = build_mup_table(loaded).rows
         unused[loaded.model.kind] -= {p for p in unused[loaded.model.kind] if any(fnmatchcase(n, p) for n in names)}

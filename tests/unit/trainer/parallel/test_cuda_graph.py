@@ -108,12 +108,14 @@ def test_what_waits_cannot_be_recorded(wait: Callable[[Tensor], object]) -> None
 
 # ------------------------------------------------------------------------------------------------------- training
 
+ROUTE = tuple(f"model.route.{each}" for each in ("share=0.5", "start=0", "end=1", "fuse=sprint"))
 CASES = {
     "mmdit bf16": ("mmdit", 2, ("parallel.precision=bf16", *TEXTS, *REPA)),
     "mmdit fp64": ("mmdit", 2, ("parallel.precision=fp64", *TEXTS)),
     "pixart fp32": ("pixart", 2, ("parallel.precision=fp32", *TEXTS)),
     "dit bf16": ("dit", 3, ("parallel.precision=bf16", *IMAGES)),
     "uvit bf16": ("uvit", 1, ("parallel.precision=bf16",)),
+    "mmdit with a route": ("mmdit", 2, (*TEXTS, *ROUTE)),
     "full recomputation": ("mmdit", 2, (*TEXTS, "parallel.activation_checkpointing=full")),
     "selective recomputation": ("mmdit", 2, (*TEXTS, "parallel.activation_checkpointing=selective")),
 }

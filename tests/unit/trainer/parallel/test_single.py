@@ -37,7 +37,12 @@ CASES = {
         "objective.repa_hidden=24",
     ),
     "pixart_debug_mup.yaml": (),
-    "dit_debug_mup.yaml": (),
+    "dit_debug_mup.yaml": (
+        "model.route.share=0.5",
+        "model.route.start=0",
+        "model.route.end=1",
+        "model.route.fuse=sprint",
+    ),
     "uvit_debug_mup.yaml": (),
 }
 SETTINGS = {  # micro-batches of 2 samples of 32 pixels
