@@ -113,7 +113,7 @@ def test_an_alignment_in_the_route_is_of_the_kept_tokens(layer: int, tmp_path: P
         assert alignment is not None
         assert route is not None
         features = alignment.features(micro_batch.batch)
-        noted = Noted(0.5, layer - 1, alignment.features)
+        noted: Any = Noted(0.5, layer - 1, alignment.features)
         objective = build_objective(config, resolve(config, 1))
         micro_batch_losses(run.engine.model, objective, noted, encoded, features, route)
     [(projected, compared)] = found

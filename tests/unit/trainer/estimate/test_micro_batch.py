@@ -113,10 +113,10 @@ def test_out_of_memory_is_told_and_the_next_start_takes_half(
 ) -> None:
     losses = loop.micro_batch_losses
 
-    def memory_for_eight(model: Any, objective: Any, alignment: Any, encoded: Any, features: Any) -> Any:
+    def memory_for_eight(model: Any, objective: Any, alignment: Any, encoded: Any, *more: Any) -> Any:
         if len(encoded.x0) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-        return losses(model, objective, alignment, encoded, features)
+        return losses(model, objective, alignment, encoded, *more)
 
     def end(code: int) -> None:
         raise SystemExit(code)
