@@ -28,7 +28,7 @@ from webdataset.writer import TarWriter
 from .captions import CaptionChoice
 from .config import DataConfig, FilterConfig
 from .encoders.autoencoder import Autoencoder
-from .encoders.dinov2 import FeatureEncoder
+from .encoders.dino import FeatureEncoder
 from .encoders.joined import AnyTextEncoder
 from .errors import DataError, SampleError, StoreError, too_many_unreadable
 from .files import naming, open_plain, parse_json, temporary_beside

@@ -16,7 +16,7 @@ import torch
 
 from data.config import NONE
 from data.encoders.autoencoder import Autoencoder, load_autoencoder
-from data.encoders.dinov2 import load_feature_encoder
+from data.encoders.dino import load_feature_encoder
 from data.encoders.joined import load_text_encoders
 from data.errors import DataError
 from data.index import open_index

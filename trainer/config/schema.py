@@ -270,7 +270,8 @@ class ObjectiveConfig(Section):
     repa_layer: int = Field(default=8, ge=1)
     """Number of blocks after which tokens are aligned."""
     repa_encoder: str = Field(default=NONE, json_schema_extra=RUNTIME)
-    """Folder or hub id of the DINOv2 to align with; `none` for synthetic data and precomputed features."""
+    """Folder or hub id of the DINOv2 or DINOv3 (a ViT) to align with; `none` for synthetic data and precomputed
+    features."""
     repa_width: int = Field(default=768, ge=1)
     """Features of the image encoder."""
     repa_hidden: int = Field(default=2048, ge=1)

@@ -29,7 +29,8 @@ NODE = 8  # GPUs that a node of the smallest cluster has; below a node any numbe
 T5_PARAMETERS = {512: 35.3e6, 768: 109.6e6, 1024: 341.2e6, 2048: 1.22e9, 4096: 4.76e9}
 _CHARACTERS = 4  # of English text in a token
 AUTOENCODER_PARAMETERS = 83.7e6
-DINOV2_PARAMETERS = {384: 22.1e6, 768: 86.6e6, 1024: 304e6, 1536: 1136e6}  # by features: S, B, L, g
+# By features: S, B, L and g of DINOv2; H+ and 7B of DINOv3, whose S, B and L are as large.
+DINO_PARAMETERS = {384: 22.1e6, 768: 86.6e6, 1024: 304e6, 1536: 1136e6, 1280: 841e6, 4096: 6716e6}
 
 
 def encoder_bytes(config: TrainConfig) -> dict[str, int]:
@@ -42,7 +43,7 @@ def encoder_bytes(config: TrainConfig) -> dict[str, int]:
         found["autoencoder"] = round(4 * (_stored_parameters(images.path, images.subfolder) or AUTOENCODER_PARAMETERS))
     if config.projector is not None and config.objective.repa_encoder != "none":
         features = _stored_parameters(config.objective.repa_encoder, None)
-        found["repa_encoder"] = round(2 * (features or DINOV2_PARAMETERS.get(config.projector.features, 86.6e6)))
+        found["repa_encoder"] = round(2 * (features or DINO_PARAMETERS.get(config.projector.features, 86.6e6)))
     return found
 
 

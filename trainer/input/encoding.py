@@ -11,7 +11,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.config import NONE, TextEncoderConfig
 from data.encoders.autoencoder import load_autoencoder
-from data.encoders.dinov2 import load_feature_encoder
+from data.encoders.dino import load_feature_encoder
 from data.encoders.joined import AnyTextEncoder, join_text_encoders, load_text_encoders, naming_text_encoder
 from data.encoders.text import TextEncoder, load_text_encoder
 from data.errors import DataError

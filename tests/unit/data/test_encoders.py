@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from data.config import AutoencoderConfig, TextEncoderConfig
 from data.debug import ensure_debug_assets
 from data.encoders.autoencoder import Autoencoder, PixelAutoencoder, load_autoencoder
-from data.encoders.dinov2 import load_feature_encoder
+from data.encoders.dino import load_feature_encoder
 from data.encoders.text import TextEncoder, load_text_encoder
 from data.errors import DataError
 from data.index import ImageTextIndex

@@ -23,7 +23,7 @@ from data.batch import Batch
 from data.config import FilterConfig
 from data.debug import ensure_debug_assets
 from data.encoders.autoencoder import Autoencoder, load_autoencoder
-from data.encoders.dinov2 import load_feature_encoder
+from data.encoders.dino import load_feature_encoder
 from data.encoders.text import load_text_encoder
 from data.errors import DataError
 from data.index import ImageTextIndex

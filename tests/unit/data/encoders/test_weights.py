@@ -15,7 +15,7 @@ from torch import Tensor
 from data.config import AutoencoderConfig, TextEncoderConfig
 from data.debug import ensure_debug_assets
 from data.encoders.autoencoder import load_autoencoder
-from data.encoders.dinov2 import FeatureEncoder, load_feature_encoder
+from data.encoders.dino import FeatureEncoder, load_feature_encoder
 from data.encoders.text import TextEncoder, load_text_encoder
 from data.errors import DataError
 from tests.helpers.paths import ROOT

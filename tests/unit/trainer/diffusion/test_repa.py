@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ViTConfig, DINOv3ViTModel
 
 from data.debug import ensure_debug_assets
-from data.encoders.dinov2 import FeatureEncoder, load_feature_encoder
+from data.encoders.dino import FeatureEncoder, load_feature_encoder
 from data.errors import DataError
 from launch import sample
 from models.configs import ProjectorConfig
@@ -120,6 +120,28 @@ def test_registers_are_no_patches(tmp_path: Path) -> None:
     features = encoder.encode(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), 2, 2)
     assert seen[0].shape == (1, 1 + 3 + 4, 16)
     assert torch.equal(features, seen[0][:, 4:])
+
+
+def test_dinov3_gives_the_patches_that_the_library_gives(tmp_path: Path) -> None:
+    """A small random one: patches of 16 pixels, on any grid, without the class token and the registers."""
+    config = DINOv3ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
+        num_register_tokens=3, pos_embed_rescale=2.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DINOv3ViTModel(config).eval()
+    model.save_pretrained(tmp_path / "dinov3")
+    encoder = load_feature_encoder(str(tmp_path / "dinov3"), 16, "cpu", torch.float32)
+    images = torch.randint(256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    features = encoder.encode(images, 2, 3)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        states = model((images / 255.0 - mean) / std).last_hidden_state
+    assert states.shape == (2, 1 + 3 + 6, 16)
+    torch.testing.assert_close(features, states[:, 4:], rtol=0, atol=1e-5)
+    assert not features[:, 0].allclose(features[:, 1], atol=1e-3)
+    with pytest.raises(DataError, match="objective.repa_width is 24"):
+        load_feature_encoder(str(tmp_path / "dinov3"), 24, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The frozen DINOv2 with whose features REPA aligns the model's."""
+"""The frozen DINOv2 or DINOv3 with whose features REPA aligns the model's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..errors import DataError
 from .loading import at_least_float32, fingerprint_of, freeze, load_error, quieten, weights_digest
 from .weights import load_whole
 
+_KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 _DINO_FIELDS = (
     "model_type",
     "hidden_size",
@@ -26,11 +27,25 @@ _DINO_FIELDS = (
     "patch_size",
     "num_register_tokens",
 )
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels that DINOv2 was trained on
+_DINO_V3_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "use_gated_mlp",
+    "hidden_act",
+    "layer_norm_eps",
+    "rope_theta",
+    "patch_size",
+    "num_register_tokens",
+)
+# Of the pixels that DINOv2 was trained on, and DINOv3 on images of the web.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FeatureEncoder:
-    """A frozen DINOv2. width: F, the size of its features. fingerprint: identifies the weights, whatever their path;
+    """A frozen DINOv2 or DINOv3. width: F, the size of its features. fingerprint: identifies the weights, whatever their path;
     weights: their digest (see weights_digest)."""
 
     def __init__(self, model: Any, fingerprint: str) -> None:
@@ -58,15 +73,17 @@ class FeatureEncoder:
 
 
 def load_feature_encoder(path: str, width: int, device: torch.device | str, dtype: torch.dtype) -> FeatureEncoder:
-    """Load a DINOv2, with registers or without, from safetensors. Raises DataError where it cannot be loaded, is
-    another kind of model, or its features are not of size `width`."""
+    """Load a DINOv2 or a ViT of DINOv3, with registers or without, from safetensors. Raises DataError where it cannot
+    be loaded, is another kind of model, or its features are not of size `width`."""
     if path == NONE:
-        raise DataError("objective.repa_encoder is none: REPA needs the folder or hub id of a DINOv2")
+        raise DataError("objective.repa_encoder is none: REPA needs the folder or hub id of a DINOv2 or DINOv3")
     quieten()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if config.model_type not in ("dinov2", "dinov2_with_registers"):
-            raise DataError(f"objective.repa_encoder: {path!r} is a {config.model_type}; expected a DINOv2")
+        if config.model_type not in _KINDS:
+            raise DataError(
+                f"objective.repa_encoder: {path!r} is a {config.model_type}; expected a DINOv2, or a ViT of DINOv3"
+            )
     except DataError:
         raise
     except Exception as error:  # a config.json of wrong types raises errors of the library's own
@@ -80,6 +97,7 @@ def load_feature_encoder(path: str, width: int, device: torch.device | str, dtyp
             f"set it to {config.hidden_size}"
         )
     freeze(model, device)
-    encoder = FeatureEncoder(model, fingerprint_of(config.to_dict(), _DINO_FIELDS, model, "DINOv2"))
+    name, fields = ("DINOv3", _DINO_V3_FIELDS) if config.model_type == "dinov3_vit" else ("DINOv2", _DINO_FIELDS)
+    encoder = FeatureEncoder(model, fingerprint_of(config.to_dict(), fields, model, name))
     encoder.weights = weights_digest(model, path)
     return encoder
