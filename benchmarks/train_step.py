@@ -6,12 +6,12 @@
     python -m benchmarks.train_step --output FILE --dry-run   # the GPU's cases at tiny sizes, anywhere
 
 Our model and its twin of diffusers are trained by the same engine and loop at equal shapes and precision, eager and (on
-a GPU) compiled, and in one case ours by Muon and by AdamW; they take turns on the device, and between them the rate of
-matrix products is measured. Latents and text states are synthetic, so that no encoder is in the figures, and captions
-fill their length, as with data.text_lengths they nearly do. On a GPU the micro-batch is as many rows as the model of
-memory finds room for, halved where that was too much; beside our steps stands the time that the model of time gives
-them. On a CPU a step's time is that of this process on one core: others' load does not count. FLOPs: forward + 2 x
-backward.
+a GPU) compiled, and in one case ours by Muon and by AdamW, in one with a route of tokens and without; they take turns
+on the device, and between them the rate of matrix products is measured. Latents and text states are synthetic, so that
+no encoder is in the figures, and captions fill their length, as with data.text_lengths they nearly do. On a GPU the
+micro-batch is as many rows as the model of memory finds room for, halved where that was too much; beside our steps
+stands the time that the model of time gives them. On a CPU a step's time is that of this process on one core: others'
+load does not count. FLOPs: forward + 2 x backward.
 """
 
 import argparse
@@ -50,8 +50,9 @@ from trainer.parallel.precision import DTYPES, precision_of
 from trainer.run import Run
 
 OURS, OURS_COMPILED, TWIN, TWIN_COMPILED = "ours", "ours_compiled", "diffusers", "diffusers_compiled"
-OURS_MUON = "ours_muon"
+OURS_MUON, OURS_TREAD, OURS_SPRINT = "ours_muon", "ours_tread", "ours_sprint"
 EAGER, ALL = (OURS, TWIN), (OURS_COMPILED, OURS, TWIN, TWIN_COMPILED)
+ROUTES = {OURS_TREAD: (0.5, "none"), OURS_SPRINT: (0.75, "sprint")}  # from the second block to the last but one, of 6
 WARM_UP = 3
 QUIET = (
     "data.shards=synthetic", "train.log_every=1000000", "train.validate_every=0", "train.sample_every=0",
@@ -83,6 +84,12 @@ ON_CPU = {
         "mmdit_0.18b_mup.yaml",
         16,
         (OURS, OURS_MUON),
+        (*_SHALLOW, "model.width=384", "mup.base_width=384", "text_encoder.width=384", *_SHORT, _NO_REPA),
+    ),
+    "mmdit_384_route": Case(
+        "mmdit_0.18b_mup.yaml",
+        8,
+        (OURS, OURS_TREAD, OURS_SPRINT),
         (*_SHALLOW, "model.width=384", "mup.base_width=384", "text_encoder.width=384", *_SHORT, _NO_REPA),
     ),
     "pixart_288": Case("pixart_0.04b_mup.yaml", 8, EAGER, (*_SHALLOW, *_SHORT)),
@@ -139,16 +146,22 @@ class Variant:
         if device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated(device) - before)
 
+    @property
+    def flops(self) -> float:
+        """Of an image in a step."""
+        text_tokens = 0 if self.config.label_classes else self.config.text_encoder.max_length
+        return self.run.plan.image_flops(text_tokens, None, True)
+
     def figures(self, matmul_flops: float, card: str | None) -> dict[str, Any]:
         """card: whose step is modelled, of a variant that is ours."""
         seconds, rows = statistics.median(self.seconds), self.config.train.global_batch_size
-        text_tokens = 0 if self.config.label_classes else self.config.text_encoder.max_length
-        flops = self.run.plan.image_flops(text_tokens, None, True) * rows / seconds
+        flops = self.flops * rows / seconds
         peak_flops, cuda = self.run.plan.peak_flops, self.run.world.device.type == "cuda"
         found = {
             "parameters": sum(p.numel() for p in self.run.engine.model.parameters()),
             "step_time_s": seconds,
             "images_per_s": rows / seconds,
+            "flops_per_image": self.flops,
             "model_tflops_per_s": flops / 1e12,
             "of_matmul_rate": flops / matmul_flops,
             "mfu": flops / peak_flops if peak_flops else None,
@@ -214,8 +227,14 @@ def configured(case: Case, overrides: Sequence[str], name: str = OURS_COMPILED) 
     """The config of a variant, on synthetic data."""
     compiled = f"parallel.compile={str(name in (OURS_COMPILED, TWIN_COMPILED)).lower()}"
     rows = f"train.global_batch_size={case.rows or 1}"
-    muon = ["optim.kind=muon"] if name == OURS_MUON else []
-    return load_config(case.config, [*QUIET, rows, *case.overrides, *overrides, f"run.name={name}", compiled, *muon])
+    keys = [*QUIET, rows, *case.overrides, *overrides, f"run.name={name}", compiled]
+    if name == OURS_MUON:
+        keys.append("optim.kind=muon")
+    if name in (OURS_TREAD, OURS_SPRINT):
+        depth, (share, fuse) = load_config(case.config, keys).model.depth, ROUTES[name]
+        route = {"share": share, "start": depth // 6, "end": depth - 1, "fuse": fuse}
+        keys += [f"model.route.{key}={value}" for key, value in route.items()]
+    return load_config(case.config, keys)
 
 
 def with_rows(case: Case, overrides: Sequence[str], usable: int) -> Case:
@@ -280,6 +299,9 @@ def measure(
             "compiled_again_after_warm_up": again,
             f"{best}_is_so_many_times_as_fast_as": {
                 name: variants[best].faster_than(variant) for name, variant in variants.items() if name != best
+            },
+            f"flops_over_those_of_{best}": {
+                name: variant.flops / variants[best].flops for name, variant in variants.items() if name != best
             },
         }
 

@@ -45,8 +45,8 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FeatureEncoder:
-    """A frozen DINOv2 or DINOv3. width: F, the size of its features. fingerprint: identifies the weights, whatever their path;
-    weights: their digest (see weights_digest)."""
+    """A frozen DINOv2 or DINOv3. width: F, the size of its features. fingerprint: identifies the weights, whatever
+    their path; weights: their digest (see weights_digest)."""
 
     def __init__(self, model: Any, fingerprint: str) -> None:
         self.model, self.fingerprint = model, fingerprint

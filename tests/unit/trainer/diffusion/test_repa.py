@@ -140,7 +140,7 @@ def test_dinov3_gives_the_patches_that_the_library_gives(tmp_path: Path) -> None
     assert states.shape == (2, 1 + 3 + 6, 16)
     torch.testing.assert_close(features, states[:, 4:], rtol=0, atol=1e-5)
     assert not features[:, 0].allclose(features[:, 1], atol=1e-3)
-    with pytest.raises(DataError, match="objective.repa_width is 24"):
+    with pytest.raises(DataError, match=r"objective\.repa_width is 24"):
         load_feature_encoder(str(tmp_path / "dinov3"), 24, "cpu", torch.float32)
 
 
