@@ -23,7 +23,7 @@ from trainer.config.schema import RunConfig, TrainConfig
 from trainer.diffusion.ddpm import BETA_RANGES
 
 from . import pipeline as export_pipeline
-from .forms import TWINS, Format, shipped
+from .forms import FLUX, Format, shipped, twin_of
 
 Encoders = Literal["copy", "reference"]
 _STOCK = {"pixart": "PixArtAlphaPipeline", "dit": "DiTPipeline"}
@@ -50,7 +50,7 @@ def without_parts(config: TrainConfig) -> Iterator[str]:
 
 
 def twin_config(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of the twin, the class of diffusers that TWINS names."""
+    """The arguments of the twin, the class of diffusers that `twin_of` names."""
     model, channels = shipped(config), config.autoencoder.channels
     shared: dict[str, Any] = {
         "patch_size": model.patch_size,
@@ -60,6 +60,16 @@ def twin_config(config: TrainConfig) -> dict[str, Any]:
         "attention_head_dim": model.head_dim,
         "num_attention_heads": model.width // model.head_dim,
     }
+    if model.kind == "mmdit" and twin_of(model) == FLUX:
+        return shared | {
+            "in_channels": channels * model.patch_size**2,
+            "num_layers": model.depth - model.single_depth,
+            "num_single_layers": model.single_depth,
+            "joint_attention_dim": config.text_encoder.width,
+            "pooled_projection_dim": config.text_encoder.width,
+            "guidance_embeds": False,
+            "axes_dims_rope": [0, model.head_dim // 2, model.head_dim // 2],
+        }
     if model.kind == "mmdit":
         return shared | {
             "sample_size": model.pos_embed_base_size * model.patch_size,
@@ -113,7 +123,12 @@ def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]
     """Why the stock pipeline would fail, or sample otherwise than the model was trained, one reason each."""
     model = shipped(config)
     if model.kind not in _STOCK:
-        yield "StableDiffusion3Pipeline wants two CLIP encoders and pads captions, which its transformer does not mask"
+        stock = (
+            "FluxPipeline wants a CLIP encoder"
+            if twin_of(model) == FLUX
+            else "StableDiffusion3Pipeline wants two CLIP encoders"
+        )
+        yield f"{stock} and pads captions, which its transformer does not mask"
         return
     stock = _STOCK[model.kind]
     if config.objective.kind != "ddpm":
@@ -148,7 +163,8 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
 
     own: write our pipeline in any case. Returns why the pipeline is our own; an empty list where it is the stock one.
     """
-    transformer = {"_class_name": TWINS[config.model.kind], "_diffusers_version": version("diffusers")}
+    twin = twin_of(shipped(config))
+    transformer = {"_class_name": twin, "_diffusers_version": version("diffusers")}
     (folder / "transformer").mkdir()
     _write_json(folder / "transformer" / "config.json", transformer | twin_config(config))
     made = scheduler(config)
@@ -157,7 +173,7 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
     vae = loaded if isinstance(loaded, Autoencoder) else None
     parts, sources = _write_encoders(config, folder, vae, encoders)
     index: dict[str, Any] = {
-        "transformer": ["diffusers", TWINS[config.model.kind]],
+        "transformer": ["diffusers", twin],
         "scheduler": ["diffusers", type(made).__name__],
         **parts,
     }

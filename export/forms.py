@@ -8,12 +8,20 @@ from models.configs import MMDiTConfig, ShippedConfig
 from trainer.config.schema import TrainConfig
 
 Format = Literal["diffusers", "official"]
+FLUX = "FluxTransformer2DModel"
 TWINS = {"mmdit": "SD3Transformer2DModel", "pixart": "PixArtTransformer2DModel", "dit": "DiTTransformer2DModel"}
 
 
 def shipped(config: TrainConfig) -> ShippedConfig:
     """The model's config as one of the kinds that have names here; a kind that came later is refused by its name."""
     return cast(ShippedConfig, config.model)
+
+
+def twin_of(model: ShippedConfig) -> str | None:
+    """The class of diffusers that computes as the model does, or comes nearest; None where none is like it."""
+    if model.kind == "mmdit" and model.positions == "rope" and model.single_depth:
+        return FLUX
+    return TWINS.get(model.kind)
 
 
 def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
@@ -23,17 +31,16 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
         yield "no other code base has the layer of model.route.fuse sprint: sample it with launch/sample.py"
         return
     if form == "diffusers":
-        if model.kind not in TWINS:
+        if (twin := twin_of(model)) is None:
             yield f"diffusers has no model like model.kind {model.kind}; --format official writes the official names"
             return
-        twin = TWINS[model.kind]
         if config.objective.predict != "velocity":
             yield (
                 f"the pipelines of diffusers take a flow's output for the velocity, this model's is "
                 f"{config.objective.predict} (objective.predict): sample it with launch/sample.py"
             )
         if model.kind == "mmdit":
-            yield from unlike_sd3(model)
+            yield from unlike(model, twin)
         for key in ("prefix", "chat", "layers", "pad", "more", "pooled_width"):
             if config.label_classes is None and getattr(config.text_encoder, key) != getattr(TextEncoderConfig, key):
                 yield (
@@ -58,14 +65,24 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
             )
 
 
-def unlike_sd3(model: MMDiTConfig) -> Iterator[str]:
-    """What of an MMDiT Stable Diffusion 3 does not have, by the config's keys."""
+def unlike(model: MMDiTConfig, twin: str) -> Iterator[str]:
+    """What of an MMDiT that class of diffusers does not have, by the config's keys."""
     if model.mlp != "gelu":
-        yield f"Stable Diffusion 3 has MLPs with GELU, this model model.mlp {model.mlp}"
+        yield f"{twin} has MLPs with GELU, this model model.mlp {model.mlp}"
+    if twin == FLUX:
+        if not model.qk_norm:
+            yield f"{twin} normalises queries and keys, this model has model.qk_norm false"
+        return
     if model.single_depth:
-        yield f"Stable Diffusion 3 has two streams in every block, this model model.single_depth {model.single_depth}"
+        yield (
+            f"{twin} has two streams in every block, this model model.single_depth {model.single_depth} "
+            f"({FLUX} has both, with model.positions rope)"
+        )
     if model.positions != "sincos":
-        yield f"Stable Diffusion 3 adds a table of positions, this model model.positions {model.positions}"
+        yield (
+            f"{twin} adds a table of positions, this model has model.positions {model.positions} ({FLUX} has it, with "
+            "model.single_depth of at least 1)"
+        )
 
 
 def export_note(config: TrainConfig) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from trainer.mup.table import MuTable
 
-from .forms import Format
+from .forms import FLUX, Format, twin_of
 
 Shape = tuple[int, ...]
 # The last layer of each residual branch takes the branch's scale; see mup.base_depth.
@@ -81,6 +81,17 @@ class Layout:
             half = shape[0] // 2
             self.rows(f"{ours}.{leaf}", f"{theirs}.{leaf}", [(0, half, half), (half, 0, half)], shape)
 
+    def beside(self, theirs: str, *ours: str) -> None:
+        """Weights without bias whose columns lie beside each other in one layer of theirs."""
+        fan_in = [self.ours[f"{name}.weight"][1] for name in ours]
+        rows, row = self.ours[f"{ours[0]}.weight"][0], sum(fan_in)
+        self.shapes[f"{theirs}.weight"] = (rows, row)
+        for number, (name, n) in enumerate(zip(ours, fan_in, strict=True)):
+            at = sum(fan_in[:number])
+            self.slices += [
+                TensorSlice(f"{name}.weight", i * n, f"{theirs}.weight", i * row + at, n) for i in range(rows)
+            ]
+
     def patches(self, theirs: str) -> None:
         self.tensor("patch_embed.weight", f"{theirs}.weight", (self.ours["patch_embed.weight"][0], *self._kernel))
         self.tensor("patch_embed.bias", f"{theirs}.bias")
@@ -123,7 +134,10 @@ def layout(config: Any, channels: int, ours: Mapping[str, Shape], form: Format, 
 
 
 def _mmdit_diffusers(to: Layout, config: Any, tokens: int) -> None:
-    """SD3Transformer2DModel, its qk_norm rms_norm or none."""
+    """SD3Transformer2DModel, its qk_norm rms_norm or none; or FluxTransformer2DModel."""
+    if twin_of(config) == FLUX:
+        _flux(to, config)
+        return
     to.patches("pos_embed.proj")
     to.table("pos_embed.pos_embed", (1, config.pos_embed_max_size**2, config.width))
     for ours, theirs in (("time_embed", "timestep_embedder"), ("pooled_embed", "text_embedder")):
@@ -152,6 +166,42 @@ def _mmdit_diffusers(to: Layout, config: Any, tokens: int) -> None:
     to.shapes[f"{dead}.add_q_proj.bias"] = (config.width,)
     if config.qk_norm:
         to.shapes[f"{dead}.norm_added_q.weight"] = (config.head_dim,)
+
+
+def _flux(to: Layout, config: Any) -> None:
+    """FluxTransformer2DModel, whose patches are (C, P, P) on both sides."""
+    to.layer("patch_embed", "x_embedder")
+    for ours, theirs in (("time_embed", "timestep_embedder"), ("pooled_embed", "text_embedder")):
+        to.mlp(ours, f"time_text_embed.{theirs}.linear_1", f"time_text_embed.{theirs}.linear_2")
+    to.layer("text_embed", "context_embedder")
+    to.layer("final_modulation", "norm_out.linear")
+    doubles, area = config.depth - config.single_depth, config.patch_size**2
+    rows = to.ours["final.bias"][0]
+    channels = rows // area
+    moved = [(p * channels + c, c * area + p, 1) for p in range(area) for c in range(channels)]
+    for leaf, rest in (("weight", (config.width,)), ("bias", ())):
+        to.rows(f"final.{leaf}", f"proj_out.{leaf}", moved, (rows, *rest))
+    for i in range(doubles):
+        for stream, norm, qkv, gain, out, mlp in (
+            ("image", "norm1", "to_{}", "norm_{}", "to_out.0", "ff"),
+            ("text", "norm1_context", "add_{}_proj", "norm_added_{}", "to_add_out", "ff_context"),
+        ):
+            ours, block = f"blocks.{i}.{stream}", f"transformer_blocks.{i}"
+            to.layer(f"{ours}.modulation", f"{block}.{norm}.linear")
+            to.layer(f"{ours}.qkv", *(f"{block}.attn.{qkv.format(part)}" for part in "qkv"))
+            for part in "qk":
+                to.tensor(f"{ours}.norm_{part}.weight", f"{block}.attn.{gain.format(part)}.weight")
+            to.layer(f"{ours}.out", f"{block}.attn.{out}")
+            to.mlp(f"{ours}.mlp", f"{block}.{mlp}.net.0.proj", f"{block}.{mlp}.net.2")
+    for i in range(config.single_depth):
+        ours, block = f"blocks.{doubles + i}", f"single_transformer_blocks.{i}"
+        to.layer(f"{ours}.modulation", f"{block}.norm.linear")
+        to.layer(f"{ours}.qkv", *(f"{block}.attn.to_{part}" for part in "qkv"))
+        for part in "qk":
+            to.tensor(f"{ours}.norm_{part}.weight", f"{block}.attn.norm_{part}.weight")
+        to.layer(f"{ours}.mlp.fc1", f"{block}.proj_mlp")
+        to.beside(f"{block}.proj_out", f"{ours}.out", f"{ours}.mlp.fc2")
+        to.tensor(f"{ours}.mlp.fc2.bias", f"{block}.proj_out.bias")
 
 
 def _mmdit_official(to: Layout, config: Any, tokens: int) -> None:

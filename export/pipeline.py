@@ -55,7 +55,7 @@ def latent_form(vae: Any) -> LatentForm:
 
 
 class MuDiTPipeline(DiffusionPipeline):
-    """transformer: SD3Transformer2DModel, PixArtTransformer2DModel or DiTTransformer2DModel.
+    """transformer: SD3, Flux, PixArt or DiTTransformer2DModel.
 
     vae: None for a model of pixels. text_encoder, tokenizer: None for a model of classes.
     latent_size: rows of a latent by default. pixels_per_latent: pixels per row of a latent, for size conditions.
@@ -144,7 +144,7 @@ class MuDiTPipeline(DiffusionPipeline):
         x = self._first_latents(len(prompts), height, width, generator, latents)
         conditional = self._predictor(prompts)
         unconditional = self._predictor(negatives) if guidance != 1 else None
-        channels = self.transformer.config.in_channels
+        channels = self._channels()
         count = config.guidance_channels or channels
         learned = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
         step_arguments = {"generator": generator} if hasattr(self.scheduler.config, "variance_type") else {}
@@ -208,7 +208,7 @@ class MuDiTPipeline(DiffusionPipeline):
         if any(side % unit or not 0 < side <= most for side in sides):
             limit = f" of at most {most}" if most < max(sides) else ""
             raise ValueError(f"height and width must be multiples of {unit}{limit}, got {sides[0]} x {sides[1]}")
-        shape = (count, config.in_channels, sides[0] // downsample, sides[1] // downsample)
+        shape = (count, self._channels(), sides[0] // downsample, sides[1] // downsample)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         if latents.shape != shape:
@@ -243,6 +243,11 @@ class MuDiTPipeline(DiffusionPipeline):
 
     def _class(self) -> str:
         return type(self.transformer).__name__
+
+    def _channels(self) -> int:
+        """Of a latent."""
+        config = self.transformer.config
+        return config.out_channels if self._class() == "FluxTransformer2DModel" else config.in_channels
 
     def _predictor(self, prompts: list[Any]) -> Predict:
         """The transformer conditioned on these prompts; None is the absent condition."""
@@ -293,16 +298,33 @@ class MuDiTPipeline(DiffusionPipeline):
             output = torch.empty_like(x)
             for length, rows in groups.items():
                 text = states[rows, :length]
-                output[rows] = self.transformer(
-                    x[rows].to(self.transformer.dtype),
-                    encoder_hidden_states=text,
-                    pooled_projections=text.mean(1),
-                    timestep=t.to(x.device).expand(len(rows)),
-                    return_dict=False,
-                )[0].float()
+                call = self._flux if self._class() == "FluxTransformer2DModel" else self._sd3
+                output[rows] = call(x[rows].to(self.transformer.dtype), text, t.to(x.device).expand(len(rows))).float()
             return output
 
         return predict
+
+    def _sd3(self, x: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        pooled = text.mean(1)
+        return self.transformer(
+            x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False
+        )[0]
+
+    def _flux(self, x: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        """This transformer takes patches, their places (frame, row, column), and times from 0 to 1."""
+        patch = self.transformer.config.patch_size
+        patches = F.pixel_unshuffle(x, patch)  # [B, C P P, h, w]
+        sides = [torch.arange(side, device=x.device) for side in (1, *patches.shape[-2:])]
+        output = self.transformer(
+            patches.flatten(2).mT,
+            encoder_hidden_states=text,
+            pooled_projections=text.mean(1),
+            timestep=t / 1000,
+            img_ids=torch.cartesian_prod(*sides),
+            txt_ids=torch.zeros(text.shape[1], 3, dtype=torch.int64, device=x.device),
+            return_dict=False,
+        )[0]  # [B, h w, C P P]
+        return F.pixel_shuffle(output.mT.unflatten(2, patches.shape[-2:]), patch)
 
     def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """States [B, L, E], zero past a caption's end, and the mask bool [B, L]."""

@@ -20,7 +20,7 @@ from trainer.files import write_atomically
 from trainer.mup.table import MuTable
 
 from .diffusers_folder import position_table, twin_config
-from .forms import Format, shipped, unlike_sd3
+from .forms import TWINS, Format, shipped, twin_of, unlike
 from .names import LAYOUTS, Layout, fold
 from .weight_files import PublishedWeights
 from .write import layout_of
@@ -30,6 +30,7 @@ KEYS = {
     "attention_head_dim": "model.head_dim",
     "sample_size": "model.pos_embed_base_size x model.patch_size",
     "interpolation_scale": "model.pos_embed_interpolation",
+    "axes_dims_rope": "model.head_dim: half for each axis of an image, and none for frames",
 }
 TABLE_TOLERANCE = 2e-3  # of positions in [-1, 1], which may be stored in 16 bits
 
@@ -64,7 +65,7 @@ def check_import(config: TrainConfig, form: Format, source: PublishedWeights) ->
             "noise, leave it velocity"
         )
     if model.kind == "mmdit":
-        problems += unlike_sd3(model)
+        problems += unlike(model, (form == "diffusers" and twin_of(model)) or TWINS["mmdit"])
     if model.time_freq_shift and (model.kind, form) != ("dit", "diffusers"):
         problems.append(f"model.time_freq_shift is {model.time_freq_shift:g}: these weights go with 0")
     if form == "diffusers":
@@ -76,6 +77,8 @@ def check_import(config: TrainConfig, form: Format, source: PublishedWeights) ->
             scale = source.config.get("interpolation_scale")
             stored["interpolation_scale"] = max(sample_size // 64, 1) if scale is None else scale
         ours = twin_config(config)
+        if "axes_dims_rope" in ours:
+            stored["axes_dims_rope"] = source.config.get("axes_dims_rope")
         problems += [
             f"{key} is {value} in its config.json, and {ours[key]} by this config ({KEYS[key]})"
             for key, value in stored.items()

@@ -11,8 +11,8 @@ def forward_flops(
     image_tokens: int,
     text_tokens: int,
     projector: ProjectorConfig | None = None,
-    pooled_width: int = 0,
     features_at: int | None = None,
+    pooled_width: int = 0,
     routed: bool = False,
 ) -> int:
     """FLOPs of one image's forward pass: matrix products and attention; elementwise work is left out.

@@ -63,11 +63,11 @@ def place(q: Tensor, k: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
     return (q, k) if places is None else (rotate(q, places[..., : q.shape[1], :]), rotate(k, places))
 
 
-def keep_places(places: Tensor | None, kept: Tensor, image_tokens: int) -> Tensor | None:
+def keep_places(places: Tensor | None, kept: Tensor | None, image_tokens: int) -> Tensor | None:
     """Places [N + L, 2] of all tokens -> [B, K + L, 2] of those that go through a route. kept: [B, K] of the N tokens
-    of the image."""
-    if places is None:
-        return None
+    of the image, or None for all."""
+    if places is None or kept is None:
+        return places
     text = places[image_tokens:]  # [L, 2]
     return torch.cat([places[kept], text.expand(len(kept), -1, -1)], dim=1)
 
@@ -312,7 +312,7 @@ class MMDiT(Backbone):
         features, before, places_of_all = None, tokens, places
         first, last = ends(config.route, kept)
         for number, block in enumerate(self.blocks):
-            if number == first and kept is not None:
+            if number == first:
                 before, tokens = tokens, keep(tokens, kept)  # [B, N, D], [B, K, D]
                 seen, places = visible(mask, before=tokens.shape[1]), keep_places(places_of_all, kept, height * width)
             if isinstance(block, SingleBlock):

@@ -32,7 +32,8 @@ OWN = {"dit": ("model.time_freq_shift=1",)}
 
 
 def config_of(kind: str, *overrides: str) -> TrainConfig:
-    return load_config(f"{kind}_debug_mup.yaml", [*OWN.get(kind, ()), *overrides])
+    """kind: of the backbone; what follows a comma tells cases apart."""
+    return load_config(f"{kind.partition(',')[0]}_debug_mup.yaml", [*OWN.get(kind, ()), *overrides])
 
 
 def random_checkpoint(

@@ -23,16 +23,25 @@ from trainer.config.resolve import resolve
 from trainer.evaluate.generate import images_from_prompts, initial_noise
 from trainer.parallel.mesh import World
 
-FOLDED_HERE = {kind: {"final.weight"} for kind in ("mmdit", "pixart", "dit", "uvit")}  # others by a power of two
+FOLDED_HERE = {
+    kind: {"final.weight"} for kind in ("mmdit", "mmdit, FLUX.1", "pixart", "dit", "uvit")
+}  # others by a power of two
 CAPTIONS = ["a red circle on a blue background", "a Green cross", "a red circle on a blue background"]
 CLASSES = ["3", "23", "0"]
 RUNS: dict[str, tuple[str, ...]] = {
     "mmdit": ("model.width=96", "objective.shift_base_tokens=16", "mup.base_depth=1"),
+    "mmdit, FLUX.1": (
+        "model.width=96",
+        "objective.shift_base_tokens=16",
+        "mup.base_depth=1",
+        "model.positions=rope",
+        "model.single_depth=1",
+    ),
     "pixart": ("model.width=96", "model.micro_conditions=true", "mup.base_width=48"),
     "dit": ("model.width=96", "model.time_freq_shift=1", "sample.guidance_channels=2", "sample.sampler=ddim"),
     "uvit": ("model.width=96",),
 }
-TWINS = ("mmdit", "pixart", "dit")
+TWINS = ("mmdit", "mmdit, FLUX.1", "pixart", "dit")
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +230,7 @@ def test_what_was_exported_trains_on(
 ) -> None:
     """Every weight comes back, the one that is folded to a rounding (m is 3), and so does the loss."""
     out, back = tmp_path / "out", tmp_path / "back"
-    config = f"{kind}_debug_mup.yaml"
+    config = f"{kind.partition(',')[0]}_debug_mup.yaml"
     run_export(monkeypatch, "--checkpoint", checkpoints[kind], "--output", out, "--weights", "live", "--format", form)
     run_export(monkeypatch, "--import", out, "--config", config, "--output", back, *RUNS[kind])
     before, after = weights(checkpoints[kind]), weights(back)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from export import write as export_write
 from export.diffusers_folder import twin_config
 from models.backbone import build_model
-from models.layers import ClassCondition, SizedTextCondition, TextCondition
+from models.layers import ClassCondition, SizedTextCondition, TextCondition, patchify
 from tests.distributed.runs import weights
 from tests.helpers.backbones import relative
 from tests.helpers.exports import FOLDED, OWN, config_of, load_exactly, random_checkpoint, run_export
@@ -52,6 +53,18 @@ def sd3(folder: Path, model: Any, dtype: torch.dtype) -> float:
     return relative(ours, theirs)
 
 
+def flux(folder: Path, model: Any, dtype: torch.dtype) -> float:
+    twin = load_exactly(FluxTransformer2DModel, folder, dtype)
+    x, t, states = inputs(dtype, SIZE)
+    ours, _ = model(x, t, TextCondition(states, torch.ones(2, 5, dtype=torch.bool)))
+    patch = model.config.patch_size
+    rows = torch.arange(SIZE // patch)
+    places = torch.cartesian_prod(torch.zeros(1).long(), rows, rows)
+    tokens = patchify(x, patch)  # (C, P, P), as on the way out
+    theirs = twin(tokens, states, states.mean(1), t.to(dtype), places, torch.zeros(5, 3), return_dict=False)[0]
+    return relative(patchify(ours, patch), theirs)
+
+
 def pixart(folder: Path, model: Any, dtype: torch.dtype) -> float:
     twin = load_exactly(PixArtTransformer2DModel, folder, dtype)
     x, t, states = inputs(dtype, SIZE)
@@ -78,6 +91,7 @@ def dit(folder: Path, model: Any, dtype: torch.dtype) -> float:
 
 COMPARED: dict[str, tuple[Callable[[Path, Any, torch.dtype], float], str, tuple[str, ...]]] = {
     "mmdit": (sd3, "mmdit", ()),
+    "mmdit, FLUX.1": (flux, "mmdit", ("model.positions=rope", "model.single_depth=2")),
     "mmdit, no QK-norm": (sd3, "mmdit", ("model.qk_norm=false",)),
     "pixart": (pixart, "pixart", ()),
     "pixart, sizes": (pixart, "pixart", MICRO),
@@ -114,7 +128,7 @@ def test_diffusers_own_weights_come_in(name: str, tmp_path: Path, monkeypatch: p
     config, folder = config_of(kind, *FOLDED, *overrides), tmp_path / "theirs" / "transformer"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        twin = TWINS[kind](**twin_config(config))
+        twin: Any = (FluxTransformer2DModel if compare is flux else TWINS[kind])(**twin_config(config))
         for parameter in twin.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     if kind == "dit":  # whose copies of the embedders in every block are one in published weights

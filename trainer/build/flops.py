@@ -25,8 +25,8 @@ def image_flops(
         image_tokens(config, bucket) if bucket else config.image_tokens,
         text.total_length if text_tokens is None else round(text_tokens),
         config.projector if aligned else None,
-        text.total_pooled,
         config.objective.repa_layer - 1,
+        text.total_pooled,
         routed=True,
     )
 

@@ -31,6 +31,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError, ConfigError
 
+FLUX = ("model.positions=rope", "model.single_depth=1")
 SLACK = 8 * 2**20  # bytes: what an allocator keeps, and code that is first used here
 VAE = ("autoencoder.path=vae", "autoencoder.channels=4", "autoencoder.downsample=8", "data.resolution=256")
 
@@ -58,9 +59,11 @@ def exported(folder: Path, patch: pytest.MonkeyPatch, config: TrainConfig, *argu
         ("pixart", ("model.time_freq_shift=1",), "diffusers", r"i / \(128 - 0\)"),
         ("mmdit", ("objective.predict=x",), "diffusers", r"output for the velocity, this model's is x"),
         ("mmdit", ("model.mlp_ratio=3",), "diffusers", r"MLPs of 4 times the width.*model\.mlp_ratio 3"),
-        ("mmdit", ("model.mlp=swiglu",), "diffusers", r"MLPs with GELU, this model model\.mlp swiglu"),
-        ("mmdit", ("model.positions=rope",), "diffusers", r"adds a table of positions, .* model\.positions rope"),
+        ("mmdit", ("model.mlp=swiglu",), "diffusers", r"SD3Transf.* MLPs with GELU, this model model\.mlp swiglu"),
+        ("mmdit", ("model.positions=rope",), "diffusers", r"SD3Transf.* adds a table .* model\.positions rope"),
         ("mmdit", ("model.single_depth=1",), "diffusers", r"two streams in every block, .* model\.single_depth 1"),
+        ("mmdit", (*FLUX, "model.mlp=swiglu"), "diffusers", r"FluxTransf.* MLPs with GELU, .* model\.mlp swiglu"),
+        ("mmdit", (*FLUX, "model.qk_norm=false"), "diffusers", r"FluxTransf.* this model has model\.qk_norm false"),
         ("mmdit", (), "official", r"model\.kind mmdit goes to diffusers"),
         ("pixart", (), "official", r"model\.kind pixart goes to diffusers"),
     ],
@@ -212,6 +215,22 @@ def test_official_files_of_torch(kind: str, tmp_path: Path, monkeypatch: pytest.
     back = imported(tmp_path, monkeypatch, kind, tmp_path / "weights.pth")
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
+
+
+def test_weights_of_other_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions have no weights: what they were is known by the class, and by the axes of its config.json."""
+
+    def refused(made: tuple[str, ...], wanted: tuple[str, ...], axes: list[int], message: str) -> None:
+        config = config_of("mmdit", *made)
+        _, ours = random_checkpoint(tmp_path / f"from{len(made)}{len(wanted)}", config)
+        save_file(published(config, "diffusers", ours), tmp_path / "w.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({"axes_dims_rope": axes}))
+        with pytest.raises(ConfigError, match=message):
+            imported(tmp_path, monkeypatch, "mmdit", tmp_path / "w.safetensors", *wanted)
+        assert not (tmp_path / "back").exists()
+
+    refused(FLUX, FLUX, [4, 6, 6], r"axes_dims_rope is \[4, 6, 6\] in its config\.json, and \[0, 8, 8\] by this config")
+    refused((), FLUX[:1], [], r"SD3Transformer2DModel adds a table of positions, this model has model\.positions rope")
 
 
 class Harmful:

@@ -22,6 +22,7 @@ TREAD, SPRINT = RouteConfig(share=0.75, start=1, end=3), RouteConfig(share=0.75,
 SMALL: dict[str, Any] = {"width": 32, "head_dim": 16}
 BACKBONES: dict[str, ModelConfig] = {
     "mmdit": MMDiTConfig(**SMALL, depth=4, pos_embed_max_size=8, pos_embed_base_size=4),
+    "mmdit, rope": MMDiTConfig(**SMALL, depth=4, positions="rope"),
     "pixart": PixArtConfig(**SMALL, depth=4, pos_embed_base_size=4),
     "dit": DiTConfig(**SMALL, depth=4, num_classes=10),
     "uvit": UViTConfig(**SMALL, depth=4, input_size=4, num_classes=10),
@@ -94,6 +95,17 @@ def test_all_tokens_kept_is_no_route(kind: str, route: RouteConfig) -> None:
         plain = build_model(BACKBONES[kind], CHANNELS, TEXT_WIDTH)
         plain.load_state_dict(model.state_dict())
         assert torch.equal(plain(x, t, condition)[0], whole)
+
+
+@every_backbone
+@torch.no_grad()
+def test_kept_tokens_take_their_places_with_them(kind: str) -> None:
+    """In whatever order they are kept."""
+    model = random_model(routed(kind, TREAD))
+    x, t = image()
+    one, other = (model(x, t, condition_of(model.config), kept=kept)[0] for kept in (KEPT, KEPT.flip(1)))
+    assert torch.allclose(one, other, atol=1e-5)
+    assert not torch.allclose(one, model(x, t, condition_of(model.config), kept=(KEPT + 1) % 16)[0], atol=1e-3)
 
 
 @every_backbone
