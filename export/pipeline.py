@@ -92,8 +92,9 @@ class MuDiTPipeline(DiffusionPipeline):
             vae = autoencoder_class.from_pretrained(path, subfolder=subfolder)
         if text_encoder is None and text_encoder_source is not None:
             class_name, path, subfolder, tokenizer_subfolder = text_encoder_source
+            alone = {"is_encoder_decoder": False} if class_name == "T5GemmaEncoderModel" else {}
             text_encoder = getattr(transformers, str(class_name)).from_pretrained(
-                path, subfolder=subfolder or "", trust_remote_code=False
+                path, subfolder=subfolder or "", trust_remote_code=False, **alone
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 path, subfolder=tokenizer_subfolder or "", trust_remote_code=False

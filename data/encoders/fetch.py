@@ -6,7 +6,7 @@ from transformers.utils.hub import snapshot_download
 
 from ..errors import DataError
 
-_READ = ("*.json", "*.safetensors", "*.model", "*.txt")  # what training reads
+_READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # what training reads
 
 
 def fetch(key: str, path: str, subfolder: str | None, to: Path | None) -> Path:

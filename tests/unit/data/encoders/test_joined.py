@@ -10,14 +10,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5EncoderModel,
+)
 
 from data.config import MoreTextConfig, TextEncoderConfig
 from data.encoders.joined import AnyTextEncoder, load_text_encoders
 from data.errors import DataError
 from data.precomputed_format import Dataset
 from tests.helpers.host_sync import NoWait
-from tests.helpers.language_models import save
+from tests.helpers.language_models import save, tokenizer
 from tests.helpers.steps import built
 from trainer.config.load import load_config, parse
 from trainer.config.resume import check_resume
@@ -34,8 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "clip"), ("text_encoder_3", "t5")):
         save(kind, folder / name, ends="eos")
-        tokenizer = folder / name.replace("text_encoder", "tokenizer")
-        AutoTokenizer.from_pretrained(folder / name, trust_remote_code=False).save_pretrained(tokenizer)
+        beside = folder / name.replace("text_encoder", "tokenizer")
+        AutoTokenizer.from_pretrained(folder / name, trust_remote_code=False).save_pretrained(beside)
     second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", trust_remote_code=False)
     with torch.no_grad():
         for weight in second.parameters():
@@ -142,6 +149,32 @@ def test_a_pooled_vector_beside_another_encoder(models: Path, tmp_path: Path) ->
     wrong = TextEncoderConfig(path=t5.path, max_length=24, width=96, more=(one,))
     with pytest.raises(DataError, match=r"text_encoder\.more\.0\.pooled_width is 24, but .* has 32: set it to 32"):
         load(wrong)
+
+
+def test_the_text_half_of_a_whole_clip(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 400, "eos_token_id": 1, "pad_token_id": 0}
+    model: Any = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 16})
+    ).eval()
+    model.save_pretrained(tmp_path)
+    tok = tokenizer(ends="eos")
+    tok.save_pretrained(tmp_path)
+    states, mask = load(TextEncoderConfig(path=str(tmp_path), max_length=24, width=32)).encode(CAPTIONS[:1])
+    with torch.no_grad():
+        wanted = model.text_model(**tok(CAPTIONS[:1], return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(states[:, : mask.sum()], wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_a_pooled_vector_that_tells_nothing_is_refused(models: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(models, tmp_path / "moved"))
+    clip = CLIPTextModelWithProjection.from_pretrained(moved / "text_encoder_2", trust_remote_code=False)
+    with torch.no_grad():
+        clip.text_projection.weight.zero_()
+    clip.save_pretrained(moved / "text_encoder_2")
+    cfg = sd3(moved)
+    with pytest.raises(DataError, match="states that are not finite, or the same for different captions"):
+        load(cfg)
 
 
 def test_a_caption_does_not_depend_on_the_others_and_nothing_is_read_back(models: Path) -> None:

@@ -18,6 +18,7 @@ from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoTokenizer,
     Gemma2Model,
     Qwen2_5_VLForConditionalGeneration,
@@ -162,6 +163,20 @@ def test_encoders_of_encoder_decoders(kind: str, models: Path) -> None:
     assert sum(p.numel() for p in encoder.model.parameters()) == sum(p.numel() for p in model.parameters())
     rows = [row[own.bool()] for row, own in zip(found.hidden_states[-2], tokens["attention_mask"], strict=True)]
     assert_same(load(folder, layers=(-2,)), rows)
+
+
+def test_a_prefix_before_an_encoder_with_real_weights() -> None:
+    """MiniLM, as retrieval models are used: what it writes before and behind the text is found as well."""
+    folder = Path(".cache/minilm")
+    tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
+    with torch.no_grad():
+        texts = [tok(f"query: {caption}", return_tensors="pt") for caption in CAPTIONS]
+        rows = [model(**text).last_hidden_state[0] for text in texts]
+    encoder = load(folder, prefix="query: ", width=384)
+    assert encoder.template is not None
+    assert tok.convert_ids_to_tokens(encoder.template.first + encoder.template.last) == ["[CLS]", "query", ":", "[SEP]"]
+    assert_same(encoder, rows, 3)
 
 
 # -------------------------------------------------------------------------------------------------------------- padding
