@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -29,6 +30,7 @@ from tests.helpers.steps import built
 from trainer.config.load import load_config, parse
 from trainer.config.resume import check_resume
 from trainer.errors import ConfigError
+from trainer.estimate.report import encoder_bytes, text_encoder_flops
 from trainer.loop import train_step
 
 CAPTIONS = ["a red apple on a table", "", "two dogs running through snow, seen from the river", "7"]
@@ -285,6 +287,17 @@ def test_a_model_trains_on_them(shards: str, models: Path, tmp_path: Path) -> No
                 run.state.step += 1
                 train_step(run, step)
         assert not torch.equal(before, run.engine.full(name))
+
+
+def test_the_estimate_counts_all_encoders(models: Path) -> None:
+    config = load_config("mmdit_debug_mup.yaml", overrides(models))
+    files = [models / name / "model.safetensors" for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    numbers = [sum(tensor.numel() for tensor in load_file(file).values()) for file in files]
+    assert encoder_bytes(config)["text_encoder"] == 2 * sum(numbers)
+    assert text_encoder_flops(config) == 2 * (20 * numbers[0] + 20 * numbers[1] + 24 * numbers[2])
+    elsewhere = load_config("mmdit_debug_mup.yaml", overrides(Path("/elsewhere")))
+    with pytest.raises(ConfigError, match=r"text_encoder\.path '/elsewhere' is no local folder"):
+        encoder_bytes(elsewhere)
 
 
 def test_a_run_goes_on_with_moved_encoders_alone(models: Path) -> None:
