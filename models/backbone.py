@@ -10,7 +10,8 @@ from .configs import ProjectorConfig
 from .layers import Declaration
 from .model_config import ModelConfig
 from .registry import BACKBONES, class_of
-from .repa import DECLARATIONS, Projector
+from .repa import build_projector
+from .repa import declarations as of_projector
 from .route import DECLARATIONS as OF_ROUTE
 
 
@@ -28,8 +29,8 @@ class Backbone(nn.Module, ABC):
     of attention and mlp."""
 
     projector: nn.Module
-    """Applied to the tokens that forward returns as features: the identity, or REPA's projector. A backbone that lacks
-    it cannot be trained with REPA."""
+    """Applied to the tokens that forward returns as features and to their grid's height and width: repa.Unprojected, or
+    REPA's projector. A backbone that lacks it cannot be trained with REPA."""
 
     @abstractmethod
     def forward(
@@ -75,15 +76,15 @@ def build_model(
     if projector is not None:
         if not hasattr(model, "projector"):
             raise TypeError(f"model.kind {config.kind} has no projector")
-        model.projector = Projector(config.width, projector)
+        model.projector = build_projector(config.width, projector)
     return model
 
 
 def declarations(config: ModelConfig, projector: ProjectorConfig | None = None) -> tuple[Declaration, ...]:
     """What the backbone, and its projector, say about their parameters' roles and init."""
-    of_projector = () if projector is None else DECLARATIONS
+    own = () if projector is None else of_projector(projector)
     of_route = OF_ROUTE if config.route is not None and config.route.fuse == "sprint" else ()
-    return (*of_projector, *of_route, *class_of(BACKBONES[config.kind].backbone).declarations(config))
+    return (*own, *of_route, *class_of(BACKBONES[config.kind].backbone).declarations(config))
 
 
 def kinds(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:

@@ -345,3 +345,5 @@ class ProjectorConfig:
     """Features of its inner layers."""
     features: int
     """Features of the encoder that it projects to."""
+    kind: Literal["mlp", "conv"] = "mlp"
+    """REPA's three linear layers, or iREPA's convolution, which has no inner layers."""

@@ -26,6 +26,7 @@ from .layers import (
     time_sinusoids,
     unpatchify,
 )
+from .repa import Unprojected
 from .route import ends, keep, rejoin
 
 
@@ -78,7 +79,7 @@ class DiT(Backbone):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.final_modulation = nn.Linear(d, 2 * d)
         self.final = OutputLinear(d, patch * patch * out_channels)
-        self.projector = nn.Identity()
+        self.projector = Unprojected()
         self.rejoin = rejoin(config.route, d)
 
     def fill_buffers(self) -> None:
@@ -129,7 +130,7 @@ class DiT(Backbone):
                 before, tokens = tokens, keep(tokens, kept)  # [B, N, D], [B, K, D]
             tokens = block(tokens, c)  # [B, N or K, D]
             if number == features_at:
-                features = self.projector(tokens)
+                features = self.projector(tokens, height, width)
             if number == last:
                 tokens = self.rejoin(before, tokens, kept)  # [B, N, D]
         shift, scale = self.final_modulation(c).chunk(2, dim=-1)  # 2 x [B, D]

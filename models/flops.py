@@ -27,7 +27,9 @@ def forward_flops(
         macs += (pooled_width - text_width) * config.width
     if route is not None and kept is not None and features_at is not None and features_at in route.blocks:
         image_tokens = kept
-    if projector is not None:
+    if projector is not None and projector.kind == "conv":
+        macs += image_tokens * 9 * config.width * projector.features  # 3 x 3 neighbours
+    elif projector is not None:
         hidden = projector.hidden
         macs += image_tokens * hidden * (config.width + hidden + projector.features)
     return 2 * macs

@@ -38,6 +38,7 @@ from .layers import (
     time_sinusoids,
     unpatchify,
 )
+from .repa import Unprojected
 from .route import ends, keep, rejoin
 
 
@@ -243,7 +244,7 @@ class MMDiT(Backbone):
         self.blocks.extend([SingleBlock(config) for _ in range(config.single_depth)] or [LastBlock(config)])
         self.final_modulation = nn.Linear(d, 2 * d)
         self.final = OutputLinear(d, patch * patch * in_channels)
-        self.projector = nn.Identity()
+        self.projector = Unprojected()
         if config.positions == "sincos":
             self.register_buffer("axis_table", torch.empty(config.pos_embed_max_size, d // 2), persistent=False)
         self.rejoin = rejoin(config.route, d)
@@ -321,7 +322,7 @@ class MMDiT(Backbone):
             else:
                 tokens, y = block(tokens, y, c, seen, places)  # [B, N or K, D], [B, L, D]
             if number == features_at:
-                features = self.projector(tokens[:, : height * width])
+                features = self.projector(tokens[:, : height * width], height, width)
             if number == last:
                 tokens, seen = self.rejoin(before, tokens, kept), seen_by_all  # [B, N, D]
                 places = places_of_all

@@ -35,6 +35,7 @@ from .layers import (
     time_sinusoids,
     unpatchify,
 )
+from .repa import Unprojected
 from .route import ends, keep, rejoin
 
 
@@ -110,7 +111,7 @@ class PixArt(Backbone):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
         self.final = OutputLinear(d, patch * patch * out_channels)
-        self.projector = nn.Identity()
+        self.projector = Unprojected()
         self.rejoin = rejoin(config.route, d)
 
     def fill_buffers(self) -> None:
@@ -191,7 +192,7 @@ class PixArt(Backbone):
                 seen = visible_from(tokens, text)
             tokens = block(tokens, y, modulation, seen)  # [B, N or K, D]
             if number == features_at:
-                features = self.projector(tokens)
+                features = self.projector(tokens, height, width)
             if number == last:
                 tokens, seen = self.rejoin(before, tokens, kept), seen_by_all  # [B, N, D]
         shift, scale = (self.scale_shift_table + c[:, None]).unbind(1)  # 2 x [B, D]

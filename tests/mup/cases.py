@@ -360,6 +360,10 @@ CASES: dict[str, Case] = {
     "uvit_text": Case(uvit_text, UVIT_TEXT, "text_embed.weight", "skip", constant(UVIT_TEXT)),
 }  # fmt: skip
 
+CONVOLVED = {  # what iREPA's projector adds; fan_in 48 x 3 x 3
+    "projector.conv.weight": Expected("output", (9 * 48) ** -0.5, decays=True, inner=True),
+    "projector.conv.bias": Expected("fixed", 0.0),
+}
 # The backbones that REPA is for, with its projector.
 REPA_CASES = {
     name: replace(CASES[name], snapshot={**CASES[name].snapshot, **ALIGNED}, projector=PROJECTOR)
@@ -369,6 +373,12 @@ REPA_CASES = {
 JOINED = {  # what a fused route adds; fan_in 2 x 48
     "rejoin.mask_token": vector(0.02),
     **linear("rejoin.linear", xavier("hidden", 2 * 48, 48)),
+}
+
+
+CONV_CASES = {
+    name: replace(case, snapshot={**CASES[name].snapshot, **CONVOLVED}, projector=replace(PROJECTOR, kind="conv"))
+    for name, case in REPA_CASES.items()
 }
 
 

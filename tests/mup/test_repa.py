@@ -12,15 +12,17 @@ from trainer.mup.apply import build_table
 from trainer.mup.rules import Settings
 from trainer.mup.table import ParameterRow, TableError
 
-from .cases import BASE_WIDTH, CASES, CHANNELS, REPA_CASES, TEXT_WIDTH, Case
+from .cases import BASE_WIDTH, CASES, CHANNELS, CONV_CASES, REPA_CASES, TEXT_WIDTH, Case
 from .checks import scale_of, wrong_decays, wrong_eps, wrong_init, wrong_multipliers, wrong_updates
 
 every_case = pytest.mark.parametrize("case", REPA_CASES.values(), ids=REPA_CASES)
+BOTH = {**REPA_CASES, **{f"{name}, convolution": case for name, case in CONV_CASES.items()}}
+every_projector = pytest.mark.parametrize("case", BOTH.values(), ids=BOTH)
 FIRST = "projector.fc1.weight"
 M = 4.0
 
 
-@every_case
+@every_projector
 @pytest.mark.parametrize("m", [2.5, 4.0])
 def test_snapshot(case: Case, m: float) -> None:
     table = case.table(m)
@@ -33,7 +35,7 @@ def test_snapshot(case: Case, m: float) -> None:
         assert got == pytest.approx((scale.multiplier, scale.lr, scale.decay), rel=1e-12), name
 
 
-@every_case
+@every_projector
 def test_the_projector_changes_no_other_row(case: Case) -> None:
     plain = replace(case, projector=None).table(M).rows
     assert {name: row for name, row in case.table(M).rows.items() if name in plain} == plain
@@ -53,7 +55,7 @@ def test_the_output_multiplier_is_about_the_prediction() -> None:
     assert (rows["final.weight"].multiplier, rows[FIRST].multiplier) == (3 / M, 1 / M)
 
 
-@every_case
+@every_projector
 @pytest.mark.slow
 def test_training_follows_the_rules(case: Case) -> None:
     table = case.table(M)

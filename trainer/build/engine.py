@@ -18,7 +18,7 @@ from ..config.schema import TrainConfig
 from ..diffusion.ddpm import DDPM
 from ..diffusion.ddpm_sampling import DDPMSampler
 from ..diffusion.flow import RectifiedFlow
-from ..diffusion.repa import Alignment
+from ..diffusion.repa import Alignment, spatially_normalised
 from ..diffusion.route import Route
 from ..diffusion.sampling import Euler, Sampler
 from ..errors import ConfigError
@@ -192,7 +192,12 @@ def build_alignment(config: TrainConfig, encoders: Encoders) -> Alignment | None
     objective = config.objective
     if not objective.repa_weight:
         return None
-    return Alignment(objective.repa_weight, objective.repa_layer - 1, encoders.features, objective.repa_until)
+
+    def features(batch: Any) -> Tensor:
+        found, share = encoders.features(batch), objective.repa_spatial_norm
+        return found if share is None else spatially_normalised(found, share)
+
+    return Alignment(objective.repa_weight, objective.repa_layer - 1, features, objective.repa_until)
 
 
 def build_route(config: TrainConfig) -> Route | None:

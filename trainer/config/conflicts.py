@@ -202,6 +202,15 @@ def _repa_conflicts(c: TrainConfig) -> Iterator[str]:
             f"objective.repa_weight does not fit model.kind {c.model.kind}: its long skips carry the early blocks past "
             "the middle, so that no one block holds what the later ones build on; set it to 0"
         )
+    if o.repa_projector == "conv":
+        if o.repa_hidden != (usual := type(o)().repa_hidden):
+            yield f"objective.repa_hidden {o.repa_hidden} does nothing under repa_projector conv: leave it {usual}"
+        if c.model.route is not None and o.repa_layer - 1 in c.model.route.blocks:
+            yield (
+                f"objective.repa_projector conv needs whole grids of tokens, and block {o.repa_layer} lies in "
+                f"model.route: set objective.repa_layer to none of {c.model.route.start + 1} to {c.model.route.end}, or "
+                "take mlp"
+            )
     if o.repa_layer > c.model.depth:
         yield f"objective.repa_layer {o.repa_layer} is more than model.depth {c.model.depth}"
 

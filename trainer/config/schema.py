@@ -274,6 +274,12 @@ class ObjectiveConfig(Section):
     features."""
     repa_width: int = Field(default=768, ge=1)
     """Features of the image encoder."""
+    repa_projector: Literal["mlp", "conv"] = "mlp"
+    """From tokens to features of the encoder: REPA's three linear layers (`mlp`), or iREPA's convolution over 3 x 3
+    tokens (`conv`, arXiv 2512.10794)."""
+    repa_spatial_norm: float | None = Field(default=None, ge=0, le=1)
+    """Share of their mean over the image's tokens that is taken off the encoder's features, which are then divided by
+    their standard deviation over them (iREPA, with 0.6 on latents and 0.8 on pixels); null leaves them as they are."""
     repa_hidden: int = Field(default=2048, ge=1)
     """Features of the inner layers of the projector between the model and the image encoder."""
 
@@ -429,7 +435,7 @@ class TrainConfig(Section):
     def projector(self) -> ProjectorConfig | None:
         """The projector that the model has for REPA; None where REPA is off."""
         o = self.objective
-        return ProjectorConfig(o.repa_hidden, o.repa_width) if o.repa_weight else None
+        return ProjectorConfig(o.repa_hidden, o.repa_width, o.repa_projector) if o.repa_weight else None
 
     @property
     def sampler(self) -> Literal["euler", "ancestral", "ddim", "dpm_solver", "dpm_solver_sigma_min"]:

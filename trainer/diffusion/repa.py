@@ -10,6 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def spatially_normalised(features: Tensor, share: float) -> Tensor:
+    """Features [b, N, F] less `share` of their mean over the N tokens, over their standard deviation over them (iREPA,
+    Singh et al., arXiv 2512.10794), in float32 or better."""
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    deviation, mean = torch.std_mean(wide, dim=1, correction=0, keepdim=True)  # 2 x [b, 1, F]
+    return (wide - share * mean) / (deviation + 1e-6)
+
+
 @dataclass(frozen=True)
 class Alignment:
     """weight: of the term in the loss that is trained. features_at: block (from 0) whose tokens are projected.

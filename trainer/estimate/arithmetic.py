@@ -199,6 +199,14 @@ class _Recorder(TorchDispatchMode):
         elif name in ("mm", "addmm"):
             left, right = args[-2:]
             self.phase[Product(left.shape[0], right.shape[1], left.shape[1])] += 1
+        elif name == "convolution":
+            places, features = out.numel() // out.shape[1], out.shape[1]
+            self.phase[Product(places, features, args[1][0].numel())] += 1
+        elif name == "convolution_backward":
+            gradient, _, weight = args[:3]
+            places, features, neighbours = gradient.numel() // len(weight), len(weight), weight[0].numel()
+            self.phase[Product(places, neighbours, features)] += 1
+            self.phase[Product(features, neighbours, places)] += 1
         elif name not in _UNREAD and not func.is_view:
             tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
             if moved := sum(_bytes(each) for each in tensors):

@@ -42,6 +42,7 @@ IDENTITY |= {f"objective.{key}" for key in ("kind", "beta_schedule", "timestep_m
 IDENTITY |= {
     f"objective.{key}" for key in ("shift_base_tokens", "repa_weight", "repa_layer", "repa_width", "repa_hidden")
 }
+IDENTITY |= {"objective.repa_projector", "objective.repa_spatial_norm"}
 IDENTITY |= {f"objective.{key}" for key in ("predict", "x_clamp", "uniform_share", "contrastive_weight")}
 IDENTITY |= {f"text_encoder.{key}" for key in ("max_length", "dropout", "width")}
 IDENTITY |= {f"text_encoder.{key}" for key in ("prefix", "chat", "thinking", "layers", "pad", "pooled_width", "more")}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ViTConfig, DINOv3ViTModel
 
 from data.debug import ensure_debug_assets
@@ -19,18 +20,21 @@ from data.errors import DataError
 from launch import sample
 from models.configs import ProjectorConfig
 from models.flops import forward_flops
+from models.repa import ConvProjector
 from tests.distributed.runs import exact
 from tests.helpers.backbones import CHANNELS, TEXT_WIDTH, condition_of, image
 from tests.mup.cases import REPA_CASES
 from trainer.build.flops import image_flops
+from trainer.build.meta import meta_inputs, meta_model
 from trainer.build.run import build_run
 from trainer.checkpoint.find import find_checkpoint
 from trainer.config.keys import plain
 from trainer.config.load import load_config
 from trainer.config.resume import check_resume
 from trainer.config.schema import TrainConfig
-from trainer.diffusion.repa import Alignment
+from trainer.diffusion.repa import Alignment, spatially_normalised
 from trainer.errors import ConfigError
+from trainer.estimate.arithmetic import count_passes, products_flops
 from trainer.loop import train
 from trainer.monitor.metrics import read_metrics
 from trainer.parallel.mesh import init_world
@@ -165,6 +169,16 @@ def test_a_wrong_encoder(path: str, width: int, message: str) -> None:
         ("uvit", REPA, "objective.repa_weight does not fit model.kind uvit: its long skips"),
         ("mmdit", (*REPA, "objective.repa_layer=3"), "objective.repa_layer 3 is more than model.depth 2"),
         ("mmdit", ("objective.repa_weight=-1",), "objective.repa_weight"),
+        ("mmdit", (*REPA, "objective.repa_projector=conv"), "repa_hidden 48 does nothing under repa_projector conv"),
+        (
+            "mmdit",
+            (
+                *("objective.repa_weight=1", "objective.repa_layer=1", "objective.repa_projector=conv"),
+                *("model.route.share=0.5", "model.route.start=0", "model.route.end=1"),
+            ),
+            "conv needs whole grids of tokens, and block 1 lies in model.route",
+        ),
+        ("mmdit", (*REPA, "objective.repa_spatial_norm=1.5"), "objective.repa_spatial_norm"),
         ("mmdit", ("objective.repa_until=3",), "objective.repa_until 3 does nothing without objective.repa_weight"),
         ("mmdit", (*REPA, "objective.repa_until=0"), "objective.repa_until"),
         ("mmdit", (*REPA, "objective.repa_until=3", "parallel.engine=zero"), "repa_until needs parallel.engine fsdp2"),
@@ -183,6 +197,67 @@ def test_flops(kind: str) -> None:
     plain = forward_flops(config, CHANNELS, TEXT_WIDTH, 16, 7)
     more = forward_flops(config, CHANNELS, TEXT_WIDTH, 16, 7, projector)
     assert more - plain == 2 * 16 * (48 * 24 + 24 * 24 + 24 * 16)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_flops_of_the_convolution(kind: str) -> None:
+    """As torch counts them, and as the estimate does, in both passes."""
+    keys = ("objective.repa_weight=0.5", "objective.repa_layer=1", "objective.repa_projector=conv")
+    config = load_config(f"{kind}_debug_mup.yaml", keys)
+    model, inputs = meta_model(config), meta_inputs(config, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    assert 3 * counter.get_total_flops() == image_flops(config)
+    passes = count_passes(model, inputs)
+    assert products_flops(passes.blocks) + products_flops(passes.rest) == counter.get_total_flops()
+    plain = count_passes(model, inputs[:3])
+    forward = counter.get_total_flops() - image_flops(load_config(f"{kind}_debug_mup.yaml")) // 3
+    assert products_flops(passes.backward) - products_flops(plain.backward) == 2 * forward
+
+
+def test_the_convolution_sees_neighbours_on_the_grid() -> None:
+    """Of 4 x 6 tokens; a token's feature depends on those around it, and on no other."""
+    projector = ConvProjector(8, ProjectorConfig(0, 5, "conv"))
+    projector.conv.multiplier = 0.5
+    tokens = torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = projector(tokens, 4, 6)
+        moved = tokens.clone()
+        moved[:, 2 * 6 + 3] += 1.0
+        changed = (projector(moved, 4, 6) - features).abs().amax(-1).reshape(2, 4, 6) > 1e-6
+    expected = torch.zeros(4, 6, dtype=torch.bool)
+    expected[1:4, 2:5] = True
+    assert torch.equal(changed, expected.expand(2, -1, -1))
+    weight, bias = projector.conv.weight, projector.conv.bias
+    around = tokens.reshape(2, 4, 6, 8)[:, 1:4, 2:5].permute(0, 3, 1, 2)  # of token 2, 3
+    by_hand = 0.5 * torch.einsum("bdij,fdij->bf", around, weight) + bias
+    assert torch.allclose(features[:, 2 * 6 + 3], by_hand, atol=1e-5)
+
+
+def test_spatial_norm() -> None:
+    features = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    found = spatially_normalised(features, 0.6)
+    deviation = features.std(dim=1, keepdim=True, correction=0)
+    assert torch.allclose(found, (features - 0.6 * features.mean(1, keepdim=True)) / deviation, atol=1e-5)
+    assert torch.allclose(
+        spatially_normalised(features, 1.0).mean(1), torch.zeros(3, 5, dtype=torch.float64), atol=1e-9
+    )
+    assert spatially_normalised(features.half(), 0.6).dtype == torch.float32
+    assert spatially_normalised(torch.full((1, 1, 4), 7.0), 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_irepa_trains(kind: str, tmp_path: Path) -> None:
+    keys = tuple(key for key in REPA if "hidden" not in key)
+    irepa = (*keys, "objective.repa_projector=conv", "objective.repa_spatial_norm=0.8")
+    config = configured(kind, tmp_path, *irepa, "run.name=a", "train.steps=12", "optim.lr=8e-3", "train.sample_every=0")
+    records, _, weights = trained(config)
+    logged = [record["repa_loss"] for record in records if "repa_loss" in record]
+    assert logged[-1] < logged[0] - 0.02
+    assert [name for name in weights if name.startswith("projector.")] == [
+        "projector.conv.weight",
+        "projector.conv.bias",
+    ]
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
