@@ -208,8 +208,7 @@ def _repa_conflicts(c: TrainConfig) -> Iterator[str]:
         if c.model.route is not None and o.repa_layer - 1 in c.model.route.blocks:
             yield (
                 f"objective.repa_projector conv needs whole grids of tokens, and block {o.repa_layer} lies in "
-                f"model.route: set objective.repa_layer to none of {c.model.route.start + 1} to {c.model.route.end}, or "
-                "take mlp"
+                f"model.route: let objective.repa_layer be none of {c.model.route.start + 1} to {c.model.route.end}"
             )
     if o.repa_layer > c.model.depth:
         yield f"objective.repa_layer {o.repa_layer} is more than model.depth {c.model.depth}"

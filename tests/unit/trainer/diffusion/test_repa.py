@@ -229,6 +229,7 @@ def test_the_convolution_sees_neighbours_on_the_grid() -> None:
     expected[1:4, 2:5] = True
     assert torch.equal(changed, expected.expand(2, -1, -1))
     weight, bias = projector.conv.weight, projector.conv.bias
+    assert bias is not None
     around = tokens.reshape(2, 4, 6, 8)[:, 1:4, 2:5].permute(0, 3, 1, 2)  # of token 2, 3
     by_hand = 0.5 * torch.einsum("bdij,fdij->bf", around, weight) + bias
     assert torch.allclose(features[:, 2 * 6 + 3], by_hand, atol=1e-5)
