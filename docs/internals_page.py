@@ -85,6 +85,7 @@ each step:
 | which checkpoint a run resumes | `trainer/checkpoint/resume.py`, and `find.py` for damaged ones |
 | what may change on resume | each key's class in `trainer/config/schema.py`, compared in `trainer/config/resume.py` |
 | activation checkpointing, compilation | `trainer/parallel/activation_checkpointing.py`, `compile.py` |
+| tokens that skip blocks | `models/route.py`; which ones: `trainer/diffusion/route.py` |
 | classifier-free guidance | `trainer/diffusion/sampling.py` |
 | the EMA | `trainer/ema.py` |
 | the line on the terminal, metrics.jsonl, wandb | `metrics.py`, `records.py` and `trackers.py` in `trainer/monitor/` |

@@ -66,6 +66,8 @@ def check_import(config: TrainConfig, form: Format, source: PublishedWeights) ->
         )
     if model.kind == "mmdit":
         problems += unlike(model, (form == "diffusers" and twin_of(model)) or TWINS["mmdit"])
+    if model.route is not None and model.route.fuse == "sprint":
+        problems.append("model.route.fuse is sprint: no published weights have its layer, leave it none")
     if model.time_freq_shift and (model.kind, form) != ("dit", "diffusers"):
         problems.append(f"model.time_freq_shift is {model.time_freq_shift:g}: these weights go with 0")
     if form == "diffusers":

@@ -256,6 +256,8 @@ def test_bad_published_weights(
     refused(wrong, r"(?s)missing: proj_out\.bias.*shape: proj_out\.weight is \[3, 64\], by the.*unknown: surplus \[2\]")
     refused(good, r"(?s)shape: .*and \d+ more", "model.width=32")
     refused(good, "model.time_freq_shift is 1: these weights go with 0", "model.time_freq_shift=1")
+    route = [f"model.route.{each}" for each in ("share=0.5", "start=0", "end=1", "fuse=sprint")]
+    refused(good, "model.route.fuse is sprint: no published weights have its layer", *route)
     (tmp_path / "config.json").write_text(json.dumps({"attention_head_dim": 8, "sample_size": 64}))
     refused(good, r"(?s)attention_head_dim is 8 .* 16 .*model\.head_dim.*sample_size is 64 .* 32 .*pos_embed_base_size")
     (tmp_path / "config.json").unlink()
