@@ -46,22 +46,27 @@ def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
     try:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder, "name": "run"})})
         _world = _world or init_world(resolve(config, 1).shard)
-        with contextlib.redirect_stdout(None):  # a muP table of each of many runs is no news
-            run = build_run(config, _world)
-        run.metrics.say = lambda text: None
-        # Nobody sees the folder, and a picture costs more than a small run's steps.
-        run.metrics.plot = lambda last=False: None
-        try:
-            outcome = train(run)
-        finally:
-            run.metrics.close()
-            if run.lock is not None:
-                run.lock.close()
+        while (outcome := _train_stage(config, _world)) == "running":
+            pass
         if outcome != "finished":  # a signal has stopped it: its figures are not those of the whole run
             raise RuntimeError(f"a run ended as {outcome}")
-        yield run.folder, _world
+        yield config.run.folder, _world
     finally:
         shutil.rmtree(folder)
+
+
+def _train_stage(config: TrainConfig, world: World) -> str:
+    with contextlib.redirect_stdout(None):  # a muP table of each of many runs is no news
+        run = build_run(config, world)
+    run.metrics.say = lambda text: None
+    # Nobody sees the folder, and a picture costs more than a small run's steps.
+    run.metrics.plot = lambda last=False: None
+    try:
+        return train(run)
+    finally:
+        run.metrics.close()
+        if run.lock is not None:
+            run.lock.close()
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from trainer.errors import ConfigError
 from trainer.mup.rules import ROLES
 
 # Searches (configs/search) describe studies and suites (configs/evaluate) measurements: they are no configs of runs.
-FILES = sorted(p for p in CONFIG_DIR.glob("*.yaml"))
+FILES = sorted([*CONFIG_DIR.glob("*.yaml"), *CONFIG_DIR.glob("recipes/*.yaml")])
 DEBUG = "mmdit_debug_mup"
 
 
@@ -52,7 +52,7 @@ def model_of(config: TrainConfig) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_shipped_config_builds(path: Path) -> None:
-    config = load_config(path.name)
+    config = load_config(str(path))
     shapes = {name: tuple(p.shape) for name, p in model_of(config).named_parameters()}
     table = build_mup_table(config)
     assert {name: row.shape for name, row in table.rows.items()} == shapes
