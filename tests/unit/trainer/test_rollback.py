@@ -54,7 +54,7 @@ def a_run(folder: Path, world: World, metrics: Metrics, *checkpoints: int) -> An
         state=state,
         world=world,
         folder=folder,
-        plan=SimpleNamespace(rollback_after=3, max_skipped_steps=5),
+        plan=SimpleNamespace(rollback_after=3, max_skipped_steps=5, first_step=0, stage=None),
         last_step=100,
         ema=SimpleNamespace(tensors=dict),
         checkpointer=Checkpoints(),
@@ -137,3 +137,10 @@ def test_no_run_finishes_on_skipped_steps(
     run.plan.max_skipped_steps, run.state.step, run.last_step = 1000, step, 2 if step == 2 else 100
     with pytest.raises(DivergedError) if ends else contextlib.nullcontext():
         check_health(run, {}, row)
+
+
+def test_not_into_the_stage_before(tmp_path: Path, world: World, metrics: Metrics) -> None:
+    run = a_run(tmp_path, world, metrics, 4)
+    run.plan.first_step, run.plan.stage = 6, "stage 2 of 3"
+    with pytest.raises(RunError, match=r"step_00000004.*is before step 6, at which stage 2 of 3 begins"):
+        go_back(run, 3)

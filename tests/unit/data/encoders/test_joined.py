@@ -272,6 +272,7 @@ def overrides(models: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", ["synthetic", ".cache/debug/train-000000.tar"])
 def test_a_model_trains_on_them(shards: str, models: Path, tmp_path: Path) -> None:
     with built("mmdit_debug_mup.yaml", tmp_path, f"data.shards={shards}", *overrides(models)) as run:

@@ -634,7 +634,7 @@ def test_needs_no_torch() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_written_config_loads_back(path: Path, tmp_path: Path) -> None:
-    config = load_config(path.name, ["optim.eps=2e-12", "optim.lr=1e-5", "optim.clip_norm=null", "wandb.project=off"])
+    config = load_config(str(path), ["optim.eps=2e-12", "optim.lr=1e-5", "optim.clip_norm=null", "wandb.project=off"])
     text = to_yaml(config)
     (tmp_path / "config.yaml").write_text(text)
     assert load_config(str(tmp_path / "config.yaml")) == config

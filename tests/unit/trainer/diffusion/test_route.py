@@ -52,6 +52,7 @@ def kept_by(run: Run) -> Iterator[list[Tensor | None]]:
     hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_keeps_by_the_samples_keys_and_all_else_sees_all_tokens(kind: str, tmp_path: Path) -> None:
     more = ("data.shards=.cache/debug/train-{000000..000001}.tar", "train.validate_every=1", "train.sample_every=1")
@@ -96,6 +97,7 @@ def test_a_resume_is_exact(tmp_path: Path) -> None:
     assert exact(train(1, tmp_path / "half", *keys)) == exact(records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_an_alignment_in_the_route_is_of_the_kept_tokens(layer: int, tmp_path: Path) -> None:
     keys = (*routed("dit"), "objective.repa_weight=0.5", f"objective.repa_layer={layer}", "objective.repa_width=16")
