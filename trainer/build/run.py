@@ -176,17 +176,23 @@ def _build_trained(inputs: Inputs, start: _Start) -> _Trained:
     config, world = inputs.config, inputs.world
     engine = build_engine(config, inputs.table, world)
     if start.initial is not None:
-        engine.load_weights(start.initial, weights_of(read_meta(start.initial)), lasting(inputs.table.rows))
+        engine.load_weights(start.initial, _weights_of(start.initial), lasting(inputs.table.rows))
     ema = EMA(engine.master_shards(), config.ema.decays, config.ema.warmup)
     state = TrainState.start(world.device, config.optim.spike_threshold)
     state.skipped_ranges = inputs.skipped_ranges
     if start.resumed is not None:
         meta = start.resumed.meta
-        kept = [decay for decay in ema.decays if decay in meta["config"]["ema"]["decays"]]
+        kept = [decay for decay in ema.decays if decay in as_trained(meta["config"], meta["step"])["ema"]["decays"]]
         engine.load(start.resumed.checkpoint, {**ema.tensors(kept), **state.tensors()})
         ema.reset([decay for decay in ema.decays if decay not in kept])  # ema.decays may change on resume
         state.restore(meta, world.rank)
     return _Trained(engine, ema, state)
+
+
+def _weights_of(checkpoint: Path) -> str:
+    """See checkpoint.find.weights_of."""
+    meta = read_meta(checkpoint)
+    return weights_of({**meta, "config": as_trained(meta["config"], meta["step"])})
 
 
 def _describe(inputs: Inputs, start: _Start) -> list[str]:
@@ -207,7 +213,7 @@ def _describe(inputs: Inputs, start: _Start) -> list[str]:
     ]
     notes += _stage_notes(inputs, 0)
     if start.initial is not None:
-        weights = weights_of(read_meta(start.initial))
+        weights = _weights_of(start.initial)
         notes.append(f"weights from {start.initial} ({weights}), and nothing else: moments, EMA and data begin anew")
     return notes
 

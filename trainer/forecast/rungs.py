@@ -83,8 +83,11 @@ class Rungs(Trunks[Trunk]):
 
     @property
     def target(self) -> TrainConfig:
-        """The config of the run that is forecast."""
-        return load_config(self.config, self.overrides)
+        """The config of the run that is forecast. Raises ConfigError where it has stages."""
+        target = load_config(self.config, self.overrides)
+        if target.stages:
+            raise ConfigError("a forecast is of a run of one stage, whose rungs differ in train.steps: add stages=[]")
+        return target
 
     @property
     def folder(self) -> Path:

@@ -13,6 +13,7 @@ from trainer.config.resume import check_resume
 from trainer.config.schema import TrainConfig
 from trainer.config.stages import as_trained, images_of, stage_at, stages_of
 from trainer.errors import ConfigError
+from trainer.forecast.rungs import Rungs
 from trainer.input.begin import begin_of
 from trainer.recovery.skipped_ranges import SkippedRange, skipped_before
 
@@ -156,3 +157,9 @@ def test_new_data_begin_within_a_stage() -> None:
     assert third.position == 440
     alone = begin_of(config("data.first_step=50", "train.steps=100"), 0)
     assert (alone.step, alone.position) == (50, 400)
+
+
+def test_a_forecast_refuses_stages() -> None:
+    rungs = Rungs("mmdit_debug_mup.yaml", THREE, (32,), (10,), 1)
+    with pytest.raises(ConfigError, match=r"one stage.*add stages=\[\]"):
+        assert rungs.target
