@@ -23,10 +23,16 @@ from data.files import temporary_beside
 from tests.integration import slurm
 
 Piece = Callable[[int, int, Path], Iterator[dict[str, Any]]]
+_STAGES = (
+    "data.resolution=16",
+    "stages=[{until: 45}, {until: 85, data: {resolution: 32}, train: {global_batch_size: 12}}, "
+    "{data: {resolution: 16}, train: {global_batch_size: 8}, optim: {warmup_steps: 5}}]",
+)  # whose borders lie between two checkpoints
 # What is killed, and how often in one piece.
 PIECES: dict[str, tuple[Piece, int]] = {
     "train": (kills_train.kills, 24),
     "muon": (partial(kills_train.kills, more=("optim.kind=muon", "optim.weight_decay=0.1")), 25),
+    "stages": (partial(kills_train.kills, more=_STAGES), 25),
     "commands": (kills_commands.kills, 30),
     "study": (kills_study.kills, 8),
     "slurm": (partial(kills_study.kills, on_slurm=True), 4),
