@@ -33,6 +33,11 @@ class Part:
     global_batch_size: int
     characters_per_token: float
 
+    def facts(self) -> tuple[object, ...]:
+        """All but the samples."""
+        weights = [str(source.weight) for source in self.index.sources]
+        return list(self.buckets), self.global_batch_size, self.characters_per_token, weights
+
 
 class Begin(NamedTuple):
     """Where the order of some data begins.
@@ -50,6 +55,13 @@ class Begin(NamedTuple):
     def position_of(self, step: int, global_batch_size: int) -> int:
         """The position of the first sample of a step; all randomness of a sample follows from its position."""
         return self.position + (step - self.step) * global_batch_size
+
+    def identity(self) -> str | None:
+        """What the order of the stage depends on beside its own data; None of a run that began with them."""
+        if not self.number and not self.before:
+            return None
+        before = [(step, each.index.fingerprint, *each.facts()) for step, each in self.before]
+        return hashlib.sha256(repr((self.step, self.position, self.number, before)).encode()).hexdigest()
 
     def order(self, seed: int, part: Part, epochs: int | None) -> BucketOrder:
         """The order of the samples of the stage. epochs: None where there are stages before it."""
@@ -70,8 +82,6 @@ class Begin(NamedTuple):
                 step,
                 left_over,
             )
-            weights = [str(source.weight) for source in each.index.sources]
-            facts = own_seed, step, list(each.buckets), each.global_batch_size, each.characters_per_token, weights
-            identity.update(repr(facts).encode())
+            identity.update(repr((own_seed, step, *each.facts())).encode())
         assert order is not None
         return order

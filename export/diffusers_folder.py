@@ -65,8 +65,8 @@ def twin_config(config: TrainConfig) -> dict[str, Any]:
             "in_channels": channels * model.patch_size**2,
             "num_layers": model.depth - model.single_depth,
             "num_single_layers": model.single_depth,
-            "joint_attention_dim": config.text_encoder.width,
-            "pooled_projection_dim": config.text_encoder.width,
+            "joint_attention_dim": config.text_encoder.total_width,
+            "pooled_projection_dim": config.text_encoder.total_pooled or config.text_encoder.total_width,
             "guidance_embeds": False,
             "axes_dims_rope": [0, model.head_dim // 2, model.head_dim // 2],
         }

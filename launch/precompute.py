@@ -105,7 +105,7 @@ def main() -> int:
     if not 1 <= arguments.stage <= len(stages):
         parser.error(f"--stage {arguments.stage}: the run has stages 1 to {len(stages)}")
     # Overrides once more: the images are given in place of the stage's own shards, which are to be made.
-    config = parse(plain(stages[arguments.stage - 1].config), arguments.config, arguments.overrides)
+    config = parse(plain(stages[arguments.stage - 1].alone()), arguments.config, arguments.overrides)
     end_with_torchrun()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.dry_run and rank > 0:

@@ -60,6 +60,7 @@ def _train(config: TrainConfig, signals: Signals) -> int:
         from trainer.collectives import from_rank_0
         from trainer.estimate.micro_batch import find_fitting, telling_out_of_memory
         from trainer.loop import train
+        from trainer.monitor.records import write_status
         from trainer.parallel.mesh import open_world, world_size
         from trainer.recovery.watchdog import watched_build
 
@@ -74,7 +75,12 @@ def _train(config: TrainConfig, signals: Signals) -> int:
             stage = from_rank_0(world, lambda: stage_of(config))
             with telling_out_of_memory(stage.config, fittings[stage.number], world.size, folder):
                 with watched_build(config.train.watchdog_factor, config.train.watchdog_min_s, signals) as hold:
-                    job = build_run(config, world, hold, sizes)
+                    try:
+                        job = build_run(config, world, hold, sizes)
+                    except ValueError as error:  # a user's mistake; the stages before have trained already
+                        if stage.number and world.rank == 0:
+                            write_status(folder, "failed", stage.first_step, str(error))
+                        raise
                 if note := export_note(stage.config):
                     job.metrics.say(note)
                 with job.lock or contextlib.nullcontext():

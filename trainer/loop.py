@@ -36,6 +36,9 @@ def train(run: Run) -> str:
     with watchdog, stop_signal:
         try:
             outcome, reason = _steps(run, stop_signal, watchdog)
+            # What is due at the end of a stage takes time, in which no step tells of a signal.
+            if outcome == "running" and stop_signal.any_asked():
+                outcome, reason = "preempted", "asked to stop by a signal"
         except (RunError, CheckpointError) as error:  # on all ranks alike
             run.checkpointer.wait()  # what is on its way is worth keeping
             metrics.status("failed", state.step, str(error))

@@ -52,6 +52,8 @@ def go_back(run: Run, row: int) -> None:
     run.checkpointer.load(checkpoint, {**run.ema.tensors(), **state.tensors()})
     state.step, state.skipped_ranges = target, skipped_ranges
     state.spikes.forget_rows()
+    if target == run.plan.first_step:
+        state.spikes.forget()
     run.metrics.cut(target)
     text = f"{why}: back to step {target}, past the samples of {skipped_ranges[-1].steps} steps"
     run.metrics.say(text)

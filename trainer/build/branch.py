@@ -12,8 +12,9 @@ from ..checkpoint.checksums import META
 from ..checkpoint.compatible import check_pickles
 from ..checkpoint.find import find_checkpoint
 from ..checkpoint.meta import read_meta
+from ..config.keys import plain
 from ..config.load import parse, to_yaml
-from ..config.resume import differences, of_data
+from ..config.resume import differences, of_data, trained_differences
 from ..config.schema import NAME_FORM, TrainConfig, is_name
 from ..errors import CheckpointError, ConfigError
 from ..monitor.records import METRICS, read_lines
@@ -63,7 +64,10 @@ def _config(
     if {text.partition("=")[0] for text in overrides} & {"run.name", "run.dir"}:
         raise ConfigError("run.name and run.dir follow from --output: leave them out")
     config = parse(meta["config"], f"the config of {checkpoint}", overrides)
-    found = differences(meta["config"], config)
+    found = trained_differences(meta["config"], plain(config), meta["step"])
+    keys = {each.key for each in found}
+    if hidden := [e.key for e in differences(meta["config"], config) if e.key not in keys | {"stages"}]:
+        raise ConfigError(f"{', '.join(hidden)}: the stage at step {meta['step']} gives its own; change it in stages")
     if wrong := [each for each in found if each.kind == "identity" and not (new_data and of_data(each.key))]:
         raise ConfigError(
             "a branch keeps what the run is:\n  "

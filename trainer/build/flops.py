@@ -33,5 +33,12 @@ def image_flops(
 
 def training_flops(config: TrainConfig) -> float:
     """True FLOPs of a whole run, all its stages; captions at their full length."""
-    stages = stages_of(config)
-    return float(sum((s.images(s.last_step) - s.images_before) * image_flops(s.config) for s in stages))
+    total = 0.0
+    for stage in stages_of(config):
+        c = stage.alone()
+        aligned = min(c.train.steps, c.objective.repa_until or c.train.steps)
+        per_step = [
+            steps * image_flops(c, aligned=on) for steps, on in ((aligned, True), (c.train.steps - aligned, False))
+        ]
+        total += c.train.global_batch_size * sum(per_step)
+    return total

@@ -60,14 +60,16 @@ def open_inputs(
     if is_debug(config.text_encoder.path) or is_debug(config.objective.repa_encoder):
         first_on_rank_0(world, ensure_debug_assets)
     resolved = resolve(config, world.size, fitting)
-    data = TrainingData(config, resolved, world, begin_of(whole, stage.number, partial(skipped_before, skipped_ranges)))
+    data = TrainingData(
+        config, resolved, world, begin_of(whole, stage.number, partial(skipped_before, skipped_ranges)), stage.aligned
+    )
     return Inputs(
         whole=whole,
         stage=stage,
         resolved=resolved,
         world=world,
         data=data,
-        encoders=Encoders(config, world, data.dataset, align=True),
+        encoders=Encoders(config, world, data.dataset, align=stage.aligned),
         table=build_mup_table(config),
         skipped_ranges=skipped_ranges,
     )

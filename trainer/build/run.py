@@ -31,6 +31,7 @@ from ..checkpoint.write import Checkpointer, clear_leftovers
 from ..collectives import from_rank_0, on_rank_0
 from ..config.keys import plain
 from ..config.load import to_yaml
+from ..config.resolve import resolve
 from ..config.schema import TrainConfig
 from ..config.stages import Stage, as_trained, changes, stage_at, stages_of
 from ..ema import EMA
@@ -38,6 +39,7 @@ from ..errors import ConfigError
 from ..files import Lock, lock_folder, write_atomically
 from ..forecast.track import Track, bank_of
 from ..input.stream import follow, prefetch
+from ..input.training_data import check_later_stage
 from ..lr_schedule import lr_factor
 from ..monitor.metrics import Metrics, peak_flops
 from ..monitor.mup_health import Health, WatchedParameter
@@ -89,6 +91,8 @@ def build_run(
     stage = stage_at(config, step_of(newest[0]) if newest[0] else 0)
     recorder = graph_recorder(stage.config, world)
     check_fp8_is_compiled(stage.config, world)
+    later = stages_of(config)[stage.number + 1 :]
+    on_rank_0(world, lambda: [check_later_stage(s.config, resolve(s.config, world.size), s.aligned) for s in later])
     own_fitting = fitting[stage.number] if fitting else None
     inputs = open_inputs(config, stage, world, own_fitting, read_skipped_ranges(folder))
     track = from_rank_0(world, lambda: Track.of(config))
@@ -186,6 +190,8 @@ def _build_trained(inputs: Inputs, start: _Start) -> _Trained:
         engine.load(start.resumed.checkpoint, {**ema.tensors(kept), **state.tensors()})
         ema.reset([decay for decay in ema.decays if decay not in kept])  # ema.decays may change on resume
         state.restore(meta, world.rank)
+        if state.step == inputs.stage.first_step:
+            state.spikes.forget()
     return _Trained(engine, ema, state)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-OF_DATA = ("data", "order", "images")
+OF_DATA = ("data", "order", "images", "begin")
 """The fingerprints that say which samples a run reads."""
 _OTHER_DATA = "go on from here as with other data (launch/branch.py --new-data)"
 _OLDER_READING = {
@@ -109,6 +109,11 @@ def check_same_contents(meta: Mapping[str, Any], fingerprints: Mapping[str, str]
                     f"{checkpoint} was begun when {_OLDER_READING[part]}: go on with the code that it was begun with "
                     f"(commit {meta.get('commit') or 'unknown'}), or {_OTHER_DATA}, or start a new run from "
                     "its weights with run.init_from"
+                )
+            if part == "begin":
+                raise CheckpointError(
+                    f"{checkpoint} is of a stage that went on with what the stages before it had left over of the "
+                    "data, and these read other samples, shares or batches now: keep their data as they were"
                 )
             what = part.removesuffix("_weights").replace("_", " ")
             why = "use another run.name for a new run"

@@ -59,5 +59,7 @@ def find_resumed(
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
     if has_new_data(config, meta["step"]) or stage.begins_with_other_data(meta["step"]):  # it has read none of them
         fingerprints = {part: value for part, value in fingerprints.items() if part not in OF_DATA}
+    if meta["step"] == stage.first_step:  # the checkpoint is of the stage before
+        fingerprints = {part: value for part, value in fingerprints.items() if part != "begin"}
     check_same_contents(meta, fingerprints, checkpoint)
     return Resumed(checkpoint, meta, changes, damaged)

@@ -196,7 +196,10 @@ def _repa_conflicts(c: TrainConfig) -> Iterator[str]:
     if o.repa_until is not None and c.parallel.engine == "zero":
         yield "objective.repa_until needs parallel.engine fsdp2: leave it null under zero"
     if o.repa_until is not None and c.parallel.cuda_graph:
-        yield "objective.repa_until does not go with parallel.cuda_graph: set that to false, or leave it null"
+        yield (
+            "REPA that ends (objective.repa_until, or a stage with objective.repa_weight 0) does not go with "
+            "parallel.cuda_graph: set that to false, or let it go on"
+        )
     if not c.model.residual:
         yield (
             f"objective.repa_weight does not fit model.kind {c.model.kind}: its long skips carry the early blocks past "

@@ -1,15 +1,19 @@
 """Which keys of a config may differ from the config that the run was started with."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import yaml
 
 from models.registry import DEFAULT_KIND, MODEL_KINDS
 
 from ..errors import ConfigError
 from .keys import KeyClass, flatten, key_class, plain
 from .schema import TrainConfig
-from .stages import as_trained, borders_before, may_change
+from .stages import as_trained, borders_before, may_change, trained_stages
+from .yaml_files import override
 
 
 class Difference(NamedTuple):
@@ -66,7 +70,7 @@ def check_resume(old: Mapping[str, Any], new: TrainConfig, step: int) -> list[st
     the run goes on with other data, and their keys may change. Stages are compared as far as they are trained; those to
     come are free.
     """
-    found, allowed = _trained_differences(old, plain(new), step), new.run.allow_change
+    found, allowed = trained_differences(old, plain(new), step), new.run.allow_change
     free = [each for each in found if has_new_data(new, step) and of_data(each.key)]
     identity = [each for each in found if each.kind == "identity" and each not in free]
     schedule = [each for each in found if each.kind == "schedule" and each.key not in allowed]
@@ -79,10 +83,10 @@ def check_resume(old: Mapping[str, Any], new: TrainConfig, step: int) -> list[st
         if schedule:  # quoted, because shells read [...] as a pattern
             keys = ",".join([*allowed, *(each.key for each in schedule)])
             lines.append(f"To go on with the new schedule, add 'run.allow_change=[{keys}]'")
-        if staged := [each.key for each in identity if may_change(each.key, type(new.model))]:
+        if staged := [each for each in identity if may_change(each.key, type(new.model))]:
             lines.append(
-                f"To go on with another {' or '.join(staged)} from step {step} on, keep the old value and add a stage "
-                f"(docs/stages.md): {_example(step, next(e for e in identity if e.key == staged[0]))}"
+                f"To go on with another {' or '.join(each.key for each in staged)} from step {step} on, keep what was "
+                f"and add a stage (docs/stages.md): {_example(old, step, staged)}"
             )
         raise ConfigError("\n".join([*lines, "Use another run.name for a new run."]))
     changed = [f"{each.key}: {each.before} -> {each.now}" for each in found if not each.key.startswith("run.")]
@@ -90,13 +94,17 @@ def check_resume(old: Mapping[str, Any], new: TrainConfig, step: int) -> list[st
     return changed + ([f"stages: {stages[0]} -> {stages[1]}"] if stages[0] != stages[1] else [])
 
 
-def _example(step: int, change: Difference) -> str:
-    """A stage that makes a change from a step on, as an override."""
-    section, _, key = change.key.partition(".")
-    return f"'stages=[{{until: {max(1, step)}}}, {{{section}: {{{key}: {json.dumps(change.now)}}}}}]'"
+def _example(old: Mapping[str, Any], step: int, changed: Sequence[Difference]) -> str:
+    """The stages that were trained, and one more that makes the changes from this step on, as an override."""
+    stages = [{key: value for key, value in stage.items() if value} for stage in trained_stages(old, step)]
+    stages[-1]["until"] = max(1, step)
+    new: dict[str, Any] = {}
+    for each in changed:
+        new = override(new, f"{each.key}={json.dumps(each.now)}")
+    return f"'stages={yaml.safe_dump([*stages, new], default_flow_style=True, width=math.inf).strip()}'"
 
 
-def _trained_differences(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[Difference]:
+def trained_differences(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[Difference]:
     """Where two configs differ up to a step: in all keys of the stage that is trained there, and in those of class
     identity of the stages before it."""
     ends = sorted({*borders_before(old, step), *borders_before(new, step), step})

@@ -365,8 +365,6 @@ class StageConfig(Section):
     optim: dict[str, Any] = {}
     """Keys of `optim`. With optim.schedule, optim.warmup_steps or optim.decay_steps among them the stage begins a
     learning-rate schedule of its own."""
-    ema: dict[str, Any] = {}
-    """Keys of `ema`."""
     model: dict[str, Any] = {}
     """Keys of `model` that place image tokens: model.pos_embed_base_size, model.pos_embed_interpolation."""
     objective: dict[str, Any] = {}

@@ -49,6 +49,22 @@ class Stage(NamedTuple):
     def name(self) -> str:
         return f"stage {self.number + 1} of {self.of}"
 
+    @property
+    def aligned(self) -> bool:
+        """Whether any of its updates has REPA's alignment."""
+        o = self.config.objective
+        return o.repa_weight > 0 and (o.repa_until is None or o.repa_until > self.first_step)
+
+    def alone(self) -> TrainConfig:
+        """A run of its own that computes what the stage does, for what follows from that: price and memory."""
+        o, train = self.config.objective, self.config.train
+        train = train.model_copy(update={"steps": self.last_step - self.first_step})
+        if not self.aligned:
+            o = o.model_copy(update={"repa_weight": 0.0, "repa_until": None})
+        elif o.repa_until is not None:
+            o = o.model_copy(update={"repa_until": o.repa_until - self.first_step})
+        return self.config.model_copy(update={"train": train, "objective": o})
+
     def begins_with_other_data(self, step: int) -> bool:
         """Whether the stage begins at this step, with other data than the stage before."""
         return self.other_data and step == self.first_step
@@ -98,14 +114,21 @@ def images_of(config: TrainConfig) -> int:
 def as_trained(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Plain data of a config -> those of the stage that did the last update before `step`, without stages."""
     stages = _entries(config)
-    base = {key: value for key, value in config.items() if key != "stages"}
-    begun = [0, *(stage["until"] for stage in stages[:-1])]
-    found = base
-    for first, stage in zip(begun, stages, strict=False):
+    found = {key: value for key, value in config.items() if key != "stages"}
+    weight, ended = _repa_weight(found), 0
+    for first, stage in zip([0, *(stage["until"] for stage in stages[:-1])], stages, strict=False):
         if first == 0 or first < step:
-            given = {section: keys for section, keys in stage.items() if section != "until" and keys}
-            found = _with_projector(base, lay(found, given), first)
+            before = _repa_weight(found)
+            found = lay(found, {section: keys for section, keys in stage.items() if section != "until" and keys})
+            weight = _repa_weight(found) or weight
+            ended = first if before and not _repa_weight(found) else ended
+    if ended and not _repa_weight(found):  # the projector stays, for checkpoints to have it
+        return lay(found, {"objective": {"repa_weight": weight, "repa_until": ended}})
     return found
+
+
+def _repa_weight(config: Mapping[str, Any]) -> float:
+    return config.get("objective", {}).get("repa_weight", 0)
 
 
 def borders_before(config: Mapping[str, Any], step: int) -> list[int]:
@@ -113,16 +136,13 @@ def borders_before(config: Mapping[str, Any], step: int) -> list[int]:
     return [stage["until"] for stage in _entries(config)[:-1] if stage["until"] < step]
 
 
+def trained_stages(config: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
+    """The entries of `stages` that did updates before `step`, the first one anyway, each a copy."""
+    return [dict(stage) for stage in (_entries(config) or [{}])[: len(borders_before(config, step)) + 1]]
+
+
 def _entries(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(config.get("stages") or [])
-
-
-def _with_projector(base: Mapping[str, Any], found: dict[str, Any], first: int) -> dict[str, Any]:
-    """The config of a stage in which REPA has ended: its projector stays, and its weight counts until that step."""
-    weight = base.get("objective", {}).get("repa_weight", 0)
-    if weight and found["objective"]["repa_weight"] == 0:
-        return lay(found, {"objective": {"repa_weight": weight, "repa_until": first}})
-    return found
 
 
 def stage_problems(config: TrainConfig) -> Iterator[str]:
@@ -134,6 +154,9 @@ def stage_problems(config: TrainConfig) -> Iterator[str]:
         yield "stages need parallel.engine fsdp2: zero resumes in new processes alone"
     if config.data.epochs is not None:
         yield f"data.epochs {config.data.epochs} does not go with stages, each of which counts its own: leave it null"
+    text = config.text_encoder
+    if (text.more or text.pad) and any("max_length" in stage.text_encoder for stage in stages):
+        yield "stages give text_encoder.max_length, which stays where text_encoder.more or pad is set"
     if given := list(_keys(stages[0])):
         yield f"stages[0] gives {', '.join(given)}: the first stage is trained with the keys outside of stages"
     wrong = [*_wrong_borders(config), *(p for number in range(len(stages)) for p in _wrong_keys(config, number))]
@@ -152,9 +175,8 @@ def _owns_schedule(stage: StageConfig) -> bool:
 
 
 def _keys(stage: StageConfig) -> list[str]:
-    """The dotted keys that a stage gives. What is below a key that holds a mapping is not told apart."""
-    sections: dict[str, Any] = dict(stage)
-    return [f"{section}.{key}" for section, keys in sections.items() if section != "until" for key in keys]
+    """The dotted keys that a stage gives."""
+    return list(flatten({section: keys for section, keys in dict(stage).items() if section != "until"}))
 
 
 def _wrong_borders(config: TrainConfig) -> Iterator[str]:
@@ -182,9 +204,10 @@ def _wrong_keys(config: TrainConfig, number: int) -> Iterator[str]:
 
 def may_change(key: str, model: type[ModelConfig]) -> bool:
     """Whether a stage may give a key. model: of the config."""
-    field = declaration(TrainConfig, key.split("."), model)
-    changes = field is not None and (may_be_staged(field) or key_class(key) != "identity")
-    return changes and key not in _OF_THE_RUN
+    path = key.split(".")
+    fields = [declaration(TrainConfig, path[: end + 1], model) for end in range(len(path))]
+    staged = any(field is not None and may_be_staged(field) for field in fields)
+    return key not in _OF_THE_RUN and (staged or key_class(key) != "identity")
 
 
 def _problems_of(config: TrainConfig, number: int) -> Iterator[str]:

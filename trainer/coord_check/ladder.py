@@ -16,6 +16,7 @@ def rung(config: TrainConfig, folder: Path, width: int, steps: int, overrides: S
         f"run.dir={folder}", f"run.name=width_{width}", f"model.width={width}", f"train.steps={steps}",
         f"optim.warmup_steps={min(config.optim.warmup_steps, steps // 4)}", "optim.schedule=constant",
         "optim.decay_steps=0", f"train.validate_every={steps}", "train.sample_every=0", "train.checkpoint_every=0",
+        "stages=[]",
     ]  # fmt: skip
     set_here = {text.partition("=")[0] for text in own}
     return [*(text for text in overrides if text.partition("=")[0] not in set_here), *own]

@@ -13,8 +13,7 @@ def estimate_stages(config: TrainConfig, cluster: Cluster) -> dict[str, Any]:
     them. Raises ConfigError where the number of GPUs does not fit one of them."""
     found = []
     for stage in stages_of(config):
-        train = stage.config.train.model_copy(update={"steps": stage.last_step - stage.first_step})
-        figures = estimate(stage.config.model_copy(update={"train": train}), cluster)
+        figures = estimate(stage.alone(), cluster)
         figures["right_size"] = size_of_data(config, figures["parameters"])
         found.append({"first_step": stage.first_step, "last_step": stage.last_step, **figures})
     times = ("time", "time_cached")

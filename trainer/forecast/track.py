@@ -67,6 +67,8 @@ class Track:
             return None
         found = read_forecast(path)
         remedy = "remove the file" if config.run.forecast is None else "set run.forecast=null"
+        if config.stages:
+            raise ConfigError(f"{path} forecasts a run of one stage, and this one has {len(config.stages)}: {remedy}")
         if found["refused"]:
             raise ConfigError(f"{path} was refused when it was made ({'; '.join(found['reasons'])}): {remedy}")
         now, then = facts(config), found["target"]

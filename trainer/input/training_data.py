@@ -36,13 +36,22 @@ T = TypeVar("T")
 class TrainingData:
     """Training and validation data of a config: the reader of each rank, and what identifies the data.
 
-    config: of a stage of the run. begin: where its data begin; None: of a run of one stage. Raises DataError where the
+    config: of a stage of the run. begin: where its data begin; None: of a run of one stage. aligned: whether it has
+    REPA's alignment, where the config has it. Raises DataError where the
     data cannot be read or are not of the kind that the config says, and ConfigError where they are too few for
     train.steps, or where micro-batches would part what objective.contrastive_weight pairs.
     """
 
-    def __init__(self, config: TrainConfig, resolved: Resolved, world: World, begin: BeginData | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        resolved: Resolved,
+        world: World,
+        begin: BeginData | None = None,
+        aligned: bool = True,
+    ) -> None:
         self._config, self._resolved, self._world = config, resolved, world
+        self._features = aligned and config.projector is not None
         self._begin = begin or begin_of(config, 0)
         if config.objective.contrastive_weight:
             _check_pairs(config, resolved)
@@ -52,17 +61,20 @@ class TrainingData:
         if not config.data.synthetic:
             self._index = self._shared_index()
             self._check_length(self._index)
-            self._check_kind(self._index)
+            _check_kind(config, self._index)
         self._begin_of_index = self._begin_with_indexes()
         self.dataset = None if self._index is None else self._index.dataset
         """What precomputed training shards say about themselves; None for other data."""
-        if self.dataset is not None and config.projector is not None:
+        if self.dataset is not None and self._features:
             self.dataset.check_features(config.latent_size // config.model.patch_size, config.objective.repa_width)
         reader = self.reader(world.rank, world.size)
         self.batches, self.fingerprint = reader.batches, reader.fingerprint
         self.fingerprints = {"data": reader.fingerprint}
-        """Identities of the data; of the order of several sources, as that of a single one is the same for ever; and of
-        how images are read, where there are some that were once read otherwise."""
+        """Identities of the data; of where a later stage begins in them; of the order of several sources, as that of a
+        single one is the same for ever; and of how images are read, where there are some that were once read
+        otherwise."""
+        if (begin_identity := self._begin_of_index.identity()) is not None:
+            self.fingerprints["begin"] = begin_identity
         if self._index is not None and len(self._index.sources) > 1:
             self.fingerprints["order"] = MIXED_ORDER
         if self._index is not None and self._index.image_rules is not None:
@@ -87,13 +99,6 @@ class TrainingData:
             raise DataError("data.shards hold other samples here than on rank 0: give every process the same files")
         return index
 
-    def _check_kind(self, index: ImageTextIndex) -> None:
-        c = self._config
-        if index.dataset is None:
-            check_images(c.autoencoder, c.text_encoder, c.label_classes)
-        else:
-            index.dataset.check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
-
     @property
     def notes(self) -> list[str]:
         """What data.filter left out of the training data, in words."""
@@ -107,7 +112,7 @@ class TrainingData:
         part = (rank, size, rows, c.label_classes, buckets)
         if self._index is None:
             return SyntheticReader(c.data, c.text_encoder, c.autoencoder, seed, batch, *part, self._begin_of_index)
-        features, begin = c.projector is not None, self._begin_of_index
+        features, begin = self._features, self._begin_of_index
         return ImageTextReader(self._index, c.data, seed, batch, c.text_encoder.dropout, *part, features, begin)
 
     def validation(self) -> list[Batch]:
@@ -144,7 +149,7 @@ class TrainingData:
             assert self._index is not None
             return self._index
         index = self._shared_index(validation=True)
-        self._check_kind(index)
+        _check_kind(self._config, index)
         check_same_kind(self.dataset, index.dataset)
         return index
 
@@ -160,6 +165,25 @@ class TrainingData:
                 f"train.steps {c.train.steps} needs more than data.epochs {c.data.epochs} of {epoch} samples"
                 f"{first_end}: at most {most} steps of {c.train.global_batch_size}"
             )
+
+
+def check_later_stage(config: TrainConfig, resolved: Resolved, aligned: bool) -> None:
+    """Raise, on this process alone, what TrainingData would of a stage that is to come: whose shards are missing, say.
+    aligned: as of TrainingData."""
+    if config.objective.contrastive_weight:
+        _check_pairs(config, resolved)
+    if not config.data.synthetic:
+        index = _open_index(config.data)
+        _check_kind(config, index)
+        if index.dataset is not None and aligned and config.projector is not None:
+            index.dataset.check_features(config.latent_size // config.model.patch_size, config.objective.repa_width)
+
+
+def _check_kind(c: TrainConfig, index: ImageTextIndex) -> None:
+    if index.dataset is None:
+        check_images(c.autoencoder, c.text_encoder, c.label_classes)
+    else:
+        index.dataset.check(c.data, c.autoencoder, c.text_encoder, c.label_classes)
 
 
 def _check_pairs(c: TrainConfig, resolved: Resolved) -> None:

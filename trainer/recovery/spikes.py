@@ -45,6 +45,10 @@ class SpikeDetector:
         self.numbers[0], self.numbers[1] = row, torch.maximum(longest, row)
         self.numbers[2:] = torch.where(norm.isfinite(), counted, self.numbers[2:])
 
+    def forget(self) -> None:
+        """Begin anew: what the norms of another stage were is no measure for this one's."""
+        self.numbers.zero_()
+
     def take_longest_row(self) -> int:
         """The longest row since the last call (a host sync). A row that goes on is counted from its beginning."""
         longest = int(self.numbers[1])

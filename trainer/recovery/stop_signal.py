@@ -36,6 +36,14 @@ class StopSignal:
         """Whether this rank was asked to stop."""
         return self._signals.asked
 
+    def any_asked(self) -> bool:
+        """Whether any rank was asked to stop up to now, for which it waits."""
+        if self._sum is not None:
+            self._sum[0].wait()
+        asked = torch.tensor(int(self.asked))
+        dist.all_reduce(asked, group=self._group)
+        return bool(asked)
+
     def latest(self) -> tuple[int, int]:
         """(unreadable samples, samples) of all ranks as of the present step, for which it waits."""
         assert self._sum is not None

@@ -111,6 +111,8 @@ def parse_search(data: Mapping[str, Any], source: str, name: str, overrides: Seq
         values["published"] = Published(**values["published"])
     values["overrides"] = (*values.get("overrides", ()), *overrides)
     proxy = load_config(values["config"], values["overrides"])
+    if proxy.stages:
+        raise ConfigError(f"{source}: {values['config']} has stages, and a trial is of one: add stages=[] to overrides")
     known = flatten(plain(proxy))
     integers = [k for k, v in known.items() if isinstance(v, int) and not isinstance(v, bool)]
     space, problems = parse_space(values["space"], integers)

@@ -57,29 +57,17 @@ def train_quietly(
     release_memory()  # of the runs before
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file):
-        while (trained := _train_stage(config, world, log, fitting, begin, look)).outcome == "running":
-            release_memory()
+        run = build_run(config, world, fitting=[fitting and fitting.size])
+        try:
+            begin(run)
+            watched = dataclasses.replace(run, metrics=cast(Metrics, WatchedMetrics(run.metrics, look)))
+            with telling_out_of_memory(config, fitting, world.size, log.parent.parent):
+                outcome = train(watched)
+        finally:
+            run.metrics.close()
+            if run.lock is not None:
+                run.lock.close()
+    trained = Trained(outcome, run.state.step, run.folder, run.meta)
+    del run, watched
     release_memory()
     return trained
-
-
-def _train_stage(
-    config: TrainConfig,
-    world: World,
-    log: Path,
-    fitting: Fitting | None,
-    begin: Callable[[Run], None],
-    look: Callable[[Mapping[str, Any]], None],
-) -> Trained:
-    size = fitting and fitting.size
-    run = build_run(config, world, fitting=[size] * max(1, len(config.stages)))
-    try:
-        begin(run)
-        watched = dataclasses.replace(run, metrics=cast(Metrics, WatchedMetrics(run.metrics, look)))
-        with telling_out_of_memory(config, fitting, world.size, log.parent.parent):
-            outcome = train(watched)
-    finally:
-        run.metrics.close()
-        if run.lock is not None:
-            run.lock.close()
-    return Trained(outcome, run.state.step, run.folder, run.meta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -72,6 +73,9 @@ def test_flops_are_those_of_the_stages() -> None:
         ("[{until: 40}, {autoencoder: {channels: 4}}]", "stages.1.autoencoder: unknown key"),
         ("[{until: 40}, {text_encoder: {width: 3}}]", "stages[1].text_encoder.width may not change in mid-run"),
         ("[{until: 40}, {parallel: {shard: 1}}]", "stages[1].parallel.shard may not change in mid-run"),
+        ("[{until: 40}, {optim: {muon: {by_head: true}}}]", "stages[1].optim.muon.by_head may not change in mid-run"),
+        ("[{until: 40}, {data: {filter: {min_side: 4, min_sid: 3}}}]", "stages[1].data.filter.min_sid: unknown key"),
+        ("[{until: 40}, {ema: {decays: [0.9]}}]", "stages.1.ema: unknown key"),
         ("[{until: 40}, {train: {steps: 9}}]", "stages[1].train.steps may not change in mid-run"),
         ("[{until: 40}, {model: {depth: 3}}]", "stages[1].model.depth may not change in mid-run"),
         ("[{until: 40}, {data: {resolution: 33}}]", "stages[1]: data.resolution 33 is not a multiple of 4"),
@@ -97,6 +101,14 @@ def test_repa_ends_with_a_stage_and_keeps_its_projector() -> None:
     assert first.objective.repa_until is None
     assert (second.objective.repa_weight, second.objective.repa_until) == (0.5, 40)
     assert second.projector == first.projector is not None
+    stages = stages_of(c)
+    assert [stage.aligned for stage in stages] == [True, False]
+    assert stages[1].alone().projector is None
+    assert training_flops(c) == 320 * image_flops(first) + 480 * image_flops(second, aligned=False)
+    on_again = stages_of(config("train.steps=100", "objective.repa_weight=0.5", "objective.repa_layer=1",
+        "stages=[{until: 40}, {until: 60, objective: {repa_weight: 0}}, {objective: {repa_weight: 0.25}}]"))[2]  # fmt: skip
+    assert on_again.aligned
+    assert (on_again.config.objective.repa_weight, on_again.config.objective.repa_until) == (0.25, None)
 
 
 def test_a_checkpoint_has_the_config_of_its_stage() -> None:
@@ -136,6 +148,19 @@ def test_a_refusal_shows_the_stage_to_add() -> None:
     with pytest.raises(ConfigError) as error:
         resumed(config("train.steps=100"), 50, "train.steps=100", "model.depth=3")
     assert "stage" not in str(error.value)
+
+
+def test_a_refusal_keeps_the_stages_that_were_trained() -> None:
+    old = config("train.steps=100", "stages=[{until: 40}, {data: {resolution: 16}}]")
+    with pytest.raises(ConfigError) as error:
+        resumed(old, 50, "train.steps=100", "stages=[{until: 40}, {data: {resolution: 16, flip: 0.75},"
+                " train: {global_batch_size: 4}}]")  # fmt: skip
+    shown = re.search(r"'(stages=.*)'", str(error.value))
+    assert shown
+    assert shown[1] == (
+        "stages=[{until: 40}, {data: {resolution: 16}, until: 50}, {data: {flip: 0.75}, train: {global_batch_size: 4}}]"
+    )
+    resumed(old, 50, "train.steps=100", shown[1])
 
 
 def test_where_the_data_of_a_stage_begin() -> None:
