@@ -105,8 +105,9 @@ def test_repa_ends_with_a_stage_and_keeps_its_projector() -> None:
     assert [stage.aligned for stage in stages] == [True, False]
     assert stages[1].alone().projector is None
     assert training_flops(c) == 320 * image_flops(first) + 480 * image_flops(second, aligned=False)
-    on_again = stages_of(config("train.steps=100", "objective.repa_weight=0.5", "objective.repa_layer=1",
-        "stages=[{until: 40}, {until: 60, objective: {repa_weight: 0}}, {objective: {repa_weight: 0.25}}]"))[2]  # fmt: skip
+    again = "stages=[{until: 40}, {until: 60, objective: {repa_weight: 0}}, {objective: {repa_weight: 0.25}}]"
+    c = config("train.steps=100", "objective.repa_weight=0.5", "objective.repa_layer=1", again)
+    on_again = stages_of(c)[2]
     assert on_again.aligned
     assert (on_again.config.objective.repa_weight, on_again.config.objective.repa_until) == (0.25, None)
 
