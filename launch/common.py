@@ -93,8 +93,9 @@ def command(
     doc: str | None, *, config: bool = True, overrides: str | None = "section.key=value", name: str | None = None
 ) -> Command:
     """The parser of a command. doc: what --help says. config: whether it takes --config. overrides: how an override
-    looks, None where there are none. name: of a command within a file ("search.py run"), else the file's."""
-    parser = Command(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    looks, None where there are none. name: of a command within a file ("run" of search.py)."""
+    prog = name and f"{Path(sys.argv[0]).name} {name}"
+    parser = Command(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.key_value = overrides
     if config:
         parser.add_argument("--config", required=True, help="a path, or a name under configs/")
@@ -107,8 +108,7 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 
 def keep_files(overwrite: bool, *outputs: Path) -> None:
-    """Raise ConfigError where a file, or a folder that is not empty, is in the place of an output, unless told to
-    overwrite."""
+    """Raise ConfigError where an output is a file, or a folder that is not empty, and may not be written over."""
     for path in outputs:
         if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise ConfigError(f"--output: {path} exists already: choose another, or add --overwrite to write over it")

@@ -115,7 +115,7 @@ def table(given: Sequence[str]) -> int:
     """evaluate.py table."""
     from trainer.evaluate import compare_runs
 
-    parser = command(compare_runs.__doc__, config=False, overrides=None, name="evaluate.py table")
+    parser = command(compare_runs.__doc__, config=False, overrides=None, name="table")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the baseline first")
     parser.add_argument("--output", type=Path, help="folder of table.md, .json and .png; runs/table unless given")
     add_overwrite(parser)

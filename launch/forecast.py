@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def run_rungs(given: Sequence[str]) -> int:
-    parser = command("Train the rungs of a target, or go on with them.", name="forecast.py run")
+    parser = command("Train the rungs of a target, or go on with them.", name="run")
     parser.add_argument("--widths", required=True, help="at least three, with commas between")
     parser.add_argument("--steps", required=True, help="durations, at least two, with commas between")
     parser.add_argument("--seeds", type=int, default=3, help="runs per width and duration (default: 3)")
@@ -58,7 +58,7 @@ def run_rungs(given: Sequence[str]) -> int:
 
 def fit(given: Sequence[str]) -> int:
     parser = command("Fit the law of the rungs, and say what the target will reach.", config=False,
-                     name="forecast.py fit")  # fmt: skip
+                     name="fit")  # fmt: skip
     parser.add_argument("--config", help="the target's, as for `run`: all rungs in its folder are taken")
     parser.add_argument("--table", type=Path, help="runs made elsewhere, as CSV: parameters, images, seed, loss[, lr]")
     parser.add_argument("--parameters", type=float, help="of the target of a table")

@@ -68,6 +68,11 @@ def kill_tree(pid: int) -> None:
             os.kill(process, signal.SIGKILL)
 
 
+def children(pid: int) -> set[int]:
+    """The processes that a process has started."""
+    return {child for child, parent in _parents().items() if parent == pid}
+
+
 def _parents() -> dict[int, int]:
     """{process: its parent}"""
     parents = {}

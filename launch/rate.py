@@ -68,7 +68,7 @@ def main() -> int:
 
 def report(arguments: Sequence[str]) -> int:
     """The command `rate.py report`."""
-    parser = command("What the votes of a rating say.", config=False, overrides=None, name="rate.py report")
+    parser = command("What the votes of a rating say.", config=False, overrides=None, name="report")
     parser.add_argument("votes", type=Path, metavar="votes.db")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     given = parser.parse_args(arguments)

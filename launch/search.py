@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def run_search(given: Sequence[str]) -> int:
-    parser = command("Run the trials, or go on with them.", overrides="key=value", name="search.py run")
+    parser = command("Run the trials, or go on with them.", overrides="key=value", name="run")
     parser.add_argument("--workers", type=int, default=1, help="trials side by side on this machine (default: 1)")
     add_array(parser)
     arguments = parser.parse_args(given)
@@ -93,7 +93,7 @@ def check_study(given: Sequence[str]) -> int:
 
 def show_cost(given: Sequence[str]) -> int:
     parser = command("What the search costs, as a share of a run of the target.", overrides="key=value",
-                     name="search.py cost")  # fmt: skip
+                     name="cost")  # fmt: skip
     parser.add_argument("--to", help="the target's config; the search's own target unless given")
     arguments = parser.parse_args(given)
     from trainer.search.cost import cost_of

@@ -56,7 +56,7 @@ def index_shards(args: argparse.Namespace) -> None:
 
 def check(words: list[str]) -> int:
     """Print what a run will see of shards. -> 1 where it would be stopped, or would learn no captions."""
-    parser = command("Check what a run will see of shards.", config=False, name="shard.py check")
+    parser = command("Check what a run will see of shards.", config=False, name="check")
     parser.add_argument("shards", metavar="SHARDS", help="as data.shards")
     parser.add_argument("--captions", help="as data.captions")
     parser.add_argument("--config", help="a config, for its text encoder's tokenizer, text lengths, filter, resolution")

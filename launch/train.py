@@ -7,7 +7,8 @@ srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python launch/train.py --co
 SIGTERM, SIGUSR1, SIGINT (Ctrl-C), SIGHUP and SIGQUIT to a worker save and end all of them within two steps; a second
 Ctrl-C ends at once. torchrun passes signals on if it is told to:
 torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 ... launch/train.py ...
-(or PET_SIGNALS_TO_HANDLE and PET_SHUTDOWN_TIMEOUT in the environment).
+(or PET_SIGNALS_TO_HANDLE and PET_SHUTDOWN_TIMEOUT in the environment). `mudit train` starts it so on all GPUs, or on
+--gpus N of them.
 """
 
 import argparse
@@ -37,7 +38,8 @@ class HelpConfig(argparse.Action):
         parser.exit()
 
 
-def main() -> int:
+def read_config() -> TrainConfig:
+    """The config of the command line. Raises ConfigError."""
     parser = command(__doc__)
     parser.add_argument(
         "--help-config",
@@ -47,9 +49,13 @@ def main() -> int:
         help="explain the config's keys, or a section's",
     )
     arguments = parser.parse_args()
+    return load_config(arguments.config, arguments.overrides)
+
+
+def main() -> int:
     end_with_torchrun()
     with Signals(at_once=True) as signals:  # while training the loop hears them
-        return _train(load_config(arguments.config, arguments.overrides), signals)
+        return _train(read_config(), signals)
 
 
 def _train(config: TrainConfig, signals: Signals) -> int:

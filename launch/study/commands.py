@@ -13,7 +13,7 @@ SEARCH = Path(__file__).resolve().parents[1] / "search.py"
 
 def of_study(doc: str, name: str) -> Command:
     """The parser of a command that takes a study."""
-    parser = command(doc, config=False, overrides=None, name=f"search.py {name}")
+    parser = command(doc, config=False, overrides=None, name=name)
     parser.add_argument("--study", required=True, help="the study's folder, or its name under runs/")
     return parser
 
