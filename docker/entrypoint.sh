@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# mudit train ... starts one process per GPU of this node (under srun its tasks are the processes), mudit NAME ... runs
-# launch/NAME.py; anything else runs as it is.
+# A command of launch/ runs as mudit runs it: train with one process per GPU of this node, or, under srun, as one of its
+# tasks. Anything else runs as it is, mudit itself too.
 set -eu
 export TOKENIZERS_PARALLELISM=false
 # What NVIDIA's images do first: an older driver gets the libraries of a newer one.
@@ -13,10 +13,7 @@ unset MUDIT_ENTERED
 code=$(cd "$(dirname "$0")/.." && pwd)
 command=${1:?train, another command of launch/, or any program}
 shift
-if [ "$command" = train ] && [ "${SLURM_STEP_NUM_TASKS:-1}" = 1 ]; then # several tasks are the processes of one run
-    gpus=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
-    exec python -m torch.distributed.run --standalone --nproc-per-node "$gpus" "$code/launch/train.py" "$@"
-elif [ -f "$code/launch/$command.py" ]; then
-    exec python "$code/launch/$command.py" "$@"
+if [ -f "$code/launch/${command//-/_}.py" ]; then
+    exec python "$code/launch/mudit.py" "$command" "$@"
 fi
 exec "$command" "$@"

@@ -93,6 +93,8 @@ def test_the_image_runs_its_code(tmp_path: Path) -> None:
 
     assert say("python", "-c", "import torch; print(torch.__file__)").startswith(str(tmp_path / "base"))
     assert say(str(code / "docker/entrypoint.sh"), "python", "-c", IMPORT) == str(code / "trainer/config/load.py")
+    assert "usage: mudit COMMAND" in say("mudit", "--help")
+    assert "usage: mudit estimate" in say(str(code / "docker/entrypoint.sh"), "estimate", "--help")
     assert say("python", "-c", "import s3fs, importlib.metadata as m; print(m.version('torch'))") == TORCH
     assert (tmp_path / "asked").read_text().splitlines() == [
         "apt-get update",
@@ -151,12 +153,12 @@ def entered(tmp_path: Path) -> Callable[..., str]:
     code = tmp_path / "code"
     shutil.copytree(ROOT / "docker", code / "docker")
     (code / "launch").mkdir()
-    for name in ("train", "estimate"):
+    for name in ("train", "estimate", "coord_check"):
         (code / "launch" / f"{name}.py").touch()
     first = tmp_path / "nvidia_entrypoint.sh"
     first.write_text('#!/bin/sh\necho "a banner"\nexport COMPAT=yes\nexec "$@"\n')
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 8 || echo "$COMPAT" "$@"\n')
+    python.write_text('#!/bin/sh\necho "$COMPAT" "$@"\n')
     script = code / "docker" / "entrypoint.sh"
     script.write_text(script.read_text().replace("/opt/nvidia/nvidia_entrypoint.sh", str(first)))
     for each in (first, python):
@@ -170,15 +172,9 @@ def entered(tmp_path: Path) -> Callable[..., str]:
 
 
 def test_the_base_is_entered_first(entered: Callable[..., str], tmp_path: Path) -> None:
-    assert entered("estimate", "--json") == f"yes {tmp_path}/code/launch/estimate.py --json\n", "and says nothing"
+    mudit = f"{tmp_path}/code/launch/mudit.py"
+    assert entered("estimate", "--json") == f"yes {mudit} estimate --json\n", "and says nothing"
     (tmp_path / "nvidia_entrypoint.sh").unlink()
-    assert entered("estimate", "a b", COMPAT="no") == f"no {tmp_path}/code/launch/estimate.py a b\n"
+    assert entered("estimate", "a b", COMPAT="no") == f"no {mudit} estimate a b\n"
+    assert entered("coord-check", COMPAT="no") == f"no {mudit} coord-check\n"
     assert entered("echo", "a") == "a\n"
-
-
-def test_train_starts_a_process_per_gpu(entered: Callable[..., str], tmp_path: Path) -> None:
-    train = f"{tmp_path}/code/launch/train.py --config x\n"
-    assert entered("train", "--config", "x") == (
-        f"yes -m torch.distributed.run --standalone --nproc-per-node 8 {train}"
-    )
-    assert entered("train", "--config", "x", SLURM_STEP_NUM_TASKS="16") == f"yes {train}", "one of srun's"
