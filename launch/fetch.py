@@ -12,6 +12,19 @@ from pathlib import Path
 from data.config import NONE, AutoencoderConfig, TextModelConfig
 from launch.common import command, run
 from trainer.config.load import load_config
+from trainer.config.schema import TrainConfig
+
+
+def encoder_paths(config: TrainConfig) -> dict[str, tuple[str, str | None]]:
+    """{key: (folder or name on the hub, subfolder)} of all encoders that a config names, or "none"."""
+    named: dict[str, AutoencoderConfig | TextModelConfig] = {"autoencoder": config.autoencoder}
+    if config.label_classes is None:
+        named["text_encoder"] = config.text_encoder
+        named |= {f"text_encoder.more.{number}": one for number, one in enumerate(config.text_encoder.more)}
+    paths = {f"{section}.path": (encoder.path, encoder.subfolder) for section, encoder in named.items()}
+    if config.projector is not None:
+        paths["objective.repa_encoder"] = config.objective.repa_encoder, None
+    return paths
 
 
 def main() -> int:
@@ -21,14 +34,7 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     from data.encoders.fetch import fetch
 
-    named: dict[str, AutoencoderConfig | TextModelConfig] = {"autoencoder": config.autoencoder}
-    if config.label_classes is None:
-        named["text_encoder"] = config.text_encoder
-        named |= {f"text_encoder.more.{number}": one for number, one in enumerate(config.text_encoder.more)}
-    paths = {f"{section}.path": (encoder.path, encoder.subfolder) for section, encoder in named.items()}
-    if config.projector is not None:
-        paths["objective.repa_encoder"] = config.objective.repa_encoder, None
-    for key, (path, subfolder) in paths.items():
+    for key, (path, subfolder) in encoder_paths(config).items():
         if path == NONE:
             print(f"{key}: none is named")
         elif Path(path).is_dir():

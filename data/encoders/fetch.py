@@ -9,8 +9,9 @@ from ..errors import DataError
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # what training reads
 
 
-def fetch(key: str, path: str, subfolder: str | None, to: Path | None) -> Path:
-    """Folder that holds the files which `path` has on the hub; DataError where they cannot be had."""
+def fetch(key: str, path: str, subfolder: str | None, to: Path | None, download: bool = True) -> Path:
+    """Folder that holds the files which `path` has on the hub; DataError where they cannot be had. download: else they
+    must be in the cache already."""
     # A diffusers pipeline keeps the tokenizer of text_encoder_3 in tokenizer_3.
     folders = (
         [""]
@@ -24,6 +25,7 @@ def fetch(key: str, path: str, subfolder: str | None, to: Path | None) -> Path:
                 local_dir=None if to is None else to / path,
                 allow_patterns=[folder + pattern for folder in folders for pattern in _READ],
                 ignore_patterns=["*.fp16*"],  # a second copy
+                local_files_only=not download,
             )
         )
     except (OSError, ValueError) as error:
