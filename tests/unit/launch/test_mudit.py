@@ -103,3 +103,4 @@ def test_gpus_is_taken_out_of_the_words() -> None:
     assert mudit._take_gpus(["--config", "a", "--gpus", "2", "b=1"]) == (2, ["--config", "a", "b=1"])
     assert mudit._take_gpus(["--gpus=4", "--config", "a"]) == (4, ["--config", "a"])
     assert mudit._take_gpus(["--gpus-per-node", "4"]) == (None, ["--gpus-per-node", "4"])
+    assert mudit._take_gpus(["--gpu", "4"]) == (None, ["--gpu", "4"]), "no abbreviation"
