@@ -1,14 +1,16 @@
 """Runs of several stages: killed inside each of them and at their borders, and gone on with in another world."""
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.forked import finished
+from tests.helpers.forked import finished, started
 
-from .runs import DEBUG, assert_close, exact, train, train_and_kill, weights
+from .runs import DEBUG, assert_close, exact, last_step, train, train_and_kill, weights
 
 STAGES = (
     "stages=[{until: 6}, "
@@ -92,3 +94,21 @@ def test_a_run_without_stages_gets_one(tmp_path: Path) -> None:
     done = finished("launch/train.py", *DEBUG, *late, processes=1)
     assert done.returncode == 2
     assert "train.global_batch_size" in done.stderr
+
+
+def test_a_signal_in_what_is_done_at_a_border_ends_the_run(tmp_path: Path) -> None:
+    """No step tells of it: the grid of samples at the end of the stage takes longer than the signal does to come."""
+    settings = (*SETTINGS, "train.sample_every=6", "sample.steps=150", "validation.samples=2")
+    folder = tmp_path / "run"
+    with started("launch/train.py", *DEBUG, *settings, f"run.dir={tmp_path}", "run.name=run", processes=2) as run:
+        deadline = time.monotonic() + 240
+        while last_step(folder) < 5:
+            assert time.monotonic() < deadline, run.said("err")
+            time.sleep(0.01)
+        time.sleep(0.5)  # the last step of the stage is done in less
+        assert last_step(folder) == 5, "the border's work was over before the signal"
+        run.send_signal(signal.SIGUSR1)
+        assert run.wait(240) == 0, run.said("err")
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("preempted", 6)
+    assert last_step(folder) == 6
