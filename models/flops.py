@@ -22,7 +22,8 @@ def forward_flops(
     """
     route = config.route if routed else None
     kept = None if route is None else route.kept(image_tokens)
-    macs = config.multiply_adds(in_channels, text_width, image_tokens, text_tokens, kept)
+    part = () if kept is None else (kept,)  # which a backbone without routes need not take
+    macs = config.multiply_adds(in_channels, text_width, image_tokens, text_tokens, *part)
     if pooled_width:  # of which the first layer is not as wide as that of the states' mean
         macs += (pooled_width - text_width) * config.width
     if route is not None and kept is not None and features_at is not None and features_at in route.blocks:
