@@ -48,7 +48,7 @@ LOSS = "val_loss_ema"
 MEASURES = (LOSS, "fid", "kid")
 ARMS = {"mup": "μP, the proxy's rate", "sp_best": "SP, its best rate", "sp_default": "SP, its default rate"}
 _TUNING_SEED = 0  # the arms are compared on the seeds after it, so that no rate was chosen on them
-_NORMAL, _STUDENT = (
+_NORMAL, STUDENT = (
     1.96,
     {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571},
 )  # 97.5 % quantiles, t by degrees of freedom
@@ -243,7 +243,7 @@ def speed_up(baseline: Sequence[Curve], other: Sequence[Curve]) -> tuple[Reached
     upper end: how much earlier that was is not known.
     """
     n = len(baseline)
-    widen = math.sqrt(n / (n - 1)) * _STUDENT.get(n - 1, _NORMAL) / _NORMAL if n > 1 else 1.0
+    widen = math.sqrt(n / (n - 1)) * STUDENT.get(n - 1, _NORMAL) / _NORMAL if n > 1 else 1.0
     reached = compare(mean_curve(baseline), mean_curve(other))
     wide = [_spread(curves, widen) for curves in (baseline, other)]
     chance = random.Random(0)

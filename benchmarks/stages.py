@@ -21,14 +21,13 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.convergence import STUDENT
 from benchmarks.machine import write
 from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained, worker_pool
 from trainer.build.flops import image_flops, training_flops
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.monitor.metrics import read_metrics
-
-_STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % quantile of t, by degrees of freedom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +92,16 @@ def run_job(study: Study, pictures: Path, job: Job) -> dict[str, Any]:
 
 
 def judge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Both mean losses, and what stages lower the loss by, seed for seed, with a 95 % interval."""
+    """Both mean losses, and what stages lower the loss by, seed for seed, with a 95 % interval (None of a single one)."""
     loss = {(r["arm"], r["seed"]): r["loss"] for r in results}
     seeds = sorted(seed for arm, seed in loss if arm == "staged" and ("whole", seed) in loss)
     gains = [loss["whole", seed] - loss["staged", seed] for seed in seeds]
-    half = math.inf
+    mean, interval = statistics.fmean(gains), None
     if len(gains) > 1:
-        half = _STUDENT[len(gains) - 1] * statistics.stdev(gains) / math.sqrt(len(gains))
-    mean = statistics.fmean(gains)
+        half = STUDENT[len(gains) - 1] * statistics.stdev(gains) / math.sqrt(len(gains))
+        interval = [round(mean - half, 5), round(mean + half, 5)]
     means = {arm: round(statistics.fmean(loss[arm, seed] for seed in seeds), 5) for arm in ("staged", "whole")}
-    return {
-        "seeds": len(seeds),
-        "loss": means,
-        "gain": round(mean, 5),
-        "interval": [round(mean - half, 5), round(mean + half, 5)],
-    }
+    return {"seeds": len(seeds), "loss": means, "gain": round(mean, 5), "interval": interval}
 
 
 def side_by_side(pictures: Path, path: Path) -> None:
