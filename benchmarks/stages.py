@@ -92,7 +92,7 @@ def run_job(study: Study, pictures: Path, job: Job) -> dict[str, Any]:
 
 
 def judge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Both mean losses, and what stages lower the loss by, seed for seed, with a 95 % interval (None of a single one)."""
+    """Both mean losses, and what stages lower the loss by, seed for seed, with a 95 % interval (None of one)."""
     loss = {(r["arm"], r["seed"]): r["loss"] for r in results}
     seeds = sorted(seed for arm, seed in loss if arm == "staged" and ("whole", seed) in loss)
     gains = [loss["whole", seed] - loss["staged", seed] for seed in seeds]
