@@ -57,6 +57,7 @@ each step:
 at the start, once:
      data/index.py               rows of all samples (offset, size, width, height, caption length) from shard_index.py,
                                  for shards that storage.py finds
+     data/stages.py              where a later stage of the run begins in them, with what the one before has left over
 each step:
      data/buckets.py             which bucket the step reads
   -> data/order.py               which sample each slot of the global batch reads: arithmetic on (seed, index, step)
@@ -83,6 +84,7 @@ each step:
 | signals | `trainer/recovery/signals.py`; `stop_signal.py` tells all ranks, and the loop then saves |
 | a hung or lost rank | `trainer/recovery/watchdog.py` |
 | which checkpoint a run resumes | `trainer/checkpoint/resume.py`, and `find.py` for damaged ones |
+| what a stage may change | `trainer/config/stages.py`; `launch/train.py` trains one after the other |
 | what may change on resume | each key's class in `trainer/config/schema.py`, compared in `trainer/config/resume.py` |
 | activation checkpointing, compilation | `trainer/parallel/activation_checkpointing.py`, `compile.py` |
 | tokens that skip blocks | `models/route.py`; which ones: `trainer/diffusion/route.py` |
