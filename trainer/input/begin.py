@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig
 from data.index import ImageTextIndex
 from data.stages import Begin, Part
 
@@ -31,7 +31,7 @@ class BeginData(NamedTuple):
         before: list[tuple[int, Part]] = []
         for step, earlier in self.before:
             if _samples(earlier.data) == _samples(config.data):
-                same = _shares(earlier.data) == _shares(config.data)
+                same = earlier.data.all_sources() == config.data.all_sources()
                 before.append((step, part_of(earlier, index if same else open_with(earlier.data))))
             else:
                 before.clear()
@@ -65,7 +65,3 @@ def _samples(data: DataConfig) -> tuple[object, ...]:
     """What decides which samples a set of data has."""
     sources = [replace(source, weight=1.0) for source in data.all_sources()]
     return sources, data.filter, data.captions, data.caption_fields, data.caption_key
-
-
-def _shares(data: DataConfig) -> list[SourceConfig]:
-    return list(data.all_sources())

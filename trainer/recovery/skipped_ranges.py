@@ -36,8 +36,8 @@ def data_step(step: int, skipped_ranges: Sequence[SkippedRange]) -> int:
 
 
 def skipped_before(skipped_ranges: Sequence[SkippedRange], step: int) -> int:
-    """Steps of the data that are left out before training step `step - 1`. Those between it and `step` are not counted:
-    where a stage begins at `step`, they are its own."""
+    """Steps of the data that are left out before a stage that begins at training step `step`. A range right at its
+    beginning is its own, since it came of a rollback within the stage."""
     return sum(skipped.steps for skipped in skipped_ranges if skipped.at_step < step)
 
 

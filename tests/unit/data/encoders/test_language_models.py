@@ -306,7 +306,7 @@ def test_errors_name_key_and_remedy(models: Path, tmp_path: Path) -> None:
     gemma = save("gemma2", tmp_path / "gemma", ends="bos", chat=GEMMA_CHAT)
     with pytest.raises(DataError, match=r"cannot write a chat \('System role not supported'\).* set chat to \"\""):
         load(gemma, chat=SYSTEM)
-    [ids] = load(gemma, chat="").template.tokens(["a red apple"], 64)  # type: ignore[union-attr]
+    [ids] = load(gemma, chat="").template.tokens(["a red apple"], 64)  # type: ignore[union-attr] (it has a template)
     assert ids.count(2) == 1, "the template writes <bos>, and the tokenizer no second one"
     twice = save("qwen3", tmp_path / "twice", chat="{{ messages[0].content }} {{ messages[0].content }}")
     with pytest.raises(DataError, match="does not write the system text and then the caption once"):
@@ -331,7 +331,7 @@ def test_what_cannot_tell_captions_apart_is_refused(kind: str, models: Path, tmp
     with torch.no_grad():
         for weight in encoder.model.parameters():
             weight.zero_()
-    encoder.model.save_pretrained(folder)  # type: ignore[operator]
+    encoder.model.save_pretrained(folder)  # type: ignore[operator] (a model of transformers)
     shutil.copy(models / kind / "tokenizer.json", folder)
     with pytest.raises(DataError, match="the same for different captions"):
         load(folder, **options)
