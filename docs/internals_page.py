@@ -47,7 +47,7 @@ configs/NAME.yaml: optim.lr
   -> trainer/parallel/fsdp.py    shards, and then makes the Update; build_engine compares each group with the table
 each step:
      trainer/loop.py             engine.step(run.lr(step))
-     trainer/lr_schedule.py      warm-up and decay: a factor on the base rate (run.lr is put together in build/run.py)
+     trainer/lr_schedule.py      base_lr: warm-up and decay as a factor on optim.lr (it is run.lr)
      trainer/parallel/update.py  group lr = base lr x schedule x lr_scale; clip, AdamW or Muon, skip of a bad step
 ```
 

@@ -3,7 +3,16 @@
 import math
 from typing import Literal
 
+from .config.schema import OptimConfig
+
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
+
+
+def base_lr(optim: OptimConfig, first_step: int, last_step: int, step: int) -> float:
+    """Base rate of update `step` under a schedule from first_step to last_step; the optimizer multiplies it with each
+    parameter's factor in the muP table."""
+    steps = last_step - first_step
+    return optim.lr * lr_factor(step - first_step, optim.schedule, optim.warmup_steps, optim.decay_steps, steps)
 
 
 def lr_factor(step: int, schedule: Schedule, warmup_steps: int, decay_steps: int, total_steps: int) -> float:

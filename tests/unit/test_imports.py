@@ -64,7 +64,7 @@ ROOMS: dict[str, Room] = {
     "trainer.parallel": Room(("torch", "accelerate", "deepspeed", "torchao"), ("trainer.parallel", "trainer.errors")),
     "trainer.files": Room((), ("trainer.errors", "data.files", "data.lock_file")),
     "trainer.provenance": Room((), ()),
-    "trainer.lr_schedule": Room((), ()),
+    "trainer.lr_schedule": Room((), ("trainer.config",)),
     **dict.fromkeys(
         (
             name

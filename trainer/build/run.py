@@ -32,7 +32,7 @@ from ..collectives import from_rank_0, on_rank_0
 from ..config.keys import plain
 from ..config.load import to_yaml
 from ..config.resolve import resolve
-from ..config.schema import TrainConfig
+from ..config.schema import OptimConfig, TrainConfig
 from ..config.stages import Stage, as_trained, changes, stage_at, stages_of
 from ..ema import EMA
 from ..errors import ConfigError
@@ -40,7 +40,7 @@ from ..files import Lock, lock_folder, write_atomically
 from ..forecast.track import Track, bank_of
 from ..input.stream import follow, prefetch
 from ..input.training_data import check_later_stage
-from ..lr_schedule import lr_factor
+from ..lr_schedule import base_lr
 from ..monitor.metrics import Metrics, peak_flops
 from ..monitor.mup_health import Health, WatchedParameter
 from ..monitor.step_timer import StepTimer
@@ -255,15 +255,13 @@ def _jumps(inputs: Inputs, meta: dict[str, Any]) -> Iterator[str]:
     if step == stage.first_step:
         return
     if step:
-        optim, steps = as_trained(meta["config"], step)["optim"], meta["config"]["train"]["steps"]
+        optim = OptimConfig.model_construct(**as_trained(meta["config"], step)["optim"])
         first, last = stage.schedule
         if last == inputs.whole.train.steps:
-            last = steps
+            last = meta["config"]["train"]["steps"]
         at = min(step, last - 1)  # of a run that was at its end: its last rate
-        before = optim["lr"] * lr_factor(
-            at - first, optim["schedule"], optim["warmup_steps"], optim["decay_steps"], last - first
-        )
-        now = _learning_rate(stage, step)
+        before = base_lr(optim, first, last, at)
+        now = base_lr(stage.config.optim, *stage.schedule, step)
         if not 0.9 * before <= now <= 1.1 * before:
             change = f"{now / before:.3g} times" if before else "from 0"
             yield f"warning: the learning rate jumps from {before:.3g} to {now:.3g} ({change}) at step {step}"
@@ -356,7 +354,7 @@ def _assemble(
         timer=timer,
         passes=build_passes(engine, objective, alignment, build_route(config), scale, recorder),
         alignment=alignment,
-        lr=partial(_learning_rate, inputs.stage),
+        lr=partial(base_lr, inputs.stage.config.optim, *inputs.stage.schedule),
         batches=partial(_batches, inputs, state, timer),
         validate=side_jobs.validate,
         sample=sample,
@@ -415,12 +413,6 @@ def _plan(inputs: Inputs) -> Plan:
         image_flops=partial(image_flops, config),
         peak_flops=None if peak is None else peak * world.size,
     )
-
-
-def _learning_rate(stage: Stage, step: int) -> float:
-    """Base learning rate of update `step` (from 0); each parameter's is this times its factor in the muP table."""
-    optim, (first, last) = stage.config.optim, stage.schedule
-    return optim.lr * lr_factor(step - first, optim.schedule, optim.warmup_steps, optim.decay_steps, last - first)
 
 
 def _checkpoint_meta(inputs: Inputs) -> dict[str, Any]:
