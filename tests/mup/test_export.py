@@ -120,6 +120,7 @@ def test_twins_of_diffusers(
 TWINS = {"mmdit": SD3Transformer2DModel, "pixart": PixArtTransformer2DModel, "dit": DiTTransformer2DModel}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", COMPARED)
 def test_diffusers_own_weights_come_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +257,7 @@ CAPTIONED = ("model.condition=text", "model.text_length=5", "text_encoder.width=
 NARROW = ("model.width=96", "mup.base_width=32", "mup.output_multiplier=1.7")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "overrides"),
     [

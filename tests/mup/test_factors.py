@@ -23,6 +23,7 @@ def with_factors(case: Case, factors: Factors, settings: Settings | None = None)
     return case.table(4.0, replace(settings or Settings(), factors=factors))
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("parametrization", ["mup", "sp"])
@@ -58,6 +59,7 @@ def test_keys_may_share_a_parameter_if_not_a_factor() -> None:
     assert table.rows["blocks.0.text.qkv.weight"] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factors", "problem"),
     [

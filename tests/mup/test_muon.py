@@ -76,6 +76,7 @@ def of_muon(table: MuTable) -> set[str]:
     return {name for name, row in table.rows.items() if row.optimizer == "muon"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CASES)
 def test_rows_of_muon(kind: str) -> None:
     """Those of attention and MLP and no others, each of q, k and v on its own; AdamW's are as without Muon."""
@@ -104,6 +105,7 @@ def test_rules_of_muon(rule: WeightDecayRule, decay: float) -> None:
     assert (muon.init, muon.multiplier) == (adamw.init, adamw.multiplier) == (0.5, 1.0)
 
 
+@pytest.mark.slow
 @every_case
 def test_sp_has_the_scale_and_no_factors(case: Case) -> None:
     sp = replace(MUON, parametrization="sp", wd_rule="coupled")
@@ -120,6 +122,7 @@ def test_depth_and_role_factors_are_on_muon_too() -> None:
     assert {table.rows[name].weight_decay for name in of_muon(table)} == {1.0}
 
 
+@pytest.mark.slow
 @every_case
 def test_groups_of_muon(case: Case) -> None:
     table = case.table(4.0, replace(MUON, wd_rule="coupled", role_lr={"hidden": 2.0}))
@@ -206,6 +209,7 @@ def test_exclude_wins() -> None:
     assert found - EXPECTED["uvit"].keys() == {"time_embed.fc1.weight", "time_embed.fc2.weight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("choice", "problem"),
     [
@@ -266,6 +270,7 @@ class Holder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- of configs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mmdit", "dit", "pixart", "uvit"])
 def test_of_a_config(kind: str) -> None:
     keys = ["optim.kind=muon", "optim.lr=0.001", "optim.muon.lr=0.02", "optim.muon.weight_decay=0.5"]
@@ -292,6 +297,7 @@ def test_without_muon_there_is_one_optimizer() -> None:
     assert base_rates(load_config("dit_debug_mup.yaml")).keys() == {"adamw"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HASHES)
 def test_runs_without_muon_keep_their_table(name: str) -> None:
     """A resumed run compares hashes: new columns and options must not change those of runs that lack them."""

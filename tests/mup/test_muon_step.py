@@ -79,11 +79,13 @@ def wrong_decays(kind: str, table: MuTable, share: float) -> set[str]:
     }
 
 
+@pytest.mark.slow
 @every_kind
 def test_first_step_is_the_tables(kind: str) -> None:
     assert wrong_steps(kind, CASES[kind].table(M, MUON)) == set()
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize(("rule", "share"), [("independent", 1.0), ("sqrt", 0.5), ("coupled", 0.25)])
 def test_decay_alone(kind: str, rule: WeightDecayRule, share: float) -> None:

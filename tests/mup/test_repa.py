@@ -22,6 +22,7 @@ FIRST = "projector.fc1.weight"
 M = 4.0
 
 
+@pytest.mark.slow
 @every_projector
 @pytest.mark.parametrize("m", [2.5, 4.0])
 def test_snapshot(case: Case, m: float) -> None:
@@ -35,6 +36,7 @@ def test_snapshot(case: Case, m: float) -> None:
         assert got == pytest.approx((scale.multiplier, scale.lr, scale.decay), rel=1e-12), name
 
 
+@pytest.mark.slow
 @every_projector
 def test_the_projector_changes_no_other_row(case: Case) -> None:
     plain = replace(case, projector=None).table(M).rows

@@ -14,6 +14,7 @@ LAYER = "rejoin.linear.weight"
 M = 4.0
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("m", [2.5, 4.0])
 def test_snapshot(name: str, case: Case, m: float) -> None:

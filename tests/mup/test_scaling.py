@@ -24,18 +24,21 @@ def test_first_adam_step_is_the_tables_lr(case: Case, m: float) -> None:
     assert wrong_updates(case, case.table(m), m) == []
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize(("rule", "share"), [("independent", 1.0), ("sqrt", 0.5), ("coupled", 0.25)])
 def test_decay_alone(case: Case, rule: WeightDecayRule, share: float) -> None:
     assert wrong_decays(case, case.table(4.0, Settings(wd_rule=rule)), 4.0, share) == []
 
 
+@pytest.mark.slow
 @every_case
 def test_decay_of_all_is_one_rate(case: Case) -> None:
     shares = decay_shares(case, case.table(4.0, Settings(decay="all")), 4.0)
     assert all(share == pytest.approx(1.0, abs=1e-3) for share in shares.values())
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("m", [2.5, 4.0])
 def test_init_multipliers_and_eps(case: Case, m: float) -> None:
@@ -44,6 +47,7 @@ def test_init_multipliers_and_eps(case: Case, m: float) -> None:
     assert wrong_eps(case, case.table(m, Settings(eps_rule="width")), m) == []
 
 
+@pytest.mark.slow
 @every_case
 def test_init_slopes_over_widths(case: Case) -> None:
     octaves = torch.tensor([0.0, 1.0, 2.0])

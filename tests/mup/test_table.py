@@ -61,6 +61,7 @@ def test_snapshot(case: Case, m: float, adaln: AdaLN) -> None:
         assert got == pytest.approx(expected, rel=1e-12), name
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("width", [24, 36])
 def test_narrower_than_the_base(case: Case, width: int) -> None:
@@ -304,6 +305,7 @@ def test_hash_and_text() -> None:
             assert table.in_use(base)[name] == {key: group[key] for key in rates._fields}, "what the optimizer has"
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("parametrization", ["mup", "sp"])
 @pytest.mark.parametrize("role", ROLES)
@@ -317,6 +319,7 @@ def test_a_roles_lr_is_a_base_hyperparameter(case: Case, role: Role, parametriza
         assert row == replace(plain.rows[name], lr=plain.rows[name].lr * factor), name
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("parametrization", ["mup", "sp"])
 def test_the_output_multiplier_is_a_base_hyperparameter(case: Case, parametrization: Parametrization) -> None:

@@ -35,6 +35,7 @@ def test_config_page_is_current() -> None:
     assert page == config_page.document(), "run: make schema"
 
 
+@pytest.mark.slow
 def test_internals_page_is_current() -> None:
     page = (ROOT / "docs" / "internals.md").read_text()
     assert page == internals_page.document(), "run: make schema"

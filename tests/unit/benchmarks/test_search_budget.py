@@ -24,6 +24,7 @@ def test_enough_is_from_where_on_all_agree() -> None:
     assert enough(rows, "best") == 40
 
 
+@pytest.mark.slow
 def test_a_planted_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The more of the trials, the more subsets agree with all of them; all of them agree."""
     chance = random.Random(0)

@@ -141,6 +141,7 @@ def test_small_buckets_join_the_nearest_that_cuts_no_caption() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- schedule
+@pytest.mark.slow
 def test_the_schedule_keeps_the_shares() -> None:
     shares = [Fraction(60), Fraction(27), Fraction(12), Fraction(1)]
     schedule = Schedule(5, shares)
@@ -216,6 +217,7 @@ def test_every_batch_is_of_its_bucket_and_follows_the_shares() -> None:
     assert np.abs(shares - counts).max() < 0.02
 
 
+@pytest.mark.slow
 def test_sources_keep_their_weights_over_the_buckets() -> None:
     index = random_index([900, 900], [Source(1, 3.0), Source(1, 1.0)])
     index.width[900:] = index.height[900:]  # the second source holds squares alone

@@ -45,6 +45,7 @@ def t5(assets: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Text
 CAPTIONS = ["a red circle", "a green cross on a black background", "", "a red circle"]
 
 
+@pytest.mark.slow
 def test_debug_assets_are_drawn_once(assets: Path, tmp_path: Path) -> None:
     index = ImageTextIndex(open_shards(str(assets / "train-{000000..000001}.tar")))
     assert index.shard_sizes == [256, 256]
@@ -61,6 +62,7 @@ def test_debug_assets_are_drawn_once(assets: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["debug"]
 
 
+@pytest.mark.slow
 def test_states_and_mask_have_true_lengths(assets: Path) -> None:
     encoder = t5(assets)
     states, mask = encoder.encode(CAPTIONS)
@@ -162,6 +164,7 @@ def test_code_beside_the_weights_never_runs(
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_no_call_of_transformers_lets_code_run() -> None:
     for path in sorted(p for room in rooms() for p in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -273,6 +276,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_damaged_files_give_one_message(
     damage: Callable[[Path], object], message: str, assets: Path, tmp_path: Path
@@ -313,6 +317,7 @@ def test_a_flipped_bit_in_any_weight_changes_the_digest(
     assert t5(assets).weights == here.weights, "without a cache folder it is computed"
 
 
+@pytest.mark.slow
 def test_the_scale_of_files_older_than_its_field(tmp_path: Path) -> None:
     """sd-vae-ft-ema was written by diffusers 0.4.2; the 4x upscaler's autoencoder has three blocks."""
 

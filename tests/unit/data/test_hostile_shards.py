@@ -147,6 +147,7 @@ def bombs() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_picture_that_would_fill_memory_or_take_minutes_is_a_hole(tmp_path: Path) -> None:
     files: dict[str, bytes] = {}
     for i, picture in enumerate([*(made := bombs()).values(), jpeg((3000, 2000))]):
@@ -250,6 +251,7 @@ def within_bounds(read: Any) -> Any:
     return reads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "columns"),
     [
@@ -367,6 +369,7 @@ def test_sources_have_captions_of_their_own(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- memory of an index
+@pytest.mark.slow
 @pytest.mark.parametrize("buckets", [1, 2])
 def test_memory_of_a_large_index(tmp_path: Path, buckets: int) -> None:
     """Ten bytes a sample are allowed for all processes of a machine; a process holds the order of the chunks alone."""

@@ -171,6 +171,7 @@ def behind_the_pixels(png: bytes) -> bytes:
     return png[:at] + png[end:-12] + png[at:end] + png[-12:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3, 5, 6, 7, 8])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "PNG, behind", "WEBP"])
 @pytest.mark.parametrize("side", [4, 300])

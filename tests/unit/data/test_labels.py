@@ -144,6 +144,7 @@ def test_synthetic_labels() -> None:
     assert collect(3) == whole
 
 
+@pytest.mark.slow
 def test_debug_data_have_labels(tmp_path: Path) -> None:
     folder = ensure_debug_assets(tmp_path / "debug")
     index = ImageTextIndex(open_shards(str(folder)))

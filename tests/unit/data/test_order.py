@@ -25,6 +25,7 @@ def read(order: Order, first: int, count: int, slots: range) -> list[list[tuple[
     return [[(p.shard, p.sample) for p in ps] for _, ps in islice(order.steps(first, slots), count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "batch"), [(SIZES, 8), ([5], 16), ([64 * 40], 4), ([1000, 7], 3)])
 def test_every_epoch_holds_each_sample_once(sizes: list[int], batch: int) -> None:
     everything = Counter((shard, i) for shard, n in enumerate(sizes) for i in range(n))
@@ -172,6 +173,7 @@ def test_every_batch_holds_the_share_of_each_source_at_any_world_size(
     assert np.abs(counts(1, 10**6, 60) - share).max() < 1
 
 
+@pytest.mark.slow
 def test_nearly_all_of_a_chunk_is_read_by_one_slot_and_each_rank_has_a_share_of_each_source() -> None:
     batch, weights = 256, (0.3, 0.33, 0.37)
     order = Order(1, [64 * 10_000] * 3, batch, None, [Source(1, weight) for weight in weights])

@@ -129,6 +129,7 @@ def batches(index: ImageTextIndex, config: TrainConfig, steps: int = 20) -> list
     return [batch for _, [batch] in islice(reader.batches(0), steps)]
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_makes_no_holes(made: Made, tmp_path: Path) -> None:
     """What is stored as a hole stays one: the command ends, and goes on when the shard can be read again."""
     source = ImageTextIndex(write_source(tmp_path / "source"))
@@ -143,6 +144,7 @@ def test_a_store_that_fails_makes_no_holes(made: Made, tmp_path: Path) -> None:
     assert shards == [path.read_bytes() for path in sorted(made.task.prefix.parent.glob("*.tar"))]
 
 
+@pytest.mark.slow
 def test_too_many_holes_end_it_and_what_is_filtered_out_is_none(made: Made, tmp_path: Path) -> None:
     """3 of 32 samples are unreadable, one of them for want of a caption; a restart counts the shards that are there."""
     task = dataclasses.replace(made.task, prefix=tmp_path / "out" / "train")
@@ -164,6 +166,7 @@ def test_too_many_holes_end_it_and_what_is_filtered_out_is_none(made: Made, tmp_
     assert len(ImageTextIndex(open_shards(str(tmp_path / "kept")))) == 31
 
 
+@pytest.mark.slow
 def test_a_set_that_was_begun_when_images_were_read_otherwise_is_not_gone_on_with(made: Made, tmp_path: Path) -> None:
     task = dataclasses.replace(made.task, prefix=tmp_path / "out" / "train", per_shard=7)
     task.run(0, 2, lambda _: None)
@@ -174,6 +177,7 @@ def test_a_set_that_was_begun_when_images_were_read_otherwise_is_not_gone_on_wit
     task.run(0, 1, lambda _: None)
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_processes_and_stops(made: Made, tmp_path: Path) -> None:
     task = dataclasses.replace(made.task, prefix=tmp_path / "one" / "train", per_shard=7)
     task.run(0, 1, lambda _: None)
@@ -234,6 +238,7 @@ def test_a_sample_is_one_range_of_bytes(made: Made) -> None:
     assert keys == sorted(keys)
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_the_images(made: Made) -> None:
     """Everything but rounding: fp16 has 11 bits, bf16 8."""
     nobody: Any = None
@@ -320,6 +325,7 @@ def test_draws_do_not_depend_on_workers_or_world(made: Made) -> None:
     assert rows(0, 4) == whole
 
 
+@pytest.mark.slow
 def test_reading_behind_a_url(made: Made, tmp_path: Path) -> None:
     folder = made.task.prefix.parent
     with serve(lambda name: folder / name) as server:
@@ -415,6 +421,7 @@ def test_refusals(made: Made, tmp_path: Path) -> None:
         ImageTextIndex(open_shards(str(tmp_path / "copy")))
 
 
+@pytest.mark.slow
 def test_another_encoder_is_refused_and_sets_that_differ(made: Made, tmp_path: Path) -> None:
     other = vae_folder(tmp_path / "vae", scaling_factor=1.6, shift_factor=0.1)
     vae = dataclasses.replace(made.config.autoencoder, path=str(other))

@@ -3,10 +3,12 @@
 from fractions import Fraction
 
 import numpy as np
+import pytest
 
 from data.shares import MOST_ASTRAY, Shares
 
 
+@pytest.mark.slow
 def test_shares_are_kept_however_long_the_run_is() -> None:
     weights = [Fraction(w) for w in (0.3, 1 / 3, 0.01, 1e-5, 0.7)]
     shares = Shares(weights, 1000)

@@ -40,6 +40,7 @@ def test_what_is_left_is_what_was_not_read() -> None:
             assert set(np.flatnonzero(~left).tolist()) == read_rows, (sizes, end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[469, 431], [2000, 3, 1700]])
 @pytest.mark.parametrize("buckets", [[SQUARE] * 3, [BUCKETS] * 3, [SQUARE, BUCKETS, BUCKETS[:2]]])
 def test_no_sample_comes_twice_while_the_epoch_lasts(sizes: list[int], buckets: list[list[Bucket]]) -> None:

@@ -91,6 +91,7 @@ def test_equal_to_a_folder_for_all_worlds_and_workers(folder: Path, local: Any, 
         assert take(index, 5, 20, settings(prefetch_mib=1, cache_dir=str(tmp_path / "blocks"))) == local[5:25]
 
 
+@pytest.mark.slow
 def test_a_chunk_is_one_read(folder: Path) -> None:
     with serve(folder) as server:
         index = remote_index(server)
@@ -106,6 +107,7 @@ def test_a_chunk_is_one_read(folder: Path) -> None:
         assert len(server.requests) > BATCH * 20
 
 
+@pytest.mark.slow
 def test_a_bad_server_costs_time_only(folder: Path, local: Any) -> None:
     with serve(folder) as server:
         index = remote_index(server)
@@ -115,6 +117,7 @@ def test_a_bad_server_costs_time_only(folder: Path, local: Any) -> None:
         assert take(index, 0, 12, settings(timeout_s=1.0, retries=0)) != local[:12], "it is not as bad as it should be"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -143,6 +146,7 @@ def test_a_server_that_fails_for_good_leaves_holes(folder: Path, fault: str, rea
         assert weights[-1] == BATCH
 
 
+@pytest.mark.slow
 def test_a_shard_that_vanishes_is_holes_and_the_others_go_on(folder: Path, local: Any, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -374,6 +378,7 @@ def test_neighbours_are_read_together() -> None:
     assert spans(*((i * mib, mib) for i in range(100))) == [(0, 64 * mib), (64 * mib, 100 * mib)]
 
 
+@pytest.mark.slow
 def test_the_cache_keeps_versions_apart(folder: Path, local: Any, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

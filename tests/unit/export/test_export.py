@@ -49,6 +49,7 @@ def exported(folder: Path, patch: pytest.MonkeyPatch, config: TrainConfig, *argu
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "overrides", "form", "message"),
     [
@@ -84,6 +85,7 @@ def test_a_model_of_synthetic_data_needs_encoders(tmp_path: Path, monkeypatch: p
         exported(tmp_path, monkeypatch, config)
 
 
+@pytest.mark.slow
 def test_other_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("dit")
     exported(tmp_path, monkeypatch, config)
@@ -179,6 +181,7 @@ def published(config: TrainConfig, form: Any, ours: dict[str, Tensor]) -> dict[s
     return {name: values.reshape(to.shapes[name]) for name, values in theirs.items()}
 
 
+@pytest.mark.slow
 def test_sd3s_own_names_are_those_that_diffusers_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("mmdit", *FOLDED)
     ours = exported(tmp_path, monkeypatch, config)
@@ -202,6 +205,7 @@ def imported(folder: Path, patch: pytest.MonkeyPatch, kind: str, source: Path, *
     return weights(folder / "back")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pixart", "dit", "uvit"])
 def test_official_files_of_torch(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training checkpoints with more around the weights; at m = 2 nothing is rounded."""
@@ -217,6 +221,7 @@ def test_official_files_of_torch(kind: str, tmp_path: Path, monkeypatch: pytest.
     assert all(torch.equal(back[name], ours[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_weights_of_other_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions have no weights: what they were is known by the class, and by the axes of its config.json."""
 
@@ -238,6 +243,7 @@ class Harmful:
         return print, ("executed",)
 
 
+@pytest.mark.slow
 def test_bad_published_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,6 +289,7 @@ def test_bad_published_weights(
         imported(tmp_path, monkeypatch, "pixart", tmp_path / "from")
 
 
+@pytest.mark.slow
 def test_which_files_of_a_folder_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,6 +408,7 @@ def test_memory_is_that_of_a_tensor(tmp_path: Path) -> None:
     assert all(torch.equal(streamed[name], held[name]) for name in held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "width", "name"),
     [

@@ -13,6 +13,7 @@ from tests.helpers.exports import config_of
 from tests.unit.data.encoders.test_autoencoder_classes import MADE, loaded, saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 @torch.no_grad()
 def test_the_pipeline_decodes_as_training_does(name: str, tmp_path: Path) -> None:
@@ -25,6 +26,7 @@ def test_the_pipeline_decodes_as_training_does(name: str, tmp_path: Path) -> Non
     torch.testing.assert_close(images, (loaded(tmp_path, name).decode(latents) + 1) / 2, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_an_exported_folder_names_the_class(name: str, tmp_path: Path) -> None:
     saved(tmp_path / "from", name)

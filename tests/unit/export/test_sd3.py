@@ -39,6 +39,7 @@ def twin(**options: Any) -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_weights_of_sd3_predict_as_in_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = twin()
     theirs.save_pretrained(tmp_path / "sd3" / "transformer")
@@ -64,6 +65,7 @@ def test_weights_of_sd3_predict_as_in_diffusers(tmp_path: Path, monkeypatch: pyt
     assert (wanted - other).abs().max() > 0.01, "the pooled vector is read"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -65,6 +65,7 @@ def difference(config: ModelConfig) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", BACKBONES.values(), ids=BACKBONES)
 def test_packed_rows_equal_a_mask(config: ModelConfig) -> None:
     assert difference(config) < 1e-14
@@ -86,6 +87,7 @@ FAULTS = [(kind, fault) for kind in WITH_TEXT for fault in (all_is_text, one_tok
 FAULTS += [(kind, tokens_before_the_text_are_forgotten) for kind in WITH_TEXT if kind != "pixart"]  # which has none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fault"), FAULTS)
 def test_the_comparison_sees_faults(kind: str, fault: Callable[..., Visible], monkeypatch: pytest.MonkeyPatch) -> None:
     def faulty(mask: Tensor, before: int = 0) -> Visible:
@@ -138,6 +140,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WITH_TEXT)
 def test_the_flash_operation_gets_what_it_asks_for(kind: str) -> None:
     """On the meta device, in bfloat16: what waits for a number from the device raises there, and so does a tensor that

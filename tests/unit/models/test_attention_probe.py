@@ -89,6 +89,7 @@ def of_equal_lengths_alone(*inputs: Any) -> tuple[Tensor, ...]:
     return (dq, dk, dv) if len(dq) == len(dk) else (dq.flip(0), dk, dv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("planted", "told"),
     [

@@ -25,6 +25,7 @@ def named(config: str) -> dict[str, set[str]]:
     return {kind: {n for n in names if any(fnmatchcase(n, p) for p in of)} for kind, of in patterns}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_each_kind_names_parameters(config: str) -> None:
     kind = load_config(f"{config}.yaml").model.kind
@@ -33,6 +34,7 @@ def test_each_kind_names_parameters(config: str) -> None:
     assert {name for name, names in found.items() if not names} <= BY_CONFIG.get(kind, set())
 
 
+@pytest.mark.slow
 def test_each_pattern_names_parameters_of_some_config() -> None:
     """None is left from a name that is no more."""
     unused = {
@@ -53,6 +55,7 @@ def test_each_pattern_names_parameters_of_some_config() -> None:
     assert {kind: left for kind, left in unused.items() if left} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_attention_mlp_and_modulation_are_all_that_blocks_have(config: str) -> None:
     """Every weight from width to width in a block is of one of them, but U-ViT's skips, which are their own kind."""

@@ -173,6 +173,7 @@ def test_every_parameter_gets_a_gradient(adaln: Any) -> None:
     check_gradients(replace(CONFIG, depth=2, adaln_init=adaln), {"final.weight", "final.bias"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 12)])
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_flops(height: int, width: int, learn_sigma: bool) -> None:

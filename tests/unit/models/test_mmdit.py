@@ -139,6 +139,7 @@ def difference_to_sd3(
 
 
 # In float64 what is left is the float32 of both position tables and sinusoids (measured 2e-8).
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 2e-7)])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 12), (20, 6), (24, 24)])
 def test_equals_sd3_of_diffusers(height: int, width: int, dtype: torch.dtype, tolerance: float) -> None:
@@ -290,6 +291,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert not without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width", "length"), [(8, 8, 7), (8, 12, 3)])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_flops_equal_those_of_the_counter(height: int, width: int, length: int, depth: int) -> None:

@@ -41,17 +41,20 @@ OPTIONS = {
 every_option = pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
 
 
+@pytest.mark.slow
 @every_option
 def test_every_parameter_gets_a_gradient(config: MMDiTConfig) -> None:
     check_gradients(config, {"final.weight", "final.bias"})
 
 
+@pytest.mark.slow
 @every_option
 @pytest.mark.parametrize(("height", "width", "length"), [(8, 8, 7), (8, 12, 3)])
 def test_flops_equal_those_of_the_counter(config: MMDiTConfig, height: int, width: int, length: int) -> None:
     check_flops(config, height, width, length)
 
 
+@pytest.mark.slow
 @every_option
 def test_bfloat16(config: MMDiTConfig) -> None:
     check_bfloat16(config)

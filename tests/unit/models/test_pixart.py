@@ -131,6 +131,7 @@ def difference(
 
 
 # In float64 what is left is the float32 of both position tables and sinusoids.
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 2e-7)])
 @pytest.mark.parametrize("size", [(8, 8), (12, 8), (6, 20)])
 @pytest.mark.parametrize(
@@ -233,6 +234,7 @@ def test_every_parameter_gets_a_gradient(config: PixArtConfig) -> None:
     check_gradients(replace(config, depth=2), {"final.weight", "final.bias"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width", "length"), [(8, 8, 7), (8, 12, 3)])
 @pytest.mark.parametrize("config", [CONFIG, MICRO, replace(CONFIG, learn_sigma=False, mlp_ratio=3)])
 def test_flops(config: PixArtConfig, height: int, width: int, length: int) -> None:

@@ -131,6 +131,7 @@ def results(config: ModelConfig) -> list[Tensor]:
     return [prediction, *torch.autograd.grad(prediction.square().sum(), [x, *model.parameters()])]
 
 
+@pytest.mark.slow
 @every_backbone
 def test_packed_rows_equal_a_mask(kind: str) -> None:
     config = routed(kind, SPRINT)
@@ -141,6 +142,7 @@ def test_packed_rows_equal_a_mask(kind: str) -> None:
         assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
 
 
+@pytest.mark.slow
 @every_backbone
 @every_fuse
 @pytest.mark.parametrize("kept", [True, False])

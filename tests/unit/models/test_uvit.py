@@ -203,6 +203,7 @@ def test_every_parameter_gets_a_gradient(config: UViTConfig) -> None:
     check_gradients(replace(config, depth=2, text_length=7), {"final.weight", "final.bias"} | conv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [*CONFIGS, replace(LABEL, mlp_ratio=3, depth=2)])
 def test_flops(config: UViTConfig) -> None:
     check_flops(config, 8, 8, 7)

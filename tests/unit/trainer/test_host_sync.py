@@ -67,6 +67,7 @@ def test_a_length_that_is_read_is_seen(tmp_path: Path, monkeypatch: pytest.Monke
         take_steps(tmp_path, "mmdit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "width"), [("debug/t5", 64), ("minilm", 384)])
 def test_encoding_captions_reads_nothing_back(folder: str, width: int) -> None:
     """With and without padding: a mask that masks nothing is where transformers would look."""

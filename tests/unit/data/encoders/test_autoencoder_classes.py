@@ -139,6 +139,7 @@ def their_images(name: str, model: Any, latents: Tensor) -> Tensor:
     return model.decode(latents * std / model.config.scaling_factor + mean, return_dict=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 @torch.no_grad()
 def test_latents_and_images_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
@@ -179,6 +180,7 @@ def test_the_variance_of_flux2_is_that_of_its_mean(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_one_message_where_channels_or_downsample_differ(name: str, tmp_path: Path) -> None:
     saved(tmp_path, name)
@@ -258,6 +260,7 @@ def test_the_fingerprint_knows_the_statistics(tmp_path: Path) -> None:
         loaded(tmp_path / "b", "AutoencoderKLFlux2")
 
 
+@pytest.mark.slow
 def test_latents_without_a_variance_are_stored_without_one(tmp_path: Path) -> None:
     """DC-AE's: training on the stored ones is given what training on the images is, but for fp16."""
     assets = ensure_debug_assets(tmp_path / "debug")

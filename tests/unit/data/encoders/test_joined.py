@@ -90,6 +90,7 @@ def test_the_sizes_of_stable_diffusion_3() -> None:
     assert TextEncoderConfig().total_pooled == 0
 
 
+@pytest.mark.slow
 def test_as_stable_diffusion_3_encodes_prompts(models: Path) -> None:
     """With padding, which the pipeline does not mask, all that it gives; without, the tokens of a prompt whose
     own length the pipeline is told."""
@@ -131,6 +132,7 @@ def test_as_stable_diffusion_3_encodes_prompts(models: Path) -> None:
         torch.testing.assert_close(vector, wanted_pooled[0], atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_pooled_vector_beside_another_encoder(models: Path, tmp_path: Path) -> None:
     """As FLUX.1: tokens of T5, and of CLIP the pooled vector alone, which is not projected."""
     clip = CLIPTextModel.from_pretrained(models / "text_encoder", trust_remote_code=False).eval()
@@ -153,6 +155,7 @@ def test_a_pooled_vector_beside_another_encoder(models: Path, tmp_path: Path) ->
         load(wrong)
 
 
+@pytest.mark.slow
 def test_the_text_half_of_a_whole_clip(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = sizes | {"vocab_size": 400, "eos_token_id": 1, "pad_token_id": 0}
@@ -193,6 +196,7 @@ def test_a_caption_does_not_depend_on_the_others_and_nothing_is_read_back(models
     assert (mask[:, 1:] <= mask[:, :-1]).all(), "padding follows the tokens"
 
 
+@pytest.mark.slow
 def test_fingerprint_and_weights_are_of_all_encoders(models: Path, tmp_path: Path) -> None:
     cfg = sd3(models)
     moved = Path(shutil.copytree(models, tmp_path / "moved"))
@@ -214,6 +218,7 @@ def test_fingerprint_and_weights_are_of_all_encoders(models: Path, tmp_path: Pat
     assert flipped.weights != encoder.weights == load(sd3(models)).weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

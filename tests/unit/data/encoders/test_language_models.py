@@ -74,6 +74,7 @@ def count(folder: Path, text: str, **options: Any) -> int:
 # ------------------------------------------------------------------------------------------- as the library's pipelines
 
 
+@pytest.mark.slow
 def test_as_qwen_image_encodes_prompts(models: Path) -> None:
     """Qwen2.5-VL, of which the language model alone is loaded; the pipeline cuts as many tokens as it is told."""
     folder = models / "qwen2_5_vl"
@@ -94,6 +95,7 @@ def test_as_qwen_image_encodes_prompts(models: Path) -> None:
     assert_same(encoder, [row[own.bool()] for row, own in zip(theirs, mask, strict=True)])
 
 
+@pytest.mark.slow
 def test_as_z_image_encodes_prompts(models: Path) -> None:
     """The layer before the last, no system text, thinking left on; the pipeline keeps the template's states."""
     folder = models / "qwen3"
@@ -145,6 +147,7 @@ def test_as_sana_encodes_prompts(models: Path) -> None:
     assert_same(load(folder, prefix=instruction), rows, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5gemma", "umt5"])
 def test_encoders_of_encoder_decoders(kind: str, models: Path) -> None:
     folder = models / kind
@@ -165,6 +168,7 @@ def test_encoders_of_encoder_decoders(kind: str, models: Path) -> None:
     assert_same(load(folder, layers=(-2,)), rows)
 
 
+@pytest.mark.slow
 def test_a_prefix_before_an_encoder_with_real_weights() -> None:
     """MiniLM, as retrieval models are used: what it writes before and behind the text is found as well."""
     folder = Path(".cache/minilm")
@@ -184,6 +188,7 @@ def test_a_prefix_before_an_encoder_with_real_weights() -> None:
 TEXTS: tuple[dict[str, Any], ...] = ({"prefix": "Describe the scene: "}, {"chat": SYSTEM, "layers": (-2, 1)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", TEXTS)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "umt5"])
 def test_a_caption_does_not_depend_on_the_others(kind: str, options: dict[str, Any], models: Path) -> None:
@@ -197,6 +202,7 @@ def test_a_caption_does_not_depend_on_the_others(kind: str, options: dict[str, A
     assert torch.equal(together, torch.cat([exact.encode([caption])[0] for caption in CAPTIONS]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", TEXTS)
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2_5_vl", "gemma3", "t5gemma"])
 def test_encoding_reads_nothing_back(kind: str, options: dict[str, Any], models: Path) -> None:
@@ -262,6 +268,7 @@ def test_a_caption_that_joins_the_template_stays_apart(models: Path) -> None:
     assert ids == [*template.first, *encoder.tokenizer(caption)["input_ids"]]
 
 
+@pytest.mark.slow
 def test_fingerprint_holds_all_that_makes_the_states(models: Path, tmp_path: Path) -> None:
     folder = models / "qwen3"
     other = shutil.copytree(folder, tmp_path / "other")
@@ -289,6 +296,7 @@ def test_fingerprint_holds_all_that_makes_the_states(models: Path, tmp_path: Pat
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
+@pytest.mark.slow
 def test_errors_name_key_and_remedy(models: Path, tmp_path: Path) -> None:
     folder = models / "qwen3"
     with pytest.raises(DataError, match=r"text_encoder\.width is 32, .* has width 64 \(2 layers of 32\): set it to 64"):
@@ -316,6 +324,7 @@ def test_errors_name_key_and_remedy(models: Path, tmp_path: Path) -> None:
         load(silent, chat=SYSTEM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_cannot_tell_captions_apart_is_refused(kind: str, models: Path, tmp_path: Path) -> None:
     """As of T5: a tokenizer that knows no word, and weights of zeros."""

@@ -48,6 +48,7 @@ def with_prefix(prefix: str) -> Callable[[Weights], Weights]:
     return lambda weights: {prefix + name: tensor for name, tensor in weights.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "text_encoders.t5xxl.transformer."])
 def test_a_prefix_of_all_names_is_understood(prefix: str, assets: Path, tmp_path: Path) -> None:
     assert t5(edited(assets / "t5", tmp_path / "t5", with_prefix(prefix))).fingerprint == t5(assets / "t5").fingerprint
@@ -84,6 +85,7 @@ def test_weights_without_a_place_are_refused(
         load[key](folder)
 
 
+@pytest.mark.slow
 def test_a_real_encoder_has_all_its_weights() -> None:
     cfg = TextEncoderConfig(path=str(ROOT / ".cache/minilm"), max_length=18, width=384)
     load_text_encoder(cfg, "cpu", torch.float32)

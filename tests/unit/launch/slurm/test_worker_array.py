@@ -52,6 +52,7 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subprocess.run(["bash", "-n", path], check=True)
 
 
+@pytest.mark.slow
 def test_no_line_is_slipped_in(tmp_path: Path) -> None:
     for changes in ({"time": "1:00\nid"}, {"partition": "gpu\nid"}, {"sbatch": ["--mem=0\nid"]}):
         with pytest.raises(ConfigError, match="expected"):

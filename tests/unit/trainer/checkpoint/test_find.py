@@ -196,6 +196,7 @@ def test_check_same_model() -> None:
             check_same_model({"mup": other}, ours, checkpoint, rules=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -361,6 +362,7 @@ def test_inactive_metrics_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert captured.out + captured.err == ""
 
 
+@pytest.mark.slow
 def test_plot_shows_what_was_logged(tmp_path: Path) -> None:
     metrics = logged(tmp_path, range(1, 9))
     metrics.plot()

@@ -66,6 +66,7 @@ def test_shipped_configs_are_all_found() -> None:
     assert {f"{kind}_debug_mup.yaml" for kind in MODEL_KINDS} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [("0.18b", 0.17e9, 0.19e9), ("0.7b", 0.68e9, 0.75e9), ("2b", 1.9e9, 2.1e9), ("18b", 17.5e9, 18.5e9)],
@@ -88,6 +89,7 @@ def test_rungs_of_pixart_change_the_width_alone(name: str, least: float, most: f
     assert name == "0.18b" or rung["model"]["width"] % 16 == 0, "for parallel.precision fp8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
@@ -178,6 +180,7 @@ SCALARS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "text", "value"), SCALARS)
 def test_scalars(key: str, text: str, value: object, tmp_path: Path) -> None:
     """The same in a file and in an override, of the same type (True == 1 would pass else)."""

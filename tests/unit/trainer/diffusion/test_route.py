@@ -125,6 +125,7 @@ def test_an_alignment_in_the_route_is_of_the_kept_tokens(layer: int, tmp_path: P
     assert torch.equal(compared, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_priced_by_the_tokens_that_go_through_the_route(kind: str) -> None:
     config = load_config(f"{kind}_debug_mup.yaml", [*QUIET, *routed(kind, "sprint")])

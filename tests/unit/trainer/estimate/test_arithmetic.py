@@ -40,6 +40,7 @@ def moved(counts: Counter[Operation]) -> int:
     return sum(op.bytes * times for op, times in counts.items() if isinstance(op, Elementwise))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_the_flops_of_the_formulas(kind: str) -> None:
     config = load_config(f"{kind}_debug_mup.yaml")
@@ -58,12 +59,14 @@ def test_the_projector_of_repa_is_counted() -> None:
     assert products_flops(passes.blocks) + products_flops(passes.rest) == image_flops(config) // 3
 
 
+@pytest.mark.slow
 def test_a_mask_keeps_attention_from_the_flash_kernel() -> None:
     blocks = {kind: passes_of(load_config(f"{kind}_debug_mup.yaml"), 1).blocks for kind in KINDS}
     kernels = {kind: {op.kernel for op in ops if isinstance(op, Attention)} for kind, ops in blocks.items()}
     assert kernels == {"mmdit": {"efficient"}, "pixart": {"flash", "efficient"}, "dit": {"flash"}, "uvit": {"flash"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "kernel"),
     [("auto", "flash"), ("varlen", "flash"), ("flash3", "flash3"), ("efficient", "efficient"), ("cudnn", "cudnn")],
@@ -88,6 +91,7 @@ def test_activation_checkpointing_computes_the_blocks_again() -> None:
     assert moved(passes.recomputed("selective")) == moved(passes.blocks)
 
 
+@pytest.mark.slow
 def test_a_block_moves_what_was_counted_by_hand() -> None:
     """115 reads and writes of each token's features in eager mode, forward and backward, by reading models/mmdit.py;
     the last block has 0.72 of another's. Compiled, it moves what benchmarks/lowered.py counted."""
@@ -111,6 +115,7 @@ def test_products_lose_what_tiles_and_waves_leave_idle() -> None:
     assert skinny.seconds(card) > 2 * 8192**2 / (card.memory_gb_s * 1e9) > skinny.flops / (card.matmul_tflops * 1e12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_fp8_multiplies_the_blocks_tokens(kind: str) -> None:
     """The same products in each phase, of which those of a TokenLinear are in fp8, once forward and twice backward;

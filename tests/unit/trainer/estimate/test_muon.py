@@ -61,6 +61,7 @@ def test_exchanges_are_those_of_the_owners(monkeypatch: pytest.MonkeyPatch) -> N
         assert ("broadcast" in told) == (copies > 1)
 
 
+@pytest.mark.slow
 def test_a_step_is_longer_by_the_polar_factors_and_their_way() -> None:
     cluster = Cluster(32)
     muon, adamw = (

@@ -105,6 +105,7 @@ class OneMiBARow(Memory):
         return rows * 2**20
 
 
+@pytest.mark.slow
 def test_overrides_say_the_rows_of_small_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """train.micro_batch_size counts images of 256 px, of 32 px it holds 64 times as many: 49 fit of a share of 100, so
     that 34 are taken three times."""

@@ -48,6 +48,7 @@ def test_round() -> None:
     assert [two_digits(number) for number in (0.4, 7.9, 84.9, 849, 84999.9)] == [0, 7, 84, 840, 84000]
 
 
+@pytest.mark.slow
 def test_the_largest_model_that_suits_the_compute() -> None:
     bases = ["mmdit_0.7b_mup", "mmdit_0.18b_mup"]  # of 0.72 and 0.18 B parameters
 

@@ -224,6 +224,7 @@ def test_what_a_graph_keeps_is_counted() -> None:
     assert recorded.total(1, 16, False) == recorded.total(1, 16, True)
 
 
+@pytest.mark.slow
 def test_state_in_the_host(simulated: Profile) -> None:
     table = build_mup_table(configured("mmdit_debug_mup.yaml"))
     plain, offloaded = (Memory(simulated, table, 0, ParallelConfig(cpu_offload=o)) for o in (False, True))
@@ -235,6 +236,7 @@ def test_state_in_the_host(simulated: Profile) -> None:
     assert state + simulated.parameters <= offloaded.host(4, 4, False) <= state + 4 * simulated.parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "weights", "gradients", "buffers"),
     # Bytes a number on one rank, as counted in a real engine of each stage; and the buffers that it makes.
@@ -256,6 +258,7 @@ def test_zero_is_not_estimated_as_fsdp2(
     assert f"rules of ZeRO-{stage}" in "\n".join(report.estimate(config, CLUSTER, simulated)["advice"])
 
 
+@pytest.mark.slow
 def test_report(simulated: Profile) -> None:
     config = configured("mmdit_debug_mup.yaml", "train.global_batch_size=16", "train.steps=3600")
     found = report.estimate(config, CLUSTER, simulated)
@@ -287,6 +290,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(simulated: Profile) -> None:
     assert any("activation_checkpointing=full" in line for line in found["advice"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("until", "said"), [(1, True), (9, False)])
 def test_an_alignment_that_ends_is_priced_to_the_end_and_told(simulated: Profile, until: int, said: bool) -> None:
     keys = ("objective.repa_weight=0.5", "objective.repa_layer=1", "train.steps=9", f"objective.repa_until={until}")

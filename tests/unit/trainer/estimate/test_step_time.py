@@ -78,6 +78,7 @@ def test_18b_on_256_gpus_by_its_topology(batch: int) -> None:
     assert found[8].network.seconds > 1.4 * found[32].network.seconds
 
 
+@pytest.mark.slow
 def test_prefetching_hides_the_network() -> None:
     for ahead in (0, 1):
         config = load_config("mmdit_debug_mup.yaml", [f"parallel.prefetch={ahead}"])
@@ -100,6 +101,7 @@ def test_a_card_without_fp8_is_refused(card: str) -> None:
         step_time(config, Cluster(1, CARDS[card]), Work(config))
 
 
+@pytest.mark.slow
 def test_fp8_makes_a_large_model_faster() -> None:
     small = ["model.depth=2", "text_encoder.max_length=128", "data.text_lengths=[]", "objective.repa_weight=0"]
     small += ["train.micro_batch_size=64", "train.global_batch_size=64", "parallel.compile=true"]
@@ -115,6 +117,7 @@ def test_fp8_makes_a_large_model_faster() -> None:
 FREED = ("train.global_batch_size=256", "parallel.reshard_after_forward=true")
 
 
+@pytest.mark.slow
 def test_micro_batches_cost_their_gathers() -> None:
     one, two = (load_config("mmdit_debug_mup.yaml", [*FREED, *rows]) for rows in ([], [HALF]))
     whole, halves = (step_time(config, Cluster(2), Work(config)) for config in (one, two))

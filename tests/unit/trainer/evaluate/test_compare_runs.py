@@ -46,6 +46,7 @@ def test_first_reached() -> None:
     assert first_reached({0: 0.0, 10: 5.0}, 4.0, lower_is_better=False) == (8.0, True)
 
 
+@pytest.mark.slow
 def test_table(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     output = runs[0].parent / "table"
     assert evaluate.table([*map(str, runs), "--output", str(output)]) == 0
@@ -66,6 +67,7 @@ def test_table(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert matplotlib.image.imread(output / "table.png").std() > 0.05
 
 
+@pytest.mark.slow
 def test_a_baseline_that_gets_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the paper's PixArt-α: it is compared from where it first was as good as at its end."""
     for name, values in (("one", {10: 38.4, 20: 35.0, 30: 36.7}), ("two", {10: 33.4, 20: 33.0, 30: 30.0})):
@@ -116,6 +118,7 @@ def test_refused(runs: list[Path], results: dict[str, Any], message: str) -> Non
     assert not (runs[0].parent / "table").exists()
 
 
+@pytest.mark.slow
 def test_weights_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "run", 10, 5.0)
     with pytest.raises(DataError, match=r"results\.json of live weights: run .* --weights live first"):

@@ -42,6 +42,7 @@ def noise(evaluation: Evaluation, batch: int) -> np.ndarray:
     return generator.integers(0, 256, (len(evaluation.batches[batch]), 32, 32, 3), dtype=np.uint8)
 
 
+@pytest.mark.slow
 def test_geneval_with_small_models(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """From images to scores; with the thresholds down everything that is asked for is found, save the colour."""
     monkeypatch.setattr(detector, "SHORT", 64)
@@ -67,6 +68,7 @@ def test_geneval_with_small_models(tmp_path: Path, world: World, monkeypatch: py
         ready(world, **made.suite.model_dump(include={"metrics", "prompts", "clip", "detector"}))
 
 
+@pytest.mark.slow
 def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> None:
     """Measured once; a set against itself has no distance; constant images and a missing output layer are named."""
     shards = str(ensure_debug_assets() / "val-000000.tar")
@@ -107,6 +109,7 @@ def test_features_of_the_reference_are_kept(tmp_path: Path, world: World) -> Non
         ready(world, **{**keys, "reference_count": 9})
 
 
+@pytest.mark.slow
 def test_published_reference(tmp_path: Path, world: World) -> None:
     """Statistics of the file for FID, its images for precision and recall; another file is another protocol."""
     shards = str(ensure_debug_assets() / "val-000000.tar")
@@ -172,6 +175,7 @@ def test_images_that_are_not_finite_are_named(tmp_path: Path, world: World) -> N
     assert made.make(generator(0.2, lambda x: x), 1).std() > 1
 
 
+@pytest.mark.slow
 def test_classes(tmp_path: Path, world: World) -> None:
     """In turn, or drawn for each number whatever the count is."""
 

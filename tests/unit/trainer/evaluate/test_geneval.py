@@ -155,6 +155,7 @@ def test_other_metadata_is_refused(wrong: dict[str, Any], message: str) -> None:
         check_facts(wrong, "entry 3")
 
 
+@pytest.mark.slow
 def test_small_models_detect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Boxes lie in the image, scores are probabilities, colours sum to 1; COCO's spellings become GenEval's."""
     monkeypatch.setattr(detector_module, "SHORT", 64)

@@ -99,6 +99,7 @@ def test_inception_score_is_that_of_an_independent_computation() -> None:
     assert metrics.inception_score(torch.eye(10).repeat(4, 1), splits=2).value == pytest.approx(10)
 
 
+@pytest.mark.slow
 def test_precision_and_recall_are_those_of_an_independent_computation() -> None:
     real, generated = A[:, :4].numpy(), 0.6 * B[:, :4].numpy()
 

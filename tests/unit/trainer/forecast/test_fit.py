@@ -16,6 +16,7 @@ def quiet_fit(seed: int = 0) -> tuple[list[Rung], Fit]:
     return rungs, fit_rungs(rungs, replicates=60)
 
 
+@pytest.mark.slow
 def test_nine_of_ten_runs_lie_in_the_interval() -> None:
     """200 laws, each with rungs of three seeds whose durations share a trunk's noise, and a target's own run."""
     chance, noise, held = np.random.default_rng(1), 0.005, 0
@@ -51,6 +52,7 @@ def test_one_seed_has_an_interval_too() -> None:
     assert loss.low < loss.value < loss.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_a_width_that_is_trained_wrongly_is_refused(size: float) -> None:
     """As with a learning rate that is four times too high at one of four widths."""
@@ -67,6 +69,7 @@ def test_what_spans_too_little_is_refused() -> None:
     assert any("span 6.8 times the compute" in reason for reason in fit_rungs(few, replicates=20).refused)
 
 
+@pytest.mark.slow
 def test_rates_at_the_edge_are_refused() -> None:
     rungs, _ = quiet_fit()
     at = {"parameters": SIZES[1], "images": IMAGES[0], "seed": 0}
@@ -77,6 +80,7 @@ def test_rates_at_the_edge_are_refused() -> None:
     assert "at the edge of those tried (0.5 x: 0.2, 1 x: 0.3" in reason
 
 
+@pytest.mark.slow
 def test_diverged_rungs_are_refused_and_left_out() -> None:
     rungs, fit = quiet_fit()
     dead = dataclasses.replace(rungs[0], seed=7, loss=float("inf"))
@@ -90,6 +94,7 @@ def test_too_few_points() -> None:
         fit_rungs([Rung(n, d, 0, Law().loss(n, d)) for n in SIZES[:2] for d in IMAGES])
 
 
+@pytest.mark.slow
 def test_losses_without_a_size_or_without_images_have_no_optimum() -> None:
     """Nor do they make one up: a term that vanishes leaves the best size anywhere."""
     for law in (Law(a=1e-9), Law(b=1e-9)):
@@ -117,5 +122,6 @@ def test_the_interval_is_the_same_however_often_it_is_asked_for() -> None:
     assert fit.loss(*TARGET) == fit.loss(*TARGET)
 
 
+@pytest.mark.slow
 def test_the_same_rungs_give_the_same_forecast() -> None:
     assert quiet_fit()[1].loss(*TARGET) == quiet_fit()[1].loss(*TARGET)

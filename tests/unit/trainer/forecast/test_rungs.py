@@ -17,11 +17,13 @@ def rungs(folder: Path, *overrides: str, widths: str = "32,64,96", steps: str = 
     return Rungs.of("mmdit_debug_mup.yaml", [*own, *overrides], widths, steps, seeds)
 
 
+@pytest.mark.slow
 def test_one_set_of_widths_after_another(tmp_path: Path) -> None:
     wanted = [(seed, width) for seed in (0, 1) for width in (32, 64, 96)]
     assert [(t.seed, t.width) for t in rungs(tmp_path, widths="64,32,96").trunks()] == wanted
 
 
+@pytest.mark.slow
 def test_trunk_and_branch_differ_from_the_target_as_they_must(tmp_path: Path) -> None:
     wanted = rungs(tmp_path, "optim.lr=3e-3")
     trunk = wanted.trunk_config(Trunk(64, 1), 64)
@@ -35,11 +37,13 @@ def test_trunk_and_branch_differ_from_the_target_as_they_must(tmp_path: Path) ->
     assert "optim.decay_steps=16" in wanted.branch_overrides(80)
 
 
+@pytest.mark.slow
 def test_share_of_the_decay_is_the_targets(tmp_path: Path) -> None:
     target = rungs(tmp_path, "optim.schedule=wsd", "optim.decay_steps=80").target
     assert decay_steps(target, 50) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -57,6 +61,7 @@ def test_refusals(tmp_path: Path, changes: dict[str, object], told: str) -> None
         rungs(tmp_path, **changes)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_refusals_of_a_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.validate_every"):
         rungs(tmp_path, "train.validate_every=0")
@@ -67,6 +72,7 @@ def test_refusals_of_a_config(tmp_path: Path) -> None:
         rungs(tmp_path, "optim.schedule=wsd", "optim.decay_steps=790", steps="20,40,80")
 
 
+@pytest.mark.slow
 def test_folder_is_of_one_target(tmp_path: Path) -> None:
     first = rungs(tmp_path)
     open_folder(first)
@@ -88,6 +94,7 @@ def log(folder: Path, *lines: dict[str, object]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+@pytest.mark.slow
 def test_points_are_the_last_losses_of_branches(tmp_path: Path) -> None:
     wanted = rungs(tmp_path)
     trunk = Trunk(32, 0)
@@ -110,6 +117,7 @@ def test_points_are_the_last_losses_of_branches(tmp_path: Path) -> None:
         read_points(wanted)
 
 
+@pytest.mark.slow
 def test_what_has_diverged_counts_as_infinite(tmp_path: Path) -> None:
     """A branch that has, and all branches that a trunk no longer came to."""
     wanted = rungs(tmp_path, seeds=1)

@@ -10,6 +10,7 @@ from trainer.monitor import plots
 from trainer.monitor.plots import plot_evaluation, plot_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "records",
     [

@@ -36,6 +36,7 @@ def rounded(x: Tensor, dim: int) -> Tensor:
     return (x.float() * scale).to(torch.float8_e4m3fn).float() / scale
 
 
+@pytest.mark.slow
 def test_rows_are_rounded_to_e4m3() -> None:
     """Output and both gradients; the number of tokens, 21, is no multiple of 16."""
     generator = torch.Generator().manual_seed(0)
@@ -76,6 +77,7 @@ def unscaled_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return Unscaled.apply(Unscaled.apply(x) @ Unscaled.apply(weight).T)
 
 
+@pytest.mark.slow
 def test_small_gradients_keep_their_digits() -> None:
     """2^-20 times the gradient gives 2^-20 times the gradients, to the bit. Planted: without scales they vanish."""
     generator = torch.Generator().manual_seed(0)

@@ -28,6 +28,7 @@ def losses_at(best: float) -> tuple[float, float, float]:
     return low, own, high
 
 
+@pytest.mark.slow
 def test_the_three_runs(tmp_path: Path) -> None:
     first = Study.open(search(tmp_path, trials=12, space=SPACE))
     fill(first, valley(BEST))

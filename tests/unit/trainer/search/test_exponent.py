@@ -46,6 +46,7 @@ def refused(given: Losses) -> Refusal:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [0.0, -0.3, -0.5])
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_planted_exponent_lies_in_its_interval(exponent: float, seeds: int) -> None:
@@ -56,12 +57,14 @@ def test_planted_exponent_lies_in_its_interval(exponent: float, seeds: int) -> N
     assert fitted(losses(exponent, seeds=3)).exponent.value == pytest.approx(exponent, abs=0.1), "without noise"
 
 
+@pytest.mark.slow
 def test_noise_widens_the_interval() -> None:
     for seeds in (1, 3):
         calm, loud = (fitted(losses(-0.3, noise, seeds, cube=0.0)).exponent for noise in (0.0003, 0.003))
         assert loud.half_width > 2 * calm.half_width
 
 
+@pytest.mark.slow
 def test_a_valley_that_is_no_parabola_widens_the_interval_of_seeds_that_agree() -> None:
     round_, steep = (fitted(losses(-0.5, 1e-6, cube=cube)).exponent for cube in (0.0, 0.001))
     assert round_.half_width < 0.01
@@ -82,6 +85,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says(seeds: int) -> None
     assert covered >= 16  # 95 % of 20 is 19
 
 
+@pytest.mark.slow
 def test_a_diverged_seed_is_no_part_of_the_valley() -> None:
     given = {n: dict(curve) for n, curve in losses(-0.3).items()}
     for curve in given.values():

@@ -48,6 +48,7 @@ def log(wanted: Horizon, best: float = 0.5, diverged: float = math.inf) -> None:
             (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
 
+@pytest.mark.slow
 def test_trunk_is_the_proxy_at_another_rate(own: Study) -> None:
     wanted, best = horizon(own, seeds=2), best_point(own)
     config = wanted.trunk_config(Trunk(2.0, 1), 16)
@@ -61,6 +62,7 @@ def test_trunk_is_the_proxy_at_another_rate(own: Study) -> None:
     assert [t.name for t in wanted.trunks()][:2] == ["lr_0.25_seed_0", "lr_0.5_seed_0"]
 
 
+@pytest.mark.slow
 def test_planted_exponent_is_found_and_written(own: Study) -> None:
     wanted = horizon(own)
     assert "15 branches are not finished" in wanted.conclude()
@@ -78,6 +80,7 @@ def test_planted_exponent_is_found_and_written(own: Study) -> None:
     assert read_exponent(own.folder) is not None
 
 
+@pytest.mark.slow
 def test_diverged_trunks_count_as_infinite(own: Study) -> None:
     wanted = horizon(own, lrs="0.125,0.25,0.5,1,2,1000")
     log(wanted, best=-0.2, diverged=1000)
@@ -85,6 +88,7 @@ def test_diverged_trunks_count_as_infinite(own: Study) -> None:
     assert json.loads((own.folder / FILE).read_text())["losses"]["5"][f"{1000 * wanted.target.optim.lr:.6g}"] == [None]
 
 
+@pytest.mark.slow
 def test_a_branch_that_failed_otherwise_is_not_finished(own: Study) -> None:
     wanted = horizon(own)
     log(wanted)
@@ -94,6 +98,7 @@ def test_a_branch_that_failed_otherwise_is_not_finished(own: Study) -> None:
     assert f"1 branches are not finished, and another worker may have them:\n  {folder}" in wanted.conclude()
 
 
+@pytest.mark.slow
 def test_best_rate_at_the_edge_leaves_no_exponent(own: Study) -> None:
     wanted = horizon(own)
     log(wanted, best=2.4)
@@ -104,6 +109,7 @@ def test_best_rate_at_the_edge_leaves_no_exponent(own: Study) -> None:
     assert not (own.folder / FILE).exists(), "what was measured before does not hold any more"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -126,6 +132,7 @@ def test_a_study_of_muon_is_refused(tmp_path: Path) -> None:
         horizon(Study.open(search(tmp_path, "optim.kind=muon", trials=2)))
 
 
+@pytest.mark.slow
 def test_folder_takes_more_rates_and_seeds_but_no_other_durations(own: Study) -> None:
     open_folder(horizon(own))
     open_folder(horizon(own, lrs="0.25,0.5,1,2,4,8", seeds=3))
@@ -134,6 +141,7 @@ def test_folder_takes_more_rates_and_seeds_but_no_other_durations(own: Study) ->
 
 
 # ------------------------------------------------------------------------------------------------------------ transfer
+@pytest.mark.slow
 def test_transfer_takes_the_measured_exponent(own: Study, tmp_path: Path) -> None:
     """Twice the batch and four times the steps: r = 1/4, eight times the images."""
     target, output = tmp_path / "target.yaml", tmp_path / "found.yaml"

@@ -45,6 +45,7 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (study.folder / JOURNAL).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_kills_cost_the_study_nothing(tmp_path: Path) -> None:
     """The record that did not fit is not there; the next ones are, and so after a kill in the middle of a record."""
     study = Study.open(search(tmp_path))
@@ -57,6 +58,7 @@ def test_a_full_disk_and_kills_cost_the_study_nothing(tmp_path: Path) -> None:
     assert {trial.state for trial in Study.load(str(study.folder)).trials()} == {"complete"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", [b'{"op_code":9,"wor', b"\0" * 5000], ids=["record", "zeros"])
 def test_a_journal_that_older_versions_went_on_in_is_read(torn: bytes, journal: bytes, tmp_path: Path) -> None:
     wanted = search(tmp_path, trials=4)

@@ -33,6 +33,7 @@ def study(loss: Callable[[float], float], trials: int, seed: int, noise: float =
     return fit_lr(xs, losses, others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "least"), [(parabola, 34), (skewed, 28)])
 def test_the_interval_covers_the_minimum_about_as_often_as_it_says(loss: Callable[[float], float], least: int) -> None:
     """95 % of 40 is 38. The skewed valley is more so than a cube can follow, by 0.03 octaves."""

@@ -54,6 +54,7 @@ def test_page_in_a_browser(study: Study, tmp_path: Path) -> None:
     assert orange > 200, "the best trial's mark is on the page"
 
 
+@pytest.mark.slow
 def test_a_best_value_at_an_end_is_said_everywhere(tmp_path: Path) -> None:
     small = Study.open(search(tmp_path, trials=3, space={"optim.lr": {"choices": [1e-3, 3e-3, 1e-2]}}))
     fill(small, lambda p: float(p["optim.lr"] or 0))
@@ -72,6 +73,7 @@ def test_a_study_whose_trials_all_diverged_says_what_to_do(tmp_path: Path) -> No
         make_report(small)
 
 
+@pytest.mark.slow
 def test_page_without_the_pictures_that_need_many_trials(tmp_path: Path) -> None:
     small = Study.open(search(tmp_path, trials=2, space={"optim.lr": {"choices": [1e-3, 1e-2]}}))
     with pytest.raises(ConfigError, match="has no finished trial yet"):
@@ -83,6 +85,7 @@ def test_page_without_the_pictures_that_need_many_trials(tmp_path: Path) -> None
     assert 'id="importance"' not in text
 
 
+@pytest.mark.slow
 def test_factors_are_a_table_with_the_spread_of_the_best_tenth(tmp_path: Path) -> None:
     keys = ("mup.factors.attention.lr", "mup.factors.time.lr", "mup.factors.time.init")
     space = {key: {"log_uniform": [0.125, 8.0]} for key in keys} | {"optim.lr": {"log_uniform": [1e-3, 1e-1]}}
@@ -106,6 +109,7 @@ def test_factors_are_a_table_with_the_spread_of_the_best_tenth(tmp_path: Path) -
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost
+@pytest.mark.slow
 def test_cost_of_the_papers_pixart_search() -> None:
     found = load_search("search/pixart_0.04b.yaml")
     cost = cost_of(found, found.proxy(), load_config("pixart_0.61b_mup.yaml"))

@@ -83,6 +83,7 @@ def test_keys_that_do_not_transfer(key: str, reason: str, tmp_path: Path) -> Non
         search(tmp_path, space={key: {"choices": [1]}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "overrides", "message"),
     [
@@ -135,6 +136,7 @@ def test_muon_and_kinds_of_module_are_searched(tmp_path: Path) -> None:
     assert config.mup.factors["mlp"].init == values["mup.factors.mlp.init"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((CONFIG_DIR / "search").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_searches(path: Path) -> None:
     found = parse_search(read(path), path.name, path.stem)

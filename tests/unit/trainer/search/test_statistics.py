@@ -41,6 +41,7 @@ def test_minimum_without_a_bend_is_the_lowest_point() -> None:
     assert quadratic_minimum(LRS, [1.2, 1.12, 1.06, 1.02, 1.0]) <= -4.0, "at most one step beyond the range"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, -0.5, 1.0])
 def test_shift_of_noiseless_sweeps(shift: float) -> None:
     found = transfer(sweep(shift, noise=0.0))
@@ -77,6 +78,7 @@ def test_divergence_is_left_out() -> None:
     assert found.shift.value == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_one_seed_that_ran_away_does_not_widen_the_interval() -> None:
     """Its distance from the others is not the noise of the learning rates that work."""
     losses = {w: {lr: list(values) for lr, values in curve.items()} for w, curve in sweep(-0.5, noise=0.002).items()}

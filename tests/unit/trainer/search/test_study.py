@@ -48,6 +48,7 @@ def test_trials_are_stored_before_they_start(tmp_path: Path) -> None:
     assert again.trials()[0].state == "running"
 
 
+@pytest.mark.slow
 def test_a_dead_trial_is_taken_first_and_a_living_one_never(tmp_path: Path) -> None:
     study, other = Study.open(search(tmp_path)), Study.open(search(tmp_path))
     first = taken(study)
@@ -62,6 +63,7 @@ def test_a_dead_trial_is_taken_first_and_a_living_one_never(tmp_path: Path) -> N
     assert taken(other).number == 3
 
 
+@pytest.mark.slow
 def test_a_trial_whose_worker_died_as_it_took_it_has_all_values(tmp_path: Path) -> None:
     """The journal ends after the trial's first value, as a kill within ask() leaves it."""
     study = Study.open(search(tmp_path))
@@ -76,6 +78,7 @@ def test_a_trial_whose_worker_died_as_it_took_it_has_all_values(tmp_path: Path) 
     assert (revived.number, revived.point) == (whole.number, whole.point)
 
 
+@pytest.mark.slow
 def test_trials_of_other_data_are_refused(tmp_path: Path) -> None:
     study = Study.open(search(tmp_path))
     identity = {"data": "a", "text_encoder": "b", "validation": "c/128"}
@@ -110,6 +113,7 @@ def test_workers_side_by_side_take_each_trial_once(tmp_path: Path) -> None:
     assert [t.value for t in Study.load(str(tmp_path / "study")).trials()] == [float(n) for n in range(12)]
 
 
+@pytest.mark.slow
 def test_another_search_is_refused_and_more_trials_are_added(tmp_path: Path) -> None:
     Study.open(search(tmp_path))
     with pytest.raises(ConfigError, match=r"seed: 0 in the study, 1 now") as caught:
@@ -121,6 +125,7 @@ def test_another_search_is_refused_and_more_trials_are_added(tmp_path: Path) -> 
     assert len(Study.open(search(tmp_path, trials=5)).trials()) == 14
 
 
+@pytest.mark.slow
 def test_a_study_from_before_a_key_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key then acted as its default acts now; another value of it is another search."""
 
@@ -202,6 +207,7 @@ def test_tpe_learns_from_what_is_finished(tmp_path: Path) -> None:
     assert study.claim() is None
 
 
+@pytest.mark.slow
 def test_importance_finds_the_key_that_matters(tmp_path: Path) -> None:
     study = Study.open(search(tmp_path, trials=60))
     fill(study, lambda p: 1 + 100 * float(p["optim.lr"] or 0))

@@ -151,6 +151,7 @@ def test_the_square_root_rule_says_nothing_of_a_longer_run(study: Study, tmp_pat
     assert "warning: horizon: 20 steps" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "why"),
     [
@@ -221,6 +222,7 @@ def test_the_fit_is_written_or_the_best_trial(study: Study, tmp_path: Path) -> N
         write_target(study, "mmdit_debug_mup.yaml", output, Choice(completed(study)[0].number, "fit"))
 
 
+@pytest.mark.slow
 def test_where_the_loss_falls_to_the_end_the_best_trial_is_taken_and_said(tmp_path: Path) -> None:
     chance = random.Random(0)
     small = Study.open(search(tmp_path, trials=20, space={"optim.lr": {"log_uniform": [1e-4, 1e-2]}}))

@@ -104,6 +104,7 @@ def test_points_are_uniform_in_the_box_and_clipped_to_the_range() -> None:
     assert statistics.fmean(decay) == pytest.approx(0.825, abs=0.01), "uniform in what the range leaves of the box"
 
 
+@pytest.mark.slow
 def test_whole_numbers_and_powers_reach_their_neighbours_in_the_smallest_box() -> None:
     assert set(drawn("warmup", LEAST_SIDE)) == {3, 4, 5}
     assert set(drawn("power", LEAST_SIDE)) == {0.5, 1.0, 2.0}
@@ -164,6 +165,7 @@ def regret(points: list[Point], loss: Loss) -> float:
     return min(value for values in points if (value := loss(values)) is not None) - 1
 
 
+@pytest.mark.slow
 def test_it_beats_random_points_beside_a_cliff() -> None:
     """60 trials over six factors on 40 problems; the random ones begin at the start, too."""
     start, boxed, at_random = [], [], []
@@ -220,6 +222,7 @@ def hill(values: Point) -> float | None:
     return None if lr > 0.02 else abs(math.log2(lr / 0.01)) + float(values["optim.weight_decay"] or 0)
 
 
+@pytest.mark.slow
 def test_a_study_that_is_stopped_and_gone_on_with_has_the_same_trials(tmp_path: Path) -> None:
     whole = opened(tmp_path / "whole")
     assert whole.trials() == [], "chosen when they are asked for"
@@ -237,6 +240,7 @@ def test_a_study_that_is_stopped_and_gone_on_with_has_the_same_trials(tmp_path: 
     assert Study.load(str(rest.folder)).search == rest.search
 
 
+@pytest.mark.slow
 def test_workers_that_share_a_journal_draw_as_one_would(tmp_path: Path) -> None:
     """Two workers, each trial ended while the other's runs: what both draw follows from what was stored."""
     studies = [opened(tmp_path), opened(tmp_path)]
@@ -277,6 +281,7 @@ def test_worker_processes_leave_a_study_whose_points_all_follow_from_their_boxes
         assert trial.point == draw(study.search.space, centre, box["side"], 0, trial.number)
 
 
+@pytest.mark.slow
 def test_a_trial_whose_worker_died_as_it_took_it_is_drawn_from_the_same_box(tmp_path: Path) -> None:
     """The journal ends within ask(), and another trial becomes the best before the dead one is taken over."""
     study = opened(tmp_path)
@@ -296,6 +301,7 @@ def test_a_trial_whose_worker_died_as_it_took_it_is_drawn_from_the_same_box(tmp_
     assert (revived.number, revived.point) == (2, wanted)
 
 
+@pytest.mark.slow
 def test_the_start_is_the_proxys_own_unless_it_is_given(tmp_path: Path) -> None:
     found = search(tmp_path, "optim.lr=2e-3", sampler="trust_region", space=LR, start={"optim.weight_decay": 1})
     assert found.start == {"optim.lr": 2e-3, "optim.weight_decay": 1}
@@ -305,6 +311,7 @@ def test_the_start_is_the_proxys_own_unless_it_is_given(tmp_path: Path) -> None:
         Study.open(other)
 
 
+@pytest.mark.slow
 def test_the_start_of_a_factor_that_no_config_gives_is_1(tmp_path: Path) -> None:
     space = {f"mup.factors.{kind}.lr": {"log_uniform": [0.125, 8]} for kind in ("attention", "mlp", "time")}
     found = search(tmp_path, "mup.factors.mlp.lr=2", sampler="trust_region", space=space)
