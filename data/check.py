@@ -65,7 +65,7 @@ def check_shards(
         "filter": index.filtered,
         "images": _sizes(index),
         "captions": _captions(index),
-        "duplicate_keys": _duplicates(index),
+        "duplicate_keys": duplicate_keys(index),
         "captions_files": [_reach(source, cfg) for source in open_sources(cfg) if source.captions],
         "unreadable": _unreadable(batches),
     }
@@ -111,7 +111,7 @@ def _keys(index: ImageTextIndex) -> Iterator[str]:
         yield from (index.key(row) for row in index.rows(shard, np.arange(size))) if size else ()
 
 
-def _duplicates(index: ImageTextIndex) -> dict[str, Any]:
+def duplicate_keys(index: ImageTextIndex) -> dict[str, Any]:
     """Samples whose key another one has, in whatever shard."""
     hashes = np.fromiter((hash(key) for key in _keys(index)), np.int64, len(index))
     kinds, first, counts = np.unique(hashes, return_index=True, return_counts=True)

@@ -80,7 +80,7 @@ class _Rows(IterableDataset[Batch]):
             yield self.decoder.batch(positions, samples, self._buckets[at.bucket])
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Make a reader process compute with one thread, and stop only when the trainer says so.
 
     Its own process group keeps Ctrl-C and torchrun's signals to the trainer's group away from it: the trainer saves
@@ -173,7 +173,7 @@ class ImageTextReader:
             num_workers=workers,
             collate_fn=_same,
             prefetch_factor=_AHEAD if workers else None,
-            worker_init_fn=_start_worker if workers else None,
+            worker_init_fn=start_worker if workers else None,
             # Workers share the index's open files, so they are forked; from Python 3.14 on that is not the default.
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator(),  # else the loader would draw its seed from the trainer's generator

@@ -58,7 +58,10 @@ def _dispatch() -> int:
         print(overview())
         return 0
     name, words = sys.argv[1].replace("_", "-"), sys.argv[2:]
-    if name not in (known := commands()):
+    known = commands()
+    if words and (joined := f"{name}-{words[0]}") in known:  # `mudit data report` is `mudit data-report`
+        name, words = joined, words[1:]
+    if name not in known:
         raise ConfigError(f'mudit has no command "{name}"{nearest(name, list(known))} `mudit --help` lists them')
     stem = name.replace("-", "_")
     gpus, words = _take_gpus(words) if name in PARALLEL else (None, words)

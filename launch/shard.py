@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.config import DataConfig
 from data.errors import DataError
@@ -21,6 +22,9 @@ from data.shard_index import load_index, rebuild_indexes
 from data.storage import open_shards
 from data.write_shards import images_in_folder, images_in_manifest, read_samples, write_shards
 from launch.common import command, run
+
+if TYPE_CHECKING:
+    from trainer.config.schema import TrainConfig
 
 
 def build_shards(args: argparse.Namespace) -> None:
@@ -54,6 +58,16 @@ def index_shards(args: argparse.Namespace) -> None:
         raise DataError(f"{len(failed)} of {len(shards)} shards have no index; the first: {failed[0]}")
 
 
+def config_of_shards(args: argparse.Namespace) -> TrainConfig:
+    """The config of --config, or all defaults, with SHARDS and --captions as its data. Raises ConfigError."""
+    from trainer.config.load import load_config, parse
+
+    given = ["data.sources=[]", f"data.shards={json.dumps(args.shards)}"]
+    given += [f"data.captions={json.dumps(args.captions)}"] if args.captions else []
+    given += args.overrides
+    return load_config(args.config, given) if args.config else parse({}, "the command line", given)
+
+
 def check(words: list[str]) -> int:
     """Print what a run will see of shards. -> 1 where it would be stopped, or would learn no captions."""
     parser = command("Check what a run will see of shards.", config=False, name="check")
@@ -68,12 +82,8 @@ def check(words: list[str]) -> int:
         raise DataError(f"--samples must be at least 1, got {args.samples}")
     from data.check import check_shards, write_page
     from data.encoders.text import token_counts
-    from trainer.config.load import load_config, parse
 
-    given = ["data.sources=[]", f"data.shards={json.dumps(args.shards)}"]
-    given += [f"data.captions={json.dumps(args.captions)}"] if args.captions else []
-    given += args.overrides
-    config = load_config(args.config, given) if args.config else parse({}, "the command line", given)
+    config = config_of_shards(args)
     lengths, text = config.data.text_lengths or (config.text_encoder.max_length,), config.text_encoder
     found = check_shards(config.data, args.samples, lengths, token_counts(text), config.label_classes)
     write_page(args.page, found)

@@ -54,6 +54,7 @@ ROOMS: dict[str, Room] = {
     "models.registry": Room((), ("models.model_config",)),
     "data": Room(DATA_PACKAGES, ("data",), ("torch.distributed",)),
     "data.config": Room(("pydantic",), ("data.errors", "data.redaction")),
+    "data.report": Room((*DATA_PACKAGES, "jinja2"), ("data",)),
     "data.errors": Room((), ()),
     "data.redaction": Room((), ()),
     "trainer.errors": Room((), ()),
