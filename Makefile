@@ -132,6 +132,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.proxies --output benchmarks/results/proxies_cpu.json
 	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory_cpu.json
 	$(BIN)/python -m benchmarks.data --output benchmarks/results/data.json
+	$(BIN)/python -m benchmarks.data_report --output benchmarks/results/data_report.json
 	$(BIN)/python -m benchmarks.batches --output benchmarks/results/batches_cpu.json
 	$(BIN)/python -m benchmarks.host --output benchmarks/results/host.json
 	$(BIN)/python -m benchmarks.export_memory --output benchmarks/results/export_memory.json objective.repa_weight=0

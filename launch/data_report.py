@@ -3,11 +3,12 @@
 mudit data report SHARDS [--config NAME] [--captions F] [--sample N] [--output FILE.html] [section.key=value ...]
 
 Sizes, shapes and numbers of captions are of all samples, by the index; tokens, near duplicates and holes of --sample,
-which are decoded by data.num_workers processes. With --config the page shows how its buckets take the images and how
+which are decoded by --workers processes. With --config the page shows how its buckets take the images and how
 many captions its text encoder cuts; else words are counted. docs/data.md says what near duplicates are.
 """
 
 import json
+import os
 from pathlib import Path
 
 from data.errors import DataError
@@ -23,10 +24,12 @@ def main() -> int:
     parser.add_argument("--config", help="a config, for its buckets, text encoder's tokenizer, text lengths and filter")
     parser.add_argument("--sample", type=int, default=20_000, help="random samples to decode (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of which samples are drawn (default: %(default)s)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="processes that decode (default: one per core)")
     parser.add_argument("--output", type=Path, default=Path(".cache/data_report.html"), help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_args()
-    for option, least in (("sample", 1), ("seed", 0)):
+    for option, least in (("sample", 1), ("seed", 0), ("workers", 0)):
         if (value := getattr(args, option)) < least:
             raise DataError(f"--{option} must be at least {least}, got {value}")
     config = config_of_shards(args)
@@ -44,7 +47,7 @@ def main() -> int:
             token_counts(config.text_encoder),
             config.label_classes,
         )
-    found = write_report(args.output, config.data, settings, args.sample, args.seed)
+    found = write_report(args.output, config.data, settings, args.sample, args.seed, args.workers)
     counted = f"{found['samples']} samples, {found['decoded']} of them decoded"
     print(
         json.dumps(found | {"page": str(args.output)}, indent=1) if args.json else message(f"{counted}: {args.output}")

@@ -38,10 +38,11 @@ def chart(
     unit: str,
     marks: Sequence[tuple[float, str]] = (),
     cut: float = np.inf,
-    tick: Callable[[float], str] = "{:,.0f}".format,
+    ticks: Sequence[tuple[float, str]] = (),
+    written: str = "{:,.0f}",
 ) -> Chart:
-    """The chart of a histogram. unit: of the values. marks: (value, text). cut: the value from which on bars are marked
-    as beyond it. tick: how an edge is written."""
+    """The chart of a histogram. unit: of the values. marks and ticks: (value, text); without ticks bars are labelled by
+    their values. cut: the value from which on bars are marked as beyond it. written: how an edge is."""
     scale = np.log if bins.log else np.asarray
     low, high = (float(scale(bins.edges[place])) for place in (0, -1))
 
@@ -53,22 +54,20 @@ def chart(
     bars = []
     for first, end, count in zip(bins.edges[:-1], bins.edges[1:], bins.counts, strict=True):
         last = end - 1 if whole else end
-        span = tick(first) if last <= first else f"{tick(first)} to {tick(last)}"
+        span = " to ".join(dict.fromkeys(written.format(edge) for edge in (first, last)))
         height = HEIGHT * int(count) / most
         title = f"{span} {unit}: {int(count):,} ({count / total:.1%})"
         bars.append(Bar(x(first), HEIGHT - height, max(1.0, x(end) - x(first) - 1), height, title, first >= cut))
-    inside = [(x(value), text) for value, text in marks if bins.edges[0] < value < bins.edges[-1]]
-    return Chart(bars, _ticks(bins, x, whole, tick), inside, f"{most:,} ({most / total:.1%})")
+    placed = [[(x(at), text) for at, text in some if bins.edges[0] < at < bins.edges[-1]] for some in (marks, ticks)]
+    return Chart(bars, placed[1] or _ticks(bins, x, whole, written), placed[0], f"{most:,} ({most / total:.1%})")
 
 
-def _ticks(
-    bins: Bins, x: Callable[[float], float], whole: bool, tick: Callable[[float], str]
-) -> list[tuple[float, str]]:
+def _ticks(bins: Bins, x: Callable[[float], float], whole: bool, written: str) -> list[tuple[float, str]]:
     """Below the bars' left edges, or below a bar's middle where it stands for one whole number."""
     single = whole and bool((np.diff(bins.edges) == 1).all())
     ticks: list[tuple[float, str]] = []
     for first, end in zip(bins.edges[:-1], bins.edges[1:], strict=True):
         at = (x(first) + x(end)) / 2 if single else x(first)
         if not ticks or at - ticks[-1][0] >= _LABEL_WIDTH:
-            ticks.append((at, tick(first)))
+            ticks.append((at, written.format(first)))
     return ticks

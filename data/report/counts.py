@@ -43,13 +43,19 @@ class Counts:
         return float(self._counts[value + 1 :].sum() / self._counts.sum())
 
     def bins(self) -> Bins:
-        """All values in at most 40 bins, alike in width; or in ratio, where the largest is many times the smallest."""
+        """All values in about 40 bins, alike in width; or in ratio, where the largest is many times the smallest."""
         low, high = self.quantile(0), self.quantile(1)
         log = low > 0 and high > _WIDE * low and high - low >= _BINS
         if log:
             edges = np.unique(np.round(np.geomspace(low, high + 1, _BINS + 1)))
         else:
-            edges = low + np.arange(_BINS + 1) * np.ceil((high + 1 - low) / _BINS)
-            edges = edges[: np.searchsorted(edges, high + 1) + 1]
+            step = _round(max(1.0, (high + 1 - low) / _BINS))
+            edges = np.arange(low // step, high // step + 2) * step
         sums = np.concatenate([[0], np.cumsum(self._counts)])
         return Bins(edges, np.diff(sums[np.minimum(edges, len(self._counts)).astype(np.int64)]), bool(log))
+
+
+def _round(step: float) -> float:
+    """The smallest of 1, 2, 5, 10, 20, ... that is no smaller."""
+    power = 10.0 ** np.floor(np.log10(step))
+    return float(power * next(digit for digit in (1, 2, 5, 10) if digit * power >= step))

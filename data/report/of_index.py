@@ -17,12 +17,11 @@ _LARGEST_SIDE, _LONGEST_CAPTION = 1 << 16, 100_000
 _OCTAVES, _BINS_PER_OCTAVE = 3, 6  # of width / height, on either side of the square
 
 
-class BucketRow:
-    """What becomes of the samples of a bucket. upscaled: images that are enlarged. cut: the sum of the shares of their
-    areas that are cropped away. joins: the bucket that they join, where they are fewer than a batch."""
+class Taken:
+    """What a bucket takes of the images of known size. upscaled: images that are enlarged. cut: the sum of the shares
+    of their areas that are cropped away."""
 
-    def __init__(self, bucket: Bucket) -> None:
-        self.bucket, self.joins = bucket, bucket
+    def __init__(self) -> None:
         self.samples = self.upscaled = 0
         self.cut = 0.0
 
@@ -30,7 +29,8 @@ class BucketRow:
 @dataclass
 class OfIndex:
     """Of all samples of an index. sides: shorter sides in pixels. characters: of the longest caption of each sample
-    that has one. pixels and bytes: of all images. buckets: of a config, without those that are empty."""
+    that has one. pixels and bytes: of all images. buckets: of a config, those that take samples. joined: how many of
+    its buckets have fewer samples than a batch, and join another."""
 
     samples: int
     shards: int
@@ -41,7 +41,8 @@ class OfIndex:
     labelled: int = 0
     pixels: int = 0
     bytes: int = 0
-    buckets: list[BucketRow] = field(default_factory=list)
+    buckets: dict[Bucket, Taken] = field(default_factory=dict)
+    joined: int = 0
 
     def aspect_bins(self) -> Bins:
         """Of width / height; the square has the bin in the middle, the outermost ones hold what lies beyond."""
@@ -53,7 +54,15 @@ def read_index(
     index: ImageTextIndex, buckets: Sequence[Bucket], characters_per_token: float, global_batch_size: int
 ) -> OfIndex:
     """Read all rows of an index, some at a time. buckets: of a config; none where there is no config."""
-    found = OfIndex(len(index), len(index.paths), buckets=[BucketRow(bucket) for bucket in buckets])
+
+    def chosen(rows: np.ndarray) -> np.ndarray:
+        return assign(rows["width"], rows["height"], rows["caption_length"], buckets, characters_per_token)
+
+    found, taken, joins = OfIndex(len(index), len(index.paths)), [Taken() for _ in buckets], np.empty(0, np.int64)
+    if buckets:
+        counts = sum(np.bincount(chosen(rows), minlength=len(buckets)) for rows in _blocks(index))
+        joins = np.array(merged(np.asarray(counts).tolist(), buckets, global_batch_size))
+        found.joined = int((joins != np.arange(len(buckets))).sum())
     for rows in _blocks(index):
         width, height, characters = rows["width"], rows["height"], rows["caption_length"]
         known = (width > 0) & (height > 0)
@@ -62,18 +71,14 @@ def read_index(
         found.bytes += int(rows["image_size"].sum(dtype=np.int64))
         found.characters.add(characters[characters > 0])
         if buckets:
-            chosen = assign(width, height, characters, buckets, characters_per_token)
-            _add_to_buckets(found.buckets, chosen[known], width[known], height[known])
+            _take(taken, buckets, joins[chosen(rows)][known], width[known], height[known])
         width, height = width[known].astype(np.int64), height[known].astype(np.int64)
         found.pixels += int((width * height).sum())
         found.sides.add(np.minimum(width, height))
         middle = len(found.aspects) // 2
         step = np.round(np.log2(width / height) * _BINS_PER_OCTAVE).astype(np.int64)
         found.aspects += np.bincount(np.clip(step, -middle, middle) + middle, minlength=len(found.aspects))
-    joins = merged([row.samples for row in found.buckets], buckets, global_batch_size)
-    for row, into in zip(found.buckets, joins, strict=True):
-        row.joins = buckets[into]
-    found.buckets = [row for row in found.buckets if row.samples]
+    found.buckets = {bucket: one for bucket, one in zip(buckets, taken, strict=True) if one.samples}
     return found
 
 
@@ -84,17 +89,15 @@ def _blocks(index: ImageTextIndex) -> Iterator[np.ndarray]:
             yield index.rows(shard, np.arange(first, min(first + _ROWS, size)))
 
 
-def _add_to_buckets(rows: Sequence[BucketRow], chosen: np.ndarray, width: np.ndarray, height: np.ndarray) -> None:
-    """chosen: the place of each image's bucket in `rows`; width, height: of the image in pixels; all [n]."""
-    size = np.array([row.bucket[:2] for row in rows], np.float64)[chosen]  # [n, 2]
+def _take(
+    taken: Sequence[Taken], buckets: Sequence[Bucket], chosen: np.ndarray, width: np.ndarray, height: np.ndarray
+) -> None:
+    """chosen: the place of each image's bucket; width, height: of the image in pixels; all [n]."""
+    size = np.array([bucket[:2] for bucket in buckets], np.float64)[chosen]  # [n, 2]: height, width
     scale = np.maximum(size[:, 0] / height, size[:, 1] / width)
-    kept = (size[:, 0] * size[:, 1]) / (scale**2 * width * height)
-    counts = np.bincount(chosen, minlength=len(rows))
-    upscaled = np.bincount(chosen, scale > 1, minlength=len(rows))
-    cut = np.bincount(chosen, 1 - kept, minlength=len(rows))
-    for row, *numbers in zip(rows, counts, upscaled, cut, strict=True):
-        row.samples, row.upscaled, row.cut = (
-            row.samples + int(numbers[0]),
-            row.upscaled + int(numbers[1]),
-            row.cut + float(numbers[2]),
-        )
+    kept = size.prod(axis=1) / (scale**2 * width * height)
+    for number, one in enumerate(taken):
+        mine = chosen == number
+        one.samples += int(mine.sum())
+        one.upscaled += int((scale[mine] > 1).sum())
+        one.cut += float((1 - kept[mine]).sum())

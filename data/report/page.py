@@ -25,6 +25,7 @@ from .of_index import OfIndex, read_index
 from .of_sample import OfSample, Pair, SampleReader, random_rows, read_samples
 
 _PAIRS, _GROUPS, _OF_A_GROUP = 24, 20, 6
+_ASPECTS = [(a / b, f"{a}:{b}") for a, b in ((1, 4), (1, 2), (2, 3), (1, 1), (3, 2), (2, 1), (4, 1))]
 _SIDE = 160  # pixels of a picture on the page
 
 
@@ -48,8 +49,11 @@ class Group(NamedTuple):
     shown: list[Pair]
 
 
-def write_report(path: Path, cfg: DataConfig, settings: Settings, count: int, seed: int) -> dict[str, Any]:
-    """Read the shards of a config, all by their index and `count` samples by decoding them, and write the page.
+def write_report(
+    path: Path, cfg: DataConfig, settings: Settings, count: int, seed: int, workers: int
+) -> dict[str, Any]:
+    """Read the shards of a config, all by their index and `count` samples by decoding them in worker processes, and
+    write the page.
 
     -> the figures, as JSON data. Raises DataError where the shards cannot be read, or hold no images.
     """
@@ -60,7 +64,7 @@ def write_report(path: Path, cfg: DataConfig, settings: Settings, count: int, se
         )
     whole = read_index(index, settings.buckets, cfg.characters_per_token, settings.global_batch_size)
     reader, rows = SampleReader(index, cfg, settings.classes), random_rows(index, count, seed)
-    sample = read_samples(reader, rows, cfg.num_workers, settings.tokens_of or _words)
+    sample = read_samples(reader, rows, workers, settings.tokens_of or _words)
     groups = group(sample.hashes, sample.colours)
     figures = _figures(index, whole, sample, groups, settings, cfg.characters_per_token)
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
@@ -105,7 +109,7 @@ def _figures(
     return {
         "samples": whole.samples,
         "shards": whole.shards,
-        "gigabytes": whole.bytes / 1e9,
+        "image_bytes": whole.bytes,
         "megapixels": whole.pixels / max(1, len(whole.sides)) / 1e6,
         "unknown_size": whole.unknown_size,
         "labelled": whole.labelled,
@@ -114,17 +118,12 @@ def _figures(
         "side": _spread(whole.sides),
         "captions": {"with": len(whole.characters), "characters": _spread(whole.characters)},
         "lengths": _lengths(sample, settings, characters_per_token),
-        "buckets": [
-            {
-                "size": f"{row.bucket.width} x {row.bucket.height}",
-                "text_length": row.bucket.text_length,
-                "samples": row.samples,
-                "upscaled": row.upscaled,
-                "cut": row.cut / row.samples,
-                "joins": None if row.joins == row.bucket else f"{row.joins.width} x {row.joins.height}",
-            }
-            for row in whole.buckets
-        ],
+        "buckets": _buckets(whole),
+        "joined": whole.joined,
+        "text_lengths": {
+            length: sum(one.samples for bucket, one in whole.buckets.items() if bucket.text_length == length)
+            for length in settings.lengths
+        },
         "decoded": sample.of,
         "holes": {reason: [count, sample.examples[reason]] for reason, count in sample.reasons.most_common()},
         "near_duplicates": {
@@ -136,6 +135,21 @@ def _figures(
         },
         "duplicate_keys": {"samples": keys["samples"], "examples": [" = ".join(names) for names in keys["examples"]]},
     }
+
+
+def _buckets(whole: OfIndex) -> list[dict[str, Any]]:
+    """A row for each size of image, from tall to wide; buckets of all lengths of text together."""
+    sizes = sorted({bucket[:2] for bucket in whole.buckets}, key=lambda size: size[1] / size[0])
+    of_size = {size: [one for bucket, one in whole.buckets.items() if bucket[:2] == size] for size in sizes}
+    return [
+        {
+            "size": f"{width} x {height}",
+            "samples": (samples := sum(one.samples for one in taken)),
+            "upscaled": sum(one.upscaled for one in taken),
+            "cut": sum(one.cut for one in taken) / samples,
+        }
+        for (height, width), taken in of_size.items()
+    ]
 
 
 def _spread(counts: Counts) -> dict[str, int]:
@@ -173,8 +187,8 @@ def _charts(whole: OfIndex, sample: OfSample, settings: Settings) -> dict[str, C
     charts, cut = {}, max(settings.lengths, default=np.inf) if settings.tokens_of else np.inf
     if len(whole.sides):
         sizes = {min(bucket[:2]) for bucket in settings.buckets[:1]}
-        charts["sides"] = chart(whole.sides.bins(), "pixels", [(side, f"bucket {side}") for side in sizes])
-        charts["aspects"] = chart(whole.aspect_bins(), "width / height", tick="{:.2g}".format)
+        charts["sides"] = chart(whole.sides.bins(), "pixels", [(side, f"square bucket: {side}") for side in sizes])
+        charts["aspects"] = chart(whole.aspect_bins(), "width / height", ticks=_ASPECTS, written="{:.2f}")
     if len(whole.characters):
         charts["characters"] = chart(whole.characters.bins(), "characters")
     if len(sample.lengths):
