@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, SwinConfig
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    Mask2FormerConfig,
+    SwinConfig,
+)
 
 from data.encoders.loading import quieten
 from trainer.evaluate.detector import Segmenter
@@ -61,6 +72,44 @@ def save_clip(folder: Path) -> Path:
         torch.manual_seed(0)
         CLIPModel(config).save_pretrained(folder)
     CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def _spread(model: Any) -> Any:
+    """A model whose weights are so large that its output depends on all of its input."""
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=0.4)
+    return model
+
+
+def save_dino(folder: Path) -> Path:
+    """A seeded DINOv2 of width 24 for patches of 14 pixels, whose positions are those of 518 pixels, as published."""
+    quieten()
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=518, patch_size=14
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _spread(Dinov2Model(config)).save_pretrained(folder)
+    return folder
+
+
+def save_blip(folder: Path, words: list[str]) -> Path:
+    """A seeded BLIP that answers questions of these words about images of 32 pixels, with some of them."""
+    quieten()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    small = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(vocabulary), "encoder_hidden_size": 24, "max_position_embeddings": 64}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+    config = BlipConfig(
+        text_config={**text, **ids},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _spread(BlipForQuestionAnswering(config)).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     return folder
 
 

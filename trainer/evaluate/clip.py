@@ -11,9 +11,9 @@ from transformers import AutoTokenizer, CLIPModel
 from data.encoders.loading import load_error, model_fingerprint, quieten
 from data.encoders.weights import load_whole
 
+from .embeddings import CLIP_PIXELS
 from .inception import full_float32
 
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training pixels
 _PROBE = "a photo of two red Bicycles, and 1 café"
 
 
@@ -49,7 +49,7 @@ class Clip:
         x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255).round() / 255
         top, left = (size[0] - self._side) // 2, (size[1] - self._side) // 2
         x = x[:, :, top : top + self._side, left : left + self._side]
-        mean, std = (torch.tensor(v, device=self._device)[:, None, None] for v in (_MEAN, _STD))
+        mean, std = (torch.tensor(v, device=self._device)[:, None, None] for v in CLIP_PIXELS)
         pooled = self._model.vision_model(pixel_values=(x - mean) / std).pooler_output
         return self._model.visual_projection(pooled)
 

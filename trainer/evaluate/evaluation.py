@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from data.errors import DataError
 from data.image_sets import ImageSet, Prompt, as_read_back, open_image_set, open_npz_images, read_prompts
 from data.order import position_keys, uniforms
 
-from . import metrics
+from . import dpg_bench, metrics
 from .clip import Clip
 from .detector import Detector
+from .embeddings import ClipImages, Dino
 from .features import (
+    Network,
     SetFeatures,
     Tally,
     Wanted,
@@ -34,8 +36,18 @@ from .geneval import check_facts, is_correct, scores
 from .inception import Inception
 from .metrics import MetricError, Score
 from .suite import AGAINST_REFERENCE, CLASSES, ON_FEATURES, RANDOM_CLASSES, Metric, SuiteConfig, digest
+from .vqa import Blip
 
 _CACHE = Path(".cache/evaluate")  # features of reference images
+
+
+class Embedded(NamedTuple):
+    """A network whose features of the generated images are compared with those of the reference: by Fréchet distance
+    where `wanted` says pooled, by CMMD where it says rows."""
+
+    network: Network
+    wanted: Wanted
+    reference: SetFeatures
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,9 @@ class Evaluation:
     detector: Detector | None
     device: torch.device
     group: dist.ProcessGroup
+    embedded: Mapping[str, Embedded] = field(default_factory=dict)
+    """By the name of the metric."""
+    vqa: Blip | None = None
 
     @property
     def batches(self) -> list[range]:
@@ -101,33 +116,63 @@ class Evaluation:
         MetricError where the images are degenerate.
         """
         tally = None if self.inception is None else Tally(self.inception, self.wanted, self.device)
+        others = {name: Tally(one.network, one.wanted, self.device) for name, one in self.embedded.items()}
         pairs: dict[int, torch.Tensor] = {}
         judged: dict[int, bool] = {}
+        answered: dict[int, list[bool]] = {}
         for batch in (batch for batch, counts in self.own_batches() if counts):
             numbers = self.batches[batch]
             whole = filled_up(images_of(batch), self.suite.batch_size)
-            if tally is not None:
-                tally.update(numbers, whole)
+            for each in ([] if tally is None else [tally]) + list(others.values()):
+                each.update(numbers, whole)
             if "clip_score" in self.suite.metrics:
                 pairs |= self._embedded(numbers, whole)
             if self.detector is not None:
                 for number in numbers:
                     detections = self.detector(whole[number - numbers[0]])
                     judged[number] = is_correct(detections, self.prompts[number].facts)
+            if self.vqa is not None:
+                for number in numbers:
+                    questions = [question["text"] for question in self.prompts[number].facts["questions"]]
+                    answers = self.vqa(whole[number - numbers[0]], questions)
+                    answered[number] = [answer == "yes" for answer in answers]
         features = SetFeatures() if tally is None else tally.finish("generated images", self.group)
+        of_others = {name: one.finish("generated images", self.group) for name, one in others.items()}
         embeddings = gather_rows(pairs, self.group) if "clip_score" in self.suite.metrics else None
         verdicts: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(verdicts, judged, group=self.group)
+        dist.all_gather_object(verdicts, (judged, answered), group=self.group)
         if dist.get_rank(self.group) != 0:
             return {}
-        figures = self._on_features(features)
+        figures = self._on_features(features) | self._on_embeddings(of_others)
         if embeddings is not None:
             figures["clip_score"] = metrics.clip_score(*embeddings.chunk(2, dim=1))
+        whole_judged, whole_answered = (
+            {n: v for part in parts for n, v in part.items()} for parts in zip(*verdicts, strict=True)
+        )
+        return figures | self._on_prompts(whole_judged, whole_answered)
+
+    def _on_prompts(self, judged: Mapping[int, bool], answered: Mapping[int, list[bool]]) -> dict[str, Score]:
+        """What images show of what their prompts ask for. judged, answered: of all images, by number."""
+        each, prompts = self.suite.images_per_prompt, self.prompts
+        figures: dict[str, Score] = {}
         if self.detector is not None:
-            each = self.suite.images_per_prompt
-            all_of_them = {number: correct for part in verdicts for number, correct in part.items()}
-            tags = [prompt.facts["tag"] for prompt in self.prompts]
-            figures |= scores([(tag, number // each, all_of_them[number]) for number, tag in enumerate(tags)])
+            tags = [prompt.facts["tag"] for prompt in prompts]
+            figures |= scores([(tag, number // each, judged[number]) for number, tag in enumerate(tags)])
+        if self.vqa is not None:
+            figures |= dpg_bench.scores(
+                [(number // each, prompt.facts["questions"], answered[number]) for number, prompt in enumerate(prompts)]
+            )
+        return figures
+
+    def _on_embeddings(self, features: Mapping[str, SetFeatures]) -> dict[str, Score]:
+        figures: dict[str, Score] = {}
+        for name, one in features.items():
+            reference = self.embedded[name].reference
+            if one.pooled is not None and reference.pooled is not None:
+                figures[name] = Score(metrics.fid(one.pooled, reference.pooled))
+            if one.rows is not None and reference.rows is not None:
+                rows, real = one.rows.to(self.device), reference.rows.to(self.device)
+                figures[name] = Score(metrics.cmmd(real, rows, names=("reference", "generated images")))
         return figures
 
     def _embedded(self, numbers: range, images: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -185,9 +230,13 @@ def prepare(
                 "inception-2015-12-05.pt, or leave inception_score out of metrics"
             )
         contents["network"] = inception.fingerprint
-    if wanted_metrics & AGAINST_REFERENCE:
+    if wanted_metrics & AGAINST_REFERENCE & ON_FEATURES:
         assert inception is not None
         reference, contents["reference"] = _reference(suite, side, inception, wanted, device, group)
+    embedded: dict[str, Embedded] = {}
+    for name, network, kept in _embedders(suite, device):
+        of_reference, contents["reference"] = _embedded_reference(suite, side, network, kept, device, group)
+        embedded[name], contents[name] = Embedded(network, kept, of_reference), network.fingerprint
     if suite.clip is not None and wanted_metrics & {"clip_score", "geneval"}:
         clip = Clip(suite.clip, device)
         contents["clip"] = clip.fingerprint
@@ -199,7 +248,24 @@ def prepare(
         for number, prompt in enumerate(prompts[:: suite.images_per_prompt], 1):
             check_facts(prompt.facts, f"prompts: {suite.prompts}: entry {number}")
         detector.check_names([item["class"] for prompt in prompts for item in prompt.facts["include"]])
-    return Evaluation(suite, prompts, contents, wanted, reference, inception, clip, detector, device, group)
+    vqa = None
+    if "dpg_bench" in wanted_metrics:
+        assert suite.vqa is not None
+        vqa = Blip(suite.vqa, device)
+        contents["vqa"] = vqa.fingerprint
+    return Evaluation(
+        suite, prompts, contents, wanted, reference, inception, clip, detector, device, group, embedded, vqa
+    )
+
+
+def _embedders(suite: SuiteConfig, device: torch.device) -> Iterator[tuple[str, Network, Wanted]]:
+    """(metric, its network, what is kept of its features) of the metrics that are not on Inception's."""
+    if "fd_dinov2" in suite.metrics:
+        assert suite.dino is not None
+        yield "fd_dinov2", Dino(suite.dino, device), Wanted(pooled=True)
+    if "cmmd" in suite.metrics:
+        assert suite.cmmd_clip is not None
+        yield "cmmd", ClipImages(suite.cmmd_clip, device), Wanted(rows=True)
 
 
 def _prompts(suite: SuiteConfig, classes: int | None) -> list[Prompt]:
@@ -214,7 +280,8 @@ def _prompts(suite: SuiteConfig, classes: int | None) -> list[Prompt]:
             keys = position_keys(suite.seed, np.arange(suite.count, dtype=np.int64))
             labels = (uniforms(keys, "class of an image") * classes).astype(np.int64)
         return [Prompt(str(label), {}) for label in labels]
-    prompts = read_prompts(suite.prompts, "prompts")
+    read = dpg_bench.read_questions if "dpg_bench" in suite.metrics else read_prompts
+    prompts = read(suite.prompts, "prompts")
     each = suite.images_per_prompt
     count = len(prompts) * each if suite.count is None else suite.count
     if not 0 < count <= len(prompts) * each:
@@ -228,11 +295,51 @@ def _check_count(suite: SuiteConfig, count: int, name: str, of: Collection[Metri
     """Before hours of making images: DataError where they are too few for a metric."""
     least = {
         "fid": 2, "sfid": 2, "kid": suite.kid_subset_size, "inception_score": 2 * suite.inception_splits,
-        "precision_recall": suite.neighbours + 1,
+        "precision_recall": suite.neighbours + 1, "fd_dinov2": 2, "cmmd": 2,
     }  # fmt: skip
     for metric in of:
         if count < least.get(metric, 1):
             raise DataError(f"{name}: {count} images are too few for {metric}, which needs at least {least[metric]}")
+
+
+def _measured(
+    suite: SuiteConfig,
+    images: ImageSet,
+    side: int,
+    network: Network,
+    wanted: Wanted,
+    device: torch.device,
+    group: dist.ProcessGroup,
+) -> SetFeatures:
+    """Features of reference images, kept from one evaluation to the next."""
+    identity = [images.fingerprint, side, suite.resize, suite.batch_size, network.fingerprint, wanted]
+    make = partial(image_set_features, images, side, network, wanted, suite.batch_size, device, group)
+    return cached(_CACHE / f"{digest(identity)}.npz", make, group)
+
+
+def _reference_images(suite: SuiteConfig) -> ImageSet:
+    assert suite.reference is not None
+    images = open_image_set(suite.reference, "reference", suite.reference_count)
+    _check_count(suite, len(images), images.name, AGAINST_REFERENCE.intersection(suite.metrics))
+    return images
+
+
+def _embedded_reference(
+    suite: SuiteConfig, side: int, network: Network, wanted: Wanted, device: torch.device, group: dist.ProcessGroup
+) -> tuple[SetFeatures, str]:
+    """As _reference, of a network of which no statistics are published: an .npz is read for its images."""
+    assert suite.reference is not None
+    path = Path(suite.reference).expanduser()
+    is_file = path.suffix == ".npz"
+    images = open_npz_images(path, "reference") if is_file else _reference_images(suite)
+    return _measured(suite, images, side, network, wanted, device, group), _identity(
+        path
+    ) if is_file else images.fingerprint
+
+
+def _identity(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reference(
@@ -241,20 +348,13 @@ def _reference(
     """(features of the reference, fingerprint)."""
     assert suite.reference is not None
     wanted = wanted._replace(probabilities=False)
-
-    def measured(images: ImageSet, wanted: Wanted) -> SetFeatures:
-        identity = [images.fingerprint, side, suite.resize, suite.batch_size, inception.fingerprint, wanted]
-        file = _CACHE / f"{digest(identity)}.npz"
-        make = partial(image_set_features, images, side, inception, wanted, suite.batch_size, device, group)
-        return cached(file, make, group)
-
     if not suite.reference.endswith(".npz"):
-        images = open_image_set(suite.reference, "reference", suite.reference_count)
-        _check_count(suite, len(images), images.name, AGAINST_REFERENCE.intersection(suite.metrics))
-        return measured(images, wanted), images.fingerprint
+        images = _reference_images(suite)
+        return _measured(suite, images, side, inception, wanted, device, group), images.fingerprint
     path = Path(suite.reference).expanduser()
     features = published_statistics(path, wanted.spatial)
     if wanted.rows:  # ADM's file has images beside its statistics, and precision and recall are of those
-        features = features._replace(rows=measured(open_npz_images(path, "reference"), Wanted(rows=True)).rows)
-    with open(path, "rb") as file:
-        return features, hashlib.file_digest(file, "sha256").hexdigest()
+        images = open_npz_images(path, "reference")
+        rows = _measured(suite, images, side, inception, Wanted(rows=True), device, group).rows
+        features = features._replace(rows=rows)
+    return features, _identity(path)

@@ -1,8 +1,8 @@
-"""Inception features of a set of images that is shared out over the ranks: of the reference, and of the generated."""
+"""Features of a set of images that is shared out over the ranks: of the reference, and of the generated."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,13 +13,25 @@ from data.errors import DataError
 from data.files import temporary_beside
 from data.image_sets import ImageSet, read_npz
 
-from .inception import Inception
+from .inception import Features
 from .metrics import Moments, Statistics, check_statistics
+
+
+class Network(Protocol):
+    """Inception, or one that has no more than pooled features. fingerprint: its identity. widths: of its pooled and
+    spatial features."""
+
+    fingerprint: str
+    widths: tuple[int, int]
+
+    def __call__(self, images: Tensor) -> Features:
+        """images: uint8 [b, H, W, 3]."""
+        ...
 
 
 class SetFeatures(NamedTuple):
     """pooled and spatial: statistics over all ranks' images, on all ranks; None where not asked for. rows: pooled
-    features [n, 2048], and probabilities: [n, 1008], by the images' numbers, on rank 0 alone."""
+    features [n, d], and probabilities: [n, 1008], by the images' numbers, on rank 0 alone."""
 
     pooled: Statistics | None = None
     spatial: Statistics | None = None
@@ -39,9 +51,9 @@ class Wanted(NamedTuple):
 class Tally:
     """Takes in this rank's images, a batch at a time."""
 
-    def __init__(self, inception: Inception, wanted: Wanted, device: torch.device) -> None:
-        self._inception, self._wanted = inception, wanted
-        pooled, spatial = inception.widths
+    def __init__(self, network: Network, wanted: Wanted, device: torch.device) -> None:
+        self._network, self._wanted = network, wanted
+        pooled, spatial = network.widths
         self._pooled = Moments(pooled, device)
         self._spatial = Moments(spatial, device) if wanted.spatial else None
         self._rows: dict[int, Tensor] = {}
@@ -49,7 +61,7 @@ class Tally:
 
     def update(self, numbers: Sequence[int], images: Tensor) -> None:
         """images: uint8 [b, H, W, 3], of which the first len(numbers) count: the others fill up the shape."""
-        features, count = self._inception(images), len(numbers)
+        features, count = self._network(images), len(numbers)
         self._pooled.update(features.pooled[:count])
         if self._spatial is not None:
             self._spatial.update(features.spatial[:count])
@@ -97,14 +109,14 @@ def filled_up(images: np.ndarray, size: int) -> Tensor:
 def image_set_features(
     images: ImageSet,
     side: int,
-    inception: Inception,
+    network: Network,
     wanted: Wanted,
     batch_size: int,
     device: torch.device,
     group: dist.ProcessGroup,
 ) -> SetFeatures:
     """Features of a reference set, each rank a share of its batches."""
-    tally = Tally(inception, wanted, device)
+    tally = Tally(network, wanted, device)
     for batch in batches_of(len(images), batch_size)[dist.get_rank(group) :: dist.get_world_size(group)]:
         tally.update(batch, filled_up(images.pixels(batch, side), batch_size))
     return tally.finish(images.name, group)

@@ -1,5 +1,5 @@
-"""Distances between sets of images, on features of a fixed network: FID (and sFID), KID, Inception score, precision and
-recall, CLIP score. All in float64. Degenerate input is a MetricError.
+"""Distances between sets of images, on features of a fixed network: FID (sFID, FD-DINOv2), KID, CMMD, Inception score,
+precision and recall, CLIP score. All in float64. Degenerate input is a MetricError.
 
 Features are tensors [n, d] of one network, on any device, of images in any order unless said otherwise.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.errors import DataError
 
+_CMMD_SIGMA, _CMMD_SCALE = 10.0, 1000.0
 _CHUNK = 2048  # rows of a distance matrix that are held at once
 _RELATIVE_SPREAD = 1e-6  # features that differ by less, relative to their size, are of images that are all equal
 
@@ -145,6 +146,28 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
 
     within = sum((k.sum() - k.trace()) / (m * (m - 1)) for k in (kernel(x, x), kernel(y, y)))
     return float(within - 2 * kernel(x, y).mean())
+
+
+def cmmd(a: Tensor, b: Tensor, names: tuple[str, str] = ("first set", "second set")) -> float:
+    """CLIP's maximum mean discrepancy (Jayasumana et al., 2024): 1000 x MMD² of embeddings brought to length 1, under
+    the kernel exp(-|x - y|² / (2 · 10²)).
+
+    The estimate of least variance, which is biased: each embedding is compared with itself, too.
+    """
+    a, b = (_checked(x, name, 2) for x, name in zip((a, b), names, strict=True))
+    if a.shape[1] != b.shape[1]:
+        raise MetricError(f"features of {a.shape[1]} and of {b.shape[1]} numbers are not of one network")
+    norms = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
+    if float(torch.cat(norms).min()) == 0:
+        raise MetricError("cmmd: an embedding is zero")
+    a, b = a / norms[0], b / norms[1]
+
+    def kernel(x: Tensor, y: Tensor) -> float:
+        """The mean over all pairs."""
+        total = math.fsum(float((d / (-2 * _CMMD_SIGMA**2)).exp().sum()) for d in _squared_distances(x, y))
+        return total / (len(x) * len(y))
+
+    return _CMMD_SCALE * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> Score:

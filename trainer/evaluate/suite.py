@@ -13,12 +13,17 @@ from ..config.schema import Section, TrainConfig
 from ..config.yaml_files import find_config, nearest, override, read
 from ..errors import ConfigError
 
-Metric = Literal["fid", "sfid", "kid", "inception_score", "precision_recall", "clip_score", "geneval"]
+Metric = Literal[
+    "fid", "sfid", "kid", "inception_score", "precision_recall", "clip_score", "geneval", "fd_dinov2", "cmmd",
+    "dpg_bench",
+]  # fmt: skip
 CLASSES, RANDOM_CLASSES = "classes", "random_classes"
 ON_FEATURES: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "inception_score", "precision_recall"})
-AGAINST_REFERENCE: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "precision_recall"})
+AGAINST_REFERENCE: frozenset[Metric] = frozenset({"fid", "sfid", "kid", "precision_recall", "fd_dinov2", "cmmd"})
 # Where something lies on this machine; what it holds goes into the protocol in its place.
-_PATHS = ("prompts", "reference", "network", "network_sha256", "clip", "detector", "vae")
+_PATHS = (
+    "prompts", "reference", "network", "network_sha256", "clip", "detector", "dino", "cmmd_clip", "vqa", "vae",
+)  # fmt: skip
 # Of the checkpoint's config: where encoders lie (the protocol has the autoencoder's fingerprint), and what moves a
 # figure by rounding at most.
 _OF_CONFIG = (
@@ -54,7 +59,7 @@ class SuiteConfig(Section):
     """What is measured."""
     prompts: str
     """A .txt, .jsonl or .json file, shards whose captions are the prompts, `classes` (all of them in turn), or
-    `random_classes` (one is drawn for each image, as ADM does)."""
+    `random_classes` (one is drawn for each image, as ADM does). For dpg_bench its .csv of prompts and questions."""
     count: int | None = Field(default=None, ge=1)
     """Number of images; null makes images_per_prompt of each prompt."""
     images_per_prompt: int = Field(default=1, ge=1)
@@ -102,6 +107,12 @@ class SuiteConfig(Section):
     """Folder or hub id of a CLIP model, which also tells colours for geneval."""
     detector: str | None = None
     """Folder or hub id of a Mask2Former with COCO's classes."""
+    dino: str | None = None
+    """Folder or hub id of a DINOv2, for fd_dinov2 (the paper's: ViT-L/14)."""
+    cmmd_clip: str | None = None
+    """Folder or hub id of a CLIP, for cmmd (the paper's: ViT-L/14 at 336 pixels)."""
+    vqa: str | None = None
+    """Folder or hub id of a BLIP that answers questions, for dpg_bench."""
 
     @model_validator(mode="after")
     def _check(self) -> "SuiteConfig":
@@ -111,12 +122,17 @@ class SuiteConfig(Section):
             "reference": wanted & AGAINST_REFERENCE,
             "clip": wanted & {"clip_score", "geneval"},
             "detector": wanted & {"geneval"},
+            "dino": wanted & {"fd_dinov2"},
+            "cmmd_clip": wanted & {"cmmd"},
+            "vqa": wanted & {"dpg_bench"},
         }
         problems = [
             f"{key}: {', '.join(sorted(by))} needs one: give {key}=PATH (docs/evaluate.md says what)"
             for key, by in needs.items()
             if by and getattr(self, key) is None
         ]
+        if {"geneval", "dpg_bench"} <= wanted:
+            problems.append("metrics: geneval and dpg_bench have prompts of their own: make a suite for each")
         if self.rectified_flow is None and self.ddpm is None:
             problems.append("rectified_flow, ddpm: at least one of them must say sampler and steps")
         if problems:

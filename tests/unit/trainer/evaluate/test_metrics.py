@@ -82,6 +82,24 @@ def test_kid_is_unbiased() -> None:
     assert metrics.kid(A, B, subset_size=300).standard_error is None
 
 
+def test_cmmd_is_that_of_an_independent_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's equation, all pairs one by one."""
+    a, b = ([row / np.linalg.norm(row) for row in x.numpy()] for x in (A[:60], B[:80]))
+
+    def mean(xs: list[np.ndarray], ys: list[np.ndarray]) -> float:
+        pairs = [math.exp(-float(np.square(x - y).sum()) / (2 * 10**2)) for x in xs for y in ys]
+        return math.fsum(pairs) / len(pairs)
+
+    expected = 1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b))
+    assert expected > 0.1
+    assert metrics.cmmd(A[:60], B[:80]) == pytest.approx(expected, rel=1e-9)
+    assert metrics.cmmd(A, A) == pytest.approx(0, abs=1e-9)
+    monkeypatch.setattr(metrics, "_CHUNK", 7)
+    assert metrics.cmmd(5 * A[:60], B[:80]) == pytest.approx(expected, rel=1e-9), "whatever the embeddings' lengths"
+    with pytest.raises(MetricError, match="an embedding is zero"):
+        metrics.cmmd(torch.cat([A, torch.zeros_like(A[:1])]), B)
+
+
 def test_inception_score_is_that_of_an_independent_computation() -> None:
     p = torch.softmax(3 * correlated(103, 10, 8), dim=1)
     score = metrics.inception_score(p, splits=4)
@@ -138,11 +156,12 @@ ONE = A[:1]
 
 
 @pytest.mark.parametrize(("bad", "word"), [(NAN, "NaN"), (CONSTANT, "constant"), (ONE, "too few")])
-@pytest.mark.parametrize("metric", ["fid", "kid", "inception_score", "precision_recall", "clip_score"])
+@pytest.mark.parametrize("metric", ["fid", "kid", "cmmd", "inception_score", "precision_recall", "clip_score"])
 def test_degenerate_input_is_named(metric: str, bad: torch.Tensor, word: str) -> None:
     calls = {
         "fid": lambda: metrics.statistics_of(bad, "generated"),
         "kid": lambda: metrics.kid(A, bad, subset_size=20),
+        "cmmd": lambda: metrics.cmmd(A, bad),
         "inception_score": lambda: metrics.inception_score(torch.softmax(bad, 1), splits=2),
         "precision_recall": lambda: metrics.precision_recall(A, bad),
         "clip_score": lambda: metrics.clip_score(bad, bad),
@@ -165,6 +184,7 @@ def test_features_of_two_networks_do_not_compare() -> None:
     for call in (
         lambda: metrics.fid(metrics.statistics_of(A), metrics.statistics_of(B[:, :5])),
         lambda: metrics.kid(A, B[:, :5], 100),
+        lambda: metrics.cmmd(A, B[:, :5]),
         lambda: metrics.precision_recall(A, B[:, :5]),
     ):
         with pytest.raises(MetricError, match="one network"):
