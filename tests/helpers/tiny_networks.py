@@ -75,11 +75,11 @@ def save_clip(folder: Path) -> Path:
     return folder
 
 
-def _spread(model: Any) -> Any:
+def _spread(model: Any, deviation: float) -> Any:
     """A model whose weights are so large that its output depends on all of its input."""
     for weight in model.parameters():
         if weight.ndim > 1:
-            nn.init.normal_(weight, std=0.4)
+            nn.init.normal_(weight, std=deviation)
     return model
 
 
@@ -91,7 +91,7 @@ def save_dino(folder: Path) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _spread(Dinov2Model(config)).save_pretrained(folder)
+        _spread(Dinov2Model(config), 0.4).save_pretrained(folder)
     return folder
 
 
@@ -108,7 +108,7 @@ def save_blip(folder: Path, words: list[str]) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _spread(BlipForQuestionAnswering(config)).save_pretrained(folder)
+        _spread(BlipForQuestionAnswering(config), 1.5).save_pretrained(folder)
     BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     return folder
 

@@ -77,7 +77,7 @@ def test_a_question_counts_only_with_those_it_depends_on(tmp_path: Path) -> None
 
 def test_answers_are_those_of_the_library(tmp_path: Path) -> None:
     folder = str(save_blip(tmp_path / "blip", WORDS))
-    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8))
+    image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (48, 48, 3), dtype=np.uint8))
     model: Any = BlipForQuestionAnswering.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     seen = normalised(image[None], 32, CLIP_PIXELS, torch.device("cpu"))
