@@ -103,6 +103,15 @@ def _as_stored(data: bytes) -> Image.Image:
     return load_rgb(data, DataConfig().max_image_pixels, convert_colours=False)
 
 
+def resized_bicubic(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [n, H, W, 3] -> uint8 [n, side, side, 3], by PIL's bicubic filter."""
+    if images.shape[1:3] == (side, side):
+        return images
+    return np.stack(
+        [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+    )
+
+
 def image_files(folder: Path, key: str, count: int | None) -> list[Path]:
     """The images of a folder that open_image_set takes, in its order."""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)

@@ -11,6 +11,7 @@ from .counts import Bins
 
 WIDTH, HEIGHT = 640, 180  # of the area in which bars are
 _LABEL_WIDTH = 64  # that a tick needs
+_WIDEST_BAR = 48
 
 
 class Bar(NamedTuple):
@@ -57,7 +58,9 @@ def chart(
         span = " to ".join(dict.fromkeys(written.format(edge) for edge in (first, last)))
         height = HEIGHT * int(count) / most
         title = f"{span} {unit}: {int(count):,} ({count / total:.1%})"
-        bars.append(Bar(x(first), HEIGHT - height, max(1.0, x(end) - x(first) - 1), height, title, first >= cut))
+        width = max(1.0, min(_WIDEST_BAR, x(end) - x(first) - 1))
+        left = (x(first) + x(end) - width) / 2 if width == _WIDEST_BAR else x(first)
+        bars.append(Bar(left, HEIGHT - height, width, height, title, first >= cut))
     placed = [[(x(at), text) for at, text in some if bins.edges[0] < at < bins.edges[-1]] for some in (marks, ticks)]
     return Chart(bars, placed[1] or _ticks(bins, x, whole, written), placed[0], f"{most:,} ({most / total:.1%})")
 

@@ -23,12 +23,13 @@ _TOGETHER = 64  # samples that a worker reads before it hands them over
 
 
 class Pair(NamedTuple):
-    """A sample to be looked at. more: captions that it has beside the first."""
+    """A sample to be looked at. more: captions that it has beside the first. label: ABSENT where it has none."""
 
     name: str
     image: Image.Image
     caption: str
     more: int
+    label: int
 
 
 @dataclass
@@ -56,24 +57,25 @@ class _Read(NamedTuple):
 
 
 class SampleReader:
-    """Reads single samples of an index as a run would. classes: as of data.reader."""
+    """Reads single samples of an index as a run would, but whole. classes: as of data.reader."""
 
     def __init__(self, index: ImageTextIndex, cfg: DataConfig, classes: int | None) -> None:
         self.index, self._cfg, self._classes = index, cfg, classes
         self._files = SampleFiles(index, cfg, images_only=classes is not None)
 
-    def load(self, row: int, at_least: int) -> tuple[Image.Image, list[str]]:
-        """(image, captions) of a sample; at_least: pixels of its shorter side that are needed. Raises SampleError."""
+    def load(self, row: int, at_least: int) -> tuple[Image.Image, list[str], int]:
+        """(image, captions, label) of a sample; at_least: pixels of its shorter side that are needed. SampleError."""
         sample = self._files.sample(*self.index.locate(row))
         captions = captions_of(self.index, sample).texts if self._classes is None else []
-        sample.label(self._classes)
-        return load_rgb(sample.member("image"), self._cfg.max_image_pixels, at_least), captions
+        label = sample.label(self._classes)
+        return load_rgb(sample.member("image"), self._cfg.max_image_pixels, at_least), captions, label
 
     def pair(self, row: int, side: int) -> Pair:
         """A sample whose image has at most `side` pixels along its longer side. Raises SampleError."""
-        image, captions = self.load(row, side)
+        image, captions, label = self.load(row, side)
         image.thumbnail((side, side), reducing_gap=2.0)
-        return Pair(self.index.name(*self.index.locate(row)), image, (captions or [""])[0], max(0, len(captions) - 1))
+        name, first, more = self.index.name(*self.index.locate(row)), (captions or [""])[0], max(0, len(captions) - 1)
+        return Pair(name, image, first, more, label)
 
 
 class _Chunks(Dataset[list[_Read]]):
@@ -90,7 +92,7 @@ class _Chunks(Dataset[list[_Read]]):
 
     def _read(self, row: int) -> _Read:
         try:
-            image, captions = self._reader.load(row, HASH_SIDE)
+            image, captions, _ = self._reader.load(row, HASH_SIDE)
         except SampleError as error:
             return _Read(row, [], hole=str(error))
         return _Read(row, captions, *fingerprint(image))

@@ -75,7 +75,7 @@ def write_report(
         shards=cfg.shards,
         charts=_charts(whole, sample, settings),
         groups=_groups(reader, sample, groups),
-        pairs=_pairs(reader, rows),
+        pairs=_pairs(reader, rows, _PAIRS),
         picture=picture,
         seed=seed,
         bits=BITS,
@@ -205,16 +205,16 @@ def _groups(reader: SampleReader, sample: OfSample, groups: np.ndarray) -> list[
     for place in np.argsort(-sizes, kind="stable")[:_GROUPS]:
         if sizes[place] < 2:
             break
-        members = np.flatnonzero(groups == kinds[place])[:_OF_A_GROUP]
-        found.append(Group(int(sizes[place]), [reader.pair(int(sample.rows[one]), _SIDE) for one in members]))
+        members = np.flatnonzero(groups == kinds[place])
+        found.append(Group(int(sizes[place]), _pairs(reader, sample.rows[members], _OF_A_GROUP)))
     return found
 
 
-def _pairs(reader: SampleReader, rows: np.ndarray) -> list[Pair]:
-    """The first of these samples that can be read."""
+def _pairs(reader: SampleReader, rows: np.ndarray, count: int) -> list[Pair]:
+    """The first `count` of these samples that can be read."""
     pairs: list[Pair] = []
     for row in rows:
-        if len(pairs) == _PAIRS:
+        if len(pairs) == count:
             break
         try:
             pairs.append(reader.pair(int(row), _SIDE))

@@ -5,16 +5,15 @@ from collections.abc import Sequence
 from math import isqrt
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPModel, Dinov2Model
 
 from data.encoders.loading import freeze, load_error, model_fingerprint, quieten
 from data.encoders.weights import load_whole
 from data.errors import DataError
+from data.image_sets import resized_bicubic
 
 from .inception import Features, full_float32
 
@@ -28,11 +27,7 @@ def normalised(
     images: Tensor, side: int, pixels: tuple[Sequence[float], Sequence[float]], device: torch.device
 ) -> Tensor:
     """uint8 [b, H, W, 3] -> float32 [b, 3, side, side]. pixels: mean and standard deviation of the network's."""
-    squares = [
-        image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
-        for image in map(Image.fromarray, images.numpy())
-    ]
-    x = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2).to(device)
+    x = torch.from_numpy(resized_bicubic(images.numpy(), side)).permute(0, 3, 1, 2).to(device)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in pixels)
     return (x.float() / 255 - mean) / std
 
