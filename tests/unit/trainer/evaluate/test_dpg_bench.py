@@ -75,6 +75,7 @@ def test_a_question_counts_only_with_those_it_depends_on(tmp_path: Path) -> None
     assert found["dpg_bench_relation"].value == 100, "whatever it depends on, as the benchmark's program"
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_library(tmp_path: Path) -> None:
     folder = str(save_blip(tmp_path / "blip", WORDS))
     image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (48, 48, 3), dtype=np.uint8))

@@ -77,6 +77,7 @@ def ready(world: World, **keys: Any) -> Evaluation:
     return prepare(suite, 32, None, world.device, world.control)
 
 
+@pytest.mark.slow
 def test_a_suite_of_both(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """From images to figures, beside FID on Inception's features; each is that of its own network."""
     monkeypatch.setattr(evaluation, "_CACHE", tmp_path / "cache")
