@@ -19,6 +19,7 @@ FOLDERS = tuple(rooms())
 PACKAGES = (
     "torch", "deepspeed", "accelerate", "webdataset", "transformers", "wandb", "diffusers", "pydantic", "yaml",
     "optuna", "safetensors", "fsspec", "pyarrow", "numpy", "PIL", "sentencepiece", "jinja2", "matplotlib", "rich",
+    "plotly", "starlette", "uvicorn",
 )  # fmt: skip
 OPTIONAL = ("wandb", "matplotlib", "optuna", "deepspeed", "torchao")  # may be imported inside a function
 
@@ -101,6 +102,22 @@ ROOMS: dict[str, Room] = {
         ("trainer.evaluate", "trainer.diffusion", "trainer.config", "trainer.errors", "trainer.files", "data"),
     ),
     **dict.fromkeys(("trainer.search", "trainer.estimate", "trainer.coord_check", "trainer.forecast"), SUBJECT),
+    # What a run has left in its folder, as a page: it starts at once, without torch.
+    "trainer.page": Room(
+        ("jinja2", "plotly", "yaml"),
+        (
+            "data.errors",
+            "data.files",
+            "data.redaction",
+            "trainer.page",
+            "trainer.errors",
+            "trainer.files",
+            "trainer.monitor.records",
+            "trainer.checkpoint.meta",
+            "trainer.forecast.track",
+        ),
+    ),
+    "trainer.page.study_data": Room((), ("data", "trainer.page", "trainer.errors", "trainer.search.study")),
     # Followed by runs, and so below trainer.build.
     "trainer.forecast.track": Room((), ("data.files", "trainer.config", "trainer.errors")),
     "trainer.build": Room(PACKAGES, ("models", "data", "trainer")),
@@ -123,6 +140,7 @@ NO_TORCH = (
     "trainer.estimate.cluster",
     "trainer.evaluate.suite",
     "trainer.recovery.signals",
+    "trainer.page.html",
 )
 
 

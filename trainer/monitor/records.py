@@ -31,7 +31,7 @@ def read_lines(folder: Path) -> list[Line]:
     """The complete lines of a run folder's metrics.jsonl; [] where there is no such file."""
     path = folder / METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    return [Line(raw, _record(raw)) for raw in lines if raw.endswith(b"\n")]
+    return [Line(raw, record_of(raw)) for raw in lines if raw.endswith(b"\n")]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -53,7 +53,8 @@ def read_status(folder: Path) -> tuple[str, str] | None:
         return None
 
 
-def _record(raw: bytes) -> dict[str, Any] | None:
+def record_of(raw: bytes) -> dict[str, Any] | None:
+    """What a line of metrics.jsonl says; None where it is no JSON object with a step."""
     try:
         record = json.loads(raw.strip(b"\0\r\n "))  # a crash of the machine may leave zeros before a line
     except (ValueError, RecursionError):
