@@ -43,7 +43,7 @@ def main() -> int:
         listening = socket.create_server((HOST, arguments.port))
     except OSError as error:
         raise ConfigError(
-            f"--port {arguments.port}: {error.strerror}: give another one, or 0 for one that is free"
+            f"--port {arguments.port}: {os.strerror(error.errno or 0)}: give another one, or 0 for one that is free"
         ) from None
     port = listening.getsockname()[1]
     print(f"watching {len(sources)} folders: http://{HOST}:{port}/")

@@ -27,10 +27,17 @@ class Page:
     def __init__(self, runner: asyncio.Runner, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._runner, self._socket = runner, socket
         self._numbers = itertools.count()
+        self.errors: list[str] = []
+        """What the console has said of errors, once `watch_console` was called."""
 
     def open(self, url: str) -> None:
         """Navigate; what the page loads is not waited for."""
         self._call("Page.navigate", url=url)
+
+    def watch_console(self) -> None:
+        """Collect errors: uncaught ones, console.error, what could not be loaded or was refused."""
+        self._call("Runtime.enable")
+        self._call("Log.enable")
 
     def press(self, key: str) -> None:
         """A key by its DOM name: "ArrowLeft", "Backspace", "Enter"."""
@@ -61,9 +68,17 @@ class Page:
         number = next(self._numbers)
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
         while (answer := await self._socket.receive_json()).get("id") != number:
-            pass  # an event
+            self._hear(answer)
         assert "error" not in answer, f"{method}: {answer['error']}"
         return answer["result"]
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        method, told = event.get("method"), event.get("params", {})
+        uncaught = method == "Runtime.exceptionThrown"
+        said = method == "Runtime.consoleAPICalled" and told["type"] in ("error", "assert")
+        logged = method == "Log.entryAdded" and told["entry"]["level"] == "error"
+        if uncaught or said or logged:
+            self.errors.append(json.dumps(told)[:2000])
 
 
 @contextlib.contextmanager

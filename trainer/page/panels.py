@@ -45,13 +45,13 @@ _FORECAST = ("loss", "low", "high")
 def _known(keys: set[str]) -> list[Panel]:
     figures = sorted(key for key in keys if key.startswith("val_") and not key.startswith("val_loss"))
     return [
-        Panel("Loss", "Loss", "loss", [Line("loss", "training"), Line("val_loss", "validation"),
+        Panel("Loss", "Loss", "mean per sample", [Line("loss", "training"), Line("val_loss", "validation"),
               Line("val_loss_ema", "validation, EMA")], log=True, smooth=True, band=True,
               note="Validation: the same images, times and noise each time. A gap: other samples from there on."),
-        Panel("Loss", "Validation by noise level", "loss, EMA weights", _numbered(keys, _LEVEL, "t = "), log=True,
+        Panel("Loss", "Validation by noise level", "of the EMA weights", _numbered(keys, _LEVEL, "t = "), log=True,
               ordered=True, note="By time t of the flow: near 0 an image, near 1 noise."),
-        Panel("Loss", "Training loss by time", "loss", _numbered(keys, _TIME, "t = "), log=True,
-              ordered=True, smooth=True),
+        Panel("Loss", "Training loss by time", "mean per sample", _numbered(keys, _TIME, "t = "), log=True,
+              ordered=True, smooth=True, note="Of the times that were drawn in an eighth of [0, 1] each."),
         Panel("Loss", "REPA", "minus mean cosine", [Line("repa_loss", "training")], smooth=True),
         *(Panel("Loss", key.removeprefix("val_"), key, [Line(key, key.removeprefix("val_"))],
                 note="Of images from the EMA weights.") for key in figures),
@@ -62,7 +62,8 @@ def _known(keys: set[str]) -> list[Panel]:
               smooth=True),
         Panel("Speed", "Throughput", "images/s", [Line("images_per_s", "images/s")], smooth=True),
         Panel("Speed", "MFU", "% of the devices' peak", [Line("mfu", "MFU")], factor=100, smooth=True),
-        Panel("More" if "mfu" in keys else "Speed", "Model FLOP/s", "TFLOP/s, all devices", [Line("model_tflops_per_s", "TFLOP/s")], smooth=True),
+        Panel("More" if "mfu" in keys else "Speed", "Model FLOP/s", "TFLOP/s, all devices",
+              [Line("model_tflops_per_s", "TFLOP/s")], smooth=True),
         Panel("Speed", "Ranks", "s per step", [Line("perf/step_max_s", "step"),
               Line("perf/forward_max_s", "forward, slowest"), Line("perf/forward_median_s", "forward, median"),
               Line("perf/data_wait_max_s", "wait for data, slowest"),
@@ -89,7 +90,7 @@ def _known(keys: set[str]) -> list[Panel]:
 def _numbered(keys: set[str], prefix: str, label: str) -> list[Line]:
     """Keys that go on as a number, by it."""
     found = [(float(rest), key) for key in keys if _is_number(rest := key.removeprefix(prefix)) and rest != key]
-    return [Line(key, f"{label}{number:.2g}") for number, key in sorted(found)]
+    return [Line(key, f"{label}{number:.2f}") for number, key in sorted(found)]
 
 
 def _is_number(text: str) -> bool:

@@ -39,8 +39,8 @@ class RunFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._log = Log(folder)
-        self._seen: Any = None
-        self._metas: dict[tuple[Path, int], Any] = {}
+        self._config: tuple[tuple[int, int], dict[str, str], list[str]] | None = None
+        self._metas: dict[tuple[Path, int], Any] = {}  # by checkpoint and its time
 
     def stamp(self) -> str:
         """Another text whenever a file of the folder has changed."""
@@ -54,9 +54,8 @@ class RunFolder:
             self._log.read()
         except (OSError, DataError) as error:
             notes.append(f"{METRICS} cannot be read: {_reason(error)}")
-        log, config = self._log, _config(self.folder, notes)
-        steps = samples_of(self.folder)
-        status = self._status()
+        log, config = self._log, self._read_config(notes)
+        steps, status, band = samples_of(self.folder), self._status(), self._band(notes)
         events = sorted(self._events(notes), key=lambda event: event["step"], reverse=True)
         if len(events) > _MOST_EVENTS:
             notes.append(f"the newest {_MOST_EVENTS} of {len(events)} events are shown")
@@ -70,13 +69,14 @@ class RunFolder:
             "state": status[0] if status else None,
             "reason": _text(status[1]) if status else "",
             "step": log.step,
+            "lines": log.lines,
             "steps": _steps(config),
             "age_s": self._age_s(),
             "newest": {_text(key): _number(figure) for key, figure in log.newest.items()},
             "curves": {_text(key): _curve(curves) for key, curves in log.curves.items()},
             "images": [list(point) for point in log.images],
             "stages": [{"step": step, "name": _text(name)} for step, name in log.stages],
-            "band": self._band(notes),
+            "band": band,
             "slowest": {_text(name): _most_common(counts) for name, counts in log.slowest.items() if counts},
             "holes": self._holes(),
             "events": events[:_MOST_EVENTS],
@@ -84,6 +84,14 @@ class RunFolder:
             "prompts": _prompts(self.folder) if steps else [],
             "config": config,
         }
+
+    def _read_config(self, notes: list[str]) -> dict[str, str]:
+        """Anew when its file has changed: YAML is slow to read."""
+        if self._config is None or self._config[0] != _when(self.folder / "config.yaml"):
+            told: list[str] = []
+            self._config = _when(self.folder / "config.yaml"), _config(self.folder, told), told
+        notes += self._config[2]
+        return self._config[1]
 
     def _status(self) -> tuple[str, str] | None:
         return read_status(self.folder) if is_regular(self.folder / STATUS) else None
@@ -185,8 +193,8 @@ def samples_of(folder: Path) -> list[list[int]]:
     """[step, a number that changes with the picture] of the sample grids, by step."""
     if (folder / "samples").is_symlink():
         return []
-    found = [(name, match) for name in _names(folder / "samples") if (match := SAMPLE.fullmatch(name))]
-    return sorted([int(match[1]), _when(folder / "samples" / name)[0] // 1000] for name, match in found)
+    paths = [folder / "samples" / name for name in _names(folder / "samples") if SAMPLE.fullmatch(name)]
+    return sorted([int(path.stem[5:]), _when(path)[0] // 1000] for path in paths if is_regular(path))
 
 
 def read_sample(folder: Path, step: int) -> bytes:

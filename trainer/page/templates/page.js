@@ -122,7 +122,7 @@ function differences() {
   const keys = [...new Set(shown.flatMap((run) => Object.keys(run.config)))]
     .filter((key) => !key.startsWith("run.") && new Set(shown.map((run) => run.config[key])).size > 1);
   if (!keys.length) return null;
-  return [make("h2", {}, "What differs"), make("div", {class: "card scroll"}, make("table", {},
+  return [make("h2", {}, "What differs"), make("div", {class: "card scroll short"}, make("table", {},
     make("tr", {}, make("th", {}, "key"), shown.map((run) => make("th", {}, run.name))),
     keys.map((key) => make("tr", {}, make("td", {}, key), shown.map((run) => make("td", {}, run.config[key] ?? "–"))))))];
 }
@@ -178,7 +178,7 @@ function traces(panel, lines, shown, off) {
     const color = several ? colour(run) : lineColour(panel, number);
     const x = across(run, curve.x), raw = curve.y.map((value) => (value === null ? null : value * panel.factor));
     const soft = weight > 0 && raw.length > 30, name = escaped(several ? `${run.name}, ${line.label}` : line.label);
-    const mode = style.points || raw.length <= 40 ? "lines+markers" : "lines";
+    const mode = style.points || raw.length <= (several ? 15 : 30) ? "lines+markers" : "lines";
     const base = {x, mode, name, marker: {size: 4.5}, hovertemplate: `%{y:.4g} at %{x:,}<extra>${name}</extra>`};
     if (soft) found.push({...base, y: raw, mode: "lines", line: {color, width: 1}, opacity: 0.22, hoverinfo: "skip", hovertemplate: null});
     found.push({...base, y: soft ? smoothed(raw, weight) : raw, opacity: several ? style.opacity || 1 : 1,
@@ -210,10 +210,10 @@ function drawPanel(panel, place) {
     mayBeLog ? make("button", {type: "button", title: "the vertical axis", onclick: () => { kept.set(`linear ${id}`, isLog); again(); }},
       isLog ? "log" : "linear") : "");
   const turn = (key) => { off.has(key) ? off.delete(key) : off.add(key); kept.set(`lines ${id}`, off); again(); };
-  legend.replaceChildren(...(drawn.length > 1 ? drawn : []).map((line, number) => make("button", {type: "button",
+  legend.replaceChildren(panel.ordered && drawn.length > 1 ? "t =" : "", ...(drawn.length > 1 ? drawn : []).map((line, number) => make("button", {type: "button",
     class: off.has(line.key) ? "off" : "", onclick: () => turn(line.key)}, make("i", {style:
       `border-color:${shown.length > 1 ? css("--soft") : lineColour(panel, panel.ordered ? panel.lines.indexOf(line) : number)};` +
-      (panel.band && LINES_OF_LOSS[line.key]?.dash ? "border-top-style:dotted" : "")}), line.label)),
+      (panel.band && LINES_OF_LOSS[line.key]?.dash ? "border-top-style:dotted" : "")}), line.label.replace("t = ", ""))),
     panel.band && shown.some((run) => run.band.length) ? make("span", {}, "▒ forecast, 90 %") : "");
   place.hidden = !lines.length;
   const x = axis(byId("axis").value === "step" ? "step" : "images seen", {exponentformat: "SI"});
@@ -233,7 +233,7 @@ function logAxis(isLog, values, panel) {
   for (let power = Math.floor(Math.log10(Math.min(...positive))) - 1; power <= Math.log10(Math.max(...positive)) + 1; power++) {
     ticks.push(...steps.map((step) => Number((step * 10 ** power).toPrecision(3))));
   }
-  return {type: "log", tickmode: "array", tickvals: ticks, ticktext: ticks.map((tick) => figure(tick))};
+  return {type: "log", tickmode: "array", tickvals: ticks, ticktext: ticks.map((tick) => (tick < 1e-3 ? tick.toExponential() : figure(tick)))};
 }
 
 function newPanel(panel) {
@@ -272,7 +272,7 @@ function samples() {
       image.addEventListener("load", () => {
         const small = image.naturalWidth < 400;
         image.classList.toggle("small", small);
-        image.style.width = `${small ? image.naturalWidth * Math.max(1, Math.floor(480 / image.naturalWidth)) : image.naturalWidth}px`;
+        image.style.width = `${small ? image.naturalWidth * Math.max(1, Math.round(480 / image.naturalWidth)) : image.naturalWidth}px`;
       });
       return make("figure", {}, image, make("figcaption", {}, shown.length > 1 ? `${run.name}, step ${figure(each[0])}` : `step ${figure(each[0])}`));
     }));
@@ -284,9 +284,11 @@ function samples() {
   });
   show();
   const prompts = shown[0].prompts;
-  return [make("h2", {}, "Samples"), make("div", {class: "card", id: "samples"}, make("div", {class: "slide"}, slider, told), pictures,
-    prompts.length ? make("details", {open: kept.get("prompts"), ontoggle: (event) => kept.set("prompts", event.target.open)},
-      make("summary", {}, `${prompts.length} prompts, row by row`), make("ol", {class: "prompts"}, prompts.map((text) => make("li", {}, text)))) : "")];
+  const list = make("ol", {class: "prompts"}, prompts.map((text) => make("li", {}, text)));
+  return [make("h2", {}, "Samples"), make("div", {class: "card", id: "samples"}, make("div", {class: "slide"}, slider, told),
+    make("div", {class: "beside"}, pictures, shown.length === 1 && prompts.length ? make("div", {}, make("h3", {}, "Prompts, row by row"), list) : ""),
+    shown.length > 1 && prompts.length ? make("details", {open: kept.get("prompts"), ontoggle: (event) => kept.set("prompts", event.target.open)},
+      make("summary", {}, `${prompts.length} prompts, row by row`), list) : "")];
 }
 
 // ----------------------------------------------------------------------------------- ranks, holes, events, config
@@ -294,12 +296,12 @@ function slowRanks() {
   const rows = seen().flatMap((run) => Object.entries(run.slowest).flatMap(([name, ranks]) =>
     ranks.map(([rank, count]) => [run, name.replace("perf/", "").replace("_", " "), rank, count])));
   if (!rows.length) return null;
-  const total = (run) => Math.max(1, ...Object.values(run.curves).map((curve) => curve.x.length), run.lines || 0);
   return make("figure", {class: "panel"}, make("header", {}, make("h3", {}, "Slow ranks",
-    make("span", {class: "unit"}, "log lines in which the rank was the slowest, a tenth above the median"))),
+    make("span", {class: "unit"}, "log lines"))),
     make("div", {class: "scroll"}, make("table", {}, rows.map(([run, name, rank, count]) => make("tr", {},
       seen().length > 1 ? make("td", {}, run.name) : "", make("td", {}, name), make("td", {}, `rank ${rank}`), make("td", {class: "n"}, figure(count)),
-      make("td", {}, make("div", {class: "meter"}, make("div", {style: `width:${Math.min(100, (100 * count) / total(run)).toFixed(1)}%`}))))))));
+      make("td", {}, make("div", {class: "meter"}, make("div", {style: `width:${Math.min(100, (100 * count) / run.lines).toFixed(1)}%`}))))))),
+    make("p", {class: "note"}, "In which this rank was the slowest, and a tenth above the median."));
 }
 
 function holes() {
