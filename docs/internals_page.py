@@ -24,7 +24,7 @@ trainer/  build (the composition root) puts together:
    |        input       samples become tensors          parallel   how the model is sharded
    |        diffusion   what is learned                 checkpoint, recovery, monitor
    |      loop.py calls step.py (the losses), then engine.step (the update);
-   |      search, estimate, coord_check and evaluate use the same parts
+   |      search, estimate, coord_check and evaluate use the same parts; page shows run folders
    |
 data/     samples, in an order that is arithmetic       models/    what is computed, on one device
 ```
@@ -91,6 +91,7 @@ each step:
 | classifier-free guidance | `trainer/diffusion/sampling.py` |
 | the EMA | `trainer/ema.py` |
 | the line on the terminal, metrics.jsonl, wandb | `metrics.py`, `records.py` and `trackers.py` in `trainer/monitor/` |
+| the page of `mudit watch` and `report` | `run_data.py`, `panels.py` and `templates/page.js` in `trainer/page/` |
 | FLOPs | of a backbone: `multiply_adds` in `models/configs.py`; of a training step: `trainer/build/flops.py` |
 | MFU | `trainer/loop.py` |
 | the price of a run before it is queued | `trainer/estimate/report.py` |

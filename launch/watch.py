@@ -46,7 +46,7 @@ def main() -> int:
             f"--port {arguments.port}: {os.strerror(error.errno or 0)}: give another one, or 0 for one that is free"
         ) from None
     port = listening.getsockname()[1]
-    print(f"watching {len(sources)} folders: http://{HOST}:{port}/")
+    print(f"watching {len(sources)} folder{'s' if len(sources) > 1 else ''}: http://{HOST}:{port}/")
     print(
         message(f"from elsewhere:  ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}"), flush=True
     )

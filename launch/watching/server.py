@@ -121,7 +121,8 @@ def application(sources: "Sequence[RunFolder | StudyFolder]", port: int) -> Star
         Route("/study/{source:int}", study),
     ]
     return Starlette(
-        routes=routes, middleware=[Middleware(Guard, port=port), Middleware(GZipMiddleware, minimum_size=4096)]
+        routes=routes,
+        middleware=[Middleware(Guard, port=port), Middleware(GZipMiddleware, minimum_size=4096, compresslevel=4)],
     )
 
 

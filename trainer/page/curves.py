@@ -17,7 +17,10 @@ MOST_POINTS = 1000
 """That a curve keeps, or a few more."""
 MOST_KEYS = 400
 _MOST_CHANGES = 200  # of the stage, of the batch, errors: what is told one by one
+_MOST_AT_ONCE = 32 << 20
+"""Bytes that are taken of a file when it is first read; of a longer one lines are passed over."""
 _LONGEST_LINE = 1 << 20
+_ALWAYS = (b'"val_', b'"not_finite"', b'"evaluation_error"')
 _LARGEST = 1 << 53  # the integers below are exact in a browser
 _TAIL = 256  # bytes before the place that was read up to, by which a file that was cut and grew again is known
 _SLOW = 1.1  # times the median of the ranks
@@ -72,6 +75,8 @@ class Log:
         self._offset, self._file, self._tail, self._in_long = 0, (0, 0), b"", False
         self._val_set: Any = None
         self.lines = self.damaged = self.dropped_keys = 0
+        self.every = 1
+        """Of lines with training figures alone one in so many was taken when the file was first read."""
         self.curves: dict[str, list[Curve]] = {}
         """By key: of a validation loss one after another, since on other samples (val_set) it compares with none
         before."""
@@ -101,14 +106,20 @@ class Log:
                 self._forget()
             found = os.fstat(file.fileno())
             self._file = (found.st_dev, found.st_ino)
+            at_first = self._offset == 0
+            if at_first:
+                self.every = 1 + found.st_size // _MOST_AT_ONCE
             file.seek(self._offset)
-            while raw := file.readline(_LONGEST_LINE):
+            for number, raw in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b"")):
                 whole = raw.endswith(b"\n")
                 if not whole and len(raw) < _LONGEST_LINE:
                     break  # it is being written
                 self._offset += len(raw)
                 self._tail = (self._tail + raw)[-_TAIL:]
                 changed = True
+                passed_over = at_first and number % self.every and found.st_size - self._offset > _LONGEST_LINE
+                if passed_over and whole and not any(key in raw for key in _ALWAYS):
+                    continue
                 record = record_of(raw) if whole and not self._in_long else None
                 if record is not None and 0 <= record["step"] < _LARGEST:
                     self._take(record)

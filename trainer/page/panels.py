@@ -48,7 +48,7 @@ def _known(keys: set[str]) -> list[Panel]:
         Panel("Loss", "Loss", "mean per sample", [Line("loss", "training"), Line("val_loss", "validation"),
               Line("val_loss_ema", "validation, EMA")], log=True, smooth=True, band=True,
               note="Validation: the same images, times and noise each time. A gap: other samples from there on."),
-        Panel("Loss", "Validation by noise level", "of the EMA weights", _numbered(keys, _LEVEL, "t = "), log=True,
+        Panel("Loss", "Validation by noise level", "EMA weights", _numbered(keys, _LEVEL, "t = "), log=True,
               ordered=True, note="By time t of the flow: near 0 an image, near 1 noise."),
         Panel("Loss", "Training loss by time", "mean per sample", _numbered(keys, _TIME, "t = "), log=True,
               ordered=True, smooth=True, note="Of the times that were drawn in an eighth of [0, 1] each."),

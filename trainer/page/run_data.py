@@ -112,6 +112,8 @@ class RunFolder:
             notes.append(f"{log.damaged} damaged lines of {METRICS} are left out")
         if log.dropped_keys:
             notes.append(f"{METRICS} has more than {len(log.curves)} keys, of which the later ones are left out")
+        if log.every > 1:
+            notes.append(f"of {METRICS}, a long file, one line in {log.every} was read, and all that have validations")
         counts = [curve.count for curves in log.curves.values() for curve in curves]
         if counts and max(counts) > MOST_POINTS:
             notes.append(

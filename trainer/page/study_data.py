@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.redaction import one_line, quote
+from data.redaction import one_line
 
 from ..errors import CheckpointError, ConfigError
 from ..search.study import JOURNAL, Study, Trial
@@ -78,7 +78,7 @@ def _row(trial: Trial, with_curve: bool) -> dict[str, Any]:
         "number": trial.number,
         "state": trial.state,
         "value": _finite(trial.value),
-        "point": {key: value if isinstance(value, int | float) else quote(value) for key, value in trial.point.items()},
+        "point": {k: v if isinstance(v, int | float) else one_line(str(v)) for k, v in trial.point.items()},
         "reason": one_line(trial.reason),
         "curve": {"x": list(curve), "y": [_finite(loss) for loss in curve.values()]},
     }

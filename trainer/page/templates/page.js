@@ -315,7 +315,7 @@ function holes() {
         reasons.map(([reason, count]) => make("tr", {}, make("td", {}, reason), make("td", {class: "n"}, figure(count)),
           make("td", {class: "n"}, `${figure((100 * count) / Math.max(1, last.read), 3)} %`),
           make("td", {}, make("div", {class: "meter"}, make("div", {style: `width:${(100 * count) / most}%`}))))))
-        : make("p", {class: "note"}, `All ${figure(last.read)} samples could be read.`));
+        : make("p", {class: "facts"}, `All ${figure(last.read)} samples could be read.`));
   });
   return tables.some(Boolean) ? tables : null;
 }
@@ -351,24 +351,30 @@ const STATES = {complete: "#3b6fd4", halved: "#9aa3b2", diverged: "#d2453d", run
 function study(source) {
   const trials = source.trials, best = trials.find((trial) => trial.value !== null);
   const graph = (title, unit) => { const place = newPanel({note: ""}); place.children[0].append(make("h3", {}, title, make("span", {class: "unit"}, unit))); return place; };
+  const values = trials.filter((trial) => trial.value !== null).flatMap((trial) => [trial.value, ...trial.curve.y]).filter((value) => value > 0);
+  const losses = (given) => {
+    const low = Math.log10(Math.min(...given)), high = Math.log10(Math.max(...given)), room = 0.05 * (high - low) + 0.002;
+    return axis("", given.length ? {...logAxis(true, given, {factor: 1}), range: [low - room, high + room]} : {});
+  };
   const curves = graph("Learning curves", "validation loss of the EMA weights"), later = [];
   later.push(() => plot(curves.children[2], trials.filter((trial) => trial.curve.x.length).map((trial) => ({x: trial.curve.x, y: trial.curve.y,
     mode: "lines", name: `trial ${trial.number}`, line: {width: trial === best ? 2.5 : 1, color: trial === best ? "#e07b22" : STATES[trial.state]},
     opacity: trial === best ? 1 : 0.6, hovertemplate: `%{y:.4g} at %{x}<extra>trial ${trial.number}</extra>`})),
-    layout(axis("step"), axis("", {type: "log"}))));
+    layout(axis("step"), losses(values))));
   const scatters = source.keys.map((key) => {
     const place = graph(key.key, "loss of each trial"), done = trials.filter((trial) => trial.value !== null);
     later.push(() => plot(place.children[2], [{x: done.map((trial) => trial.point[key.key]), y: done.map((trial) => trial.value), mode: "markers",
       text: done.map((trial) => `trial ${trial.number}`), hovertemplate: "%{y:.4g} at %{x}<extra>%{text}</extra>",
       marker: {size: 8, color: done.map((trial) => (trial === best ? "#e07b22" : STATES[trial.state]))}}],
-      layout(axis(escaped(key.key), {type: key.log ? "log" : key.numeric ? "linear" : "category"}), axis("", {type: "log"}))));
+      layout(axis(escaped(key.key), key.log ? logAxis(true, done.map((trial) => trial.point[key.key]), {factor: 1})
+        : {type: key.numeric ? "linear" : "category"}), losses(done.map((trial) => trial.value).filter((value) => value > 0)))));
     return place;
   });
   const number = page.sources.indexOf(source);
   const report = source.report ? make("iframe", {sandbox: true, srcdoc: source.report, title: `report of ${source.name}`})
     : source.has_report && page.live ? make("a", {href: `study/${number}`, target: "_blank"}, "the report of the study") : "";
   const counts = Object.entries(source.counts).map(([state, count]) => `${count} ${state}`).join(", ");
-  return [later, make("section", {}, make("h2", {}, `Study ${source.name}`),
+  return [later, make("section", {}, make("h2", {}, `Study: ${source.name}`),
     make("div", {class: "card"}, source.problem ? make("p", {class: "note warn"}, source.problem) : make("p", {class: "facts"},
       `${source.config}: ${figure(source.steps)} steps per trial; ${counts}`),
       best && make("p", {}, make("b", {}, `Best: trial ${best.number}, ${figure(best.value)}`), ` ${Object.entries(best.point).map(([key, value]) => `${key}=${figureOrText(value)}`).join("  ")}`),

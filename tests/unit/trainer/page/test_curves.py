@@ -9,6 +9,7 @@ import pytest
 
 from data.errors import DataError
 from trainer.monitor.records import METRICS, metrics_line
+from trainer.page import curves
 from trainer.page.curves import MOST_POINTS, Curve, Log
 
 
@@ -90,6 +91,25 @@ def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
     path.write_bytes(whole + half)
     log.read()
     assert (log.step, log.damaged) == (2, 0)
+
+
+def test_of_a_long_file_lines_are_passed_over_but_no_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [record(step, **({"val_loss": 1.0} if step % 100 == 1 else {}), text="x" * 200) for step in range(20_000)]
+    (tmp_path / METRICS).write_bytes(b"".join(lines))
+    monkeypatch.setattr(curves, "_MOST_AT_ONCE", 1 << 20)
+    log = Log(tmp_path)
+    log.read()
+    assert log.every == 1 + (tmp_path / METRICS).stat().st_size // (1 << 20) > 4
+    assert log.lines < 8_000
+    assert log.curves["val_loss"][0].count == 200
+    assert log.step == 19_999
+    with (tmp_path / METRICS).open("ab") as file:
+        file.writelines(record(step) for step in range(20_000, 20_010))
+    before = log.lines
+    log.read()
+    assert log.lines == before + 10, "what comes later is read line by line"
 
 
 def test_images_lie_on_few_lines(tmp_path: Path) -> None:
