@@ -48,12 +48,19 @@ def main() -> int:
     port = listening.getsockname()[1]
     print(f"watching {len(sources)} folder{'s' if len(sources) > 1 else ''}: http://{HOST}:{port}/")
     print(
-        message(f"from elsewhere:  ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}"), flush=True
+        message(f"from elsewhere:  ssh -L {port}:{HOST}:{port} {_user()}@{socket.gethostname()}"), flush=True
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with listening, contextlib.suppress(KeyboardInterrupt):
         serve(sources, listening)
     return 0
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # of a container that has no such user
+        return "USER"
 
 
 if __name__ == "__main__":

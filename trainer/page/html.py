@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ _MOST_PICTURES, _MOST_PICTURE_BYTES = 60, 24 << 20  # of a run in a file
 
 def page_data(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """sources: of runs and studies. -> what the page draws."""
+    names = [each["name"] for each in sources]
+    if len(set(names)) < len(names):  # as those of trunks
+        above = os.path.commonpath([os.path.abspath(each["folder"]) for each in sources])
+        sources = [{**each, "name": os.path.relpath(each["folder"], above)} for each in sources]
     keys = [key for each in sources if each["kind"] == "run" for key in each["curves"]]
     return {"sources": list(sources), "panels": panels(keys), "made": time.strftime("%Y-%m-%d %H:%M %Z")}
 

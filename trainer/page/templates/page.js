@@ -11,6 +11,7 @@ const byId = (id) => document.getElementById(id);
 const kept = new Map(); // what a person has chosen: lines that are off, axes, members, the slider
 let page = null;
 let received = Date.now();
+let pressed = false;
 
 function make(tag, attributes, ...children) {
   const element = document.createElement(tag);
@@ -135,8 +136,9 @@ function axis(title, extra) {
     tickfont: {size: 11}, automargin: true, exponentformat: "power", ...extra};
 }
 
+/** What a person has zoomed to stays when data come, and goes where an axis means something else. */
 function layout(x, y, shapes) {
-  return {margin: {l: 58, r: 12, t: 8, b: 40}, showlegend: false, hovermode: "closest", uirevision: "kept", shapes: shapes || [],
+  return {margin: {l: 58, r: 12, t: 8, b: 40}, showlegend: false, hovermode: "closest", uirevision: `${byId("axis").value} ${y.type}`, shapes: shapes || [],
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: css("--soft"), family: "system-ui, sans-serif"},
     hoverlabel: {font: {size: 12}, namelength: 40}, xaxis: x, yaxis: y};
 }
@@ -324,7 +326,7 @@ function events() {
   const rows = seen().flatMap((run) => run.events.map((event) => [run, event])).sort((a, b) => b[1].step - a[1].step);
   if (!rows.length) return null;
   return [make("h2", {}, "Events"), make("div", {class: "card scroll", id: "events"}, make("table", {},
-    make("tr", {}, make("th", {class: "n"}, "step"), seen().length > 1 ? make("th", {}, "run") : "", make("th", {}, "what"), make("th", {style: "width:75%"}, "")),
+    make("tr", {}, make("th", {class: "n", style: "width:1%"}, "step"), seen().length > 1 ? make("th", {}, "run") : "", make("th", {style: "width:9em"}, "what"), make("th", {}, "")),
     rows.map(([run, event]) => make("tr", {}, make("td", {class: "n"}, figure(event.step)), seen().length > 1 ? make("td", {}, run.name) : "",
       make("td", {class: {failed: "failed", rollback: "failed", preempted: "preempted", finished: "finished"}[event.kind] || ""}, event.kind),
       make("td", {}, event.text)))))];
@@ -393,7 +395,7 @@ const figureOrText = (value) => (typeof value === "number" ? figure(value) : val
 function drawPanels() {
   for (const panel of page.panels) {
     const place = panelPlaces.get(`${panel.section} ${panel.title}`);
-    if (place && place.isConnected && place.offsetParent !== null | place.hidden) drawPanel(panel, place);
+    if (place && place.isConnected && (place.offsetParent !== null || place.hidden)) drawPanel(panel, place);
   }
 }
 
@@ -424,6 +426,10 @@ function theme(name) {
 
 async function follow() {
   const pulse = byId("pulse");
+  if (pressed) { // what is dragged is not drawn anew
+    setTimeout(follow, EVERY_MS / 10);
+    return;
+  }
   try {
     const answer = await fetch(`data?stamp=${page ? page.stamp : ""}`);
     if (!answer.ok) throw new Error(answer.status);
@@ -442,6 +448,8 @@ async function follow() {
   setTimeout(follow, EVERY_MS);
 }
 
+document.addEventListener("pointerdown", () => { pressed = true; });
+for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, () => { pressed = false; });
 byId("axis").addEventListener("change", () => page && draw());
 byId("smooth").addEventListener("input", () => page && drawPanels());
 byId("theme").addEventListener("click", () => theme(isDark() ? "light" : "dark"));
