@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_samples_of_a_long_run_are_thinned_with_both_ends(folder: Path, monkeypa
     (run,) = held_by(report_page([data], [folder], {}))["sources"]
     steps = [step for step, _ in run["samples"]]
     assert (len(steps), steps[0], steps[-1]) == (60, 1, 200)
-    assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) <= 4
+    assert max(b - a for a, b in pairwise(steps)) <= 4
     assert run["pictures"].keys() == {str(step) for step in steps}
     assert "60 of the 200 sample grids are in this file" in run["notes"]
     monkeypatch.setattr(html, "_MOST_PICTURE_BYTES", 3 * (folder / "samples" / "step_00000001.png").stat().st_size)
