@@ -23,7 +23,6 @@ from trainer.page.run_data import RunFolder, read_sample
 if TYPE_CHECKING:
     from trainer.page.study_data import StudyFolder
 
-_METHODS = ("GET", "HEAD")
 _LONGEST_PATH = 80
 _HEADERS = {
     b"cache-control": b"no-store",
@@ -41,7 +40,7 @@ _STUDY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; f
 
 
 class Guard:
-    """Refuses what is no read of this page. Host: a page of another site may have its name lead to this address (DNS
+    """Refuses requests by another name, and adds what the browser is to hold to. The name: a page of another site may have its name lead to this address (DNS
     rebinding), and would then read what is here; its requests say that name."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
@@ -59,8 +58,6 @@ class Guard:
             names = ", ".join(sorted(host.decode() for host in self._hosts))
             text = f"this page is read as {names} alone; with ssh -L keep the port the same on both sides\n"
             answer = PlainTextResponse(text, 421)
-        elif scope["method"] not in _METHODS:
-            answer = PlainTextResponse("this page is read-only\n", 405, {"Allow": ", ".join(_METHODS)})
         elif len(scope.get("raw_path") or scope["path"]) > _LONGEST_PATH:
             answer = PlainTextResponse("there is no such page\n", 404)
 
