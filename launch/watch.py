@@ -47,9 +47,7 @@ def main() -> int:
         ) from None
     port = listening.getsockname()[1]
     print(f"watching {len(sources)} folder{'s' if len(sources) > 1 else ''}: http://{HOST}:{port}/")
-    print(
-        message(f"from elsewhere:  ssh -L {port}:{HOST}:{port} {_user()}@{socket.gethostname()}"), flush=True
-    )
+    print(message(f"from elsewhere:  ssh -L {port}:{HOST}:{port} {_user()}@{socket.gethostname()}"), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with listening, contextlib.suppress(KeyboardInterrupt):
         serve(sources, listening)

@@ -40,8 +40,8 @@ _STUDY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; f
 
 
 class Guard:
-    """Refuses requests by another name, and adds what the browser is to hold to. The name: a page of another site may have its name lead to this address (DNS
-    rebinding), and would then read what is here; its requests say that name."""
+    """Refuses requests by another name, and adds what a browser is to hold to. A page of another site may have its name
+    lead to this address (DNS rebinding), and would then read what is here; its requests say that name."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self._app = app

@@ -59,11 +59,13 @@ def watching(*arguments: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     try:
         said = ""
         assert process.stdout is not None
-        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/", said)):
+        while "ssh -L" not in said:
             line = process.stdout.readline()
             assert line, process.communicate()[1]
             said += line
-        assert f"ssh -L {found[1]}:127.0.0.1:{found[1]} " in process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/", said)
+        assert found, said
+        assert f"ssh -L {found[1]}:127.0.0.1:{found[1]} " in said
         yield int(found[1]), process
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
