@@ -72,7 +72,7 @@ def watching(*arguments: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
         assert (process.returncode, errors) == (0, "")
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def ask(port: int, path: str, method: str = "GET", host: str | None = None) -> tuple[int, dict[str, str], bytes]:
