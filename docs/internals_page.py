@@ -90,7 +90,7 @@ each step:
 | tokens that skip blocks | `models/route.py`; which ones: `trainer/diffusion/route.py` |
 | classifier-free guidance | `trainer/diffusion/sampling.py` |
 | the EMA | `trainer/ema.py` |
-| the line on the terminal, metrics.jsonl, wandb | `metrics.py`, `records.py` and `trackers.py` in `trainer/monitor/` |
+| the line on the terminal, metrics.jsonl, trackers | `metrics.py`, `records.py` and `tracking/` in `trainer/monitor/` |
 | the page of `mudit watch` and `report` | `run_data.py`, `panels.py` and `templates/page.js` in `trainer/page/` |
 | FLOPs | of a backbone: `multiply_adds` in `models/configs.py`; of a training step: `trainer/build/flops.py` |
 | MFU | `trainer/loop.py` |

@@ -19,9 +19,10 @@ FOLDERS = tuple(rooms())
 PACKAGES = (
     "torch", "deepspeed", "accelerate", "webdataset", "transformers", "wandb", "diffusers", "pydantic", "yaml",
     "optuna", "safetensors", "fsspec", "pyarrow", "numpy", "PIL", "sentencepiece", "jinja2", "matplotlib", "rich",
-    "plotly", "starlette", "uvicorn",
+    "plotly", "starlette", "tensorboard", "trackio", "uvicorn",
 )  # fmt: skip
-OPTIONAL = ("wandb", "matplotlib", "optuna", "deepspeed", "torchao")  # may be imported inside a function
+# May be imported inside a function.
+OPTIONAL = ("wandb", "matplotlib", "optuna", "deepspeed", "torchao", "tensorboard", "trackio")
 
 
 class Room(NamedTuple):
@@ -76,7 +77,9 @@ ROOMS: dict[str, Room] = {
         ),
         RUN_ROOM,
     ),
-    "trainer.monitor": RUN_ROOM._replace(packages=("torch", "wandb", "matplotlib", "rich")),
+    "trainer.monitor": RUN_ROOM._replace(
+        packages=("torch", "wandb", "tensorboard", "trackio", "matplotlib", "rich", "PIL")
+    ),
     "trainer.loop": RUN_ROOM,
     # Whether a checkpoint's config allows the run to go on is a question about configs.
     "trainer.checkpoint.resume": Room(

@@ -44,6 +44,8 @@ from ..lr_schedule import base_lr
 from ..monitor.metrics import Metrics, peak_flops
 from ..monitor.mup_health import Health, WatchedParameter
 from ..monitor.step_timer import StepTimer
+from ..monitor.tracking.tracker import Tracked
+from ..monitor.tracking.trackers import check_installed
 from ..parallel.cuda_graph import Recorder
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
@@ -85,6 +87,7 @@ def build_run(
     _set_determinism(config)
     folder = config.run.folder
     on_rank_0(world, lambda: _check_is_run_folder(folder))
+    on_rank_0(world, lambda: check_installed(config.tracked[0]))
     # An existing folder is held before it is read; a new one is made only when nothing can be wrong any more.
     lock = on_rank_0(world, lambda: lock_run(folder) if folder.is_dir() else None)
     newest = newest_good(folder, world.control)
@@ -295,8 +298,8 @@ def _open_folder(inputs: Inputs, start: _Start, step: int, notes: list[str]) -> 
 
     on_rank_0(inputs.world, write)
     metrics = Metrics(folder, inputs.world.rank == 0, config.train.steps, step)
-    if config.wandb.project is not None:
-        metrics.start_wandb(config.wandb.project, config.wandb.mode, str(config.run.name), plain(inputs.whole))
+    kinds, project, mode = config.tracked
+    metrics.start_trackers(kinds, Tracked(folder, project, str(config.run.name), mode, plain(inputs.whole)))
     for note in notes:
         metrics.say(note)
     return metrics
@@ -339,6 +342,7 @@ def _assemble(
     def sample(path: Path) -> None:
         with metrics.without_room(path):
             side_jobs.write_grid(path)
+            metrics.picture(state.step, "samples", path)
 
     def warn(text: str) -> None:
         metrics.say(text)

@@ -31,6 +31,8 @@ def conflicts(c: TrainConfig) -> Iterator[str]:
             "parallel.cuda_graph does not go with parallel.cpu_offload, which brings weights from the host into other "
             "memory in every step: set one of them to false"
         )
+    if c.wandb.project is not None and c.tracking.kind:
+        yield "wandb.project and tracking.kind both choose trackers: put wandb into tracking.kind, and leave wandb out"
     yield from _repa_conflicts(c)
     yield from _allow_change_conflicts(c)
 

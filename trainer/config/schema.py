@@ -345,14 +345,36 @@ class SampleConfig(Section):
     channels."""
 
 
+TrackerKind = Literal["wandb", "tensorboard", "trackio"]
+
+
+def _trackers(value: Any) -> Any:
+    """none and one name are lists too."""
+    return [] if value in ("none", None) else [value] if isinstance(value, str) else value
+
+
+class TrackingConfig(Section):
+    """Trackers, beside metrics.jsonl (docs/training.md)."""
+
+    kind: Annotated[
+        tuple[TrackerKind, ...],
+        BeforeValidator(_trackers, json_schema_input_type=Literal["none"] | TrackerKind | list[TrackerKind]),
+    ] = ()
+    """`wandb`, `tensorboard` or `trackio`, a list of several, or `none`."""
+    project: str = Field(default="mudit", min_length=1)
+    """Project at wandb and trackio."""
+    mode: Literal["offline", "online"] = "offline"
+    """Of wandb: `offline` logs to the run folder, to be uploaded later; `online` uploads at once, and is `offline`
+    where key or network are missing. The others are files on this machine in either case."""
+
+
 class WandbConfig(Section):
-    """Weights & Biases, beside metrics.jsonl."""
+    """Weights & Biases as configs chose it before `tracking`, which new ones use."""
 
     project: str | None = None
-    """Project to log to; null does not log to Weights & Biases."""
+    """Project to log to, as tracking.kind=wandb with tracking.project; null leaves it to tracking.kind."""
     mode: Literal["offline", "online", "disabled"] = "offline"
-    """`offline` logs to the run folder, to be uploaded later; `online` uploads at once, and is `offline` where
-    key or network are missing; `disabled` does nothing."""
+    """As tracking.mode; `disabled` does nothing."""
 
 
 class StageConfig(Section):
@@ -410,6 +432,7 @@ class TrainConfig(Section):
     autoencoder: AutoencoderConfig = Field(default=AutoencoderConfig(), json_schema_extra=IDENTITY)
     validation: ValidationConfig = Field(default=ValidationConfig(), json_schema_extra=RUNTIME)
     sample: SampleConfig = Field(default=SampleConfig(), json_schema_extra=RUNTIME)
+    tracking: TrackingConfig = Field(default=TrackingConfig(), json_schema_extra=RUNTIME)
     wandb: WandbConfig = Field(default=WandbConfig(), json_schema_extra=RUNTIME)
     stages: tuple[StageConfig, ...] = Field(default=(), json_schema_extra=RUNTIME)
     """Stages of the run, one after the other, each with the keys that change when it begins."""
@@ -434,6 +457,13 @@ class TrainConfig(Section):
         """The projector that the model has for REPA; None where REPA is off."""
         o = self.objective
         return ProjectorConfig(o.repa_hidden, o.repa_width, o.repa_projector) if o.repa_weight else None
+
+    @property
+    def tracked(self) -> tuple[tuple[TrackerKind, ...], str, str]:
+        """(trackers, project, mode), be they chosen by `tracking` or, in older configs, by `wandb`."""
+        if self.wandb.project is None:
+            return self.tracking.kind, self.tracking.project, self.tracking.mode
+        return () if self.wandb.mode == "disabled" else ("wandb",), self.wandb.project, self.wandb.mode
 
     @property
     def sampler(self) -> Literal["euler", "ancestral", "ddim", "dpm_solver", "dpm_solver_sigma_min"]:

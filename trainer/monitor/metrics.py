@@ -1,4 +1,4 @@
-"""metrics.jsonl (always), the terminal, wandb (when configured), loss.png and evaluation.png.
+"""metrics.jsonl (always), the terminal, trackers (when configured), loss.png and evaluation.png.
 
 Names carry their units.
 """
@@ -19,7 +19,9 @@ from data.redaction import message
 from ..files import write_atomically
 from .plots import plot_evaluation, plot_loss
 from .records import METRICS, STATUS, metrics_line, read_lines, read_metrics, write_status
-from .trackers import Wandb
+from .tracking.tracker import Tracked
+from .tracking.trackers import Trackers
+from .tracking.wandb_run import withdraw
 
 # Dense bf16 FLOP/s of a device without sparsity, by a part of its name (vendors' data sheets).
 _PEAK_FLOPS = {
@@ -46,7 +48,7 @@ class Metrics:
         self._total = total_steps
         self._first = first_step
         self._began = self._plotted = time.monotonic()
-        self._wandb: Wandb | None = None
+        self._trackers: Trackers | None = None
         self.band: Sequence[tuple[int, float, float, float]] = ()
         """What is forecast, for loss.png: (step, loss, low, high)."""
         if not active:
@@ -61,7 +63,11 @@ class Metrics:
             return
         self._flush()
         self._file.close()
+        if self._trackers is not None:
+            self._trackers.finish()
         lines, path = read_lines(self._folder), self._folder / METRICS
+        if any(line.record is not None and (not step or line.record["step"] > step) for line in lines):
+            self._withdraw(step)  # first: killed in between, the next start still knows
         if damaged := [line.raw for line in lines if line.record is None]:
             self._keep_aside(damaged)
         kept = b"".join(line.raw for line in lines if step and line.record is not None and line.record["step"] <= step)
@@ -70,6 +76,16 @@ class Metrics:
         else:
             write_atomically(path, kept)
         self._file, self._unwritten = self._open(), b""
+        if self._trackers is not None:
+            self._trackers.begin(step, self.records())
+
+    def _withdraw(self, step: int) -> None:
+        """From wandb, which cannot take back steps past this one."""
+        if sent := withdraw(self._folder):
+            self.say(
+                f"warning: wandb run {sent} holds steps past {step}, which are taken back: the run goes on as a new "
+                "one there, with the steps up to it; delete the old one"
+            )
 
     def records(self) -> list[dict[str, Any]]:
         """What the file has logged so far; [] on other ranks than 0."""
@@ -84,21 +100,26 @@ class Metrics:
     def _open(self) -> FileIO:
         return open_plain(self._folder / METRICS, "ab", buffering=0)
 
-    def start_wandb(self, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
-        """Log to wandb as well; the run's id is kept in the run folder, so that a resumed run continues it."""
-        if not self._active or mode == "disabled":
-            return
-        self._wandb = Wandb(self._folder, project, mode, name, config, self.say)
+    def start_trackers(self, kinds: Sequence[str], tracked: Tracked) -> None:
+        """Log to trackers as well: see tracking.tracker for what becomes of them when a run is resumed."""
+        if self._active and kinds:
+            self._trackers = Trackers(kinds, tracked, self.say)
+            self._trackers.begin(self._first, self.records())
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show trackers a picture that the run folder holds."""
+        if self._trackers is not None and path.is_file():
+            self._trackers.picture(step, name, path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One JSON object per line, flushed; then the terminal and wandb."""
+        """One JSON object per line, flushed; then the terminal and trackers."""
         if not self._active:
             return
         self._unwritten += metrics_line(record)
         self._flush()
         self._print(record)
-        if self._wandb is not None:
-            self._wandb.log(record)
+        if self._trackers is not None:
+            self._trackers.log(record)
 
     def _flush(self) -> None:
         """A full disk does not end the run: a checkpoint that did not fit may be removed again in a moment."""
@@ -145,8 +166,8 @@ class Metrics:
         if self._active:
             self._flush()
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._trackers is not None:
+            self._trackers.finish()
 
     def _print(self, record: Mapping[str, Any]) -> None:
         """One line per log step. Not by rich's progress: outside a terminal (torchrun's redirected output, Slurm's log

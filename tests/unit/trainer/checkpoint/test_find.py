@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from trainer.errors import CheckpointError
 from trainer.files import lock_folder, write_atomically
 from trainer.monitor.metrics import Metrics, peak_flops, read_metrics
 from trainer.monitor.plots import plot_loss
+from trainer.monitor.tracking.tracker import Tracked
 from trainer.parallel.dcp import AsyncSaver, load_tensors
 from trainer.parallel.engine import Engine
 from trainer.parallel.mesh import World
@@ -351,7 +351,7 @@ def test_status(tmp_path: Path) -> None:
 
 def test_inactive_metrics_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = Metrics(tmp_path, False, 4, 0)
-    metrics.start_wandb("project", "offline", "name", {})
+    metrics.start_trackers(["wandb"], Tracked(tmp_path, "project", "name", "offline", {}))
     metrics.write({"step": 1, "loss": 0.5})
     metrics.say("hello")
     metrics.status("running", 1)
@@ -376,48 +376,6 @@ def test_peak_flops() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops("Some Other GPU") is None
-
-
-WANDB = """
-import sys
-from pathlib import Path
-from trainer.monitor.metrics import Metrics
-folder, first = Path(sys.argv[1]), int(sys.argv[2])
-metrics = Metrics(folder, True, 10, first)
-metrics.start_wandb("project", sys.argv[3], "name", {"optim": {"lr": 0.5}})
-metrics.write({"step": first + 1, "loss": 0.5, "val_loss": 2.0, "images_per_s": 3.0})
-metrics.close()
-"""
-
-
-@pytest.mark.slow
-def test_wandb_offline(tmp_path: Path) -> None:
-    """Into the run folder, a resumed run under the same id, and nothing over a network.
-
-    In a process of its own, because wandb starts a service and sets variables. Whatever it wanted to reach, as its
-    server or through a proxy, would reach the socket here.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.setblocking(False)
-        address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        proxies = dict.fromkeys(("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "https_proxy"), address)
-        ids = []
-        for first in (0, 1):
-            subprocess.run(
-                [sys.executable, "-c", WANDB, str(tmp_path), str(first), "offline"],
-                env={**os.environ, **proxies, "NO_PROXY": "", "no_proxy": ""},
-                check=True, capture_output=True, timeout=120,
-            )  # fmt: skip
-            ids.append((tmp_path / "wandb_id.txt").read_text().split()[0])
-        with pytest.raises(BlockingIOError):
-            server.accept()
-    assert ids[0] == ids[1]
-    files = sorted(tmp_path.glob(f"wandb/offline-run-*-{ids[0]}/run-{ids[0]}.wandb"))
-    assert len(files) == 2
-    for file in files:
-        content = file.read_bytes()
-        assert all(name in content for name in (b"train/loss", b"val/loss", b"perf/images_per_s"))
-    assert steps_in(tmp_path) == [1, 2]
 
 
 def test_meta_of_a_run_is_json() -> None:

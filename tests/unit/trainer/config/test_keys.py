@@ -15,7 +15,8 @@ KEYS = [(kind, key) for kind, model in MODEL_KINDS.items() for key in leaf_keys(
 # Decision 10, by key: a new key must be given a class here as well, on purpose. A key that is listed by its own name is
 # an exception from its section.
 SCHEDULE = {"train.steps", "optim.", "ema."}
-RUNTIME = {"run.", "parallel.", "validation.", "sample.", "wandb.", "train.micro_batch_size", "train.deterministic"}
+RUNTIME = {"run.", "parallel.", "validation.", "sample.", "tracking.", "wandb."}
+RUNTIME |= {"train.micro_batch_size", "train.deterministic"}
 RUNTIME |= {f"train.{name}_every" for name in ("log", "validate", "checkpoint", "sample", "ema_snapshot")}
 RUNTIME |= {"train.evaluate_every", "train.evaluate_suite"}
 RUNTIME |= {

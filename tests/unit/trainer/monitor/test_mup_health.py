@@ -11,7 +11,7 @@ import torch
 from tests.distributed.runs import train
 from trainer.loop import forward_backward, train_step
 from trainer.monitor.mup_health import BINS, Health, WatchedParameter, time_figures, time_sums
-from trainer.monitor.trackers import wandb_name
+from trainer.monitor.tracking.tracker import shown_name
 from trainer.parallel.engine import StepResult
 from trainer.run import Intervals
 from trainer.state import Totals, TrainState
@@ -72,8 +72,8 @@ def test_loss_by_time() -> None:
     assert time_figures(sums.flatten().tolist()) == {"mup/loss_t0.0625": 2.0, "mup/loss_t0.9375": 8.0}
 
 
-def test_wandb_keeps_the_prefix() -> None:
-    assert wandb_name("mup/hidden/weight_norm") == "mup/hidden/weight_norm"
+def test_trackers_keep_the_prefix() -> None:
+    assert shown_name("mup/hidden/weight_norm") == "mup/hidden/weight_norm"
 
 
 def test_a_run_logs_its_health(tmp_path: Path) -> None:
