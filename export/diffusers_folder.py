@@ -1,5 +1,5 @@
 """The folder around exported weights: the config of the same model in diffusers (its twin), what that cannot express,
-scheduler, encoders, pipeline and model card."""
+scheduler, encoders and pipeline."""
 
 import json
 import shutil
@@ -17,13 +17,12 @@ from data.config import NONE
 from data.encoders.autoencoder import Autoencoder, load_autoencoder
 from data.encoders.text import TextEncoder, load_text_encoder, stored_text_encoder, tokenizer_subfolder
 from trainer.build.engine import build_sampler
-from trainer.config.load import to_yaml
 from trainer.config.resolve import resolve
-from trainer.config.schema import RunConfig, TrainConfig
+from trainer.config.schema import TrainConfig
 from trainer.diffusion.ddpm import BETA_RANGES
 
 from . import pipeline as export_pipeline
-from .forms import FLUX, Format, shipped, twin_of
+from .forms import FLUX, shipped, twin_of
 
 Encoders = Literal["copy", "reference"]
 _STOCK = {"pixart": "PixArtAlphaPipeline", "dit": "DiTPipeline"}
@@ -237,73 +236,3 @@ def _head() -> dict[str, str]:
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------------------- the card
-_OWN = """```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)  # runs this folder's pipeline.py
-pipe(PROMPT).images[0].save("image.png")
-```
-
-The pipeline is this folder's own, because {reasons}.
-"""
-_STOCK_USE = """```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("FOLDER"{parts})
-pipe(PROMPT, num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("image.png")
-```
-"""
-_LOWER = "\nThis pipeline of diffusers turns prompts into lower case; `--pipeline own` of the export does not.\n"
-_OFFICIAL = """The names are those of the official repository: `load_state_dict` of its model, built with these sizes.
-Steps of time count from 0 to 999, as in the official code of DiT; U-ViT counts from 1: give its model n - 1.
-"""
-
-
-def card(
-    config: TrainConfig, meta: Mapping[str, Any], form: Format, weights: str, reasons: list[str], encoders: Encoders
-) -> str:
-    """README.md: how to sample, what was folded, where the weights come from. reasons: why the pipeline is our own."""
-    text = config.label_classes is None
-    prompt = '"a red apple"' if text else "[7]"
-    if form == "official":
-        use = _OFFICIAL
-    elif reasons:
-        use = _OWN.replace("PROMPT", prompt).format(reasons="; ".join(reasons))
-    else:
-        parts = ", ".join(["", *(["vae=..."] if encoders == "reference" else [])])
-        parts += ", text_encoder=..., tokenizer=..." if text and encoders == "reference" else ""
-        use = _STOCK_USE.replace("PROMPT", prompt).format(
-            parts=parts, steps=config.sample.steps, guidance=config.sample.guidance
-        )
-        use += _LOWER if text else ""
-        if encoders == "reference":
-            use += f"\nLoad the autoencoder from `{config.autoencoder.path}`"
-            use += f", the text encoder from `{config.text_encoder.path}`.\n" if text else ".\n"
-    settings = meta["mup"]["settings"]
-    return f"""---
-library_name: diffusers
-tags: [diffusion, mup, {config.model.kind}]
----
-# {config.run.name or config.model.kind}
-
-Trained with muDiT under {settings["parametrization"]} and exported from the {weights} weights.
-
-{use}
-The factor on the final layer's input (muP's 1 / m) and that on residual branches (mup.base_depth) are multiplied into
-the weights: nothing of them is left to apply.
-
-| | |
-|---|---|
-| step | {meta["step"]} |
-| commit | `{meta["commit"] or "unknown"}` |
-| muP table, sha256 | `{meta["mup"]["sha256"]}` |
-| data, fingerprint | `{meta["fingerprints"].get("data", "unknown")}` |
-
-The config it was trained with:
-
-```yaml
-{to_yaml(config.model_copy(update={"run": RunConfig()}))}```
-"""

@@ -9,11 +9,11 @@ from trainer.build.engine import build_mup_table
 from trainer.checkpoint.compatible import check_same_model, lasting
 from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.files import write_atomically
 from trainer.mup.table import MuTable
 from trainer.parallel.dcp import TensorReader
 
-from .diffusers_folder import Encoders, card, position_table, without_parts, write_folder
+from .card import About, check_about, write_card
+from .diffusers_folder import Encoders, position_table, without_parts, write_folder
 from .forms import Format, refusals
 from .names import Layout, fold, layout
 from .weight_files import SafetensorsWriter
@@ -32,15 +32,19 @@ def export_checkpoint(
     encoders: Encoders = "copy",
     own_pipeline: bool = False,
     max_shard_gib: float = 5.0,
+    license: str | None = None,
+    transferred: Path | None = None,
 ) -> str:
     """Write the folder `output` whole or not at all; returns a line that says what is in it.
 
-    meta, config: of the checkpoint. Raises ConfigError where the other code base cannot express the model, and
-    CheckpointError where weights are missing.
+    meta, config: of the checkpoint. license, transferred: see card.About. Raises ConfigError where the other code base
+    cannot express the model or the card would tell what is not so, and CheckpointError where weights are missing.
     """
     reasons = [*refusals(config, form), *(without_parts(config) if form == "diffusers" else ())]
     if reasons:
         raise ConfigError(f"{checkpoint} cannot be exported:\n  " + "\n  ".join(reasons))
+    about = About(checkpoint, license, transferred)
+    check_about(about, meta)
     table = build_mup_table(config)
     check_same_model(meta, table.to_json(), checkpoint, rules=True)
     group = "model" if weights == "live" else f"ema_{config.ema.decays[0]}"
@@ -64,7 +68,7 @@ def export_checkpoint(
             where, stem = folder, "model"
         limit = int(max_shard_gib * GIB)
         write_weights(reader, group, table, config, layout_of(config, table, form), where, stem, limit)
-        write_atomically(folder / "README.md", card(config, meta, form, weights, own, encoders))
+        write_card(folder, config, meta, about, form, weights, own, encoders)
     pipeline = f", with a pipeline of its own: {'; '.join(own)}" if own else ""
     return f"the {weights} weights of {checkpoint}: {output}{pipeline}"
 

@@ -19,7 +19,7 @@ FOLDERS = tuple(rooms())
 PACKAGES = (
     "torch", "deepspeed", "accelerate", "webdataset", "transformers", "wandb", "diffusers", "pydantic", "yaml",
     "optuna", "safetensors", "fsspec", "pyarrow", "numpy", "PIL", "sentencepiece", "jinja2", "matplotlib", "rich",
-    "plotly", "starlette", "tensorboard", "trackio", "uvicorn",
+    "huggingface_hub", "plotly", "starlette", "tensorboard", "trackio", "uvicorn",
 )  # fmt: skip
 # May be imported inside a function.
 OPTIONAL = ("wandb", "matplotlib", "optuna", "deepspeed", "torchao", "tensorboard", "trackio")
@@ -125,7 +125,7 @@ ROOMS: dict[str, Room] = {
     "trainer.forecast.track": Room((), ("data.files", "trainer.config", "trainer.errors")),
     "trainer.build": Room(PACKAGES, ("models", "data", "trainer")),
     "export": Room(
-        ("torch", "safetensors", "diffusers", "transformers"),
+        ("torch", "safetensors", "diffusers", "transformers", "huggingface_hub", "jinja2", "yaml"),
         ("models", "data.encoders", "data.config", "data.files", "data.errors", "data.redaction", "trainer", "export"),
     ),
     "launch": Room(PACKAGES, ("trainer", "data", "export", "launch")),
