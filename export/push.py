@@ -54,12 +54,12 @@ def push(folder: Path, repo: str, private: bool, token: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None and not isinstance(
-        error, HfHubHTTPError
-    ):  # "Error while uploading ..." tells nothing
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):  # past "Error while uploading"
         error = error.__cause__
-    code = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    said = one_line(str(error).strip().partition("\n")[0] or type(error).__name__, 300).rstrip(".")
+    code, said = None, str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, HfHubHTTPError):
+        code, said = error.response.status_code, error.server_message or said
+    said = one_line(said, 300).rstrip(".")
     if code in (401, 403):
         return f"{constants.ENDPOINT} does not give this token the right to write there ({code}: {said})"
     return f"{constants.ENDPOINT} answers {code}: {said}" if code else f"{constants.ENDPOINT}: {said}"

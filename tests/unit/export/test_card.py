@@ -168,6 +168,7 @@ def test_a_push_that_fails_says_why_and_keeps_the_folder(
     def refused(name: str, repo: str = "me/apples", *more: str) -> str:
         with pytest.raises(ConfigError) as caught:
             run_export(online, "--checkpoint", run_folder, "--output", tmp_path / name, "--push", repo, *more)
+        assert caught.value.__cause__ is None
         assert caught.value.__context__ is None or caught.value.__suppress_context__, "a traceback would quote it"
         return str(caught.value)
 
@@ -177,7 +178,8 @@ def test_a_push_that_fails_says_why_and_keeps_the_folder(
     with serve_hub("another") as hub:
         online.setattr(constants, "ENDPOINT", hub.url)
         told = refused("without_rights")
-    assert f"{hub.url} does not give this token the right to write there (403" in told
+    assert f"{hub.url} does not give this token the right to write there" in told
+    assert "(403: no right to write, asked as Bearer ${HF_TOKEN})" in told
     assert f"Then send it by `hf upload me/apples {tmp_path / 'without_rights'} .`" in told
     unreached = refused("without_network")  # the hub is gone
     assert f"{hub.url}: [Errno 111]" in unreached
