@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,44 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
     monkeypatch.setitem(trackers.importlib.util.__dict__, "find_spec", lambda name: None if name == "trackio" else name)
     with pytest.raises(ConfigError, match=r"trackio is not installed: pip install -e '\.\[trackers\]'"):
         check_installed(["wandb", "trackio"])
+
+
+@pytest.mark.slow
+def test_a_database_that_another_holds_does_not_hold_the_run(tmp_path: Path) -> None:
+    """The lines go in as soon as it is free; a database that stays held costs the tracker, at the end."""
+    code = """
+import sqlite3, sys, time
+from pathlib import Path
+from trainer.monitor.metrics import Metrics
+from trainer.monitor.tracking import trackio_run
+from trainer.monitor.tracking.tracker import Tracked
+folder = Path(sys.argv[1])
+trackio_run.FINISH_S = 0.5
+metrics = Metrics(folder, True, 10, 0)
+metrics.start_trackers(["trackio"], Tracked(folder, "project", "name", "offline", {}))
+database = sqlite3.connect(folder.parent / "trackio" / "project.db")
+database.execute("BEGIN IMMEDIATE")
+began = time.monotonic()
+for step in range(1, 6):
+    metrics.write({"step": step, "loss": 1.0})
+print("took", time.monotonic() - began < 2)
+if sys.argv[2:]:
+    database.rollback()
+    trackio_run.FINISH_S = 30.0
+metrics.close()
+"""
+    (tmp_path / "run").mkdir()
+    environment = {key: value for key, value in os.environ.items() if key != "TRACKIO_DIR"}
+    for free in ([], ["free"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "run"), *free],
+            env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert "took True" in done.stdout, (done.stdout, done.stderr)
+        assert ("warning: trackio has failed (its database has not taken" in done.stdout) == (not free), done.stdout
+    with sqlite3.connect(tmp_path / "trackio" / "project.db") as database:
+        assert database.execute("SELECT step FROM metrics").fetchall() == [(step,) for step in range(1, 6)]
+    database.close()
 
 
 @pytest.mark.slow
