@@ -1,4 +1,4 @@
-# make setup | demo | test | test-fast | lint | soak | bench | gpu-check | schema | constraints
+# make setup | demo | test | test-fast | lint | docs | soak | bench | gpu-check | schema | constraints
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup cifar constraints demo test all-tests test-fast lint soak bench gpu-check schema
+.PHONY: setup cifar constraints demo test all-tests test-fast lint docs soak bench gpu-check schema
 
 # ------------------------------------------------------------------------------------------------------- environment
 
@@ -109,6 +109,11 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/hadolint docker/Dockerfile
+
+# A link or an anchor that leads nowhere fails it (with --quiet it would not). The variable: mkdocs-material's notice of its successor.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "site/index.html opens without a server; its search wants one: python3 -m http.server --directory site"
 
 schema: .venv/ready
 	$(BIN)/python -m trainer.config.schema > configs/schema.json
