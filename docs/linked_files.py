@@ -4,6 +4,7 @@
 the file's text. A link to a file that does not exist stays as it is, and then fails the build.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -19,13 +20,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the page of each linked file, outside the navigation."""
     texts = [file.content_string for file in files.documentation_pages()]
     for name in sorted({name for text in texts for name in LINK.findall(text) if (ROOT / name).is_file()}):
-        path = ROOT / name
-        text = f"# {name}\n\n````` {path.suffix.removeprefix('.')}\n{path.read_text()}\n`````\n"
+        text = f"# {name}\n\n{_markdown(ROOT / name)}"
         page = File.generated(config, f"files/{name}.md", content=text, inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(page)
     return files
 
 
+def _markdown(path: Path) -> str:
+    """A file as a block of code; a notebook as its sentences and cells."""
+    if path.suffix != ".ipynb":
+        return f"````` {path.suffix.removeprefix('.')}\n{path.read_text()}\n`````\n"
+    cells = json.loads(path.read_text())["cells"]
+    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    text = "\n\n".join(f"``` python\n{text}\n```" if kind == "code" else text for kind, text in texts)
+    return text.replace("](../docs/", "](../../")
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Lead links to these files to their pages. All documents lie in docs/ itself."""
+    if page.file.src_uri.startswith("files/"):
+        return markdown
     return LINK.sub(lambda link: f"](files/{link[1]}.md" if (ROOT / link[1]).is_file() else link[0], markdown)

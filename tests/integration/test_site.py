@@ -25,13 +25,16 @@ def test_the_site_has_every_page_and_needs_no_other_host(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"README"} | {"index", "404"}
     assert {path.stem for path in tmp_path.glob("*.html")} == pages
-    assert not list(tmp_path.glob("*.py")) + list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.glob("*.py"))
+    assert "excluded from the built site" not in done.stderr
     for page in tmp_path.glob("*.html"):
         loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=[\"']?([^\"' >]+)", page.read_text())
         assert any("stylesheets/main" in address for address in loaded)
         assert not [address for address in loaded if "//" in address], page.name
     # A file outside docs/ that a page links to is a page of the site.
     assert "files/models/registry.py.html" in (tmp_path / "extending.html").read_text()
+    assert "## Is μP right" not in (notebook := (tmp_path / "files/examples/first_steps.ipynb.html").read_text())
+    assert "Is μP right?" in notebook
     assert "BACKBONES" in (tmp_path / "files" / "models" / "registry.py.html").read_text()
 
 
