@@ -14,25 +14,31 @@ export TOKENIZERS_PARALLELISM := false
 setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 	@echo "ready: make demo, make test"
 
-# A torch that sees a GPU is kept (the environment then looks through to the system's packages); without one the CPU
-# build is taken where pip finds it. Each package is compared with its SHA-256 in constraints.txt. Two things are not:
-# setuptools, with which pip builds the few packages that are published as source alone, and the CUDA libraries that
-# PyPI's torch brings to a machine without a GPU. uv installs several times as fast as pip, which takes over where uv does
-# not find the packages: a mirror in pip's own settings.
+# A torch that sees a GPU is kept: the environment then looks through to the system's packages. Else TORCH_INDEX is the
+# address of an index whose build of torch is taken, as PyTorch's own of builds for CPUs; without it the build for CPUs
+# is taken where pip's own index has it, and from PyPI the one with CUDA's libraries (some 6 GB). Each package is compared
+# with its SHA-256 in constraints.txt. Three things are not: what TORCH_INDEX names, setuptools, with which pip builds the
+# few packages that are published as source alone, and CUDA's libraries. uv installs several times as fast as pip, which
+# takes over where uv does not find the packages: a mirror in pip's own settings.
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"muDiT needs Python 3.11 or newer, got {v}: make PYTHON=python3.12 setup")'
-	@set -e; mkdir -p .cache; \
+	@set -e; mkdir -p .cache; cp constraints.txt .cache/constraints.txt; \
+	torch=$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt); without_torch='/^torch==/,/[^\\]$$/d'; \
 	if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then \
 	    test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages .venv; \
-	    sed '/^torch==/,/[^\\]$$/d' constraints.txt > .cache/constraints.txt; \
+	    sed -i "$$without_torch" .cache/constraints.txt; \
 	else \
 	    test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
-	    cp constraints.txt .cache/constraints.txt; \
-	    sed -n 's/^\(torch==[^ ]*\).*/\1+cpu --hash=sha256:$(CPU_TORCH)/p' constraints.txt > .cache/torch.txt; \
-	    $(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r .cache/torch.txt 2>/dev/null \
-	        || echo "torch's build for CPUs is not found: PyPI's is taken"; \
+	    if [ -n "$(TORCH_INDEX)" ]; then \
+	        $(BIN)/python -m pip install -q --no-compile --no-deps --index-url "$(TORCH_INDEX)" $$torch; \
+	        sed -i "$$without_torch" .cache/constraints.txt; \
+	    else \
+	        echo "$$torch+cpu --hash=sha256:$(CPU_TORCH)" > .cache/torch.txt; \
+	        $(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r .cache/torch.txt 2>/dev/null \
+	            || echo "torch's build for CPUs is not found: PyPI's is taken, with CUDA's libraries (make setup TORCH_INDEX=URL takes another)"; \
+	    fi; \
 	fi; \
-	echo "installing some 160 packages"; \
+	echo "installing some 200 packages"; \
 	sed -n '/^uv==/,/[^\\]$$/p' constraints.txt > .cache/uv.txt; \
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r .cache/uv.txt; \
 	index=$$($(BIN)/python -m pip config get global.index-url 2>/dev/null || true); \

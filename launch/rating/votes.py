@@ -51,13 +51,16 @@ class Votes:
             raise DataError(f"{path} does not exist: expected the votes.db that rate.py writes")
         self._lock = threading.Lock()
         try:
-            self._file = sqlite3.connect(path, check_same_thread=False)
-            # A commit returns when the vote is on the disk, and leaves one file, which can be copied.
-            self._file.execute("PRAGMA journal_mode = DELETE")
-            self._file.execute("PRAGMA synchronous = FULL")
-            _check_schema(self._file)
-            self.study: dict[str, Any] = _study_in(self._file)
-            self.all()
+            with contextlib.ExitStack() as until_it_is_known:
+                self._file = sqlite3.connect(path, check_same_thread=False)
+                until_it_is_known.callback(self.close)
+                # A commit returns when the vote is on the disk, and leaves one file, which can be copied.
+                self._file.execute("PRAGMA journal_mode = DELETE")
+                self._file.execute("PRAGMA synchronous = FULL")
+                _check_schema(self._file)
+                self.study: dict[str, Any] = _study_in(self._file)
+                self.all()
+                until_it_is_known.pop_all()
         except (sqlite3.Error, ValueError, RecursionError) as error:
             raise DataError(f"{path} is not the votes.db of a rating: {one_line(str(error), 200)}") from None
 

@@ -32,7 +32,7 @@ from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError, ConfigError
 
 FLUX = ("model.positions=rope", "model.single_depth=1")
-SLACK = 8 * 2**20  # bytes: what an allocator keeps, and code that is first used here
+SLACK = 16 * 2**20  # bytes: what an allocator keeps, and code that is first used here (most in torch's CUDA build)
 VAE = ("autoencoder.path=vae", "autoencoder.channels=4", "autoencoder.downsample=8", "data.resolution=256")
 
 

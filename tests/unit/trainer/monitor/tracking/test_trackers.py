@@ -1,5 +1,6 @@
 """Trackers never cost a run, are resumed by one rule, and reach nobody unless they are told to."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -154,9 +155,8 @@ metrics.close()
         )  # fmt: skip
         assert "took True" in done.stdout, (done.stdout, done.stderr)
         assert ("warning: trackio has failed (its database has not taken" in done.stdout) == (not free), done.stdout
-    with sqlite3.connect(tmp_path / "trackio" / "project.db") as database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "project.db")) as database:
         assert database.execute("SELECT step FROM metrics").fetchall() == [(step,) for step in range(1, 6)]
-    database.close()
 
 
 @pytest.mark.slow
