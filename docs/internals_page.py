@@ -82,7 +82,7 @@ each step:
 | initialisation | `declarations` of the backbone and `trainer/mup/rules.py`; `trainer/mup/apply.py` does it |
 | which of its captions a sample gets | `pick` in `data/captions.py`; `data/decode.py` draws it, and the drop |
 | signals | in each process `trainer/recovery/signals.py`; `stop_signal.py` tells all ranks, and the loop then saves |
-| signals before that | `launch/workers.py` of `mudit train`, or the trap in `launch/slurm/train.sbatch`, pass them on |
+| signals before that | `launch/workers.py` (`mudit train`), a trap in `launch/slurm/train.sbatch` (Slurm) |
 | a hung or lost rank | `trainer/recovery/watchdog.py` |
 | which checkpoint a run resumes | `trainer/checkpoint/resume.py`, and `find.py` for damaged ones |
 | what a stage may change | `trainer/config/stages.py`; `launch/train.py` trains one after the other |
@@ -95,7 +95,7 @@ each step:
 | the page of `mudit watch` and `report` | `run_data.py`, `panels.py` and `templates/page.js` in `trainer/page/` |
 | FLOPs | of a backbone: `multiply_adds` in `models/configs.py`; of a training step: `trainer/build/flops.py` |
 | MFU | `trainer/loop.py` |
-| the price of a run before it is queued | `report.py` in `trainer/estimate/`; its memory: `memory.py`, its time: `step_time.py` |
+| the price of a run before it is queued | `report.py`, `memory.py`, `step_time.py` in `trainer/estimate/` |
 | Muon's polar factors | `trainer/parallel/polar.py` |
 | names of weights in other projects | `export/names.py` |
 | the Slurm script | `launch/slurm/train.sbatch`, filled in by `launch/slurm/job.py` |
