@@ -90,7 +90,7 @@ cifar: .cache/cifar10
 
 # FAST=1: half the width, half the steps.
 demo: setup
-	$(BIN)/python -m examples.demo $(if $(FAST),--fast)
+	$(BIN)/python -m examples.demo $(if $(filter-out 0,$(FAST)),--fast)
 
 # Two for each core, because many tests wait for processes that they have started.
 WORKERS := $(shell echo $$((2 * $$(nproc))))

@@ -67,6 +67,8 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="that train together and share the cores (default: 1)")
     parser.add_argument("--fast", action="store_true", help=f"sooner, with worse pictures: {' '.join(FAST)}")
     arguments = parser.parse_args()
+    if arguments.processes < 1:
+        raise ConfigError(f"--processes must be at least 1, got {arguments.processes}")
     began = time.monotonic()
     given = {text.partition("=")[0] for text in arguments.overrides}
     sooner = [text for text in FAST if arguments.fast and text.partition("=")[0] not in given]

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.redaction import message
-from launch.common import command, run
+from launch.common import add_overwrite, command, keep_files, run
 from launch.shard import config_of_shards
+
+PAGE = Path(".cache/data_report.html")
 
 
 def main() -> int:
@@ -26,12 +28,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of which samples are drawn (default: %(default)s)")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help="processes that decode (default: one per core)")
-    parser.add_argument("--output", type=Path, default=Path(".cache/data_report.html"), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help=f"the file to write (default: {PAGE}, each time anew)")
+    add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_args()
     for option, least in (("sample", 1), ("seed", 0), ("workers", 0)):
         if (value := getattr(args, option)) < least:
             raise DataError(f"--{option} must be at least {least}, got {value}")
+    if args.output:
+        keep_files(args.overwrite, args.output)
     config = config_of_shards(args)
     from data.encoders.text import token_counts
     from data.report.page import Settings, write_report
@@ -47,11 +52,10 @@ def main() -> int:
             token_counts(config.text_encoder),
             config.label_classes,
         )
-    found = write_report(args.output, config.data, settings, args.sample, args.seed, args.workers)
+    page = args.output or PAGE
+    found = write_report(page, config.data, settings, args.sample, args.seed, args.workers)
     counted = f"{found['samples']} samples, {found['decoded']} of them decoded"
-    print(
-        json.dumps(found | {"page": str(args.output)}, indent=1) if args.json else message(f"{counted}: {args.output}")
-    )
+    print(json.dumps(found | {"page": str(page)}, indent=1) if args.json else message(f"{counted}: {page}"))
     return 0
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,14 +53,20 @@ def overview() -> str:
     return "\n".join([f"usage: mudit COMMAND ... (each has --help)\n\n{__doc__}", "commands:", *lines])
 
 
+def command_of(words: Sequence[str], known: Collection[str]) -> tuple[str, list[str]]:
+    """Name of the command that stands in front of its words, and these: `data report` is `data-report`."""
+    name, others = words[0].replace("_", "-"), list(words[1:])
+    if others and (joined := f"{name}-{others[0]}") in known:
+        return joined, others[1:]
+    return name, others
+
+
 def _dispatch() -> int:
     if not sys.argv[1:] or sys.argv[1] in ("-h", "--help", "help"):
         print(overview())
         return 0
-    name, words = sys.argv[1].replace("_", "-"), sys.argv[2:]
     known = commands()
-    if words and (joined := f"{name}-{words[0]}") in known:  # `mudit data report` is `mudit data-report`
-        name, words = joined, words[1:]
+    name, words = command_of(sys.argv[1:], known)
     if name not in known:
         raise ConfigError(f'mudit has no command "{name}"{nearest(name, list(known))} `mudit --help` lists them')
     stem = name.replace("-", "_")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.completion import Words, words_of
-from launch.mudit import commands
+from launch.mudit import command_of, commands
+from tests.helpers.paths import ROOT
 from tests.unit.test_docs import PAGES
 from trainer.config.load import load_config
 
@@ -27,9 +28,14 @@ def found(page: Path) -> Iterator[tuple[str, list[str]]]:
     lines += re.findall(r"`([^`]+)`", FENCE.sub("", text))
     for line in lines:
         command = re.search(r"(?:\blaunch/(\w+)\.py|\bmudit ([a-z][\w-]*))(?:\s+(.*))?$", line)
-        name = command and (command[1] or command[2]).replace("_", "-")
-        if command and name in commands() and MISTAKE not in line:
-            yield name, shlex.split(command[3] or "", comments=True)
+        if command and MISTAKE not in line:
+            words = shlex.split(command[3] or "", comments=True)
+            name, others = command_of([command[1] or command[2], *words], commands())
+            # Beside commands, pages name what stands for any, and files that commands share.
+            if name in commands():
+                yield name, others
+            else:
+                assert name == "NAME" or (ROOT / "launch" / f"{name}.py").is_file(), f"{page.name}: {line}"
 
 
 def wrong(words: list[str], command: Words) -> list[str]:

@@ -27,7 +27,7 @@ def read_questions(path: str, key: str) -> list[Prompt]:
                 raise DataError(f"{key}: {file} has no column {', '.join(missing)}; expected DPG-Bench's dpg_bench.csv")
             for row in reader:
                 item = items.setdefault(row["item_id"], {"text": "", "questions": []})
-                item["text"] = item["text"] or row["text"].strip()
+                item["text"] = item["text"] or (row["text"] or "").strip()
                 item["questions"].append(_question(row, f"{key}: {file}, line {reader.line_num}"))
     except (OSError, ValueError, csv.Error) as error:
         if isinstance(error, DataError):

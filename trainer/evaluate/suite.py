@@ -133,6 +133,8 @@ class SuiteConfig(Section):
         ]
         if {"geneval", "dpg_bench"} <= wanted:
             problems.append("metrics: geneval and dpg_bench have prompts of their own: make a suite for each")
+        if wanted & {"geneval", "dpg_bench"} and self.prompts in (CLASSES, RANDOM_CLASSES):
+            problems.append(f"prompts: {self.prompts} has no questions: give the benchmark's file (docs/evaluate.md)")
         if self.rectified_flow is None and self.ddpm is None:
             problems.append("rectified_flow, ddpm: at least one of them must say sampler and steps")
         if problems:

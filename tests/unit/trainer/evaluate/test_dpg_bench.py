@@ -50,6 +50,7 @@ def test_questions_of_the_file(tmp_path: Path) -> None:
         ([[*ROWS[0][:4], "x", *ROWS[0][5:]]], COLUMNS, "line 2: proposition_id '1' and dependency 'x'"),
         ([[*ROWS[0][:7], " "]], COLUMNS, "a question needs a tuple"),
         ([["a", " ", *ROWS[0][2:]]], COLUMNS, "a has no text"),
+        ([["a"]], COLUMNS, "line 2: proposition_id None and dependency None"),
     ):
         with pytest.raises(DataError, match=f"prompts: .*bad.csv.*{said}"):
             read_questions(write(tmp_path / "bad.csv", rows, columns), "prompts")

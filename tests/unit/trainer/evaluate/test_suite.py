@@ -88,6 +88,11 @@ def test_mistakes_are_named(tmp_path: Path, override: str, said: str) -> None:
     assert said in str(error.value)
 
 
+def test_classes_have_no_questions() -> None:
+    with pytest.raises(ValueError, match="prompts: classes has no questions"):
+        SuiteConfig.model_validate(MINIMAL | {"metrics": ["dpg_bench"], "prompts": "classes", "vqa": "blip"})
+
+
 def test_suites_apply_to_configs() -> None:
     suite = SuiteConfig.model_validate(MINIMAL)
     config = suite.applied(load_config("dit_debug_mup"), ["parallel.shard=0"])
