@@ -42,10 +42,10 @@ setup: .venv/ready .cache/minilm .cache/inception.pt .cache/emoji
 	sed -n '/^uv==/,/[^\\]$$/p' constraints.txt > .cache/uv.txt; \
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r .cache/uv.txt; \
 	index=$$($(BIN)/python -m pip config get global.index-url 2>/dev/null || true); \
-	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --require-hashes $${index:+--index-url $$index} \
-	    -r .cache/constraints.txt \
+	install="$(BIN)/uv pip install -q --python $(BIN)/python $${index:+--index-url $$index}"; \
+	$$install --no-deps --require-hashes -r .cache/constraints.txt \
 	    || $(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r .cache/constraints.txt; \
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'; \
+	$$install --no-build-isolation -e '.[dev]' || $(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'; \
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; what no Python can compile stays as it is
 	@touch $@
 
