@@ -53,11 +53,15 @@ def run_id(file: Path, project: str, name: str) -> str:
     """The id under which a resumed run is continued, as the file holds it. It belongs to project, name and folder: a
     copied run folder, and a run under another name, get their own."""
     owner = json.dumps([project, name, str(file.parent.resolve())])
-    held = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    if held and re.fullmatch(r"[0-9a-f]{8}", held[0]) and held[1:] in ([], [owner]):  # []: of an older version
-        found = held[0]
-    else:
-        found = secrets.token_hex(4)
-    if held != [found, owner]:
+    held, rest = held_id(file)
+    found = held if held and rest in ([], [owner]) else secrets.token_hex(4)  # []: of an older version
+    if [held, *rest] != [found, owner]:
         write_atomically(file, f"{found}\n{owner}\n")
     return found
+
+
+def held_id(file: Path) -> tuple[str | None, list[str]]:
+    """(the id that a file holds, its other lines). None where it is none that run_id would have made: a file from
+    elsewhere may hold anything, and ids become names of folders."""
+    held = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return (held[0], held[1:]) if held and re.fullmatch(r"[0-9a-f]{8}", held[0]) else (None, held[1:])

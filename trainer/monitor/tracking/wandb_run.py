@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .tracker import Tracked, run_id
+from .tracker import Tracked, held_id, run_id
 
 ONLINE_S = 30.0  # that the server has to answer at the start, and to take the rest at the end
 _ID_FILE = "wandb_id.txt"
@@ -28,9 +28,9 @@ class WandbRun:
             raise RuntimeError("no API key: give one by `wandb login`, or in WANDB_API_KEY")
         if tracked.mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it posts telemetry, offline or not
-        held_id = _held_id(tracked.folder)
+        before, _ = held_id(tracked.folder / _ID_FILE)
         own_id = run_id(tracked.folder / _ID_FILE, tracked.project, tracked.name)
-        self.held = step if own_id == held_id else -1
+        self.held = step if own_id == before else -1
         self._image = wandb.Image
         self._run = wandb.init(
             project=tracked.project,
@@ -59,18 +59,24 @@ class WandbRun:
 def withdraw(folder: Path) -> str | None:
     """Lines of the run folder are about to be cut: what is not sent yet goes, and the next run is a new one. Returns
     the id of the present one if any of it is sent."""
-    if (identity := _held_id(folder)) is None:
+    identity, _ = held_id(folder / _ID_FILE)
+    if identity is None:
         return None
-    sent = any(folder.glob(f"wandb/run-*-{identity}"))
-    for written in folder.glob(f"wandb/offline-run-*-{identity}"):
-        if any(written.glob("*.wandb.synced")):  # `wandb sync` leaves that beside what it has sent
+    sent = False
+    for written in _folders(folder / "wandb"):
+        if not written.name.endswith(f"-{identity}"):
+            continue
+        # `wandb sync` leaves *.synced beside what it has sent.
+        if written.name.startswith("run-") or any(written.glob("*.wandb.synced")):
             sent = True
-        else:
+        elif written.name.startswith("offline-run-"):
             shutil.rmtree(written, ignore_errors=True)
     (folder / _ID_FILE).unlink()
     return identity if sent else None
 
 
-def _held_id(folder: Path) -> str | None:
-    file = folder / _ID_FILE
-    return file.read_text(errors="replace").partition("\n")[0].strip() if file.is_file() else None
+def _folders(folder: Path) -> list[Path]:
+    """Those in a folder, none of them, nor the folder itself, a link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
