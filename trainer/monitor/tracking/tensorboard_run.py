@@ -36,13 +36,12 @@ class TensorboardRun:
         self._file = open_plain(folder / f"events.out.tfevents.{began:010d}.{socket.gethostname()}.{os.getpid()}", "ab")
         self._records = RecordWriter(self._file)
         self._write(0, file_version="brain.Event:2")
-        # A reader drops what files before this one hold of later steps.
-        self._write(step + 1, session_log={"status": "START"})
-        if not before:
-            text = "\n".join(f"    {key}: {value}" for key, value in tracked.config.items())  # Markdown: as it stands
-            content = {"dtype": "DT_STRING", "string_val": [text.encode()]}
-            text_plugin = {"plugin_data": {"plugin_name": "text"}}
-            self._show(0, {"tag": "config", "metadata": text_plugin, "tensor": content})
+        # A reader drops what files before this one hold from here on; a start from 0 validates at step 0 anew.
+        self._write(step + 1 if step else 0, session_log={"status": "START"})
+        text = "\n".join(f"    {key}: {value}" for key, value in tracked.config.items())  # Markdown: as it stands
+        content = {"dtype": "DT_STRING", "string_val": [text.encode()]}
+        text_plugin = {"plugin_data": {"plugin_name": "text"}}
+        self._show(step, {"tag": "config", "metadata": text_plugin, "tensor": content})
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         numbers = {tag: float(value) for tag, value in figures.items() if isinstance(value, int | float)}

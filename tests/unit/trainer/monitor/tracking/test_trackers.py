@@ -22,6 +22,7 @@ from trainer.monitor.metrics import Metrics, read_metrics
 from trainer.monitor.tracking import trackers
 from trainer.monitor.tracking.tracker import Tracked, run_id
 from trainer.monitor.tracking.trackers import check_installed
+from trainer.monitor.tracking.wandb_run import withdraw
 
 
 class Failing:
@@ -98,6 +99,31 @@ def test_an_id_belongs_to_project_name_and_folder(tmp_path: Path) -> None:
     assert run_id(copied / "id", "project", "name") == copied_id
     (folder / "id").write_bytes(b"\xff\0damaged")
     assert len(run_id(folder / "id", "c", "b")) == 8
+
+
+@pytest.mark.parametrize("identity", ["x/../../../victim", "0badcaf?", "0badcafe "])
+def test_an_id_of_a_foreign_file_removes_nothing(identity: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for folder in (tmp_path / "victim", run / "wandb" / "offline-run-1-x", run / "wandb" / "offline-run-1-0badcafe"):
+        folder.mkdir(parents=True)
+    (run / "wandb_id.txt").write_text(identity)
+    before = sorted(tmp_path.rglob("*"))
+    assert withdraw(run) is None
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("linked", ["wandb", "wandb/offline-run-1-0badcafe"])
+def test_what_is_withdrawn_lies_in_the_run_folder(linked: str, tmp_path: Path) -> None:
+    run, victim = tmp_path / "run", tmp_path / "victim" / "offline-run-1-0badcafe"
+    (run / "wandb" / "offline-run-2-0badcafe").mkdir(parents=True)
+    victim.mkdir(parents=True)
+    (run / "wandb_id.txt").write_text("0badcafe")
+    if linked == "wandb":
+        (run / "wandb").rename(run / "before")
+    (run / linked).symlink_to(victim.parent if linked == "wandb" else victim)
+    assert withdraw(run) is None
+    assert victim.is_dir()
+    assert linked == "wandb" or not (run / "wandb" / "offline-run-2-0badcafe").exists()
 
 
 def test_kind_is_a_name_or_a_list_and_older_configs_name_wandb() -> None:
@@ -177,6 +203,21 @@ def test_a_rollback_takes_back_what_tensorboard_has(tmp_path: Path) -> None:
     assert of_tensorboard(tmp_path) == [(1, 1.0), (2, 20.0)]
 
 
+def test_a_run_begun_anew_leaves_no_number_of_the_first_in_tensorboard(tmp_path: Path) -> None:
+    """At step 0 as well. The config of each start stands there, the newest last: its reader drops numbers alone."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, lr in ((0, 5.0), (0, 7.0), (3, 9.0)):
+        metrics = Metrics(tmp_path, True, 10, first)
+        metrics.start_trackers(["tensorboard"], Tracked(tmp_path, "project", "name", "offline", {"lr": lr}))
+        metrics.write({"step": first, "val_loss": lr})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val/loss")] == [(0, 7.0), (3, 9.0)]
+    configs = [(event.step, event.tensor_proto.string_val[0].strip()) for event in events.Tensors("config")]
+    assert configs[-2:] == [(0, b"lr: 7.0"), (3, b"lr: 9.0")]
+
+
 RUN = """
 import os, signal, sys
 from pathlib import Path
@@ -241,8 +282,7 @@ def of_tensorboard(folder: Path) -> list[tuple[int, float]]:
     if (folder / "samples").is_dir():
         (image,) = events.Images("samples")
         assert (image.step, image.width, image.height) == (2, 8, 4)
-        (config,) = events.Tensors("config")
-        assert b"'lr': 0.5" in config.tensor_proto.string_val[0]
+        assert all(b"'lr': 0.5" in config.tensor_proto.string_val[0] for config in events.Tensors("config"))
         assert {"val/loss", "perf/images_per_s", "mup/a"} <= {*events.Tags()["scalars"]}
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
