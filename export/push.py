@@ -39,18 +39,26 @@ def check_push(repo: str, config: TrainConfig, encoders: Encoders) -> str:
 
 def push(folder: Path, repo: str, private: bool, token: str) -> str:
     """Send the folder as one commit, to a repository that is made where there is none; returns its address. Raises
-    ConfigError, whatever goes wrong on the way: the folder is complete, and stays."""
+    ConfigError, whatever goes wrong on the way: the folder is complete, and stays. private: only to one that is."""
     try:
         api = huggingface_hub.HfApi(token=token)
         url = api.create_repo(repo, private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from muDiT")
-        return str(url)
+        # Of one that was there, create_repo changes nothing.
+        is_open = private and api.model_info(repo).private is not True
+        if not is_open:
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from muDiT")
     # Of many libraries, and a traceback would quote what they were called with.
     except Exception as error:
         raise ConfigError(
             f"{folder} is written, but could not be pushed to {repo}: {_reason(error)}. "
-            f"Then send it by `hf upload {repo} {folder} .`"
+            f"Then send it by `hf upload {repo} {folder} .{' --private' if private else ''}`"
         ) from None
+    if is_open:
+        raise ConfigError(
+            f"{folder} is written, but {repo} is not private at {constants.ENDPOINT}, and nothing was sent: make it "
+            "private there, or name another repository, or leave --private out"
+        )
+    return str(url)
 
 
 def _reason(error: BaseException) -> str:

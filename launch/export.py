@@ -35,7 +35,9 @@ def main() -> int:
         "--transferred", type=Path, metavar="CONFIG", help="export: what search.py transfer wrote, for the card to tell"
     )
     parser.add_argument("--push", metavar="USER/NAME", help="export: send the folder to the Hub, with HF_TOKEN's token")
-    parser.add_argument("--private", action="store_true", help="push: make a private repository, where there is none")
+    parser.add_argument(
+        "--private", action="store_true", help="push: to a private repository alone, made where there is none"
+    )
     arguments = parser.parse_args()
     if (arguments.config is None) != (arguments.source is None):
         parser.error("--config goes with --import, and --import needs it")

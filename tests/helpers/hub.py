@@ -20,6 +20,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.token = token
         self.created: list[dict[str, Any]] = []
+        self.repositories: dict[str, str] = {}
+        """public or private, by "user/name"."""
         self.files: dict[str, bytes] = {}
         """What has been committed, by "user/name/path"."""
         self.stored: dict[str, bytes] = {}
@@ -37,6 +39,12 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
+    def do_GET(self) -> None:
+        repo = self.path.removeprefix("/api/models/")
+        if (visibility := self.server.repositories.get(repo)) is None:
+            return self._answer(404, {"error": f"no {self.path} here"})
+        return self._answer(200, {"id": repo, "private": visibility == "private"})
+
     def do_PUT(self) -> None:
         self.server.stored[self.path.rpartition("/")[2]] = self._body()
         self._answer(200, {})
@@ -48,8 +56,12 @@ class _Handler(BaseHTTPRequestHandler):
         parts = self.path.strip("/").split("/")
         if self.path == "/api/repos/create":
             made = json.loads(body)
-            self.server.created.append(made)
-            return self._answer(200, {"url": f"{self.server.url}/{made['organization']}/{made['name']}"})
+            repo = f"{made['organization']}/{made['name']}"
+            known = repo in self.server.repositories
+            if not known:
+                self.server.created.append(made)
+                self.server.repositories[repo] = made.get("visibility", "public")
+            return self._answer(409 if known else 200, {"url": f"{self.server.url}/{repo}"})
         if self.path == "/api/validate-yaml":
             return self._answer(200, {"errors": [], "warnings": []})
         if parts[-2] == "preupload":
@@ -91,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
+        if code >= 400:
+            self.send_header("Connection", "close")  # else a hub that is gone goes on to answer on it
         self.end_headers()
         self.wfile.write(text)
 
