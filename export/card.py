@@ -5,7 +5,6 @@ What it tells leaves this machine: secrets, and the folders in which files lie h
 
 import math
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import jinja2
 import yaml
 from huggingface_hub import ModelCardData
 
+from data.errors import DataError
 from data.redaction import redact, unsigned
 from trainer.config.keys import flatten, plain
 from trainer.config.load import load_config
@@ -23,7 +23,9 @@ from trainer.config.yaml_files import read
 from trainer.errors import ConfigError
 from trainer.files import write_atomically
 from trainer.monitor.plots import plot_loss
-from trainer.monitor.records import read_metrics
+from trainer.monitor.records import METRICS, read_metrics
+from trainer.page.curves import is_regular
+from trainer.page.run_data import read_prompts, read_sample, samples_of
 
 from .diffusers_folder import Encoders
 from .forms import Format
@@ -53,6 +55,13 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_DATA = re.compile(r"(?:hf://datasets/|https?://huggingface\.co/datasets/)([\w.-]+/[\w.-]+)")
 _BASE = ("kind", "lr", "betas", "eps", "weight_decay", "decay", "clip_norm", "schedule", "warmup_steps", "decay_steps")
 _MOST_ROWS = 10  # of validations in the table
+_LEVELS = ("val_loss_t", "val_loss_ema_t")  # the losses at each noise level, one column each
+_LOCAL = re.compile(r"\b(?:file|local):", re.IGNORECASE)
+# In prose: a file: URL, or what begins with /, ~ or a dot and holds a slash. "images/s" and "1/2" do not, nor do URLs.
+_PLACE = re.compile(rf"{_LOCAL.pattern}\S*|(?<![\w/.~}}-])(?:[~.][\w.-]*)?(?:/(?!/)|(?<!:)/)\S*", re.IGNORECASE)
+# In a list of overrides: all that holds a slash, from the = on.
+_WITH_SLASH = re.compile(r"(?:(?<==)|(?<!\S))[^\s=]*/\S*")
+_STUDY = re.compile(r"study: (.+), (.+? with .*)")  # as search/transfer.py writes it
 _TABLE_OF_TARGET = "muP table of the target: sha256 "  # as search/transfer.py writes it
 
 
@@ -85,7 +94,8 @@ def write_card(
 ) -> None:
     """Write README.md, and the pictures that it shows. reasons: why the pipeline is our own."""
     run = _run_folder(about.checkpoint)
-    records = [record for record in (read_metrics(run) if run else []) if record["step"] <= meta["step"]]
+    logged = read_metrics(run) if run is not None and is_regular(run / METRICS) else []
+    records = [record for record in logged if record["step"] <= meta["step"]]
     if records:
         plot_loss(records, folder / "loss.png")
     grid, prompts = _grid(run, meta["step"], folder / "samples.png")
@@ -130,10 +140,16 @@ def public(value: Any, key: str = "") -> Any:
         return [public(part, key) for part in value]
     if not isinstance(value, str) or key in ("prompts", "prefix"):
         return redact(value) if isinstance(value, str) else value
-    if "://" in value:
+    if "::" in value:  # as fsspec chains places
+        return "::".join(public(part, key) for part in value.split("::"))
+    if "://" in value and not _LOCAL.search(value):
         return redact(unsigned(value))
     is_path = "/" in value and not (key == "path" and is_hub_id(value))
-    return redact(value.rstrip("/").rpartition("/")[2]) if is_path or value.startswith("~") else redact(value)
+    return redact(_last(value) if is_path else value)
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def is_hub_id(path: str) -> bool:
@@ -198,8 +214,17 @@ def _origin(transferred: Path, meta: Mapping[str, Any]) -> str:
     given = flatten({key: part for key, part in read(transferred).items() if key in ("optim", "mup")})
     if other := [f"{key} {own[key]}, {run.get(key)} in the run" for key in given if own.get(key) != run.get(key)]:
         raise ConfigError(f"--transferred {transferred} has other values: {'; '.join(other)}")
-    words = ("\n".join(head)).split(" ")
-    return " ".join("\n".join(str(public(part)) for part in word.split("\n")) for word in words)
+    return _told("\n".join(head))
+
+
+def _told(account: str) -> str:
+    """A transfer's account as anyone may read it. It is prose, in which a slash alone makes no path."""
+    if study := _STUDY.search(account):
+        folder, proxy = study[1], _WITH_SLASH.sub(lambda found: str(public(found[0])), study[2])
+        account = account.replace(study[0], f"study: {folder}, {proxy}")
+        account = account.replace(folder, _last(folder)) if "/" in folder else account
+    words = re.sub(r"\S*://\S*", lambda found: str(public(found[0])), account)
+    return redact(_PLACE.sub(lambda found: _last(found[0]), words))
 
 
 def _validations(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -207,7 +232,7 @@ def _validations(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
     measured = [record for record in records if any(key.startswith("val_loss") for key in record)]
     kept = measured[:: -max(1, math.ceil(len(measured) / _MOST_ROWS))][::-1]
     keys = {key: None for record in kept for key, value in record.items() if isinstance(value, float)}
-    columns = [key for key in keys if key.startswith("val_") and not key.startswith("val_loss_ema_t")]
+    columns = [key for key in keys if key.startswith("val_") and not key.startswith(_LEVELS)]
     rows = [[str(record["step"]), *(_figure(record.get(key)) for key in columns)] for record in kept]
     return ["step", *columns], rows
 
@@ -217,15 +242,18 @@ def _figure(value: Any) -> str:
 
 
 def _grid(run: Path | None, step: int, to: Path) -> tuple[int | None, list[str]]:
-    """Copy the newest grid of samples up to a step: (its step, its prompts)."""
-    named = [re.fullmatch(r"step_(\d+)\.png", file.name) for file in run.glob("samples/*.png")] if run else []
-    steps = sorted(int(match[1]) for match in named if match and int(match[1]) <= step)
-    if run is None or not steps:
+    """Copy the newest grid of samples up to a step that is a picture in the run folder itself: (its step, its prompts).
+    What a link there leads to is not the run's, and would be published with the folder."""
+    if run is None:
         return None, []
-    shutil.copyfile(run / "samples" / f"step_{steps[-1]:08d}.png", to)
-    file = run / "samples" / "prompts.txt"
-    prompts = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    return steps[-1], [redact(prompt).replace("`", "'") for prompt in prompts]
+    for found in sorted((at for at, _ in samples_of(run) if at <= step), reverse=True):
+        try:
+            picture = read_sample(run, found)
+        except (OSError, DataError):  # damaged: the one before it is shown, by its step
+            continue
+        to.write_bytes(picture)
+        return found, [prompt.replace("`", "'") for prompt in read_prompts(run)]
+    return None, []
 
 
 def _use(config: TrainConfig, form: Format, reasons: list[str], encoders: Encoders) -> str:

@@ -12,11 +12,13 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 
-from export.card import public
+from export.card import _grid, _told, public
+from export.push import push
 from tests.helpers.exports import config_of, random_checkpoint, run_export
 from tests.helpers.hub import serve_hub
 from trainer.checkpoint.meta import META, read_meta, seal
 from trainer.errors import ConfigError
+from trainer.evaluate.val_loss import LEVELS, figures
 
 TOKEN = "hf_" + "SeCrEt" * 6
 PRIVATE = "/mnt/alice/private"
@@ -30,7 +32,9 @@ def of_a_run(folder: Path, kind: str, *overrides: str) -> Path:
     (folder / "mup.json").write_text("{}")
     lines: list[dict[str, float]] = [{"step": step, "loss": 9.0 / step} for step in range(1, 31)]
     for line in lines[4::5]:
-        line |= {"val_loss": 8.0 / line["step"], "val_loss_ema": 7.0 / line["step"], "val_loss_ema_t0.5": 1.5}
+        line |= figures("val_loss", [8.0 / line["step"]] * LEVELS) | figures(
+            "val_loss_ema", [7.0 / line["step"]] * LEVELS
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "samples").mkdir()
     for step, colour in ((10, "red"), (20, "green"), (30, "blue")):
@@ -63,12 +67,11 @@ def test_a_card_of_a_run_tells_what_is_known(run_folder: Path, tmp_path: Path, m
     for told in (
         "# apples", "| steps | 20 |", f"| images seen | {images:,} |", "- `train-{000..009}.tar`, weight 2",
         "- `hf://datasets/me/apples/a.tar`, weight 1", "`d1d1`", f"| `optim.lr` | {meta['config']['optim']['lr']} |",
-        "Where they come from is not recorded.", "| step | val_loss | val_loss_ema |", "| 20 | 0.4 | 0.35 |",
+        "Where they come from is not recorded.", "| step | val_loss | val_loss_ema |\n", "| 20 | 0.4 | 0.35 |\n",
         "![Samples of the EMA weights at step 20](samples.png)", "- `a red 'cross'`", meta["mup"]["sha256"],
     ):  # fmt: skip
         assert told in card.content, (told, card.content)
     assert "| 25 |" not in card.content, "past the checkpoint"
-    assert "val_loss_ema_t" not in card.content
     assert PRIVATE not in card.content
     assert "hf_aaa" not in card.content
     with Image.open(out / "samples.png") as grid, Image.open(out / "loss.png") as curve:
@@ -124,6 +127,38 @@ def test_base_hyperparameters_come_from_the_transfer_that_fits(
     assert PRIVATE not in text
 
 
+def test_a_card_shows_the_run_folder_s_own_samples_alone(tmp_path: Path) -> None:
+    run, samples, out = tmp_path / "run", tmp_path / "run" / "samples", tmp_path / "samples.png"
+    samples.mkdir(parents=True)
+    for place, colour in ((samples / "step_00000010.png", "red"), (tmp_path / "private.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(place)
+    (tmp_path / "private.txt").write_text("a secret")
+    (samples / "step_4.png").write_text("not one of the run's")
+    (samples / "step_00000012.png").write_text("damaged")
+    (samples / "step_00000014.png").symlink_to(tmp_path / "private.png")
+    (samples / "prompts.txt").symlink_to(tmp_path / "private.txt")
+    assert _grid(run, 9, out) == (None, [])
+    assert _grid(run, 20, out) == (10, [])
+    with Image.open(out) as grid:
+        assert grid.getpixel((0, 0)) == (255, 0, 0)
+    samples.rename(tmp_path / "private")
+    samples.symlink_to(tmp_path / "private")
+    assert _grid(run, 20, out) == (None, [])
+
+
+def test_an_account_keeps_its_prose_and_loses_its_folders() -> None:
+    account = (
+        "study: /mnt/alice/my runs/study, my/alice/proxy.yaml with model.width=64 data.shards=/mnt/alice/a.tar\n"
+        "warning: 4 images/s 1/2 ~/alice/b ../alice/c (/alice/d) file:///alice/e https://me:pw@host/f/g, k=/alice/h\n"
+        "warning: /mnt/alice/my runs/study/horizon.json is old"
+    )
+    assert _told(account) == (
+        "study: study, proxy.yaml with model.width=64 data.shards=a.tar\n"
+        "warning: 4 images/s 1/2 b c (d) e https://host/f/g, k=h\n"
+        "warning: study/horizon.json is old"
+    )
+
+
 def test_public_takes_out_folders_and_secrets() -> None:
     given = {
         "shards": "/a/b.tar",
@@ -131,6 +166,10 @@ def test_public_takes_out_folders_and_secrets() -> None:
         "captions": "https://me:hunter2@host/c?X-Amz-Signature=1",
     }
     assert public(given) == {"shards": "b.tar", "path": "google/t5-v1_1-xl", "captions": "https://host/c"}
+    local = ["file:///home/alice/a.tar", "FILE:/home/alice/a.tar", "local:///home/alice/a.tar", "~/alice/a.tar"]
+    assert public(local) == ["a.tar"] * 4
+    assert public("simplecache::file:///home/alice/a.tar") == "simplecache::a.tar"
+    assert public("zip://b::/home/alice/a.zip") == "zip://b::a.zip"
     assert public({"path": "./models/t5", "prompts": ["a cat/dog"]}) == {"path": "t5", "prompts": ["a cat/dog"]}
 
 
@@ -162,6 +201,22 @@ def test_a_push_delivers_the_folder(
     assert not any(TOKEN.encode() in content for content in written.values())
 
 
+def test_a_private_push_never_lands_in_a_public_repository(tmp_path: Path, online: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with serve_hub(TOKEN) as hub:
+        online.setattr(constants, "ENDPOINT", hub.url)
+        hub.repositories |= {"me/open": "public", "me/closed": "private"}
+        with pytest.raises(ConfigError, match=r"me/open is not private .* nothing was sent") as caught:
+            push(tmp_path, "me/open", True, TOKEN)
+        assert "hf upload" not in str(caught.value)
+        assert hub.files == {}
+        for repo in ("me/closed", "me/new"):
+            push(tmp_path, repo, True, TOKEN)
+        push(tmp_path, "me/open", False, TOKEN)
+    assert sorted(hub.files) == [f"me/{name}/README.md" for name in ("closed", "new", "open")]
+    assert hub.repositories["me/new"] == "private"
+
+
 def test_a_push_that_fails_says_why_and_keeps_the_folder(
     run_folder: Path, tmp_path: Path, online: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,8 +236,9 @@ def test_a_push_that_fails_says_why_and_keeps_the_folder(
     assert f"{hub.url} does not give this token the right to write there" in told
     assert "(403: no right to write, asked as Bearer ${HF_TOKEN})" in told
     assert f"Then send it by `hf upload me/apples {tmp_path / 'without_rights'} .`" in told
-    unreached = refused("without_network")  # the hub is gone
+    unreached = refused("without_network", "me/apples", "--private")  # the hub is gone
     assert f"{hub.url}: [Errno 111]" in unreached
+    assert f"`hf upload me/apples {tmp_path / 'without_network'} . --private`" in unreached
     assert (tmp_path / "without_network" / "README.md").is_file()
     online.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused("a")
