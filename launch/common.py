@@ -67,8 +67,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 def _report(text: str, code: int, alike: bool = True) -> int:
     """Print a message on stderr and return the code. alike: all ranks have much the same to say."""
     if alike and os.environ.get("RANK", "0") != "0":
-        # Rank 0 nearly always has the same message; torchrun ends this process before it would repeat it.
-        time.sleep(15)
+        time.sleep(15)  # rank 0 nearly always says the same; torchrun ends this process before it would repeat it
     print(f"error: {message(text)}", file=sys.stderr, flush=True)
     return code
 
@@ -107,10 +106,12 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write over what is at --output already")
 
 
-def keep_files(overwrite: bool, *outputs: Path) -> None:
-    """Raise ConfigError where an output is a file, or a folder that is not empty, and may not be written over."""
+def keep_files(overwrite: bool, *outputs: Path, folder: bool = False) -> None:
+    """Raise ConfigError where an output is of the wrong kind, file or folder, or holds what may not be written over."""
     for path in outputs:
-        if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if path.exists() and path.is_dir() != folder:
+            raise ConfigError(f"--output: {path} is a {'file' if folder else 'folder'}: choose another name")
+        if not overwrite and path.exists() and not (folder and not any(path.iterdir())):
             raise ConfigError(f"--output: {path} exists already: choose another, or add --overwrite to write over it")
 
 
@@ -137,8 +138,7 @@ def open_checkpoint(path: Path, overrides: Sequence[str] = (), ranks: "Ranks | N
 
 @contextlib.contextmanager
 def inference(path: Path, overrides: Sequence[str] = ()) -> "Iterator[tuple[Opened, Inference]]":
-    """A checkpoint, as open_checkpoint says, with its EMA weights on the processes of this command, for a block of
-    code."""
+    """A checkpoint, as open_checkpoint says, with its EMA weights on this command's processes, for a block of code."""
     with importing():
         from trainer.build.inference import build_inference
         from trainer.config.resolve import resolve

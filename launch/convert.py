@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--trust-pickles", action="store_true", help="read one of zero that another user may have made")
     add_overwrite(parser)
     arguments = parser.parse_args()
-    keep_files(arguments.overwrite, arguments.output)
+    keep_files(arguments.overwrite, arguments.output, folder=True)
     from trainer.parallel.mesh import open_ranks
 
     with open_ranks() as ranks:

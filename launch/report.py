@@ -6,6 +6,7 @@ mudit report runs/a runs/b --output both.html        (laid over each other)
 
 from pathlib import Path
 
+from data.redaction import message
 from launch.common import add_overwrite, command, keep_files, run
 from launch.processes import importing
 from trainer.errors import ConfigError
@@ -19,12 +20,13 @@ def main() -> int:
     arguments = parser.parse_args()
     keep_files(arguments.overwrite, arguments.output)
     with importing():
-        from launch.watching.sources import open_sources
+        from launch.watching.sources import Sources
         from trainer.files import write_atomically
         from trainer.page.html import report_page
 
-    sources = open_sources(arguments.runs)
-    found = [source.data() for source in sources]
+    sources = Sources(arguments.runs)
+    folders = [*sources.look().values()]
+    found = [source.data() for source in folders]
     for each in found:
         if each["problem"]:
             raise ConfigError(f"{each['folder']}: {each['problem']}")
@@ -33,9 +35,12 @@ def main() -> int:
         if each["kind"] == "study" and each["has_report"]:
             from trainer.page.study_data import read_report
 
-            reports[number] = read_report(sources[number].folder).decode(errors="replace")
+            reports[number] = read_report(folders[number].folder).decode(errors="replace")
+    page = report_page(found, [source.folder for source in folders], reports, sources.notes)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.output, report_page(found, [source.folder for source in sources], reports))
+    write_atomically(arguments.output, page)
+    for note in sources.notes:
+        print(message(f"warning: {note}"))
     print(arguments.output)
     return 0
 

@@ -33,12 +33,12 @@ def main() -> int:
         raise ConfigError("start watch without torchrun or srun: one process serves the page")
     with importing():
         from launch.watching.server import serve
-        from launch.watching.sources import open_sources
+        from launch.watching.sources import Sources
 
-    sources = open_sources(arguments.runs)
-    for source in sources:
-        if not source.folder.is_dir():
-            print(message(f"warning: there is no folder {source.folder} yet; the page waits for it"))
+    sources = Sources(arguments.runs)
+    count = len(sources.look())
+    for note in sources.notes:
+        print(message(f"warning: {note}"))
     try:
         listening = socket.create_server((HOST, arguments.port))
     except OSError as error:
@@ -46,7 +46,7 @@ def main() -> int:
             f"--port {arguments.port}: {os.strerror(error.errno or 0)}: give another one, or 0 for one that is free"
         ) from None
     port = listening.getsockname()[1]
-    print(f"watching {len(sources)} folder{'s' if len(sources) > 1 else ''}: http://{HOST}:{port}/")
+    print(f"watching {count} folder{'s' if count > 1 else ''}: http://{HOST}:{port}/")
     print(message(f"from elsewhere:  ssh -L {port}:{HOST}:{port} {_user()}@{socket.gethostname()}"), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with listening, contextlib.suppress(KeyboardInterrupt):

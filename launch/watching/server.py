@@ -1,11 +1,11 @@
 """The server of the live page: read-only, on the loopback address, and of its folders only what the page shows. No
 address holds a path: runs and samples are asked for by number."""
 
+import hashlib
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import uvicorn
 from starlette.applications import Starlette
@@ -17,11 +17,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import DataError
+from data.redaction import one_line
 from trainer.page.html import PLOTLY, live_page, page_data, plain
 from trainer.page.run_data import RunFolder, read_sample
 
-if TYPE_CHECKING:
-    from trainer.page.study_data import StudyFolder
+from .sources import Sources
 
 _LONGEST_PATH = 80
 _HEADERS = {
@@ -70,9 +70,10 @@ class Guard:
         await answer(scope, receive, with_headers)
 
 
-def application(sources: "Sequence[RunFolder | StudyFolder]", port: int) -> Starlette:
+def application(sources: Sources, port: int) -> Starlette:
     """port: the one that it is reached by."""
     lock = threading.Lock()  # requests are answered by threads, and reading on is one's at a time
+    shown = sources.look()
 
     def page(request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
@@ -81,31 +82,36 @@ def application(sources: "Sequence[RunFolder | StudyFolder]", port: int) -> Star
 
     def data(request: Request) -> Response:
         """204 where nothing has changed since the stamp that the page has."""
+        nonlocal shown
         with lock:
-            stamp = "-".join(source.stamp() for source in sources)
-            if request.query_params.get("stamp") == stamp:
-                return Response(status_code=204)
-            content = plain({**page_data([source.data() for source in sources]), "stamp": stamp})
+            try:
+                shown = sources.look()
+                stamps = [(number, source.stamp()) for number, source in shown.items()]
+                stamp = hashlib.sha256(repr((stamps, sources.notes)).encode()).hexdigest()[:16]
+                if request.query_params.get("stamp") == stamp:
+                    return Response(status_code=204)
+                found = [{"number": number, **source.data()} for number, source in shown.items()]
+                content = plain({**page_data(found, sources.notes), "stamp": stamp})
+            except Exception as error:  # what folders hold may be anything: the next request looks again
+                text = f"the folders cannot be shown: {type(error).__name__}: {error}"
+                return PlainTextResponse(one_line(text, 300), 503)
         return Response(content, media_type="application/json")
 
     def sample(request: Request) -> Response:
         """Its address changes with the picture, so that a browser may keep it."""
-        source = _numbered(request.path_params["source"])
+        source = shown.get(request.path_params["source"])
         if not isinstance(source, RunFolder):
             return _nothing()
         headers = {"Cache-Control": "private, max-age=3600"}
         return _read(lambda: read_sample(source.folder, request.path_params["step"]), "image/png", headers)
 
     def study(request: Request) -> Response:
-        source = _numbered(request.path_params["source"])
+        source = shown.get(request.path_params["source"])
         if source is None or isinstance(source, RunFolder):
             return _nothing()
         from trainer.page.study_data import read_report  # loaded already, where a study is among the sources
 
         return _read(lambda: read_report(source.folder), "text/html", {"Content-Security-Policy": _STUDY_POLICY})
-
-    def _numbered(number: int) -> "RunFolder | StudyFolder | None":
-        return sources[number] if number < len(sources) else None
 
     def script(request: Request) -> Response:
         return FileResponse(PLOTLY, media_type="text/javascript", headers={"Cache-Control": "private, max-age=3600"})
@@ -123,7 +129,7 @@ def application(sources: "Sequence[RunFolder | StudyFolder]", port: int) -> Star
     )
 
 
-def serve(sources: "Sequence[RunFolder | StudyFolder]", listening: socket.socket) -> None:
+def serve(sources: Sources, listening: socket.socket) -> None:
     """Until a signal ends it."""
     config = uvicorn.Config(
         application(sources, listening.getsockname()[1]), log_level="warning", access_log=False, server_header=False,

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -14,8 +15,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from starlette.requests import Request
+from starlette.routing import Route
 
 from launch import report
+from launch.watching.server import application
+from launch.watching.sources import Sources
 from tests.helpers.browser import why_not
 from tests.helpers.devtools import new_page
 from tests.helpers.forked import environment
@@ -23,6 +28,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.studies import fill, search
 from trainer.errors import ConfigError
 from trainer.monitor.records import METRICS, metrics_line
+from trainer.page.run_data import RunFolder
 from trainer.search.study import Study
 
 pytestmark = pytest.mark.slow
@@ -88,13 +94,13 @@ def ask(port: int, path: str, method: str = "GET", host: str | None = None) -> t
         connection.close()
 
 
-def test_what_the_server_gives_and_refuses(runs: Path) -> None:
+def test_what_the_server_gives_and_refuses(runs: Path, tmp_path: Path) -> None:
     study = Study.open(search(runs, trials=4))
     fill(study, lambda point: float(point["optim.lr"] or 0))
     (study.folder / "report").mkdir()
     (study.folder / "report" / "index.html").write_text("<p>found</p>")
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
-    with watching(str(runs / "one"), str(runs / "two"), str(study.folder), str(runs / "later")) as (port, _):
+    with watching(str(runs / "one"), str(runs / "two"), str(study.folder), str(tmp_path / "later")) as (port, _):
         status, headers, content = ask(port, "/")
         assert status == 200
         assert "default-src 'none'" in headers["content-security-policy"]
@@ -102,6 +108,11 @@ def test_what_the_server_gives_and_refuses(runs: Path) -> None:
         data = json.loads(ask(port, "/data")[2])
         assert [each["name"] for each in data["sources"]] == ["one", "two", study.folder.name, "later"]
         assert "no folder" in data["sources"][3]["problem"]
+        assert "the page waits for one" in data["notes"][0]
+        shutil.copytree(runs / "one", tmp_path / "later")
+        later = json.loads(ask(port, f"/data?stamp={data['stamp']}")[2])
+        assert [each["problem"] for each in later["sources"]] == [""] * 4
+        data = {**data, "stamp": later["stamp"]}
         assert len(data["sources"][2]["trials"]) == 4
         assert ask(port, f"/data?stamp={data['stamp']}")[0] == 204
         assert ask(port, "/samples/0/4")[2] == (runs / "one/samples/step_00000004.png").read_bytes()
@@ -156,9 +167,12 @@ def test_the_live_page_follows_the_run_and_the_report_holds_it(
         assert page.value("document.querySelectorAll('#samples img').length") == 2
         assert "model.width" in page.value("document.body.innerText"), "what differs between the two"
         with (runs / "one" / METRICS).open("ab") as file:
-            file.write(metrics_line({"step": 9, "samples_seen": 72, "loss": 1.25}))
-        Image.new("RGB", (96, 96), "green").save(runs / "one" / "samples" / "step_00000009.png")
-        page.wait(f"{newest} === 9 && {picture}.naturalWidth === 96")
+            file.write(metrics_line({"step": 1_234_567, "samples_seen": 72, "loss": 1.25}))
+        Image.new("RGB", (96, 96), "green").save(runs / "one" / "samples" / "step_01234567.png")
+        page.wait(f"{newest} === 1234567 && {picture}.naturalWidth === 96")
+        text = page.value("document.body.innerText")
+        assert "step 1,234,567 of 4" in text
+        assert "1.23e6" not in text
         assert page.value("window.same"), "without loading it again"
         page.value("(s => { s.value = 0; s.dispatchEvent(new Event('input')) })(document.getElementById('sample'))")
         page.wait(f"{picture}.naturalWidth === 64")
@@ -202,10 +216,23 @@ def test_the_report_of_a_study_holds_its_page(tmp_path: Path, monkeypatch: pytes
         assert [error for error in page.errors if "sandboxed" not in error] == []
 
 
+def test_what_cannot_be_shown_is_told(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "data", lambda self: {"kind": "run", "name": "one", "curves": [], "loss": math.nan})
+    routes = application(Sources([str(runs / "one")]), 1).routes
+    (data,) = (route for route in routes if isinstance(route, Route) and route.path == "/data")
+    answer = data.endpoint(Request({"type": "http", "query_string": b""}))
+    assert answer.status_code == 503
+    assert b"the folders cannot be shown: ValueError: Out of range float" in answer.body
+
+
 def test_reports_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    for name, words in (("empty", "holds no run"), ("absent", "no folder")):
-        command = ["launch/report.py", str(tmp_path / name), "--output", str(tmp_path / "report.html")]
+    for name, output, words in (
+        ("empty", "report.html", "holds no run"),
+        ("absent", "report.html", "no folder"),
+        ("absent", "empty", "empty is a folder"),
+    ):
+        command = ["launch/report.py", str(tmp_path / name), "--output", str(tmp_path / output)]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(ConfigError, match=words):
             report.main()

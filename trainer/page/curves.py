@@ -36,11 +36,13 @@ class Curve:
         self.count = 0
         self._points: list[Point] = []
         self._open: list[Point] = []  # of the group that is not full
+        self._last: list[Point] = []  # the newest, which a group that closes need not keep
         self._size = 1  # points of a group
 
     def add(self, step: int, figure: float) -> None:
         self.count += 1
-        self._open.append((step, figure))
+        self._last = [(step, figure)]
+        self._open += self._last
         if len(self._open) >= self._size:
             self._points += _extremes(self._open)
             self._open = []
@@ -51,7 +53,8 @@ class Curve:
 
     def points(self) -> list[Point]:
         """The newest one is always among them."""
-        return self._points + _extremes(self._open[:-1]) + self._open[-1:]
+        found = self._points + _extremes(self._open)
+        return found if self._last == found[-1:] else found + self._last
 
 
 def _extremes(points: Sequence[Point]) -> list[Point]:
@@ -81,28 +84,25 @@ class Log:
         """By key: of a validation loss one after another, since on other samples (val_set) it compares with none
         before."""
         self.newest: dict[str, float] = {}
-        self.step, self.first_step = 0, 0
+        self.step = 0
         self.images: list[Point] = []
         """(step, images seen) where the batch changes, and of the last line: between them lies a straight line."""
         self.stages: list[tuple[int, str]] = []
         self.errors: list[tuple[int, str]] = []
         self.not_finite: dict[str, list[int]] = {}
         """By key: first step at which it was not finite, and how often it was."""
-        self.skipped: Counter[str] = Counter()
         self.slowest: dict[str, Counter[int]] = {}
         """By what was timed: how often each rank was the slowest, by more than a tenth over the median."""
 
-    def read(self) -> bool:
-        """Whether anything has changed. Raises OSError and DataError where the file cannot be read."""
+    def read(self) -> None:
+        """Raises OSError and DataError where the file cannot be read."""
         try:
             file = open_regular(self._path)
         except FileNotFoundError:
-            changed = self._offset > 0
             self._forget()
-            return changed
+            return
         with file:
-            changed = self._is_another(file)
-            if changed:
+            if self._is_another(file):
                 self._forget()
             found = os.fstat(file.fileno())
             self._file = (found.st_dev, found.st_ino)
@@ -116,7 +116,6 @@ class Log:
                     break  # it is being written
                 self._offset += len(raw)
                 self._tail = (self._tail + raw)[-_TAIL:]
-                changed = True
                 passed_over = at_first and number % self.every and found.st_size - self._offset > _LONGEST_LINE
                 if passed_over and whole and not any(key in raw for key in _ALWAYS):
                     continue
@@ -126,7 +125,6 @@ class Log:
                 else:
                     self.damaged += not self._in_long
                 self._in_long = not whole
-        return changed
 
     def _is_another(self, file: IO[bytes]) -> bool:
         found = os.fstat(file.fileno())
@@ -139,7 +137,6 @@ class Log:
 
     def _take(self, record: dict[str, Any]) -> None:
         step = record["step"]
-        self.first_step = self.first_step if self.lines else step
         self.step, self.lines = step, self.lines + 1
         if isinstance(images := record.get("samples_seen"), int) and 0 <= images < _LARGEST:
             self._add_images(step, images)
@@ -162,8 +159,6 @@ class Log:
                 continue
             if not math.isfinite(figure):
                 self.not_finite.setdefault(key, [step, 0])[1] += 1
-            if key in ("skipped_steps", "spike_steps"):
-                self.skipped[key] += int(figure)
             self._add(key, step, float(figure), key.startswith("val_loss") and other)
 
     def _add(self, key: str, step: int, figure: float, anew: bool) -> None:

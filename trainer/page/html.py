@@ -22,14 +22,17 @@ _TEMPLATES = Path(__file__).with_name("templates")
 _MOST_PICTURES, _MOST_PICTURE_BYTES = 60, 24 << 20  # of a run in a file
 
 
-def page_data(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """sources: of runs and studies. -> what the page draws."""
+def page_data(sources: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> dict[str, Any]:
+    """sources: of runs and studies, each with its number where that is not its place. notes: of them all. -> what the
+    page draws."""
+    sources = [{"number": number, **each} for number, each in enumerate(sources)]
     names = [each["name"] for each in sources]
     if len(set(names)) < len(names):  # as those of trunks
         above = os.path.commonpath([os.path.abspath(each["folder"]) for each in sources])
         sources = [{**each, "name": os.path.relpath(each["folder"], above)} for each in sources]
     keys = [key for each in sources if each["kind"] == "run" for key in each["curves"]]
-    return {"sources": list(sources), "panels": panels(keys), "made": time.strftime("%Y-%m-%d %H:%M %Z")}
+    made = time.strftime("%Y-%m-%d %H:%M %Z")
+    return {"sources": list(sources), "notes": list(notes), "panels": panels(keys), "made": made}
 
 
 def live_page(nonce: str) -> str:
@@ -37,7 +40,12 @@ def live_page(nonce: str) -> str:
     return _render(nonce=nonce, policy=None, plotly=None, data="null")
 
 
-def report_page(sources: Sequence[Mapping[str, Any]], folders: Sequence[Path], study_reports: Mapping[int, str]) -> str:
+def report_page(
+    sources: Sequence[Mapping[str, Any]],
+    folders: Sequence[Path],
+    study_reports: Mapping[int, str],
+    page_notes: Sequence[str] = (),
+) -> str:
     """The page as one file. folders: of the sources. study_reports: {number of a source: page of its study}."""
     held = [dict(each) for each in sources]
     for number, (each, folder) in enumerate(zip(held, folders, strict=True)):
@@ -50,7 +58,8 @@ def report_page(sources: Sequence[Mapping[str, Any]], folders: Sequence[Path], s
         "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
         "frame-src 'self'; base-uri 'none'; form-action 'none'"
     )
-    return _render(nonce="", policy=policy, plotly=PLOTLY.read_text(encoding="utf-8"), data=json_text(page_data(held)))
+    data = json_text(page_data(held, page_notes))
+    return _render(nonce="", policy=policy, plotly=PLOTLY.read_text(encoding="utf-8"), data=data)
 
 
 def _pictures(folder: Path, samples: Sequence[Sequence[int]]) -> tuple[list[list[int]], dict[int, str], list[str]]:

@@ -30,7 +30,9 @@ _MOST_CHECKPOINTS = 40  # whose holes are read
 _MOST_BYTES = 1 << 20  # of a small file
 _MOST_KEYS = 2000  # of a config
 _WATCHED = (METRICS, STATUS, "config.yaml", "jumps.json", FORECAST, "samples", "checkpoints", "ema", "stacks")
-_MISTAKES = (OSError, ValueError, LookupError, TypeError, AttributeError, DataError, CheckpointError, ConfigError)
+_MISTAKES = (
+    OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError, DataError, CheckpointError, ConfigError,
+)  # fmt: skip
 
 
 class RunFolder:
@@ -63,7 +65,6 @@ class RunFolder:
             "kind": "run",
             "name": _text(self.folder.resolve().name),
             "folder": _text(str(self.folder)),
-            "stamp": self.stamp(),
             "problem": self._problem(),
             "notes": notes + self._log_notes(),
             "state": status[0] if status else None,
@@ -139,7 +140,8 @@ class RunFolder:
                 notes.append(_reason(error))
         parts = [self._log.curves.get(f"forecast/{name}", [Curve()])[0].points() for name in ("loss", "low", "high")]
         low, high = dict(parts[1]), dict(parts[2])
-        return [[x, loss, low[x], high[x]] for x, loss in parts[0] if x in low and x in high and _all_finite(loss)]
+        rows = [[x, loss, low[x], high[x]] for x, loss in parts[0] if x in low and x in high]
+        return [row for row in rows if all(map(math.isfinite, row))]
 
     def _events(self, notes: list[str]) -> Iterator[dict[str, Any]]:
         log = self._log
@@ -180,7 +182,7 @@ class RunFolder:
             key = (path, _when(path / "meta.json")[0])
             if key not in self._metas:
                 try:
-                    self._metas[key] = read_meta(path).get("reads", [])
+                    self._metas[key] = read_meta(path).get("reads", []) if is_regular(path / "meta.json") else []
                 except _MISTAKES:  # a run that resumes says so
                     self._metas[key] = []
             holes: Counter[str] = Counter()
@@ -268,10 +270,6 @@ def _curve(curves: list[Curve]) -> dict[str, list[Any]]:
 def _number(figure: float) -> float | None:
     """Six digits, which is more than is seen."""
     return float(f"{figure:.6g}") if math.isfinite(figure) else None
-
-
-def _all_finite(*figures: float) -> bool:
-    return all(map(math.isfinite, figures))
 
 
 def _most_common(counts: Counter[int]) -> list[list[int]]:

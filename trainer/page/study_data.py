@@ -36,7 +36,6 @@ class StudyFolder:
             "kind": "study",
             "name": one_line(self.folder.resolve().name),
             "folder": one_line(str(self.folder)),
-            "stamp": self.stamp(),
             "problem": "",
             "notes": [],
             "has_report": is_regular(report_path(self.folder)),

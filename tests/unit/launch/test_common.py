@@ -117,10 +117,18 @@ def test_a_users_file_is_not_written_over(
 def test_what_is_there_is_written_over_when_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    keep_files(False, tmp_path / "empty", tmp_path / "absent")
-    keep_files(True, tmp_path / "file", tmp_path)
+    keep_files(False, tmp_path / "empty", tmp_path / "absent", folder=True)
+    keep_files(True, tmp_path, folder=True)
+    keep_files(True, tmp_path / "file", tmp_path / "absent")
     with pytest.raises(ConfigError, match=f"{tmp_path}/file exists already: choose another, or add --overwrite"):
         keep_files(False, tmp_path / "absent", tmp_path / "file")
+    with pytest.raises(ConfigError, match=f"{tmp_path} exists already"):
+        keep_files(False, tmp_path, folder=True)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=f"{tmp_path}/empty is a folder: choose another name"):
+            keep_files(overwrite, tmp_path / "empty")
+        with pytest.raises(ConfigError, match=f"{tmp_path}/file is a file: choose another name"):
+            keep_files(overwrite, tmp_path / "file", folder=True)
 
 
 # ------------------------------------------------------------------------------------------------- the command line

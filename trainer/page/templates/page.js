@@ -33,6 +33,9 @@ function figure(value, digits = 4) {
   return String(Number(value.toPrecision(digits)));
 }
 
+/** Of steps, images and whatever else is counted. */
+const whole = (count) => count.toLocaleString("en");
+
 function span(seconds) {
   if (seconds === null || !isFinite(seconds)) return "–";
   const s = Math.round(seconds);
@@ -67,7 +70,7 @@ function smoothed(values, weight) {
 // --------------------------------------------------------------------------------------------------------- runs
 const runs = () => page.sources.filter((each) => each.kind === "run");
 const seen = () => runs().filter((run) => !kept.get(`off ${run.folder}`));
-const colour = (source) => COLOURS[page.sources.indexOf(source) % COLOURS.length];
+const colour = (source) => COLOURS[source.number % COLOURS.length];
 const isDark = () => document.documentElement.dataset.theme === "dark";
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -90,8 +93,8 @@ function card(run) {
     run.problem && make("p", {class: "note warn"}, run.problem),
     !run.problem && [
       make("div", {class: "progress"}, make("div", {style: `width:${(100 * done).toFixed(2)}%`})),
-      make("div", {class: "facts"}, `step ${figure(run.step)}${run.steps ? ` of ${figure(run.steps)}` : ""}`
-        + (run.images.length ? `, ${figure(Math.round(imagesAt(run, run.step)))} images` : "")
+      make("div", {class: "facts"}, `step ${whole(run.step)}${run.steps ? ` of ${whole(run.steps)}` : ""}`
+        + (run.images.length ? `, ${whole(Math.round(imagesAt(run, run.step)))} images` : "")
         + (run.stages.length ? `, ${run.stages[run.stages.length - 1].name}` : "")),
       make("div", {class: "tiles"}, tile(figure(newest["loss"]), "training loss"), tile(figure(newest["val_loss_ema"]), "validation, EMA"),
         tile(figure(newest["images_per_s"], 3), "images/s"), speed,
@@ -255,7 +258,7 @@ function panelGrid(section) {
 
 // ------------------------------------------------------------------------------------------------------ samples
 function address(run, [step, version]) {
-  return run.pictures ? run.pictures[step] : `samples/${page.sources.indexOf(run)}/${step}?v=${version}`;
+  return run.pictures ? run.pictures[step] : `samples/${run.number}/${step}?v=${version}`;
 }
 
 function samples() {
@@ -267,7 +270,7 @@ function samples() {
   const slider = make("input", {type: "range", id: "sample", min: 0, max: steps.length - 1, value: at, "aria-label": "step of the samples"});
   const show = () => {
     const step = steps[slider.value];
-    told.textContent = `step ${figure(step)}`;
+    told.textContent = `step ${whole(step)}`;
     pictures.replaceChildren(...shown.map((run) => {
       const each = run.samples.filter((sample) => sample[0] <= step).pop() || run.samples[0];
       const image = make("img", {src: address(run, each), alt: `samples of ${run.name} at step ${each[0]}`});
@@ -276,7 +279,7 @@ function samples() {
         image.classList.toggle("small", small);
         image.style.width = `${small ? image.naturalWidth * Math.max(1, Math.round(480 / image.naturalWidth)) : image.naturalWidth}px`;
       });
-      return make("figure", {}, image, make("figcaption", {}, shown.length > 1 ? `${run.name}, step ${figure(each[0])}` : `step ${figure(each[0])}`));
+      return make("figure", {}, image, make("figcaption", {}, shown.length > 1 ? `${run.name}, step ${whole(each[0])}` : `step ${whole(each[0])}`));
     }));
   };
   slider.addEventListener("input", () => {
@@ -301,7 +304,7 @@ function slowRanks() {
   return make("figure", {class: "panel"}, make("header", {}, make("h3", {}, "Slow ranks",
     make("span", {class: "unit"}, "log lines"))),
     make("div", {class: "scroll"}, make("table", {}, rows.map(([run, name, rank, count]) => make("tr", {},
-      seen().length > 1 ? make("td", {}, run.name) : "", make("td", {}, name), make("td", {}, `rank ${rank}`), make("td", {class: "n"}, figure(count)),
+      seen().length > 1 ? make("td", {}, run.name) : "", make("td", {}, name), make("td", {}, `rank ${rank}`), make("td", {class: "n"}, whole(count)),
       make("td", {}, make("div", {class: "meter"}, make("div", {style: `width:${Math.min(100, (100 * count) / run.lines).toFixed(1)}%`}))))))),
     make("p", {class: "note"}, "In which this rank was the slowest, and a tenth above the median."));
 }
@@ -312,12 +315,12 @@ function holes() {
     if (!last) return null;
     const reasons = Object.entries(last.holes), most = Math.max(1, ...reasons.map((each) => each[1]));
     return make("figure", {class: "panel"}, make("header", {}, make("h3", {}, "Holes by reason",
-      make("span", {class: "unit"}, `${runs().length > 1 ? `${run.name}, ` : ""}checkpoint of step ${figure(last.step)}`))),
+      make("span", {class: "unit"}, `${runs().length > 1 ? `${run.name}, ` : ""}checkpoint of step ${whole(last.step)}`))),
       reasons.length ? make("table", {}, make("tr", {}, make("th", {}, "reason"), make("th", {class: "n"}, "samples"), make("th", {class: "n"}, "of those read"), make("th", {})),
-        reasons.map(([reason, count]) => make("tr", {}, make("td", {}, reason), make("td", {class: "n"}, figure(count)),
+        reasons.map(([reason, count]) => make("tr", {}, make("td", {}, reason), make("td", {class: "n"}, whole(count)),
           make("td", {class: "n"}, `${figure((100 * count) / Math.max(1, last.read), 3)} %`),
           make("td", {}, make("div", {class: "meter"}, make("div", {style: `width:${(100 * count) / most}%`}))))))
-        : make("p", {class: "facts"}, `All ${figure(last.read)} samples could be read.`));
+        : make("p", {class: "facts"}, `All ${whole(last.read)} samples could be read.`));
   });
   return tables.some(Boolean) ? tables : null;
 }
@@ -327,7 +330,7 @@ function events() {
   if (!rows.length) return null;
   return [make("h2", {}, "Events"), make("div", {class: "card scroll", id: "events"}, make("table", {},
     make("tr", {}, make("th", {class: "n", style: "width:1%"}, "step"), seen().length > 1 ? make("th", {}, "run") : "", make("th", {style: "width:9em"}, "what"), make("th", {}, "")),
-    rows.map(([run, event]) => make("tr", {}, make("td", {class: "n"}, figure(event.step)), seen().length > 1 ? make("td", {}, run.name) : "",
+    rows.map(([run, event]) => make("tr", {}, make("td", {class: "n"}, whole(event.step)), seen().length > 1 ? make("td", {}, run.name) : "",
       make("td", {class: {failed: "failed", rollback: "failed", preempted: "preempted", finished: "finished"}[event.kind] || ""}, event.kind),
       make("td", {}, event.text)))))];
 }
@@ -372,13 +375,12 @@ function study(source) {
         : {type: key.numeric ? "linear" : "category"}), losses(done.map((trial) => trial.value).filter((value) => value > 0)))));
     return place;
   });
-  const number = page.sources.indexOf(source);
   const report = source.report ? make("iframe", {sandbox: true, srcdoc: source.report, title: `report of ${source.name}`})
-    : source.has_report && page.live ? make("a", {href: `study/${number}`, target: "_blank"}, "the report of the study") : "";
+    : source.has_report && page.live ? make("a", {href: `study/${source.number}`, target: "_blank"}, "the report of the study") : "";
   const counts = Object.entries(source.counts).map(([state, count]) => `${count} ${state}`).join(", ");
   return [later, make("section", {}, make("h2", {}, `Study: ${source.name}`),
     make("div", {class: "card"}, source.problem ? make("p", {class: "note warn"}, source.problem) : make("p", {class: "facts"},
-      `${source.config}: ${figure(source.steps)} steps per trial; ${counts}`),
+      `${source.config}: ${whole(source.steps)} steps per trial; ${counts}`),
       best && make("p", {}, make("b", {}, `Best: trial ${best.number}, ${figure(best.value)}`), ` ${Object.entries(best.point).map(([key, value]) => `${key}=${figureOrText(value)}`).join("  ")}`),
       source.notes.map((note) => make("p", {class: "note warn"}, note)), source.report ? "" : report),
     trials.length ? make("div", {class: "grid", style: "margin-top:12px"}, curves, scatters) : "",
@@ -402,7 +404,7 @@ function drawPanels() {
 function draw() {
   document.title = `${page.sources.map((source) => source.name).join(", ")} · muDiT`;
   drawChips();
-  byId("runs").replaceChildren(make("div", {class: "cards"}, runs().map(card)), ...(differences() || []));
+  byId("runs").replaceChildren(...page.notes.map((note) => make("p", {class: "note warn"}, note)), make("div", {class: "cards"}, runs().map(card)), ...(differences() || []));
   const studies = page.sources.filter((source) => source.kind === "study").map(study);
   const headed = (section, ...more) => { const found = [panelGrid(section), ...more.flat()].filter(Boolean); return found.length ? [make("h2", {}, section), ...found] : null; };
   const speed = panelGrid("Speed"), slow = slowRanks(), missing = holes(), data = panelGrid("Data") || (missing && make("div", {class: "grid"}));
@@ -430,20 +432,20 @@ async function follow() {
     setTimeout(follow, EVERY_MS / 10);
     return;
   }
+  let trouble = "";
   try {
     const answer = await fetch(`data?stamp=${page ? page.stamp : ""}`);
-    if (!answer.ok) throw new Error(answer.status);
-    if (answer.status !== 204) {
+    if (!answer.ok) trouble = await answer.text();
+    else if (answer.status !== 204) {
       page = {...(await answer.json()), live: true};
       received = Date.now();
       draw();
     }
-    pulse.textContent = "live";
-    pulse.classList.remove("lost");
   } catch (error) {
-    pulse.textContent = "no answer from mudit watch";
-    pulse.classList.add("lost");
+    trouble = "no answer from mudit watch";
   }
+  pulse.textContent = trouble || "live";
+  pulse.classList.toggle("lost", Boolean(trouble));
   if (page) drawAges();
   setTimeout(follow, EVERY_MS);
 }

@@ -85,6 +85,10 @@ def test_the_band_is_that_of_the_forecast_or_of_the_validations(folder: Path) ->
     lines = [{"step": s, "forecast/loss": 1.0, "forecast/low": 0.9, "forecast/high": 1.1} for s in (1, 2)]
     (folder / METRICS).write_bytes(b"".join(map(metrics_line, lines)))
     assert RunFolder(folder).data()["band"] == [[1, 1.0, 0.9, 1.1], [2, 1.0, 0.9, 1.1]]
+    not_finite = [{**lines[1], "step": s, name: float(figure)} for s, name, figure in (
+        (3, "forecast/loss", "nan"), (4, "forecast/low", "nan"), (5, "forecast/high", "inf"))]  # fmt: skip
+    (folder / METRICS).write_bytes(b"".join(map(metrics_line, [*lines, *not_finite])))
+    assert [row[0] for row in RunFolder(folder).data()["band"]] == [1, 2]
     course = [[1, 1.0, 0.9, 1.1], [100, 0.5, 0.4, 0.6]]
     forecast = {"course": course, "refused": False, "reasons": [], "target": {}, "optimal_parameters": None,
                 "optimal_images": None, "fingerprints": {}}  # fmt: skip
@@ -150,6 +154,7 @@ def test_a_word_where_there_is_nothing(tmp_path: Path) -> None:
     assert run.data()["problem"] == ""
 
 
+META = "checkpoints/step_00000004/meta.json"
 GARBAGE = [
     b"",
     b"\0" * 100,
@@ -160,6 +165,7 @@ GARBAGE = [
     b'{"step": "x"}',
     b"a: &a [*a, *a]\n",
     b"9" * 5000,
+    b'[{"at_step": 1, "steps": Infinity, "reason": ""}]',
 ]
 
 
@@ -171,13 +177,13 @@ def test_garbage_in_every_file_is_no_traceback(folder: Path, content: bytes) -> 
         "jumps.json",
         "forecast.json",
         METRICS,
-        "checkpoints/step_00000004/meta.json",
+        META,
     ):
         (folder / name).write_bytes(content)
     data = RunFolder(folder).data()
     json.dumps(data, allow_nan=False)
     assert data["problem"]
-    for name in ("config.yaml", "status.json", "jumps.json", "forecast.json", METRICS):
+    for name in ("config.yaml", "status.json", "jumps.json", "forecast.json", METRICS, META):
         (folder / name).unlink()
         os.mkfifo(folder / name)  # it would wait for a writer
     assert RunFolder(folder).data()["notes"]
