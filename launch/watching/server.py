@@ -18,10 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import DataError
 from data.redaction import one_line
+from launch.watching.sources import Sources
 from trainer.page.html import PLOTLY, live_page, page_data, plain
 from trainer.page.run_data import RunFolder, read_sample
-
-from .sources import Sources
 
 _LONGEST_PATH = 80
 _HEADERS = {
