@@ -15,8 +15,10 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+from data.redaction import message
 from launch.common import command, run
 from launch.processes import end_with_torchrun, importing
 from trainer.config.help import describe_keys
@@ -52,10 +54,24 @@ def read_config() -> TrainConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
+def foreign_validation(config: TrainConfig, words: Sequence[str]) -> str | None:
+    """A warning where the command line gives other training shards, and the config has validation shards of its own."""
+    given = {word.partition("=")[0] for word in words}
+    if config.data.val_shards is None or "data.shards" not in given or "data.val_shards" in given:
+        return None
+    return (
+        f"warning: validation and sample prompts are still of data.val_shards={config.data.val_shards}, which the "
+        "config names; data.val_shards=null takes them from the data.shards that you gave"
+    )
+
+
 def main() -> int:
     end_with_torchrun()
     with Signals(at_once=True) as signals:  # while training the loop hears them
-        return _train(read_config(), signals)
+        config = read_config()
+        if os.environ.get("RANK", "0") == "0" and (warning := foreign_validation(config, sys.argv[1:])):
+            print(message(warning), flush=True)
+        return _train(config, signals)
 
 
 def _train(config: TrainConfig, signals: Signals) -> int:

@@ -46,6 +46,11 @@ def load_error(key: str, path: str, subfolder: str | None, error: Exception) -> 
             return DataError(f"{key}: {str(damaged)!r} is damaged ({detail}): fetch it again")
         return DataError(f"{key}: {where!r} cannot be loaded ({detail}); expected config.json and *.safetensors there")
     detail = str(error).strip().partition("\n")[0]
+    if path.startswith(".cache/"):  # of the shipped demo and debug configs
+        return DataError(
+            f"{key}: there is no folder {where!r} in {str(Path.cwd())!r}: `make setup` makes it in the root of the "
+            "repository, from which configs that name it are trained"
+        )
     return DataError(
         f"{key}: there is no folder {where!r}, and no model of that name can be had from the hub ({detail}); give a "
         "local folder with config.json and *.safetensors, or a hub id that this machine can reach and may read"

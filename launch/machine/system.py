@@ -29,10 +29,15 @@ def python() -> Finding:
     found = f"{sys.version.split()[0]} ({sys.executable})"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = [re.split(r"[\[<>=~! ;]", dependency)[0] for dependency in project["dependencies"]]
-    known = {str(each.name).lower().replace("_", "-") for each in importlib.metadata.distributions()}
-    if missing := [name for name in named if name not in known]:
+    known = {_plain(str(each.name)) for each in importlib.metadata.distributions()}
+    if missing := [name for name in named if _plain(name) not in known]:
         return Finding("short", "Python", f"{found} without {listed(missing)}", "make setup")
     return Finding("fine", "Python", found)
+
+
+def _plain(package: str) -> str:
+    """A package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def processors() -> Finding:
