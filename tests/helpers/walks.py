@@ -38,7 +38,9 @@ _SMALLER = {
 _STEPS = (
     "train.steps=3", "train.validate_every=3", "train.sample_every=0", "data.val_shards=null", "validation.samples=4",
 )  # fmt: skip
-_PATHS = re.compile(r"(?<![\w./-])(/data|photos|shards|web|captions\.jsonl|latents|runs)(?=[/\s'\"]|$)", re.MULTILINE)
+_PATHS = re.compile(
+    r"(?<![\w./-])(/data|photos|shards|web|captions\.jsonl|report\.html|latents|runs)(?=[/\s'\"]|$)", re.MULTILINE
+)
 
 
 class Pair(NamedTuple):
