@@ -57,11 +57,11 @@ def read_config() -> TrainConfig:
 def foreign_validation(config: TrainConfig, words: Sequence[str]) -> str | None:
     """A warning where the command line gives other training shards, and the config has validation shards of its own."""
     given = {word.partition("=")[0] for word in words}
-    if config.data.val_shards is None or "data.shards" not in given or "data.val_shards" in given:
+    if config.data.val_shards is None or not given & {"data.shards", "data.sources"} or "data.val_shards" in given:
         return None
     return (
         f"warning: validation and sample prompts are still of data.val_shards={config.data.val_shards}, which the "
-        "config names; data.val_shards=null takes them from the data.shards that you gave"
+        "config names; data.val_shards=null takes them from the training data that you gave"
     )
 
 

@@ -48,8 +48,8 @@ def load_error(key: str, path: str, subfolder: str | None, error: Exception) -> 
     detail = str(error).strip().partition("\n")[0]
     if path.startswith(".cache/"):  # of the shipped demo and debug configs
         return DataError(
-            f"{key}: there is no folder {where!r} in {str(Path.cwd())!r}: `make setup` makes it in the root of the "
-            "repository, from which configs that name it are trained"
+            f"{key}: there is no folder {where!r} in {str(Path.cwd())!r}: shipped configs that name it are used in the "
+            "root of the repository, where `make setup` (and for debug configs a training run) makes it"
         )
     return DataError(
         f"{key}: there is no folder {where!r}, and no model of that name can be had from the hub ({detail}); give a "

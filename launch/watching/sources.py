@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.redaction import one_line
+from trainer.monitor.records import METRICS, STATUS
 from trainer.page.run_data import RunFolder
 
 if TYPE_CHECKING:
     from trainer.page.study_data import StudyFolder
 
-JOURNAL = "study.journal"
-_FILES = ("metrics.jsonl", "config.yaml", "status.json", JOURNAL)  # by which a run or a study is known
+JOURNAL = "study.journal"  # as in trainer/search/study.py, which imports torch
+_FILES = (METRICS, "config.yaml", STATUS, JOURNAL)  # by which a run or a study is known
 _RUNS = Path("runs")
 _MOST = 24
 """Runs on one page."""

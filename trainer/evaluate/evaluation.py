@@ -330,11 +330,12 @@ def _embedded_reference(
     """As _reference, of a network of which no statistics are published: an .npz is read for its images."""
     assert suite.reference is not None
     path = Path(suite.reference).expanduser()
-    is_file = path.suffix == ".npz"
-    images = open_npz_images(path, "reference") if is_file else _reference_images(suite)
-    return _measured(suite, images, side, network, wanted, device, group), _identity(
-        path
-    ) if is_file else images.fingerprint
+    if path.suffix == ".npz":
+        images, identity = open_npz_images(path, "reference"), _identity(path)
+    else:
+        images = _reference_images(suite)
+        identity = images.fingerprint
+    return _measured(suite, images, side, network, wanted, device, group), identity
 
 
 def _identity(path: Path) -> str:

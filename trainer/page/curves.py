@@ -209,3 +209,12 @@ def read_bounded(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise DataError(f"{path} is longer than the {most} bytes that are shown")
     return content
+
+
+def when(path: Path) -> tuple[int, int]:
+    """(time of the last change in nanoseconds, size); zeros where there is nothing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size

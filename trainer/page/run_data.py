@@ -21,7 +21,7 @@ from ..checkpoint.meta import NAME, read_meta
 from ..errors import CheckpointError, ConfigError
 from ..forecast.track import FORECAST, read_forecast
 from ..monitor.records import METRICS, STATUS, read_status
-from .curves import MOST_POINTS, Curve, Log, is_regular, read_bounded
+from .curves import MOST_POINTS, Curve, Log, is_regular, read_bounded, when
 
 SAMPLE = re.compile(r"step_(\d{8,12})\.png")
 MOST_SAMPLE_BYTES = 1 << 25
@@ -46,7 +46,7 @@ class RunFolder:
 
     def stamp(self) -> str:
         """Another text whenever a file of the folder has changed."""
-        found = [(name, *_when(self.folder / name)) for name in _WATCHED]
+        found = [(name, *when(self.folder / name)) for name in _WATCHED]
         return hashlib.sha256(repr((str(self.folder), found)).encode()).hexdigest()[:16]
 
     def data(self) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class RunFolder:
 
     def _read_config(self, notes: list[str]) -> dict[str, str]:
         """Anew when its file has changed: YAML is slow to read."""
-        if self._config is None or self._config[0] != _when(self.folder / "config.yaml"):
+        if self._config is None or self._config[0] != when(self.folder / "config.yaml"):
             told: list[str] = []
-            self._config = _when(self.folder / "config.yaml"), _config(self.folder, told), told
+            self._config = when(self.folder / "config.yaml"), _config(self.folder, told), told
         notes += self._config[2]
         return self._config[1]
 
@@ -125,7 +125,7 @@ class RunFolder:
 
     def _age_s(self) -> float | None:
         """Since the last line."""
-        modified = _when(self.folder / METRICS)[0]
+        modified = when(self.folder / METRICS)[0]
         return max(0.0, round(time.time() - modified / 1e9, 1)) if modified else None
 
     def _band(self, notes: list[str]) -> list[list[float]]:
@@ -179,7 +179,7 @@ class RunFolder:
         rows = []
         for name in sorted(found)[-_MOST_CHECKPOINTS:]:
             path = self.folder / "checkpoints" / name
-            key = (path, _when(path / "meta.json")[0])
+            key = (path, when(path / "meta.json")[0])
             if key not in self._metas:
                 try:
                     self._metas[key] = read_meta(path).get("reads", []) if is_regular(path / "meta.json") else []
@@ -198,7 +198,7 @@ def samples_of(folder: Path) -> list[list[int]]:
     if (folder / "samples").is_symlink():
         return []
     paths = [folder / "samples" / name for name in _names(folder / "samples") if SAMPLE.fullmatch(name)]
-    return sorted([int(path.stem[5:]), _when(path)[0] // 1000] for path in paths if is_regular(path))
+    return sorted([int(path.stem[5:]), when(path)[0] // 1000] for path in paths if is_regular(path))
 
 
 def read_sample(folder: Path, step: int) -> bytes:
@@ -293,12 +293,3 @@ def _names(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except OSError:
         return []
-
-
-def _when(path: Path) -> tuple[int, int]:
-    """(time of the last change in nanoseconds, size); zeros where there is nothing."""
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_size

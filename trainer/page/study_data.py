@@ -10,7 +10,7 @@ from data.redaction import one_line
 
 from ..errors import CheckpointError, ConfigError
 from ..search.study import JOURNAL, Study, Trial
-from .curves import is_regular, read_bounded
+from .curves import is_regular, read_bounded, when
 
 _MOST_CURVES, _MOST_TRIALS = 60, 500
 _MOST_REPORT_BYTES = 1 << 25
@@ -24,11 +24,7 @@ class StudyFolder:
 
     def stamp(self) -> str:
         """Another text whenever the study has changed."""
-        parts = []
-        for path in (self.folder / JOURNAL, report_path(self.folder)):
-            found = path.stat() if path.is_file() else None
-            parts.append(f"{found.st_mtime_ns:x}-{found.st_size:x}" if found else "none")
-        return "-".join(parts)
+        return str([when(path) for path in (self.folder / JOURNAL, report_path(self.folder))])
 
     def data(self) -> dict[str, Any]:
         """All that a page shows of the study, as JSON can hold it."""
