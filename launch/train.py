@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from data.redaction import message
 from launch.common import command, run
 from launch.processes import end_with_torchrun, importing
 from trainer.config.help import describe_keys
@@ -68,10 +67,7 @@ def foreign_validation(config: TrainConfig, words: Sequence[str]) -> str | None:
 def main() -> int:
     end_with_torchrun()
     with Signals(at_once=True) as signals:  # while training the loop hears them
-        config = read_config()
-        if os.environ.get("RANK", "0") == "0" and (warning := foreign_validation(config, sys.argv[1:])):
-            print(message(warning), flush=True)
-        return _train(config, signals)
+        return _train(read_config(), signals)
 
 
 def _train(config: TrainConfig, signals: Signals) -> int:
@@ -103,8 +99,9 @@ def _train(config: TrainConfig, signals: Signals) -> int:
                         if stage.number and world.rank == 0:
                             write_status(folder, "failed", stage.first_step, str(error))
                         raise
-                if note := export_note(stage.config):
-                    job.metrics.say(note)
+                for note in (export_note(stage.config), foreign_validation(config, sys.argv[1:])):
+                    if note:
+                        job.metrics.say(note)
                 with job.lock or contextlib.nullcontext():
                     try:
                         outcome = train(job)
