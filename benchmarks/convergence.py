@@ -298,6 +298,15 @@ def judge(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
+    """The mean of a few seeds, and its 95 % interval (None of one), to five digits after the point."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return round(mean, 5), None
+    half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return round(mean, 5), [round(mean - half, 5), round(mean + half, 5)]
+
+
 def number(value: float) -> float | None:
     """None: without bound, which JSON has no number for."""
     return round(value, 3) if math.isfinite(value) else None

@@ -11,7 +11,6 @@ FOLDER/results.jsonl: the same command again goes on.
 import argparse
 import dataclasses
 import functools
-import math
 import shutil
 import statistics
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.convergence import STUDENT
+from benchmarks.convergence import mean_and_interval
 from benchmarks.machine import write
 from benchmarks.runs import add_study_arguments, claim_folder, run_jobs, trained, worker_pool
 from trainer.build.flops import image_flops, training_flops
@@ -96,17 +95,14 @@ def judge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     loss = {(r["arm"], r["seed"]): r["loss"] for r in results}
     seeds = sorted(seed for arm, seed in loss if arm == "staged" and ("whole", seed) in loss)
     gains = [loss["whole", seed] - loss["staged", seed] for seed in seeds]
-    mean, interval = statistics.fmean(gains), None
-    if len(gains) > 1:
-        half = STUDENT[len(gains) - 1] * statistics.stdev(gains) / math.sqrt(len(gains))
-        interval = [round(mean - half, 5), round(mean + half, 5)]
+    gain, interval = mean_and_interval(gains)
     means = {arm: round(statistics.fmean(loss[arm, seed] for seed in seeds), 5) for arm in ("staged", "whole")}
-    return {"seeds": len(seeds), "loss": means, "gain": round(mean, 5), "interval": interval}
+    return {"seeds": len(seeds), "loss": means, "gain": gain, "interval": interval}
 
 
-def side_by_side(pictures: Path, path: Path) -> None:
-    """The first seed's samples, the staged run's on the left."""
-    left, right = (Image.open(pictures / f"{arm}.png").convert("RGB") for arm in ("staged", "whole"))
+def side_by_side(pictures: Sequence[Path], path: Path) -> None:
+    """Two pictures as one."""
+    left, right = (Image.open(picture).convert("RGB") for picture in pictures)
     both = Image.new("RGB", (left.width + right.width + 16, max(left.height, right.height)), "white")
     both.paste(left, (0, 0))
     both.paste(right, (left.width + 16, 0))
@@ -127,7 +123,7 @@ def main() -> int:
         results = run_jobs(pool, workers, list(jobs(study)), work, arguments.folder / "results.jsonl", deadline)
     verdict = judge(results)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    side_by_side(arguments.folder, arguments.output.with_suffix(".png"))
+    side_by_side([arguments.folder / f"{arm}.png" for arm in ("staged", "whole")], arguments.output.with_suffix(".png"))
     write(arguments.output, {"study": dataclasses.asdict(study), "verdict": verdict, "runs": results})
     print(verdict)
     return 0

@@ -42,6 +42,6 @@ def test_a_small_study(tmp_path: Path) -> None:
         work = functools.partial(run_job, study, tmp_path)
         found = run_jobs(pool, 1, list(jobs(study))[:2], work, tmp_path / "results.jsonl", math.inf)
     assert {r["arm"] for r in found} == {"staged", "whole"}
-    side_by_side(tmp_path, tmp_path / "both.png")
+    side_by_side([tmp_path / f"{arm}.png" for arm in ("staged", "whole")], tmp_path / "both.png")
     with Image.open(tmp_path / "both.png") as both:
         assert both.width > 64
