@@ -24,6 +24,7 @@ from trainer.config.schema import TrainConfig
 from trainer.files import write_atomically
 from trainer.loop import train
 from trainer.parallel.mesh import World, init_world
+from trainer.run import Run
 
 J = TypeVar("J")  # a frozen dataclass of numbers and strings
 _world: World | None = None  # of this process: one process group for all its runs
@@ -37,8 +38,9 @@ _MAY_GROW = (
 
 
 @contextlib.contextmanager
-def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
-    """Train in this process; (the run's folder, which is gone after the block, and the process's world)."""
+def trained(config: TrainConfig, prepare: Callable[[Run], None] = lambda run: None) -> Iterator[tuple[Path, World]]:
+    """Train in this process; (the run's folder, which is gone after the block, and the process's world). prepare: may
+    change a run that is built."""
     global _world
     torch.set_num_threads(1)
     gc.collect()  # a sharded model holds itself in cycles, and with it its memory
@@ -46,7 +48,7 @@ def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
     try:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder, "name": "run"})})
         _world = _world or init_world(resolve(config, 1).shard)
-        while (outcome := _train_stage(config, _world)) == "running":
+        while (outcome := _train_stage(config, _world, prepare)) == "running":
             pass
         if outcome != "finished":  # a signal has stopped it: its figures are not those of the whole run
             raise RuntimeError(f"a run ended as {outcome}")
@@ -55,9 +57,10 @@ def trained(config: TrainConfig) -> Iterator[tuple[Path, World]]:
         shutil.rmtree(folder)
 
 
-def _train_stage(config: TrainConfig, world: World) -> str:
+def _train_stage(config: TrainConfig, world: World, prepare: Callable[[Run], None]) -> str:
     with contextlib.redirect_stdout(None):  # a muP table of each of many runs is no news
         run = build_run(config, world)
+    prepare(run)
     run.metrics.say = lambda text: None
     # Nobody sees the folder, and a picture costs more than a small run's steps.
     run.metrics.plot = lambda last=False: None
