@@ -30,6 +30,7 @@ from trainer.build.engine import build_mup_table
 from trainer.config.load import load_config
 from trainer.config.schema import TrainConfig
 from trainer.monitor.metrics import read_metrics
+from trainer.parallel.engine import StepResult, Watch
 from trainer.run import Run
 
 
@@ -48,8 +49,8 @@ def fix_norms(config: TrainConfig, run: Run) -> None:
     first, step = {name: norms(name) for name in names}, run.engine.step
     assert all(norm.min() > 0 for norm in first.values()), "a matrix that begins as zeros has no norm to keep"
 
-    def step_and_scale(*arguments: Any) -> Any:
-        result = step(*arguments)
+    def step_and_scale(lr: float, watch: Watch | None = None, max_norm: Tensor | None = None) -> StepResult:
+        result = step(lr, watch, max_norm)
         with torch.no_grad():
             for name in names:
                 matrices(name).mul_(first[name] / norms(name))
