@@ -4,11 +4,11 @@ make demo          (leaves runs/demo with report.html)
 make demo FAST=1   (half the width and half the steps: sooner, with worse pictures)
 """
 
+import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ def main() -> int:
     began = time.monotonic()
     given = {text.partition("=")[0] for text in arguments.overrides}
     sooner = [text for text in FAST if arguments.fast and text.partition("=")[0] not in given]
-    overrides = [*arguments.overrides, *sooner, *fast_precision(arguments.overrides)]
+    config = load_config(arguments.config, [*arguments.overrides, *sooner])
+    overrides = [*arguments.overrides, *sooner, *faster_precision(config)]
     config = load_config(arguments.config, overrides)
     folder = config.run.folder
     if folder.exists():
@@ -98,10 +99,25 @@ def main() -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
-def fast_precision(overrides: Sequence[str]) -> list[str]:
-    """bf16 where the processor multiplies it itself (AMX, AVX512-BF16), unless `overrides` say which precision."""
-    given = any(text.startswith("parallel.precision=") for text in overrides)
-    return ["parallel.precision=bf16"] if multiplies("bf16", torch.device("cpu")) and not given else []
+def faster_precision(config: TrainConfig) -> list[str]:
+    """bf16 where this processor is faster in it than in fp32, and the config leaves the precision open."""
+    if config.parallel.precision is not None or not multiplies("bf16", torch.device("cpu")):
+        return []
+    # A processor may know bf16 and be slow in it. With AMX it multiplies several times as fast as in fp32; with
+    # AVX512-BF16 alone as fast, and the rest of a step (casts, attention) made the demo's steps 1.5 times as long.
+    seconds = layer_seconds(config.model.width)
+    return ["parallel.precision=bf16"] if seconds[torch.bfloat16] < 0.75 * seconds[torch.float32] else []
+
+
+def layer_seconds(width: int) -> dict[torch.dtype, float]:
+    """The least time of a layer [width -> 4 width] and its gradients for 2,048 tokens, by type; taken by turns."""
+    seconds = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    for _, dtype in itertools.product(range(8), seconds):
+        layer, tokens = torch.nn.Linear(width, 4 * width, dtype=dtype), torch.ones(2048, width, dtype=dtype)
+        began = time.perf_counter()
+        layer(tokens.requires_grad_()).sum().backward()
+        seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
+    return seconds
 
 
 # ------------------------------------------------------------------------------------------------ train, kill, resume
