@@ -61,6 +61,14 @@ SWEEPS = {
     "mmdit_cpu": Sweep(
         "mmdit_demo_mup.yaml", ("model.depth=3", "data.resolution=16", "objective.shift_base_tokens=16"), _SIZES
     ),
+    # The clean image is predicted, in pixels: has the output the right role for it? Two widths, and muP alone.
+    "mmdit_x": Sweep(
+        "mmdit_demo_mup.yaml",
+        ("model.depth=3", "data.resolution=16", "objective.shift_base_tokens=16", "objective.predict=x"),
+        {**_SIZES, "width": (64, 128)},
+        seeds=2,
+        controls=(),
+    ),
     "dit_cpu": Sweep("dit_cifar_mup.yaml", ("model.depth=3", "data.resolution=16"), _SIZES, (-9, -8, -7, -6, -5, -4)),
     "mmdit_muon": Sweep(
         "mmdit_demo_mup.yaml",
