@@ -62,7 +62,7 @@ class Study:
 
 
 STUDIES = {
-    "emoji_cpu": Study(("model.width=128", "model.depth=3", "train.global_batch_size=32"), steps=800),
+    "emoji_cpu": Study(("model.width=128", "model.depth=3", "train.global_batch_size=32"), steps=500),
     # Seconds: a test that the machinery works.
     "tiny": Study(("model.depth=1", "model.width=32", "mup.base_width=32", "train.global_batch_size=4",
                    "validation.samples=4", "optim.warmup_steps=1", "sample.steps=2"), steps=8, log2_lrs=(-9.0, -7.0),
