@@ -89,7 +89,7 @@ each step:
 | what may change on resume | each key's class in `trainer/config/schema.py`, compared in `trainer/config/resume.py` |
 | activation checkpointing, compilation | `trainer/parallel/activation_checkpointing.py`, `compile.py` |
 | tokens that skip blocks | `models/route.py`; which ones: `trainer/diffusion/route.py` |
-| classifier-free guidance | `trainer/diffusion/sampling.py` |
+| guidance, classifier-free or by the route | `trainer/diffusion/sampling.py`, `trainer/evaluate/generate.py` |
 | the EMA | `trainer/ema.py` |
 | the line on the terminal, metrics.jsonl, trackers | `metrics.py`, `records.py` and `tracking/` in `trainer/monitor/` |
 | the page of `mudit watch` and `report` | `run_data.py`, `panels.py` and `templates/page.js` in `trainer/page/` |

@@ -39,6 +39,11 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
                 f"the pipelines of diffusers take a flow's output for the velocity, this model's is "
                 f"{config.objective.predict} (objective.predict): sample it with launch/sample.py"
             )
+        if config.sample.guidance_by == "route":
+            yield (
+                "no pipeline of diffusers has a route to guide by (sample.guidance_by): sample it with "
+                "launch/sample.py, or add sample.guidance_by=condition and a sample.guidance that fits it"
+            )
         if model.kind == "mmdit":
             yield from unlike(model, twin)
         for key in ("prefix", "chat", "layers", "pad", "more", "pooled_width"):

@@ -12,7 +12,7 @@ CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan
 @dataclass(frozen=True, config=CONFIG)
 class RouteConfig:
     """Blocks that see a random part of the image tokens in training (TREAD, arXiv 2501.04765), as those that compute
-    least; validation, samples and exports see all tokens."""
+    least; validation, samples (but for sample.guidance_by) and exports see all tokens."""
 
     share: float = Field(gt=0, lt=1)
     """Share of the image tokens that skip the blocks of the route, drawn anew for each sample; as many of each."""

@@ -15,7 +15,8 @@ from tests.helpers.tiny_networks import pinned, save_clip, save_detector, save_i
 from trainer.monitor.metrics import read_metrics
 
 COUNT, BATCH = 22, 4
-STEPS = ("train.steps=4", "train.checkpoint_every=2", "train.validate_every=2", "train.sample_every=0")
+ROUTE = ("model.depth=3", "model.route.share=0.5", "model.route.start=1", "model.route.end=2")
+STEPS = (*ROUTE, "train.steps=4", "train.checkpoint_every=2", "train.validate_every=2", "train.sample_every=0")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "detector": str(save_detector(folder / "detector", ["clock", "dog"])),
     }
     common = {key: suite[key] for key in ("rectified_flow", "guidance", "precision", "clip")}
-    (folder / "objects.yaml").write_text(json.dumps(common | geneval))
+    (folder / "objects.yaml").write_text(json.dumps(common | geneval | {"guidance_by": "route"}))
     train(2, folder / "run", *STEPS)
     return folder
 
@@ -103,7 +104,7 @@ def test_every_number_of_processes_measures_the_same(folder: Path) -> None:
 
 
 def test_geneval_on_two_processes(folder: Path) -> None:
-    """Images with the facts of their prompts; verdicts of all ranks are counted."""
+    """Images with the facts of their prompts, guided by the model's route; verdicts of all ranks are counted."""
     objects = ("--suite", str(folder / "objects.yaml"))
     one, two = (evaluate(folder, n, folder / f"objects{n}", *objects) for n in (1, 2))
     assert shards(folder / "objects1") == shards(folder / "objects2")

@@ -1,5 +1,6 @@
 """Exported folders sample as launch/sample.py does; what was exported comes back and trains on."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,11 @@ from diffusers.pipelines.dit import pipeline_dit
 from data.debug import ensure_debug_assets
 from tests.distributed.runs import weights
 from tests.helpers.exports import config_of, random_checkpoint, run_export
-from trainer.build.engine import build_sampler
 from trainer.build.inference import Inference, build_inference
 from trainer.build.run import build_run
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.meta import read_meta
 from trainer.config.load import parse
-from trainer.config.resolve import resolve
 from trainer.evaluate.generate import images_from_prompts, initial_noise
 from trainer.parallel.mesh import World
 
@@ -61,18 +60,13 @@ def inference_of(folder: Path, world: World, *overrides: str) -> Inference:
 
 def our_images(made: Inference, world: World, prompts: list[str], seed: int) -> torch.Tensor:
     """What launch/sample.py makes of the prompts, before it is rounded to 8 bits: [n, H, W, 3] in [0, 1]."""
-    config, seen = made.config, []
+    seen = []
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
         seen.append(made.encoders.decode(latents))
         return seen[-1]
 
-    images_from_prompts(
-        made.model, made.encoders.encode_prompts, decode, prompts,
-        (config.autoencoder.channels, config.latent_size, config.latent_size),
-        build_sampler(config, resolve(config, 1)), seed, config.sample.guidance, config.sample.guidance_channels,
-        world.device, world.control,
-    )  # fmt: skip
+    images_from_prompts(dataclasses.replace(made.generate, decode=decode), prompts, seed, world.control)
     return (seen[0].permute(0, 2, 3, 1) + 1) / 2
 
 

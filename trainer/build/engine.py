@@ -201,7 +201,7 @@ def build_alignment(config: TrainConfig, encoders: Encoders) -> Alignment | None
 
 
 def build_route(config: TrainConfig) -> Route | None:
-    """The route of the image tokens in training, where the model has one."""
+    """The route of the image tokens, where the model has one: in training, and to guide samples by."""
     route = config.model.route
     return None if route is None else Route(config.model.patch_size, route.kept, route.blocks)
 

@@ -24,7 +24,7 @@ from ..mup.table import MuTable
 from ..parallel.engine import Engine
 from ..parallel.mesh import World
 from ..parallel.precision import without_fp8
-from .engine import build_engine, build_mup_table, build_objective, build_sampler
+from .engine import build_engine, build_mup_table, build_objective, build_route, build_sampler
 
 
 def image_generator(config: TrainConfig, engine: Engine, encoders: Encoders, resolved: Resolved) -> Generator:
@@ -38,24 +38,13 @@ def image_generator(config: TrainConfig, engine: Engine, encoders: Encoders, res
         config.sample.guidance,
         config.sample.guidance_channels,
         encoders.device,
+        build_route(config) if config.sample.guidance_by == "route" else None,
     )
 
 
 def sample_images(generate: Generator, world: World, prompts: Sequence[str], seed: int = 0) -> np.ndarray:
     """uint8 [len(prompts), H, W, 3] on every rank; the ranks share the work."""
-    return images_from_prompts(
-        generate.model,
-        generate.encode_prompts,
-        generate.decode,
-        prompts,
-        generate.latent_shape,
-        generate.sampler,
-        seed=seed,
-        guidance=generate.guidance,
-        guidance_channels=generate.guidance_channels,
-        device=generate.device,
-        group=world.control,
-    )
+    return images_from_prompts(generate, prompts, seed, world.control)
 
 
 @dataclasses.dataclass(frozen=True)

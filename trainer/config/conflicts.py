@@ -178,6 +178,8 @@ def _sampling_conflicts(c: TrainConfig) -> Iterator[str]:
             yield f"sample.steps {c.sample.steps} is more than the {most} of sample.sampler {sampler}"
         elif sampler == "ddim" and 1000 % c.sample.steps:
             yield f"sample.steps {c.sample.steps} must divide 1000 under sample.sampler ddim"
+    if c.sample.guidance_by == "route" and c.model.route is None:
+        yield "sample.guidance_by route needs a model with model.route, and this one has none: set it to condition"
     channels = c.sample.guidance_channels
     if channels is not None and channels > c.autoencoder.channels:
         yield f"sample.guidance_channels {channels} is more than autoencoder.channels {c.autoencoder.channels}"

@@ -325,6 +325,9 @@ class ValidationConfig(Section):
     """Images of the fixed validation set, each of which is measured at 8 equidistant times."""
 
 
+GuidanceBy = Literal["condition", "route"]
+
+
 class SampleConfig(Section):
     """The grids of sampled images."""
 
@@ -339,7 +342,10 @@ class SampleConfig(Section):
     steps: int = Field(default=50, ge=1)
     """Sampling steps per image."""
     guidance: float = Field(default=4.0, ge=0)
-    """Scale of classifier-free guidance; 1 is no guidance."""
+    """Scale of the guidance; 1 is no guidance."""
+    guidance_by: GuidanceBy = "condition"
+    """What guidance leads away from: the prediction without caption or class (`condition`: classifier-free guidance), or
+    that of a pass with it through model.route as in training (`route`, arXiv 2601.01608)."""
     guidance_channels: int | None = Field(default=None, ge=1)
     """Number of guided channels, counted from the first; null guides all. Some published models guide 3 of 4 latent
     channels."""

@@ -75,6 +75,11 @@ def subset(keys: Tensor, size: int, count: int, purpose: str) -> Tensor:
     return drawn.sort(dim=1).values
 
 
-def at_step(keys: Tensor, step: int) -> Tensor:
-    """Keys of one step of a sampler: int64 [B], independent of those of other steps."""
-    return mix(mix(keys) + torch.full_like(keys, step + 1) * _GOLDEN)
+def at_step(keys: Tensor, step: int | Tensor) -> Tensor:
+    """Keys of one step of a sampler, or of each row's own int64 [B]: int64 [B], independent of those of other steps."""
+    return mix(mix(keys) + (torch.zeros_like(keys) + step + 1) * _GOLDEN)
+
+
+def at_time(keys: Tensor, t: Tensor) -> Tensor:
+    """Keys of one time t [B] of a sampler, by its bits in float32: int64 [B], independent of those of other times."""
+    return at_step(keys, t.float().view(torch.int32).long())

@@ -1,11 +1,11 @@
-"""Which image tokens go through a model's route in a step of training (models.model_config.RouteConfig)."""
+"""Which image tokens go through a model's route (models.model_config.RouteConfig), in training and to guide samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .random import subset
+from .random import at_time, subset
 
 
 @dataclass(frozen=True)
@@ -21,3 +21,7 @@ class Route:
         """Latents [b, C, h, w], keys int64 [b] -> int64 [b, K], rising: a function of each row's key alone."""
         tokens = x0.shape[-2] * x0.shape[-1] // self.patch_size**2
         return subset(keys, tokens, self.number(tokens), "route")
+
+    def kept_at(self, x: Tensor, t: Tensor, keys: Tensor) -> Tensor:
+        """As kept, drawn anew at each time t [b] of a sampler, so that no place of the image is always left out."""
+        return self.kept(x, at_time(keys, t))

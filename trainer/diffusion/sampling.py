@@ -1,4 +1,5 @@
-"""From noise to images: Euler for flows, and classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
+"""From noise to images: Euler for flows, and guidance: classifier-free (Ho & Salimans, arXiv 2207.12598), or away from
+a prediction by a part of the tokens (Krause et al., arXiv 2601.01608)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,19 +52,19 @@ def euler(velocity: Predict, noise: Tensor, times: list[float]) -> Tensor:
     return x
 
 
-def guided(conditional: Predict, unconditional: Predict, guidance: float, channels: int | None = None) -> Predict:
-    """unconditional + guidance x (conditional - unconditional); at guidance 1 the unconditional is not computed.
+def guided(full: Predict, weaker: Predict, guidance: float, channels: int | None = None) -> Predict:
+    """weaker + guidance x (full - weaker); at guidance 1 the weaker is not computed.
 
-    channels: how many of the image's channels are guided, None for all (some published models guide 3 of 4). The
-    others, and a learned variance behind them, are the conditional's.
+    weaker: without the condition, or routed. channels: how many of the image's channels are guided, None for all (some
+    published models guide 3 of 4). The others, and a learned variance behind them, are the full prediction's.
     """
     if guidance == 1.0:
-        return conditional
+        return full
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        output, without = conditional(x, t), unconditional(x, t)
+        output, away = full(x, t), weaker(x, t)
         count = x.shape[1] if channels is None else min(channels, x.shape[1])
-        led = without[:, :count] + guidance * (output[:, :count] - without[:, :count])
+        led = away[:, :count] + guidance * (output[:, :count] - away[:, :count])
         return torch.cat([led, output[:, count:]], dim=1)
 
     return predict

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from data.order import position_keys
 
 from ..diffusion.random import normal
+from ..diffusion.route import Route
 from ..diffusion.sampling import Predict, Sampler, guided
 from ..files import write_atomically
 
@@ -23,7 +25,8 @@ from ..files import write_atomically
 class Generator:
     """Prompts -> images by the weights that the model has now.
 
-    encode_prompts: prompts -> what the model is conditioned on; "" is no condition. decode: latents -> [-1, 1].
+    encode_prompts: prompts -> what the model is conditioned on; "" is no condition. decode: latents -> [-1, 1]. route:
+    guidance leads away from a pass of the same prompts by this route of the model; None: from one of "".
     """
 
     model: nn.Module
@@ -34,6 +37,7 @@ class Generator:
     guidance: float
     guidance_channels: int | None
     device: torch.device
+    route: Route | None = None
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> Tensor:
@@ -47,33 +51,37 @@ class Generator:
         A sharded model is called equally often whatever the prompts are.
         """
         keys, noise = initial_noise(seed, numbers, self.latent_shape, self.device)
-        conditional = _predict(self.model, self.encode_prompts(list(prompts)))
-        unconditional = _predict(self.model, self.encode_prompts([""] * len(prompts)))
-        predict = guided(conditional, unconditional, self.guidance, self.guidance_channels)
-        latents = self.sampler(predict, noise, keys)
+        latents = self.sampler(self._predict(list(prompts), keys), noise, keys)
         finite = latents.isfinite().flatten(1).all(1)[:, None, None, None]
         return self.decode(latents).float().clamp(-1, 1).where(finite, torch.nan)
 
+    def _predict(self, prompts: list[str], keys: Tensor) -> Predict:
+        """With guidance two passes, one after the other: their captions or their tokens differ in number."""
+        condition = self.encode_prompts(prompts)
+        if self.route is None:
+            weaker = _pass(self.model, self.encode_prompts([""] * len(prompts)))
+        else:
+            weaker = _pass(self.model, condition, partial(self.route.kept_at, keys=keys))
+        return guided(_pass(self.model, condition), weaker, self.guidance, self.guidance_channels)
+
+
+def _pass(model: nn.Module, condition: Any, kept: Callable[[Tensor, Tensor], Tensor] | None = None) -> Predict:
+    """kept: of x and t, the tokens that go through the model's route."""
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        routed = {} if kept is None else {"kept": kept(x, t)}
+        return model(x, t, condition, **routed)[0].to(x.dtype)
+
+    return predict
+
 
 def images_from_prompts(
-    model: nn.Module,
-    encode_prompts: Callable[[list[str]], Any],
-    decode: Callable[[Tensor], Tensor],
-    prompts: Sequence[str],
-    latent_shape: tuple[int, int, int],
-    sampler: Sampler,
-    seed: int,
-    guidance: float,
-    guidance_channels: int | None,
-    device: torch.device,
-    group: dist.ProcessGroup,
-    batch_size: int = 32,
+    generate: Generator, prompts: Sequence[str], seed: int, group: dist.ProcessGroup, batch_size: int = 32
 ) -> np.ndarray:
-    """uint8 [len(prompts), H, W, 3], on every rank; arguments as of Generator.
+    """uint8 [len(prompts), H, W, 3], on every rank.
 
     Each rank computes its part; all run the same number of batches, because sharded weights are gathered together.
     """
-    generate = Generator(model, encode_prompts, decode, latent_shape, sampler, guidance, guidance_channels, device)
     rank, world = dist.get_rank(), dist.get_world_size()
     share = -(-len(prompts) // world)
     numbers = [min(i, len(prompts) - 1) for i in range(rank * share, (rank + 1) * share)]
@@ -95,10 +103,6 @@ def initial_noise(
     """Keys int64 [n] and starting noise [n, C, h, w] float32 of images by their numbers."""
     keys = torch.from_numpy(position_keys(seed, np.array(numbers, dtype=np.int64))).to(device)
     return keys, normal(keys, latent_shape, "noise").float()
-
-
-def _predict(model: nn.Module, condition: Any) -> Predict:
-    return lambda x, t: model(x, t, condition)[0].to(x.dtype)
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None, min_side: int = 64) -> None:

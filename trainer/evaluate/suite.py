@@ -9,7 +9,7 @@ from data.files import json_digest
 
 from ..config.keys import plain
 from ..config.load import parse, validated
-from ..config.schema import Section, TrainConfig
+from ..config.schema import GuidanceBy, Section, TrainConfig
 from ..config.yaml_files import find_config, nearest, override, read
 from ..errors import ConfigError
 
@@ -73,7 +73,9 @@ class SuiteConfig(Section):
     ddpm: DiffusionSampling | None = None
     """How models of objective.kind ddpm are sampled; null refuses them."""
     guidance: float = Field(ge=0)
-    """Scale of classifier-free guidance; 1 is no guidance."""
+    """Scale of the guidance; 1 is no guidance."""
+    guidance_by: GuidanceBy = "condition"
+    """What guidance leads away from, as sample.guidance_by."""
     guidance_channels: int | None = Field(default=None, ge=1)
     """Number of guided channels, counted from the first; null guides all."""
     resolution: int | None = Field(default=None, ge=1)
@@ -161,6 +163,7 @@ class SuiteConfig(Section):
             f"sample.sampler={sampling.sampler}",
             f"sample.steps={sampling.steps}",
             f"sample.guidance={self.guidance}",
+            f"sample.guidance_by={self.guidance_by}",
             f"sample.guidance_channels={'null' if self.guidance_channels is None else self.guidance_channels}",
             f"parallel.precision={self.precision}",
             *([] if self.vae is None else [f"autoencoder.path={self.vae}", "autoencoder.subfolder=null"]),
@@ -170,6 +173,8 @@ class SuiteConfig(Section):
     def protocol(self, contents: Mapping[str, Any]) -> dict[str, Any]:
         """All choices; `contents` (fingerprints of what lies at the paths) in place of the paths."""
         choices = {key: value for key, value in self.model_dump(mode="json").items() if key not in _PATHS}
+        if self.guidance_by == "condition":  # the hash of a suite before there was a choice
+            del choices["guidance_by"]
         return {**choices, "contents": dict(contents)}
 
 

@@ -126,6 +126,12 @@ def test_protocol_hash_is_of_choices_and_contents() -> None:
     assert len({base, hash_of({}, "other"), *(hash_of(change) for change in changes)}) == 7
 
 
+def test_a_hash_of_before_guidance_had_a_choice_is_the_same() -> None:
+    suite = SuiteConfig.model_validate(MINIMAL)
+    assert "guidance_by" not in suite.protocol({})
+    assert suite.model_copy(update={"guidance_by": "route"}).protocol({})["guidance_by"] == "route"
+
+
 def test_an_output_folder_holds_one_evaluation(tmp_path: Path) -> None:
     identity = {"suite": "a", "protocol_hash": "b"}
     (tmp_path / "new").mkdir()
