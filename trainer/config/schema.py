@@ -344,8 +344,8 @@ class SampleConfig(Section):
     guidance: float = Field(default=4.0, ge=0)
     """Scale of the guidance; 1 is no guidance."""
     guidance_by: GuidanceBy = "condition"
-    """What guidance leads away from: the prediction without caption or class (`condition`: classifier-free guidance), or
-    that of a pass with it through model.route as in training (`route`, arXiv 2601.01608)."""
+    """What guidance leads away from: the prediction without caption or class (`condition`: classifier-free guidance),
+    or that of a pass with it through model.route as in training (`route`, arXiv 2601.01608)."""
     guidance_channels: int | None = Field(default=None, ge=1)
     """Number of guided channels, counted from the first; null guides all. Some published models guide 3 of 4 latent
     channels."""
