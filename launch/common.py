@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from data.errors import DataError
 from data.redaction import message, redact_logs_and_tracebacks
-from launch.processes import allow_open_files, importing, quieten_imports
+from launch.processes import allow_open_files, end_process, importing, quieten_imports
 from launch.ranks import take_ranks
 from trainer.config.yaml_files import refuse_duplicates
 from trainer.errors import CheckpointError, CompileError, ConfigError, RunError
@@ -33,21 +32,24 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [*(entry for entry in sys.path if Path(entry or ".").resolve() != _HERE), str(_HERE.parent)]
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-_WATCHDOG = "watch_"  # threads that are left in a store that does not answer; they would abort the interpreter's end
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit: 0 success, 1 a check falls short, 2 bad input."""
+    """Run a command and exit: 0 success, 1 a check falls short, 2 bad input, 141 nobody reads its output any more."""
     redact_logs_and_tracebacks()
     quieten_imports()
     allow_open_files()
+    end_process(lambda: _code(main))
+
+
+def _code(main: Callable[[], int | None]) -> int:
     try:
         take_ranks()
-        code = main() or 0
+        return main() or 0
     except (ConfigError, DataError, CheckpointError, CompileError) as error:
-        code = _report(str(error), 2)
+        return _report(str(error), 2)
     except RunError as error:
-        code = _report(str(error), 1)
+        return _report(str(error), 1)
     except OSError as error:
         if error.errno in _OF_THE_DISK:
             remedy = "make room or give rights, then run the same command again"
@@ -56,12 +58,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         else:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        code = _report(f"{where}{error.strerror}: {remedy}", 2, alike=False)
-    sys.stdout.flush()
-    if any(thread.name.startswith(_WATCHDOG) for thread in threading.enumerate()):
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        return _report(f"{where}{error.strerror}: {remedy}", 2, alike=False)
 
 
 def _report(text: str, code: int, alike: bool = True) -> int:

@@ -6,13 +6,17 @@ import gc
 import logging
 import os
 import resource
+import select
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 _OPEN_FILES = 65536
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_WATCHDOG = "watch_"  # threads that are left in a store that does not answer; they would abort the interpreter's end
 
 
 @contextlib.contextmanager
@@ -27,6 +31,43 @@ def importing() -> Iterator[None]:
         if len(sys.modules) > known:
             gc.freeze()
         gc.enable()
+
+
+def end_process(main: Callable[[], int]) -> NoReturn:
+    """End this process with the code that `main` returns, once all that it has printed is written.
+
+    Where nobody reads that any more, as after `| head`, it ends as other tools do that SIGPIPE ends: without a message,
+    with code 141. The signal itself stays ignored: it would also end a run whose peer has closed a socket.
+    """
+    try:
+        try:
+            code = main()
+        except SystemExit:  # of --help
+            print(end="", flush=True)
+            raise
+        print(end="", flush=True)
+    except BrokenPipeError:
+        if not _silence_unread():
+            raise
+        code = 128 + signal.SIGPIPE
+    if any(thread.name.startswith(_WATCHDOG) for thread in threading.enumerate()):
+        with contextlib.suppress(BrokenPipeError):
+            print(end="", file=sys.stderr, flush=True)
+        os._exit(code)
+    sys.exit(code)
+
+
+def _silence_unread() -> list[int]:
+    """Those of standard output and error that nobody reads any more. What is still written to them, as Python does with
+    its buffers at its end, goes nowhere."""
+    unread = []
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            unread.append(descriptor)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return unread
 
 
 def end_with_torchrun() -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,6 +86,31 @@ def test_open_files(limits: tuple[int, int], said: str) -> None:
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(FileNotFoundError):
         run(lambda: failing(FileNotFoundError(errno.ENOENT, "No such file", "x")))
+    with pytest.raises(BrokenPipeError):  # of a socket, such as a peer's: the output is read
+        run(lambda: failing(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train.py", "--help"),  # written when the process ends
+        ("mudit.py", "train", "--help-config"),  # longer than a buffer
+        ("train.py", "--config", "nowhere"),  # a refusal whose message goes to the same pipe
+    ],
+)
+def test_nobody_reads_the_output(words: tuple[str, ...]) -> None:
+    """As after `| head`, once it has ended: quiet, with the code of a tool that SIGPIPE ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, f"launch/{words[0]}", *words[1:]]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    for errors in (subprocess.PIPE, writing):
+        done = subprocess.run(command, cwd=ROOT, env=buffered, stdout=writing, stderr=errors, text=True, check=False)
+        told = "nowhere" in words and errors != writing
+        assert done.returncode == (2 if told else 141), done.stderr
+        assert bool(done.stderr) == told
+    os.close(writing)
 
 
 # -------------------------------------------------------------------------------------------------- a user's files

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.common import _WATCHDOG
+from launch.processes import _WATCHDOG
 from trainer.errors import PeerError
 from trainer.monitor.records import read_status, write_status
 from trainer.parallel.mesh import World
