@@ -4,43 +4,35 @@ mudit init                                                              asks
 mudit init --data 'shards/train-*.tar' --gpus 8 --hours 24 --resolution 512 --encoder sd3 --output first.yaml
 
 The model is the largest of the shipped MMDiTs (or --base NAME) that suits the compute and fits into memory; the steps
-are those that the hours hold. --card: the kind of GPU, where nvidia-smi does not tell. Then: mudit train --config FILE.
+are those that the hours hold. --card: the kind of GPU, where nvidia-smi does not tell. --gpus 0: the demo's model, for
+a machine without a GPU. Then, from any folder: mudit train --config FILE.
 """
 
-import argparse
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from data.config import DataConfig
+from data.config import SYNTHETIC, DataConfig
 from launch.common import add_overwrite, command, keep_files, run
 from launch.machine.finding import answer
 from launch.processes import importing
-from trainer.errors import ConfigError
+from launch.questions import Question, answered, anywhere, argument, count, positive, whole
+from trainer.config.yaml_files import CONFIG_DIR
 from trainer.estimate.cluster import CARDS, Cluster
 
 BASES = ("mmdit_18b_mup", "mmdit_2b_mup", "mmdit_0.7b_mup", "mmdit_0.18b_mup")
-
-
-class Question(NamedTuple):
-    """name: of the option. kind: makes a value of a text, or raises ValueError with what was expected."""
-
-    name: str
-    asks: str
-    kind: Callable[[str], Any]
-    default: Any
+SMALL = "mmdit_demo_mup"
+MINILM = CONFIG_DIR.parent / ".cache" / "minilm"  # a small text encoder, which make setup brings
+NONE = "No GPU is seen here (nvidia-smi)"
 
 
 def main() -> int:
     here = cards_here()
     questions = [
-        Question("data", "shards: a folder, a pattern, URLs, or synthetic", str, "synthetic"),
-        Question("gpus", "how many GPUs", whole, len(here) or 8),
-        Question("hours", "how many hours they are yours", positive, 24),
-        Question("resolution", "pixels of an image's side", whole, DataConfig.resolution),
-        Question("encoder", "text encoder: sd3 (its T5-XXL), or a folder", str, "sd3"),
+        Question("data", "shards: a folder, a pattern, URLs, or synthetic", anywhere, (SYNTHETIC, SYNTHETIC)),
+        Question("gpus", "how many GPUs; 0 trains on this machine's processors", count, (len(here), len(here))),
+        Question("hours", "how many hours they are yours", positive, (24, 1)),
+        Question("resolution", "pixels of an image's side", whole, (DataConfig.resolution, 32)),
+        Question("encoder", "text encoder: sd3 (its T5-XXL), or a folder", anywhere, ("sd3", str(MINILM))),
     ]
     parser = command(__doc__, config=False, overrides=None)
     for question in questions:
@@ -52,75 +44,34 @@ def main() -> int:
     add_overwrite(parser)
     a = parser.parse_args()
     keep_files(a.overwrite, a.output)
-    answers = {question.name: getattr(a, question.name) for question in questions}
-    open_questions = [question for question in questions if answers[question.name] is None]
-    if open_questions and not sys.stdin.isatty():
-        missing = " ".join(f"--{question.name} {question.default}" for question in open_questions)
-        raise ConfigError(f"there is no terminal to ask on: give {missing}, with your own values")
-    answers |= {question.name: asked(question) for question in open_questions}
+    given = {question.name: getattr(a, question.name) for question in questions}
+    if given["gpus"] is None and not here and sys.stdin.isatty():
+        print(f"{NONE}: 0 of them train a small model here; a number plans for a machine that has so many.")
+    answers = answered(questions, given)
     with importing():
-        from trainer.estimate.proposal import Wish, propose
+        from trainer.estimate.proposal import Wish, propose, propose_small
 
     wish = Wish(**answers)
-    cluster = Cluster(wish.gpus, CARDS[a.card], a.gpus_per_node)
-    found = propose(wish, cluster, [a.base] if a.base else BASES, a.output.stem)
+    if wish.gpus:
+        cluster = Cluster(wish.gpus, CARDS[a.card], a.gpus_per_node)
+        found = propose(wish, cluster, [a.base] if a.base else BASES, a.output.stem)
+    else:
+        found = propose_small(wish, a.base or SMALL, a.output.stem)
     a.output.parent.mkdir(parents=True, exist_ok=True)
     a.output.write_text(found.text)
     print(found.page)
+    if wish.gpus > len(here):
+        print(f"\n{NONE if not here else f'This machine has {len(here)} GPUs'}: train it where there are {wish.gpus}.")
+    fetch = f"  mudit fetch --config {a.output}\n" if wish.gpus else ""
     print(f"\n{a.output} extends {found.base}. Next:\n  mudit doctor --config {a.output}")
-    print(f"  mudit fetch --config {a.output}\n  mudit train --config {a.output}")
+    print(f"{fetch}  mudit train --config {a.output}")
     return 0
-
-
-def asked(question: Question) -> Any:
-    """What a person answers; asked again until it is a value. Return takes the default."""
-    while True:
-        try:
-            said = input(f"{question.asks} [{question.default}]: ").strip()
-        except EOFError:
-            raise ConfigError(f"no answer to: {question.asks}; nothing is written") from None
-        if not said:
-            return question.default
-        try:
-            return question.kind(said)
-        except ValueError as error:
-            print(f"  {error}")
 
 
 def cards_here() -> list[str | None]:
     """For each GPU of this machine its name in CARDS, None for one that is not there."""
     names = (answer("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines()
     return [next((card for card in CARDS if card.upper() in name.upper()), None) for name in names]
-
-
-def whole(text: str) -> int:
-    """A number of things."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    """A quantity."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < math.inf:
-        raise ValueError(f"expected a number above 0, got {text!r}")
-    return number
-
-
-def argument(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """As argparse asks for it, with the same message."""
-
-    def parse(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
 
 
 if __name__ == "__main__":
