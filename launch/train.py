@@ -53,6 +53,20 @@ def read_config() -> TrainConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
+def say_start(config: TrainConfig) -> None:
+    """A line before what is slow to import, from rank 0. To a terminal alone: elsewhere a refusal, such as of shards
+    that are not there, has to stand by itself."""
+    if os.environ.get("RANK", "0") != "0" or not os.isatty(2):
+        return
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    print(
+        f"{config.run.folder}: {config.model.kind}, {config.train.steps} steps, {processes} "
+        f"{'process' if processes == 1 else 'processes'}; starting takes up to a minute",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def foreign_validation(config: TrainConfig, words: Sequence[str]) -> str | None:
     """A warning where the command line gives other training shards, and the config has validation shards of its own."""
     given = {word.partition("=")[0] for word in words}
@@ -67,7 +81,9 @@ def foreign_validation(config: TrainConfig, words: Sequence[str]) -> str | None:
 def main() -> int:
     end_with_torchrun()
     with Signals(at_once=True) as signals:  # while training the loop hears them
-        return _train(read_config(), signals)
+        config = read_config()
+        say_start(config)
+        return _train(config, signals)
 
 
 def _train(config: TrainConfig, signals: Signals) -> int:
