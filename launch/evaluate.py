@@ -33,6 +33,7 @@ def main() -> int:
     if sys.argv[1:2] == ["table"]:
         return table(sys.argv[2:])
     parser = command(__doc__, config=False, overrides="key=value")
+    parser.epilog = "command within it:\n  {table}  evaluations side by side; it has a --help of its own"
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, a snapshot or a run folder")
     parser.add_argument("--suite", required=True, help="a name under configs/evaluate/, or a path")
     parser.add_argument("--output", type=Path, help="folder; RUN/evaluate/SUITE/step_XXXXXXXX unless given")

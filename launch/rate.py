@@ -27,6 +27,7 @@ def main() -> int:
     if sys.argv[1:2] == ["report"]:
         return report(sys.argv[2:])
     parser = command(__doc__, config=False)
+    parser.epilog = "command within it:\n  {report}  what the votes say; it has a --help of its own"
     parser.add_argument("a", type=Path, metavar="RUN_A")
     parser.add_argument("b", type=Path, metavar="RUN_B")
     parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt per line")

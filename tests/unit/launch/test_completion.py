@@ -12,6 +12,7 @@ import pytest
 
 from launch import completion
 from launch.mudit import commands
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -54,8 +55,20 @@ def test_bash(script: Path) -> None:
     assert {"model.width=", "train.steps=", "data.shards="} <= offered(script, "train", "--config", "a", "")
     assert {"run", "report", "transfer"} <= offered(script, "search", "")
     assert offered(script, "search", "report", "--st") == {"--study"}
+    assert offered(script, "evaluate", "tab") == {"table"}
+    assert offered(script, "evaluate", "table", "--ov") == {"--overwrite"}
+    assert offered(script, "rate", "rep") == {"report"}
+    assert offered(script, "rate", "report", "--js") == {"--json"}
     assert offered(script, "fetch", "data.shards", "=", "") == set(), "files, then"
     assert offered(script, "completion", "") == {"bash", "zsh", "fish"}
+
+
+def test_each_command_within_one_is_known() -> None:
+    """Those that a command looks for by itself stand in no list of argparse."""
+    for name in commands():
+        text = (ROOT / "launch" / f"{name.replace('-', '_')}.py").read_text()
+        for part in re.findall(r'sys\.argv\[1:2\] == \["(\w+)"\]', text):
+            assert part in completion.words_of(name).parts, f"{name} {part}"
 
 
 def test_zsh_and_fish(script: Path) -> None:
@@ -65,4 +78,5 @@ def test_zsh_and_fish(script: Path) -> None:
     assert all(line.startswith(("complete -c mudit ", "set -g _mudit_keys ")) for line in lines)
     assert set(re.findall(r"-xa ([\w-]+) -d", "\n".join(lines))) == commands().keys()
     assert "complete -c mudit -n '__fish_seen_subcommand_from train' -l gpus" in lines
+    assert "complete -c mudit -n '__fish_seen_subcommand_from evaluate' -a 'table'" in lines
     assert all(len(shlex.split(line.replace("\\'", ""))) > 5 for line in lines), "quotes are closed"
