@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--trust-pickles", action="store_true", help="take one of zero that another user may have made")
     parser.add_argument("--new-data", action="store_true", help="other data from here on: keys of data.* may change")
     arguments = parser.parse_args()
-    keep_files(False, arguments.output, folder=True)
+    keep_files(None, arguments.output, folder=True)
     with importing():
         from trainer.build.branch import branch
 

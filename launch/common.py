@@ -103,13 +103,15 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write over what is at --output already")
 
 
-def keep_files(overwrite: bool, *outputs: Path, folder: bool = False) -> None:
-    """Raise ConfigError where an output is of the wrong kind, file or folder, or holds what may not be written over."""
+def keep_files(overwrite: bool | None, *outputs: Path, folder: bool = False) -> None:
+    """Raise ConfigError where an output is of the wrong kind, file or folder, or holds what may not be written over.
+    overwrite: None for a command without that option."""
+    remedy = "" if overwrite is None else ", or add --overwrite to write over it"
     for path in outputs:
         if path.exists() and path.is_dir() != folder:
             raise ConfigError(f"--output: {path} is a {'file' if folder else 'folder'}: choose another name")
         if not overwrite and path.exists() and not (folder and not any(path.iterdir())):
-            raise ConfigError(f"--output: {path} exists already: choose another, or add --overwrite to write over it")
+            raise ConfigError(f"--output: {path} exists already: choose another{remedy}")
 
 
 class Opened(NamedTuple):

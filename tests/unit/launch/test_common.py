@@ -1,5 +1,6 @@
 """What every command does with its arguments, with a user's mistake and with a disk that fails; how it starts."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -13,7 +14,7 @@ import pytest
 
 from data.errors import DataError
 from examples import coco_prompts
-from launch import convert, coord_check, evaluate, export, sample, search
+from launch import branch, convert, coord_check, evaluate, export, sample, search
 from launch.common import command, keep_files, run
 from tests.helpers.paths import ROOT
 from trainer.errors import ConfigError
@@ -117,6 +118,7 @@ def test_nobody_reads_the_output(words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("main", "arguments", "output", "there"),
     [
+        (branch.main, "branch.py --checkpoint none", "out", "out/config.yaml"),
         (sample.main, "sample.py --checkpoint none --prompt a", "a.png", "a.png"),
         (coord_check.main, "coord_check.py --config mmdit_debug_mup", "out", "out/coord_check.json"),
         (coord_check.main, "coord_check.py --config mmdit_debug_mup", "out", "out/coord_check.png"),
@@ -128,15 +130,25 @@ def test_nobody_reads_the_output(words: tuple[str, ...]) -> None:
     ],
 )
 def test_a_users_file_is_not_written_over(
-    main: Callable[[], int], arguments: str, output: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    main: Callable[[], int],
+    arguments: str,
+    output: str,
+    there: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It is refused before anything is read."""
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).write_text("mine")
     command = [*arguments.split(), "--output", str(tmp_path / output)]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(ConfigError, match=f"{tmp_path / output}.* exists already: "):
+    with pytest.raises(ConfigError, match=f"{tmp_path / output}.* exists already: ") as refusal:
         main()
+    with contextlib.suppress(SystemExit):
+        sys.argv = [*arguments.split()[: 2 if " transfer" in arguments or " table" in arguments else 1], "--help"]
+        main()
+    assert ("--overwrite" in capsys.readouterr().out) == ("--overwrite" in str(refusal.value)), "the option exists"
     assert (tmp_path / there).read_text() == "mine"
 
 
