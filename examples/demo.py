@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 
 from data.index import ImageTextIndex
 from data.reader import validation_batches
 from data.storage import open_shards
+from data.templates import render
 from examples.palette import PALETTE
 from launch.common import command, run
 from launch.processes import kill_tree
@@ -235,9 +235,8 @@ def write_report(folder: Path, model: Inference, checks: list[Check], minutes: f
     records = read_metrics(folder)
     grids = sorted((folder / "samples").glob("step_*.png"))
     prompts = folder / "samples" / "prompts.txt"
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    pages = jinja2.Environment(loader=loader, autoescape=True)
-    text = pages.get_template("demo.html").render(
+    text = render(
+        Path(__file__).with_name("templates") / "demo.html",
         c=model.config,
         checks=checks,
         minutes=minutes,

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import yaml
 from huggingface_hub import ModelCardData
 
 from data.errors import DataError
 from data.redaction import redact, unsigned
+from data.templates import render
 from trainer.config.keys import flatten, plain
 from trainer.config.load import load_config
 from trainer.config.schema import RunConfig, TrackingConfig, TrainConfig, WandbConfig
@@ -101,13 +101,8 @@ def write_card(
     grid, prompts = _grid(run, meta["step"], folder / "samples.png")
     columns, rows = _validations(records)
     settings = config.model_copy(update={"run": RunConfig(), "wandb": WandbConfig(), "tracking": TrackingConfig()})
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=False,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    text = pages.get_template("card.md").render(
+    text = render(
+        Path(__file__).with_name("templates") / "card.md",
         front=_front_matter(config, about, form).to_yaml().strip(),
         name=meta["config"].get("run", {}).get("name") or config.model.kind,
         kind="text-to-image" if config.label_classes is None else "class-conditional",

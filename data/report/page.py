@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from PIL import Image
 
@@ -18,6 +17,7 @@ from ..config import Bucket, DataConfig
 from ..errors import DataError, SampleError
 from ..files import temporary_beside
 from ..index import ImageTextIndex, open_index
+from ..templates import render
 from .charts import HEIGHT, WIDTH, Chart, chart
 from .counts import Counts
 from .duplicates import BITS, group
@@ -67,9 +67,8 @@ def write_report(
     sample = read_samples(reader, rows, workers, settings.tokens_of or _words)
     groups = group(sample.hashes, sample.colours)
     figures = _figures(index, whole, sample, groups, settings, cfg.characters_per_token)
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    text = pages.get_template("report.html").render(
+    text = render(
+        Path(__file__).with_name("templates") / "report.html",
         f=figures,
         s=settings,
         shards=cfg.shards,

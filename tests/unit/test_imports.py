@@ -41,7 +41,7 @@ RUN = (
     "trainer.collectives", "data.errors", "data.files", "data.redaction",
 )  # fmt: skip
 RUN_ROOM = Room(("torch",), RUN)
-SUBJECT = Room(("torch", "numpy", "optuna", "matplotlib", "jinja2", "rich"), ("models.flops", "trainer", "data"))
+SUBJECT = Room(("torch", "numpy", "optuna", "matplotlib", "rich"), ("models.flops", "trainer", "data"))
 CONFIG = (
     "models.configs", "models.model_config", "models.registry", "data.config", "data.errors", "data.redaction",
     "trainer.config", "trainer.errors",
@@ -56,7 +56,7 @@ ROOMS: dict[str, Room] = {
     "models.registry": Room((), ("models.model_config",)),
     "data": Room(DATA_PACKAGES, ("data",), ("torch.distributed",)),
     "data.config": Room(("pydantic",), ("data.errors", "data.redaction")),
-    "data.report": Room((*DATA_PACKAGES, "jinja2"), ("data",)),
+    "data.templates": Room(("jinja2",), ()),
     "data.errors": Room((), ()),
     "data.redaction": Room((), ()),
     "trainer.errors": Room((), ()),
@@ -107,11 +107,12 @@ ROOMS: dict[str, Room] = {
     **dict.fromkeys(("trainer.search", "trainer.estimate", "trainer.coord_check", "trainer.forecast"), SUBJECT),
     # What a run has left in its folder, as a page: it starts at once, without torch.
     "trainer.page": Room(
-        ("jinja2", "plotly", "yaml"),
+        ("plotly", "yaml"),
         (
             "data.errors",
             "data.files",
             "data.redaction",
+            "data.templates",
             "trainer.page",
             "trainer.errors",
             "trainer.files",
@@ -125,8 +126,18 @@ ROOMS: dict[str, Room] = {
     "trainer.forecast.track": Room((), ("data.files", "trainer.config", "trainer.errors")),
     "trainer.build": Room(PACKAGES, ("models", "data", "trainer")),
     "export": Room(
-        ("torch", "safetensors", "diffusers", "transformers", "huggingface_hub", "jinja2", "yaml"),
-        ("models", "data.encoders", "data.config", "data.files", "data.errors", "data.redaction", "trainer", "export"),
+        ("torch", "safetensors", "diffusers", "transformers", "huggingface_hub", "yaml"),
+        (
+            "models",
+            "data.encoders",
+            "data.config",
+            "data.files",
+            "data.errors",
+            "data.redaction",
+            "data.templates",
+            "trainer",
+            "export",
+        ),
     ),
     "launch": Room(PACKAGES, ("trainer", "data", "export", "launch")),
 }

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
 from data.files import json_digest
+from data.templates import render
 
 from ..checkpoint.find import complete_checkpoints
 from ..checkpoint.meta import read_meta
@@ -225,11 +225,13 @@ def write_forecast(forecast: Forecast, folder: Path) -> Path:
     """forecast.json, forecast.png and index.html in a folder; returns the path of the first."""
     folder.mkdir(parents=True, exist_ok=True)
     draw(forecast, folder / "forecast.png")
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     data = forecast.data()
-    page = pages.get_template("forecast.html").render(
-        f=data, text=describe(forecast), picture=inline_png(folder / "forecast.png"), coefficients=COEFFICIENTS
+    page = render(
+        Path(__file__).with_name("templates") / "forecast.html",
+        f=data,
+        text=describe(forecast),
+        picture=inline_png(folder / "forecast.png"),
+        coefficients=COEFFICIENTS,
     )
     write_atomically(folder / "index.html", page)
     write_atomically(folder / FORECAST, json_text(data, indent=1) + "\n")

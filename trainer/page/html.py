@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import plotly
 
 from data.errors import DataError
+from data.templates import render
 
 from ..files import json_text
 from .panels import panels
@@ -85,10 +85,8 @@ def _pictures(folder: Path, samples: Sequence[Sequence[int]]) -> tuple[list[list
 
 def _render(nonce: str, policy: str | None, plotly: str | None, data: str) -> str:
     """Within a script nothing may look like its end, nor like a comment of HTML."""
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return pages.get_template("page.html").render(
+    return render(
+        _TEMPLATES / "page.html",
         nonce=nonce,
         policy=policy,
         plotly=None if plotly is None else _in_script(plotly),

@@ -4,7 +4,7 @@ import base64
 from collections import Counter
 from pathlib import Path
 
-import jinja2
+from data.templates import render
 
 from ..files import write_atomically
 from .report import StudyReport, describe_factors
@@ -16,9 +16,8 @@ SHOWN_TRIALS = 10
 def write_page(report: StudyReport) -> Path:
     """Write report/index.html in the study's folder; returns its path."""
     ranked = sorted(report.trials, key=lambda t: (t.value is None, t.value or 0.0, t.state == "waiting", t.number))
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    text = pages.get_template("report.html").render(
+    text = render(
+        Path(__file__).with_name("templates") / "report.html",
         r=report,
         c=report.study.proxy,
         counts=Counter(trial.state for trial in report.trials),
