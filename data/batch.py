@@ -23,6 +23,7 @@ class Batch:
     full_captions: b texts before caption dropout.
     text_states: float [b, L, D] with zeros where text_mask is False, or None.
     text_mask: bool [b, L], True at real tokens, or None.
+    text_pooled: float [b, P], precomputed pooled vectors of the captions, or None.
     labels: int64 [b], the class of each row, the number of classes where it was dropped, NO_LABEL where it has none.
     keys: int64 [b], the hash of (seed, position), from which all randomness of a row follows.
     weight: float32 [b], 1, or 0 for holes, fill-up rows and rows past the end of the data.
@@ -51,6 +52,7 @@ class Batch:
     sizes: torch.Tensor | None = None
     bucket: Bucket | None = None
     features: torch.Tensor | None = None
+    text_pooled: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Those of its fields that are tensors."""

@@ -5,7 +5,8 @@ A sample of such a shard consists of these members, side by side in the tar and 
     KEY.cls          its class, where it has one
     KEY.json         {"captions": [...], "weights": [...], "tokens": [...], "width": W, "height": H}
     KEY.latents.npy  fp16 [V, 2, C, h, w]: mean and log variance; where V is 2, those of the flipped image come second
-    KEY.text.npy     uint16 [sum of tokens, D]: the bits of the bf16 states of all captions, one after the other
+    KEY.text.npy     uint16 [sum of tokens, D]: the bits of the bf16 states of all captions, one after the other; in a
+                     set with pooled vectors (layout 2) each caption's follows its states, filled up to whole rows
     KEY.features.npy fp16 [V, N, F]: what REPA's encoder sees at each of N image tokens, where it was asked for
 
 A sample that could not be used keeps its place: it is KEY.hole alone, which holds the reason.
@@ -30,12 +31,17 @@ from .files import json_digest
 from .storage import Remote, RetryPolicy, Shard, file_version, read_remote
 
 DATASET, EMPTY_CAPTION = "dataset.json", "empty_caption.npy"
-LAYOUT = 1
+LAYOUT, POOLED_LAYOUT = 1, 2  # of a set without pooled vectors, and with them
 HEADER = 128  # bytes of a .npy file before its array
 _MOST_BYTES = 1 << 20  # of dataset.json
 _DIGEST, _EMPTY_DIGEST = "digest", "empty_caption_sha256"  # of the other keys, and of EMPTY_CAPTION; not in older sets
 _SHARED = ("layout", "autoencoder", "text_encoder", "resolution", "flips")  # keys that several sets must agree on
 _REPA = "repa_encoder"  # they must agree on this key too, which sets without features lack
+
+
+def layout_of(pooled_width: int) -> int:
+    """The layout of a set whose captions have pooled vectors of so many features."""
+    return POOLED_LAYOUT if pooled_width else LAYOUT
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -51,8 +57,9 @@ class Dataset:
     """A precomputed set.
 
     where: path of its dataset.json, for messages. declared: the content of that file (the first one, where there are
-    several), see Precompute.declared. digest: hash of the contents of all. empty_caption: uint16 [T, D], the bits of
-    the empty caption's bf16 states; None in a set for a model of classes.
+    several), see Precompute.declared. digest: hash of the contents of all. empty_caption: uint16 [T + R, D], the bits
+    of the empty caption's bf16 states, and in R rows (pooled_rows) those of its pooled vector; None in a set for a
+    model of classes.
     """
 
     where: str
@@ -91,14 +98,13 @@ class Dataset:
             if self.empty_caption is None:
                 raise DataError(f"{self.where} was precomputed for a model of classes and holds no text states")
             said = self.declared["text_encoder"]
-            totals = (("max_length", text.total_length), ("width", text.total_width))
+            totals = (
+                ("max_length", text.total_length, said["max_length"]),
+                ("width", text.total_width, said["width"]),
+                ("pooled_width", text.total_pooled, said.get("pooled_width", 0)),
+            )
             of = " of all encoders together" if text.more else ""
-            pairs += [(f"text_encoder.{key}{of}", total, said[key]) for key, total in totals]
-            if text.total_pooled:
-                raise DataError(
-                    f"text_encoder.pooled_width is {text.total_pooled}, but {self.where} holds states alone, no pooled "
-                    "vectors: train on the images, or set it to 0"
-                )
+            pairs += [(f"text_encoder.{key}{of}", total, found) for key, total, found in totals]
         for key, wanted, found in pairs:
             if wanted != found:
                 raise DataError(
@@ -193,6 +199,11 @@ def open_dataset(shards: Sequence[Shard], retry: RetryPolicy) -> Dataset:
     return Dataset(first.where, first.declared, digest if others else first.digest, first.empty_caption)
 
 
+def pooled_rows(width: int, pooled_width: int) -> int:
+    """R, the rows of a text state's width that a caption's pooled vector takes; 0 in a set without such vectors."""
+    return -(-pooled_width // width)
+
+
 def dataset_digest(declared: dict[str, Any]) -> str:
     """What identifies the content of a dataset.json, with digests or without."""
     said = {key: value for key, value in declared.items() if key not in (_DIGEST, _EMPTY_DIGEST)}
@@ -206,11 +217,12 @@ def sealed(declared: dict[str, Any], empty_caption: bytes | None) -> str:
 
 
 def empty_caption_of(data: bytes, declared: dict[str, Any]) -> np.ndarray:
-    """uint16 [T, D] from the bytes of EMPTY_CAPTION. declared: the content of the dataset.json beside it. Raises
-    ValueError where they are damaged."""
+    """uint16 [T + R, D], see Dataset, from the bytes of EMPTY_CAPTION. declared: the content of the dataset.json beside
+    it. Raises ValueError where they are damaged."""
     text_encoder = declared["text_encoder"]
     array = np.load(io.BytesIO(data), allow_pickle=False)
-    tokens, width = array.shape if array.ndim == 2 else (0, 0)
+    rows, width = array.shape if array.ndim == 2 else (0, 0)
+    tokens = rows - pooled_rows(text_encoder["width"], text_encoder.get("pooled_width", 0))
     if array.dtype != np.uint16 or width != text_encoder["width"] or not 0 < tokens <= text_encoder["max_length"]:
         raise ValueError(f"it holds {array.dtype} {list(array.shape)}")
     if declared.get(_EMPTY_DIGEST) not in (None, hashlib.sha256(data).hexdigest()):
@@ -234,7 +246,7 @@ def _bytes(shard: Shard, retry: RetryPolicy, most: int) -> bytes:
 
 def _is_declared(said: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a dataset.json has the keys that are read of it, each of its kind."""
-    if not isinstance(said, dict) or said.get("layout") != LAYOUT or any(key not in said for key in _SHARED):
+    if not isinstance(said, dict) or any(key not in said for key in _SHARED):
         return False
     parts = {"autoencoder": ("channels", "downsample"), "text_encoder": ("width", "max_length")}
     parts[_REPA] = ("width", "tokens_a_side")
@@ -248,6 +260,9 @@ def _is_declared(said: Any) -> TypeGuard[dict[str, Any]]:
             return False
         if not isinstance(one.get("variance", True), bool):
             return False
+    pooled = (said["text_encoder"] or {}).get("pooled_width", 0)
+    if type(pooled) is not int or not 0 <= pooled < 1 << 20 or said["layout"] != layout_of(pooled):
+        return False
     return type(said["resolution"]) is int and 0 < said["resolution"] < 1 << 20 and isinstance(said["flips"], bool)
 
 
@@ -263,7 +278,10 @@ def _read(shard: Shard, path: Shard, retry: RetryPolicy) -> Dataset:
     except (ValueError, RecursionError):
         declared = None
     if not _is_declared(declared):
-        raise DataError(f"{path} is no dataset.json of layout {LAYOUT}: precompute the shards anew")
+        raise DataError(
+            f"{path} is no dataset.json of layout {LAYOUT} or {POOLED_LAYOUT}: precompute the shards anew, or read "
+            "them with the version that has written them"
+        )
     if declared.get(_DIGEST, dataset_digest(declared)) != dataset_digest(declared):
         raise DataError(f"{path} is damaged: it does not have its digest; restore it, or precompute the shards anew")
     empty = None
@@ -271,7 +289,8 @@ def _read(shard: Shard, path: Shard, retry: RetryPolicy) -> Dataset:
         beside = _beside(shard, EMPTY_CAPTION)
         text = declared["text_encoder"]
         try:
-            data = _bytes(beside, retry, HEADER + 2 * text["max_length"] * text["width"])
+            rows = text["max_length"] + pooled_rows(text["width"], text.get("pooled_width", 0))
+            data = _bytes(beside, retry, HEADER + 2 * rows * text["width"])
             empty = empty_caption_of(data, declared)
         except (OSError, SampleError, DataError, ValueError, EOFError) as error:
             raise DataError(

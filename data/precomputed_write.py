@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from webdataset.writer import TarWriter
 
@@ -36,7 +37,7 @@ from .images import decode_image
 from .index import ImageTextIndex
 from .lock_file import LockedError, locked
 from .order import END_OF_DATA, Chunk
-from .precomputed_format import DATASET, EMPTY_CAPTION, LAYOUT, empty_caption_of, npy, sealed
+from .precomputed_format import DATASET, EMPTY_CAPTION, empty_caption_of, layout_of, npy, pooled_rows, sealed
 from .samples import RawSample, SampleFiles, captions_of
 from .shard_index import ABSENT, FEATURES, HOLE, LATENTS, TEXT, index_path, load_index
 
@@ -87,7 +88,7 @@ class Precompute:
         """The content of dataset.json."""
         vae, text, features = self.autoencoder, self.text_encoder, self.feature_encoder
         return {
-            "layout": LAYOUT,
+            "layout": layout_of(text.pooled_width if text else 0),
             "autoencoder": {
                 "fingerprint": vae.fingerprint,
                 "channels": vae.channels,
@@ -98,6 +99,7 @@ class Precompute:
                 "fingerprint": text.fingerprint,
                 "width": text.width,
                 "max_length": text.max_length,
+                **({"pooled_width": text.pooled_width} if text.pooled_width else {}),
             },
             "repa_encoder": features and {
                 "fingerprint": features.fingerprint,
@@ -233,9 +235,8 @@ class Precompute:
         with contextlib.suppress(OSError, ValueError, EOFError):
             empty_caption_of(path.read_bytes(), declared)
             return
-        states, mask = self.text_encoder.encode([""])
         with temporary_beside(path) as temporary:
-            temporary.write_bytes(npy(_bits(states[0][mask[0]])))
+            temporary.write_bytes(npy(next(self._texts([""]))[0]))
 
     def _write_declared(self, name: str) -> None:
         empty = None if self.text_encoder is None else (self.prefix.parent / EMPTY_CAPTION).read_bytes()
@@ -324,9 +325,9 @@ class Precompute:
                         members[FEATURES] = npy(next(features))
                     size = {"width": int(sample.row["width"]), "height": int(sample.row["height"])}
                     if self.text_encoder is not None:
-                        states = [next(texts) for _ in sample.captions.texts]
-                        members[TEXT] = npy(np.concatenate(states))
-                        size |= sample.captions._asdict() | {"tokens": [len(state) for state in states]}
+                        rows, tokens = zip(*itertools.islice(texts, len(sample.captions.texts)), strict=True)
+                        members[TEXT] = npy(np.concatenate(rows))
+                        size |= sample.captions._asdict() | {"tokens": list(tokens)}
                         size["captions"] = size.pop("texts")
                     members["json"] = json.dumps(size)
                 yield members
@@ -400,13 +401,15 @@ class Precompute:
         images = torch.from_numpy(np.stack(pixels))
         return [images, images.flip(-1)] if self.flips else [images]
 
-    def _texts(self, captions: list[str]) -> Iterator[np.ndarray]:
-        """uint16 [T, D] of each caption: the bits of the bf16 states of its T tokens."""
+    def _texts(self, captions: list[str]) -> Iterator[tuple[np.ndarray, int]]:
+        """For each caption the bits of its bf16 states and pooled vector, uint16 [T + R, D], see Dataset; and T."""
         for first in range(0, len(captions), self.batch_size):
             assert self.text_encoder is not None
-            states, mask = self.text_encoder.encode(captions[first : first + self.batch_size])
-            for state, tokens in zip(states.to("cpu", torch.bfloat16), mask.sum(1).tolist(), strict=True):
-                yield _bits(state[:tokens])
+            states, mask, pooled = self.text_encoder.encode_pooled(captions[first : first + self.batch_size])
+            rows, width = pooled_rows(self.text_encoder.width, pooled.shape[-1]), states.shape[-1]
+            filled = F.pad(pooled, (0, rows * width - pooled.shape[-1])).reshape(len(pooled), rows, width)
+            for state, vector, tokens in zip(_bf16(states), _bf16(filled), mask.sum(1).tolist(), strict=True):
+                yield torch.cat([state[:tokens], vector]).view(torch.uint16).numpy(), tokens
 
 
 def _by_image(variants: list[torch.Tensor]) -> Iterator[np.ndarray]:
@@ -414,9 +417,8 @@ def _by_image(variants: list[torch.Tensor]) -> Iterator[np.ndarray]:
     return iter(torch.stack(variants, 1).to("cpu", torch.float16).numpy() if variants else ())
 
 
-def _bits(states: torch.Tensor) -> np.ndarray:
-    """bf16 bits of states [T, D], uint16."""
-    return states.to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
+def _bf16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", torch.bfloat16)
 
 
 def bytes_in_tar(members: dict[str, Any]) -> int:

@@ -37,11 +37,6 @@ def prepare(config: TrainConfig, arguments: argparse.Namespace) -> Precompute:
         raise ConfigError("data.shards is synthetic: give the shards to precompute")
     if config.autoencoder.path == NONE:
         raise ConfigError("autoencoder.path is none: there are no latents to precompute, pixels are read as they are")
-    if config.text_encoder.total_pooled:
-        raise ConfigError(
-            "text_encoder.pooled_width: pooled vectors are not precomputed: train on the images, or set it to 0, so "
-            "that the model takes the mean of the states"
-        )
     index = open_index(config.data)
     if index.dataset is not None:
         raise DataError(f"data.shards: {index.dataset.where} was precomputed already; give shards of images")

@@ -11,6 +11,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     Gemma2Config,
@@ -136,3 +137,29 @@ def save(kind: str, folder: Path, **options: Any) -> Path:
             if weight.ndim == 2:
                 weight.normal_(std=0.2)
     return _saved(model, tok, folder)
+
+
+def save_sd3(folder: Path) -> Path:
+    """Stable Diffusion 3's encoders and tokenizers, as its pipeline keeps them: two CLIPs, the second with other
+    weights, and a wider T5."""
+    for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "clip"), ("text_encoder_3", "t5")):
+        save(kind, folder / name, ends="eos")
+        beside = folder / name.replace("text_encoder", "tokenizer")
+        AutoTokenizer.from_pretrained(folder / name, trust_remote_code=False).save_pretrained(beside)
+    second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", trust_remote_code=False)
+    with torch.no_grad():
+        for weight in second.parameters():
+            weight.mul_(1.5)
+    second.save_pretrained(folder / "text_encoder_2")
+    return folder
+
+
+def sd3_overrides(folder: Path, options: str = "") -> list[str]:
+    """A config with the encoders of save_sd3, of 44 tokens of 96 features and pooled vectors of 48. options: more keys
+    of each encoder."""
+    clip = "max_length: 20, width: 32, layers: [-2], pooled_width: 24" + options
+    more = (
+        f"{{path: {folder}, subfolder: text_encoder_2, {clip}, join: features}}, "
+        f"{{path: {folder}, subfolder: text_encoder_3, max_length: 24, width: 96{options}}}"
+    )
+    return [f"text_encoder={{path: {folder}, subfolder: text_encoder, {clip}, more: [{more}]}}"]

@@ -170,7 +170,9 @@ class Encoders:
                 batch.text_states.to(self.device, non_blocking=True),
                 batch.text_mask.to(self.device, non_blocking=True),
             )
-            if self._pooled_width:  # of synthetic text, since none is precomputed
+            if batch.text_pooled is not None:
+                text = PooledTextCondition(*text, batch.text_pooled.to(self.device, non_blocking=True))
+            elif self._pooled_width:  # of synthetic text
                 keys = batch.keys.to(self.device, non_blocking=True)
                 text = PooledTextCondition(*text, normal(keys, (self._pooled_width,), "pooled").to(text.states.dtype))
         else:

@@ -23,9 +23,8 @@ from transformers import (
 from data.config import MoreTextConfig, TextEncoderConfig
 from data.encoders.joined import AnyTextEncoder, load_text_encoders
 from data.errors import DataError
-from data.precomputed_format import Dataset
 from tests.helpers.host_sync import NoWait
-from tests.helpers.language_models import save, tokenizer
+from tests.helpers.language_models import save, save_sd3, sd3_overrides, tokenizer
 from tests.helpers.steps import built
 from trainer.config.load import load_config, parse
 from trainer.config.resume import check_resume
@@ -39,18 +38,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two CLIPs, the second with other weights, and a wider T5."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, kind in (("text_encoder", "clip"), ("text_encoder_2", "clip"), ("text_encoder_3", "t5")):
-        save(kind, folder / name, ends="eos")
-        beside = folder / name.replace("text_encoder", "tokenizer")
-        AutoTokenizer.from_pretrained(folder / name, trust_remote_code=False).save_pretrained(beside)
-    second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", trust_remote_code=False)
-    with torch.no_grad():
-        for weight in second.parameters():
-            weight.mul_(1.5)
-    second.save_pretrained(folder / "text_encoder_2")
-    return folder
+    return save_sd3(tmp_path_factory.mktemp("models"))
 
 
 def sd3(folder: Path, t5_length: int = 24, pad: bool = False) -> TextEncoderConfig:
@@ -266,21 +254,10 @@ def test_conflicts(config: dict[str, Any], message: str) -> None:
         parse(config, "test")
 
 
-def overrides(models: Path) -> list[str]:
-    """The debug config with Stable Diffusion 3's three encoders."""
-    clip = "max_length: 20, width: 32, layers: [-2], pooled_width: 24"
-    return [
-        f"text_encoder.path={models}", "text_encoder.subfolder=text_encoder", "text_encoder.max_length=20",
-        "text_encoder.width=32", "text_encoder.layers=[-2]", "text_encoder.pooled_width=24",
-        f"text_encoder.more=[{{path: {models}, subfolder: text_encoder_2, {clip}, join: features}}, "
-        f"{{path: {models}, subfolder: text_encoder_3, max_length: 24, width: 96}}]",
-    ]  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", ["synthetic", ".cache/debug/train-000000.tar"])
 def test_a_model_trains_on_them(shards: str, models: Path, tmp_path: Path) -> None:
-    with built("mmdit_debug_mup.yaml", tmp_path, f"data.shards={shards}", *overrides(models)) as run:
+    with built("mmdit_debug_mup.yaml", tmp_path, f"data.shards={shards}", *sd3_overrides(models)) as run:
         batches = run.batches()
         name = "pooled_embed.fc1.weight"
         assert run.engine.full(name).shape == (64, 48)
@@ -296,42 +273,25 @@ def test_a_model_trains_on_them(shards: str, models: Path, tmp_path: Path) -> No
 
 
 def test_the_estimate_counts_all_encoders(models: Path) -> None:
-    config = load_config("mmdit_debug_mup.yaml", overrides(models))
+    config = load_config("mmdit_debug_mup.yaml", sd3_overrides(models))
     files = [models / name / "model.safetensors" for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     numbers = [sum(tensor.numel() for tensor in load_file(file).values()) for file in files]
     assert encoder_bytes(config)["text_encoder"] == 2 * sum(numbers)
     assert text_encoder_flops(config) == 2 * (20 * numbers[0] + 20 * numbers[1] + 24 * numbers[2])
-    elsewhere = load_config("mmdit_debug_mup.yaml", overrides(Path("/elsewhere")))
+    elsewhere = load_config("mmdit_debug_mup.yaml", sd3_overrides(Path("/elsewhere")))
     with pytest.raises(ConfigError, match=r"text_encoder\.path '/elsewhere' is no local folder"):
         encoder_bytes(elsewhere)
 
 
 def test_a_run_goes_on_with_moved_encoders_alone(models: Path) -> None:
-    config = load_config("mmdit_debug_mup.yaml", overrides(models))
+    config = load_config("mmdit_debug_mup.yaml", sd3_overrides(models))
     old = config.model_dump(mode="json")
-    moved = load_config("mmdit_debug_mup.yaml", overrides(Path("/elsewhere")))
+    moved = load_config("mmdit_debug_mup.yaml", sd3_overrides(Path("/elsewhere")))
     assert [line.partition(":")[0] for line in check_resume(old, moved, 0)] == [
         "text_encoder.more.0.path", "text_encoder.more.1.path", "text_encoder.path",
     ]  # fmt: skip
-    changed = [each.replace("join: features", "join: tokens") for each in overrides(models)]
+    changed = [each.replace("join: features", "join: tokens") for each in sd3_overrides(models)]
     with pytest.raises(ConfigError, match=r"text_encoder\.more\.0\.join: features in the checkpoint, tokens now"):
         check_resume(old, load_config("mmdit_debug_mup.yaml", changed), 0)
     with pytest.raises(ConfigError, match=r"text_encoder\.more\.1\.width: 96 in the checkpoint, None now"):
-        check_resume(old, load_config("mmdit_debug_mup.yaml", [*overrides(models), "text_encoder.more=[]"]), 0)
-
-
-def test_precomputed_states_are_those_of_all_encoders_and_hold_no_pooled_vector(models: Path) -> None:
-    config = load_config("mmdit_debug_mup.yaml", overrides(models))
-    said = {"autoencoder": {"channels": 3, "downsample": 1}, "resolution": 32, "flips": False}
-    dataset = Dataset("here", {**said, "text_encoder": {"width": 96, "max_length": 44}}, "", torch.zeros(1, 96).numpy())
-    with pytest.raises(DataError, match=r"text_encoder\.pooled_width is 48, but here holds states alone"):
-        dataset.check(config.data, config.autoencoder, config.text_encoder, None)
-    without = [
-        each.replace(", pooled_width: 24", "").replace("pooled_width=24", "pooled_width=0")
-        for each in overrides(models)
-    ]
-    text = load_config("mmdit_debug_mup.yaml", without).text_encoder
-    dataset.check(config.data, config.autoencoder, text, None)
-    dataset = Dataset("here", {**said, "text_encoder": {"width": 96, "max_length": 43}}, "", torch.zeros(1, 96).numpy())
-    with pytest.raises(DataError, match=r"text_encoder\.max_length of all encoders together is 44, but here"):
-        dataset.check(config.data, config.autoencoder, text, None)
+        check_resume(old, load_config("mmdit_debug_mup.yaml", [*sd3_overrides(models), "text_encoder.more=[]"]), 0)
