@@ -21,6 +21,7 @@ import pytest
 from benchmarks.machine import write
 from data.debug import ensure_debug_assets
 from tests.helpers.exports import config_of, random_checkpoint, run_export, unigram_t5
+from tests.helpers.language_models import save, save_sd3, sd3_overrides
 
 OLDER = ("transformers==4.57.*", "diffusers==0.35.*", "sentencepiece", "protobuf")
 TOLERANCE = 1e-4
@@ -53,15 +54,19 @@ def environment_of(folder: Path, *packages: str) -> Path:
 
 
 def export_all(folder: Path) -> list[Path]:
-    """A folder of each backbone that diffusers has, and of each kind of tokenizer: of bytes, WordPiece and Unigram."""
+    """A folder of each backbone that diffusers has, of each kind of tokenizer (of bytes, WordPiece and Unigram), and of
+    other text: three encoders with pooled vectors, a language model's chat."""
     ensure_debug_assets()
     t5 = f"text_encoder.path={unigram_t5(folder / 't5')}"
+    chat = f"path: {save('qwen3', folder / 'qwen3')}, max_length: 40, width: 64, layers: [1, 3], chat: ''"
     kinds: dict[str, tuple[str, ...]] = {
         "mmdit_bytes": (),
         "mmdit_wordpiece": ("text_encoder.path=.cache/minilm", "text_encoder.width=384"),
         "mmdit_unigram": (t5,),
         "pixart_unigram": (t5,),
         "dit": (),
+        "mmdit_sd3": (*sd3_overrides(save_sd3(folder / "sd3")),),
+        "mmdit_chat": (f"text_encoder={{{chat}}}",),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, overrides in kinds.items():

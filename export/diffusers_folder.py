@@ -13,9 +13,12 @@ from diffusers.models.embeddings import PatchEmbed
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from data.config import NONE
+from data.config import NONE, MoreTextConfig, TextEncoderConfig, TextModelConfig
 from data.encoders.autoencoder import Autoencoder, load_autoencoder
-from data.encoders.text import TextEncoder, load_text_encoder, stored_text_encoder, tokenizer_subfolder
+from data.encoders.joined import naming_text_encoder
+from data.encoders.template import template_of
+from data.encoders.text import load_text_encoder, load_tokenizer, stored_text_encoder, tokenizer_subfolder
+from data.errors import DataError
 from trainer.build.engine import build_sampler
 from trainer.config.resolve import resolve
 from trainer.config.schema import TrainConfig
@@ -23,6 +26,7 @@ from trainer.diffusion.ddpm import BETA_RANGES
 
 from . import pipeline as export_pipeline
 from .forms import FLUX, shipped, twin_of
+from .pipeline import TEXT_ENCODERS, TOKENIZERS, Template
 
 Encoders = Literal["copy", "reference"]
 _STOCK = {"pixart": "PixArtAlphaPipeline", "dit": "DiTPipeline"}
@@ -43,7 +47,8 @@ def _tokenizer_name(tokenizer: Any) -> str:
 def without_parts(config: TrainConfig) -> Iterator[str]:
     """Why no pipeline can be made: which encoders the config does not name."""
     if config.label_classes is None and config.text_encoder.path == NONE:
-        yield "text_encoder.path is none: add text_encoder.path=FOLDER to the command"
+        more = ", and text_encoder.more=[...] with the path of each" if config.text_encoder.more else ""
+        yield f"text_encoder.path is none: add text_encoder.path=FOLDER to the command{more}"
     if config.autoencoder.path == NONE and config.autoencoder.downsample != 1:
         yield "autoencoder.path is none, and the model is one of latents: add autoencoder.path=FOLDER to the command"
 
@@ -122,12 +127,12 @@ def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]
     """Why the stock pipeline would fail, or sample otherwise than the model was trained, one reason each."""
     model = shipped(config)
     if model.kind not in _STOCK:
-        stock = (
-            "FluxPipeline wants a CLIP encoder"
-            if twin_of(model) == FLUX
-            else "StableDiffusion3Pipeline wants two CLIP encoders"
-        )
-        yield f"{stock} and pads captions, which its transformer does not mask"
+        if twin_of(model) == FLUX:
+            stock, clips, other = "FluxPipeline", "a CLIP encoder", "does not guide by guidance_scale"
+        else:
+            stock, clips, other = "StableDiffusion3Pipeline", "two CLIP encoders", "shifts the last time twice"
+        pads = all(one.pad for one in config.text_encoder.models)
+        yield f"{stock} {other if pads else f'wants {clips} and pads captions, which its transformer does not mask'}"
         return
     stock = _STOCK[model.kind]
     if config.objective.kind != "ddpm":
@@ -153,6 +158,8 @@ def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]
             yield f"{stock} knows latents of {rows} rows for such a model, this one has {config.latent_size}"
         if config.text_encoder.max_length != _STOCK_TOKENS:
             yield f"{stock} cuts captions at {_STOCK_TOKENS} tokens, not at {config.text_encoder.max_length}"
+        if not is_plain(config.text_encoder):
+            yield f"{stock} takes the last states of one text encoder, for the captions as they are"
         if stored_text_encoder(config.text_encoder)[0] != "T5EncoderModel":
             yield f"{stock} has a T5 encoder, not the one at {config.text_encoder.path}"
 
@@ -170,7 +177,7 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
     made.save_pretrained(folder / "scheduler")
     loaded = load_autoencoder(config.autoencoder, "cpu", torch.float32)
     vae = loaded if isinstance(loaded, Autoencoder) else None
-    parts, sources = _write_encoders(config, folder, vae, encoders)
+    parts, settings = _write_encoders(config, folder, vae, encoders)
     index: dict[str, Any] = {
         "transformer": ["diffusers", twin],
         "scheduler": ["diffusers", type(made).__name__],
@@ -184,7 +191,7 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
         return []
     if encoders == "reference":
         index |= {part: [None, None] for part in parts}
-    settings = {
+    settings |= {
         "latent_size": config.latent_size,
         "pixels_per_latent": getattr(config.model, "pixels_per_latent", config.autoencoder.downsample),
         "max_length": config.text_encoder.max_length,
@@ -193,7 +200,7 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
         "guidance_channels": config.sample.guidance_channels,
     }
     index = {"_class_name": ["pipeline", export_pipeline.MuDiTPipeline.__name__], **_head(), **index}
-    _write_json(folder / "model_index.json", index | settings | sources)
+    _write_json(folder / "model_index.json", index | settings)
     shutil.copyfile(export_pipeline.__file__, folder / "pipeline.py")
     return reasons
 
@@ -201,33 +208,77 @@ def write_folder(config: TrainConfig, folder: Path, encoders: Encoders, own: boo
 def _write_encoders(
     config: TrainConfig, folder: Path, vae: Autoencoder | None, encoders: Encoders
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the encoders, or note where they lie: ({part: [library, class]} of model_index.json, the notes)."""
+    """Write the encoders, or note where they lie: ({part: [library, class]} of model_index.json, what else our pipeline
+    is to know of them)."""
     parts: dict[str, Any] = {part: [None, None] for part in ("vae", "text_encoder", "tokenizer")}
-    sources: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if vae is not None:
         name = type(vae.model).__name__
         parts["vae"] = ["diffusers", name]
         if encoders == "copy":
             vae.model.save_pretrained(folder / "vae")
         else:
-            sources["vae_source"] = [config.autoencoder.path, config.autoencoder.subfolder, name]
-    if config.label_classes is None:
-        name, _ = stored_text_encoder(config.text_encoder)
-        parts |= {"text_encoder": ["transformers", name], "tokenizer": ["transformers", "T5TokenizerFast"]}
-        if encoders == "copy":
-            text = _text_encoder(config)
-            text.save(folder / "text_encoder", folder / "tokenizer")
-            parts["text_encoder"][1], parts["tokenizer"][1] = type(text.model).__name__, _tokenizer_name(text.tokenizer)
-        else:
-            where = config.text_encoder
-            sources["text_encoder_source"] = [name, where.path, where.subfolder, tokenizer_subfolder(where)]
-    return parts, sources
+            settings["vae_source"] = [config.autoencoder.path, config.autoencoder.subfolder, name]
+    text = config.text_encoder
+    if config.label_classes is not None:
+        return parts, settings
+    forms = []
+    for number, one in enumerate(text.models):
+        name, tokenizer = TEXT_ENCODERS[number], TOKENIZERS[number]
+        with naming_text_encoder(number):
+            form = _text_form(one)
+            if encoders == "copy":
+                classes = _copy_text_encoder(one, folder / name, folder / tokenizer)
+            else:
+                form["source"] = _source(one)
+                classes = form["source"][0], "T5TokenizerFast"
+        parts |= {part: ["transformers", kind] for part, kind in zip((name, tokenizer), classes, strict=True)}
+        forms.append(form)
+    if not is_plain(text):
+        settings["text_forms"] = forms
+    elif encoders == "reference":
+        settings["text_encoder_source"] = forms[0]["source"]
+    return parts, settings
 
 
-def _text_encoder(config: TrainConfig) -> TextEncoder:
-    """In the precision in which it is stored, but never in float16, where T5 overflows."""
-    _, stored = stored_text_encoder(config.text_encoder)
-    return load_text_encoder(config.text_encoder, "cpu", torch.bfloat16 if stored == torch.float16 else stored)
+def is_plain(text: TextEncoderConfig) -> bool:
+    """Whether there is one text encoder, which reads the captions as they are and whose last states are taken."""
+    keys = ("prefix", "chat", "layers", "pad", "pooled_width", "more")
+    return all(getattr(text, key) == getattr(TextEncoderConfig, key) for key in keys)
+
+
+def _text_form(cfg: TextModelConfig) -> dict[str, Any]:
+    """The fields of pipeline.TextForm that are not its defaults, but for the source."""
+    form: dict[str, Any] = {"max_length": cfg.max_length}
+    form |= {"layers": list(cfg.layers)} if cfg.layers else {}
+    form |= {"pad": True} if cfg.pad else {}
+    form |= {"pooled": True} if cfg.pooled_width else {}
+    form |= {"join": cfg.join} if isinstance(cfg, MoreTextConfig) and cfg.join != "tokens" else {}
+    if cfg.prefix or cfg.chat is not None:
+        template = template_of(cfg, load_tokenizer(cfg))
+        assert template is not None
+        form["template"] = [getattr(template, name) for name in Template._fields]
+    return form
+
+
+def _source(cfg: TextModelConfig) -> list[str | None]:
+    """TextForm.source. Raises DataError where no class of transformers reads the encoder alone from there."""
+    name, _ = stored_text_encoder(cfg)
+    if name is None:
+        raise DataError(
+            f"text_encoder.path: {cfg.path!r} holds a model of text and images, of which transformers does not load "
+            "the text encoder alone: leave out --encoders reference, so that it is copied"
+        )
+    return [name, cfg.path, cfg.subfolder, tokenizer_subfolder(cfg)]
+
+
+def _copy_text_encoder(cfg: TextModelConfig, folder: Path, tokenizer_folder: Path) -> tuple[str, str]:
+    """Write an encoder in the precision in which it is stored, but never in float16, where T5 overflows, and its
+    tokenizer. -> their classes in transformers."""
+    _, stored = stored_text_encoder(cfg)
+    text = load_text_encoder(cfg, "cpu", torch.bfloat16 if stored == torch.float16 else stored)
+    text.save(folder, tokenizer_folder)
+    return type(text.model).__name__, _tokenizer_name(text.tokenizer)
 
 
 def _head() -> dict[str, str]:

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Literal, cast, get_args
 
-from data.config import TextEncoderConfig
 from models.configs import MMDiTConfig, ShippedConfig
 from trainer.config.schema import TrainConfig
 
 Format = Literal["diffusers", "official"]
+MOST_TEXT_ENCODERS = 4  # of export.pipeline, which torch is needed to import
 FLUX = "FluxTransformer2DModel"
 TWINS = {"mmdit": "SD3Transformer2DModel", "pixart": "PixArtTransformer2DModel", "dit": "DiTTransformer2DModel"}
 
@@ -46,12 +46,11 @@ def refusals(config: TrainConfig, form: Format) -> Iterator[str]:
             )
         if model.kind == "mmdit":
             yield from unlike(model, twin)
-        for key in ("prefix", "chat", "layers", "pad", "more", "pooled_width"):
-            if config.label_classes is None and getattr(config.text_encoder, key) != getattr(TextEncoderConfig, key):
-                yield (
-                    "the pipelines that exports write have one text encoder, whose last states they take, and know no "
-                    f"text_encoder.{key}: sample it with launch/sample.py"
-                )
+        if config.label_classes is None and (count := len(config.text_encoder.models)) > MOST_TEXT_ENCODERS:
+            yield (
+                f"the pipelines that exports write have {MOST_TEXT_ENCODERS} text encoders at most, this model has "
+                f"{count} (text_encoder.more): sample it with launch/sample.py"
+            )
         if model.mlp_ratio != 4:
             yield f"{twin} has MLPs of 4 times the width, this model of model.mlp_ratio {model.mlp_ratio}"
         if model.time_freq_shift != (shift := 1.0 if model.kind == "dit" else 0.0):

@@ -26,6 +26,9 @@ from torch import Tensor
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w], t, the scheduler's own timestep) -> the model's output [B, C or 2 C, h, w] in float32."""
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
+
 
 class LatentForm(NamedTuple):
     """What the model's latents are to an autoencoder: `patch` x `patch` of its own stacked as channels, a side of which
@@ -54,20 +57,136 @@ def latent_form(vae: Any) -> LatentForm:
     return LatentForm(downsample, scale, shift, video=name == "AutoencoderKLQwenImage")
 
 
+class Template(NamedTuple):
+    """The text before and after a caption; first, last: its tokens there; special: whether the tokenizer adds its own
+    marks to them."""
+
+    before: str
+    after: str
+    first: list[int]
+    last: list[int]
+    special: bool
+
+    def tokens(self, tokenizer: Any, captions: list[str], length: int) -> list[list[int]]:
+        """The tokens of each caption in its template. The caption is cut, so that `length` are left behind `first`."""
+        texts = [f"{self.before}{caption}{self.after}" for caption in captions]
+        start, rows = len(self.first), []
+        for caption, ids in zip(captions, tokenizer(texts, add_special_tokens=self.special)["input_ids"], strict=True):
+            end = len(ids) - len(self.last)
+            own = ids[start:end]
+            if end < start or ids[:start] != self.first or ids[end:] != self.last:  # edges have become one token
+                own = tokenizer(caption, add_special_tokens=False)["input_ids"]
+            rows.append([*self.first, *own[: max(0, length - len(self.last))], *self.last])
+        return rows
+
+
+class TextForm(NamedTuple):
+    """How a text encoder reads captions, as in training.
+
+    max_length: the most tokens of a caption. layers: of hidden_states, whose states lie behind each other; empty takes
+    the last one. pad: padding is seen. pooled: CLIP's pooled vector is taken. join: whether the states follow the
+    "tokens" or the "features" of the encoder before, or are not taken ("none"). template: the fields of Template.
+    source: [class of transformers, path or id, subfolder, the tokenizer's subfolder] of an encoder that lies elsewhere.
+    """
+
+    max_length: int
+    layers: Sequence[int] = ()
+    pad: bool = False
+    pooled: bool = False
+    join: str = "tokens"
+    template: Sequence[Any] | None = None
+    source: Sequence[str | None] | None = None
+
+    def load(self) -> tuple[Any, Any]:
+        """(text encoder, tokenizer) from its source."""
+        assert self.source is not None
+        class_name, path, subfolder, tokenizer_subfolder = self.source
+        alone = {"is_encoder_decoder": False} if class_name == "T5GemmaEncoderModel" else {}
+        model = getattr(transformers, str(class_name)).from_pretrained(
+            path, subfolder=subfolder or "", trust_remote_code=False, **alone
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, subfolder=tokenizer_subfolder or "", trust_remote_code=False
+        )
+        if tokenizer.pad_token_id is None:  # it is masked, so that any token will do
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return model, tokenizer
+
+    def encode(self, model: Any, tokenizer: Any, captions: list[str], device: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """States [B, L, E], zero past a caption's end, their mask bool [B, L], pooled vectors [B, P or 0]."""
+        ids, mask, kept = (each.to(device) for each in self._tokens(tokenizer, captions))
+        options = {"output_hidden_states": True} if self.layers else {}
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            options["use_cache"] = False
+        found = model(input_ids=ids, attention_mask=mask, **options)
+        layers = [found.hidden_states[layer] for layer in self.layers] or [found.last_hidden_state]
+        states = torch.take_along_dim(torch.cat(layers, -1), kept[..., None].clamp(min=0), 1)
+        pooled = states.new_empty(len(captions), 0)
+        if self.pooled:
+            pooled = found.text_embeds if "text_embeds" in found else found.pooler_output
+        return states.masked_fill((kept < 0)[..., None], 0.0), kept >= 0, pooled
+
+    def _tokens(self, tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids [B, K], their mask, which of them have a state that is kept [B, L]: -1 behind a caption's last)."""
+        if self.template is None:
+            tokens = tokenizer(
+                captions,
+                padding="max_length" if self.pad else "longest",
+                padding_side="right",
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )
+            mask = torch.ones_like(tokens["attention_mask"]) if self.pad else tokens["attention_mask"]
+            places = torch.arange(mask.shape[1]).expand_as(mask)
+            return tokens["input_ids"], mask, places.masked_fill(mask == 0, -1)
+        template = Template(*self.template)
+        rows, start = template.tokens(tokenizer, captions, self.max_length), len(template.first)
+        # The last token before the caption stands for a caption without tokens.
+        kept = [list(range(start, len(row))) or [start - 1] for row in rows]
+        ones = [[1] * len(row) for row in rows]
+        return _padded(rows, tokenizer.pad_token_id or 0), _padded(ones, 0), _padded(kept, -1)
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def _joined(blocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """States and masks of several encoders behind each other; padding follows the tokens of all."""
+    if len(blocks) == 1:
+        return blocks[0]
+    width = max(states.shape[-1] for states, _ in blocks)
+    states = torch.cat([F.pad(each, (0, width - each.shape[-1])) for each, _ in blocks], 1)  # [B, L, E]
+    mask = torch.cat([each for _, each in blocks], 1)
+    order = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)
+    return torch.take_along_dim(states, order[..., None], 1), mask.gather(1, order)
+
+
+def _along_features(states: Tensor, mask: Tensor, more: Tensor, more_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """States [B, K, E] and [B, M, F] -> [B, max(K, M), E + F], and their mask."""
+    length = max(mask.shape[1], more_mask.shape[1])
+    joined = [F.pad(each, (0, 0, 0, length - each.shape[1])) for each in (states, more)]
+    masks = [F.pad(each, (0, length - each.shape[1])) for each in (mask, more_mask)]
+    return torch.cat(joined, -1), masks[0] | masks[1]
+
+
 class MuDiTPipeline(DiffusionPipeline):
     """transformer: SD3, Flux, PixArt or DiTTransformer2DModel.
 
-    vae: None for a model of pixels. text_encoder, tokenizer: None for a model of classes.
+    vae: None for a model of pixels. text_encoder, tokenizer: None for a model of classes; text_encoder_2 ...: of a
+    model that has several.
     latent_size: rows of a latent by default. pixels_per_latent: pixels per row of a latent, for size conditions.
-    max_length: the most tokens per caption. steps, guidance: as the model was sampled in training. guidance_channels:
-    how many channels are guided, None for all. vae_source: [path or id, subfolder, class of diffusers] and
-    text_encoder_source: [class of transformers, path or id, subfolder, the tokenizer's subfolder] name parts that lie
-    elsewhere.
+    steps, guidance: as the model was sampled in training. guidance_channels: how many channels are guided, None for
+    all. text_forms: the fields of a TextForm for each text encoder; of a single one, of which the last states are
+    taken, max_length, the most tokens per caption, and text_encoder_source (TextForm.source) will do.
+    vae_source: [path or id, subfolder, class of diffusers] of one that lies elsewhere.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_encoder_4->transformer->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' own form)
-    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers' own form)
+    _optional_components = ["vae", *TEXT_ENCODERS, *TOKENIZERS]  # noqa: RUF012 (diffusers' own form)
 
     def __init__(
         self,
@@ -76,6 +195,12 @@ class MuDiTPipeline(DiffusionPipeline):
         vae: Any,
         text_encoder: Any,
         tokenizer: Any,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        text_encoder_3: Any = None,
+        tokenizer_3: Any = None,
+        text_encoder_4: Any = None,
+        tokenizer_4: Any = None,
         latent_size: int = 32,
         pixels_per_latent: int = 8,
         max_length: int = 256,
@@ -84,23 +209,30 @@ class MuDiTPipeline(DiffusionPipeline):
         guidance_channels: int | None = None,
         vae_source: list[str | None] | None = None,
         text_encoder_source: list[str | None] | None = None,
+        text_forms: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         if vae is None and vae_source is not None:
             path, subfolder, *class_names = vae_source  # which older folders do not name
             autoencoder_class = getattr(diffusers, str((class_names or ["AutoencoderKL"])[0]))
             vae = autoencoder_class.from_pretrained(path, subfolder=subfolder)
-        if text_encoder is None and text_encoder_source is not None:
-            class_name, path, subfolder, tokenizer_subfolder = text_encoder_source
-            alone = {"is_encoder_decoder": False} if class_name == "T5GemmaEncoderModel" else {}
-            text_encoder = getattr(transformers, str(class_name)).from_pretrained(
-                path, subfolder=subfolder or "", trust_remote_code=False, **alone
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                path, subfolder=tokenizer_subfolder or "", trust_remote_code=False
-            )
+        texts = [
+            (text_encoder, tokenizer),
+            (text_encoder_2, tokenizer_2),
+            (text_encoder_3, tokenizer_3),
+            (text_encoder_4, tokenizer_4),
+        ]
+        plain = {"max_length": max_length, "source": text_encoder_source}
+        self._forms = [TextForm(**form) for form in text_forms or (plain,)]
+        for number, form in enumerate(self._forms):
+            if texts[number][0] is None and form.source is not None:
+                texts[number] = form.load()
         self.register_modules(
-            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            **dict(zip(TEXT_ENCODERS, (model for model, _ in texts), strict=True)),
+            **dict(zip(TOKENIZERS, (each for _, each in texts), strict=True)),
         )
         self.register_to_config(
             latent_size=latent_size,
@@ -111,6 +243,7 @@ class MuDiTPipeline(DiffusionPipeline):
             guidance_channels=guidance_channels,
             vae_source=vae_source,
             text_encoder_source=text_encoder_source,
+            text_forms=text_forms,
         )
 
     @torch.no_grad()
@@ -255,8 +388,8 @@ class MuDiTPipeline(DiffusionPipeline):
         kind = self._class()
         if kind == "DiTTransformer2DModel":
             return self._of_classes(prompts)
-        states, mask = self._encode(["" if prompt is None else str(prompt) for prompt in prompts])
-        return self._of_masked_text(states, mask) if kind.startswith("PixArt") else self._of_text(states, mask)
+        states, mask, pooled = self._encode(["" if prompt is None else str(prompt) for prompt in prompts])
+        return self._of_masked_text(states, mask) if kind.startswith("PixArt") else self._of_text(states, mask, pooled)
 
     def _of_classes(self, prompts: list[Any]) -> Predict:
         null = self.transformer.config.num_embeds_ada_norm
@@ -290,8 +423,9 @@ class MuDiTPipeline(DiffusionPipeline):
 
         return predict
 
-    def _of_text(self, states: Tensor, mask: Tensor) -> Predict:
-        """This transformer takes no mask: captions of one length go together, without padding."""
+    def _of_text(self, states: Tensor, mask: Tensor, pooled: Tensor) -> Predict:
+        """This transformer takes no mask: captions of one length go together, without padding. Without pooled vectors
+        (P is 0) it takes the mean of the states."""
         lengths = mask.sum(1).tolist()
         groups = {length: [i for i, own in enumerate(lengths) if own == length] for length in lengths}
 
@@ -299,19 +433,20 @@ class MuDiTPipeline(DiffusionPipeline):
             output = torch.empty_like(x)
             for length, rows in groups.items():
                 text = states[rows, :length]
+                vector = pooled[rows] if pooled.shape[1] else text.mean(1)
                 call = self._flux if self._class() == "FluxTransformer2DModel" else self._sd3
-                output[rows] = call(x[rows].to(self.transformer.dtype), text, t.to(x.device).expand(len(rows))).float()
+                x_in, times = x[rows].to(self.transformer.dtype), t.to(x.device).expand(len(rows))
+                output[rows] = call(x_in, text, vector, times).float()
             return output
 
         return predict
 
-    def _sd3(self, x: Tensor, text: Tensor, t: Tensor) -> Tensor:
-        pooled = text.mean(1)
+    def _sd3(self, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
         return self.transformer(
             x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False
         )[0]
 
-    def _flux(self, x: Tensor, text: Tensor, t: Tensor) -> Tensor:
+    def _flux(self, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
         """This transformer takes patches, their places (frame, row, column), and times from 0 to 1."""
         patch = self.transformer.config.patch_size
         patches = F.pixel_unshuffle(x, patch)  # [B, C P P, h, w]
@@ -319,7 +454,7 @@ class MuDiTPipeline(DiffusionPipeline):
         output = self.transformer(
             patches.flatten(2).mT,
             encoder_hidden_states=text,
-            pooled_projections=text.mean(1),
+            pooled_projections=pooled,
             timestep=t / 1000,
             img_ids=torch.cartesian_prod(*sides),
             txt_ids=torch.zeros(text.shape[1], 3, dtype=torch.int64, device=x.device),
@@ -327,16 +462,18 @@ class MuDiTPipeline(DiffusionPipeline):
         )[0]  # [B, h w, C P P]
         return F.pixel_shuffle(output.mT.unflatten(2, patches.shape[-2:]), patch)
 
-    def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """States [B, L, E], zero past a caption's end, and the mask bool [B, L]."""
-        tokens = self.tokenizer(
-            captions,
-            padding="longest",
-            padding_side="right",
-            truncation=True,
-            max_length=self._settings.max_length,
-            return_tensors="pt",
-        )
-        ids, mask = (tokens[key].to(self._execution_device) for key in ("input_ids", "attention_mask"))
-        states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return states.masked_fill(mask[..., None] == 0, 0.0).to(self.transformer.dtype), mask.bool()
+    def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """States [B, L, E], zero past a caption's end, their mask bool [B, L], and pooled vectors [B, P], of all text
+        encoders."""
+        blocks: list[tuple[Tensor, Tensor]] = []
+        vectors: list[Tensor] = []
+        for form, name, tokenizer in zip(self._forms, TEXT_ENCODERS, TOKENIZERS, strict=False):
+            model = getattr(self, name)
+            found = form.encode(model, getattr(self, tokenizer), captions, self._execution_device)
+            states, mask, vector = found[0].to(self.transformer.dtype), found[1], found[2].to(self.transformer.dtype)
+            if form.join == "features":
+                blocks[-1] = _along_features(*blocks[-1], states, mask)
+            elif form.join == "tokens":
+                blocks.append((states, mask))
+            vectors.append(vector)
+        return *_joined(blocks), torch.cat(vectors, -1)

@@ -24,7 +24,7 @@ def check_push(repo: str, config: TrainConfig, encoders: Encoders) -> str:
         raise ConfigError(f"--push {repo!r} is no user/name: {error}") from None
     if repo.count("/") != 1:
         raise ConfigError(f"--push {repo!r} is no user/name, as in me/my-model")
-    sections = [config.autoencoder, *([config.text_encoder] if config.label_classes is None else [])]
+    sections = [config.autoencoder, *(config.text_encoder.models if config.label_classes is None else [])]
     here = [section.path for section in sections if section.path != NONE and not is_hub_id(section.path)]
     if encoders == "reference" and here:
         raise ConfigError(f"--push with --encoders reference: {here[0]} is a folder of this machine; copy the encoders")

@@ -210,16 +210,17 @@ def tokenizer_subfolder(cfg: TextModelConfig) -> str | None:
     return cfg.subfolder.replace("text_encoder", "tokenizer") if cfg.subfolder else None
 
 
-def stored_text_encoder(cfg: TextModelConfig) -> tuple[str, torch.dtype]:
-    """(the class of transformers that loads the encoder, the dtype of its stored weights), from its config alone.
-    Raises DataError where that cannot be read."""
+def stored_text_encoder(cfg: TextModelConfig) -> tuple[str | None, torch.dtype]:
+    """(the class of transformers that loads the encoder, None where it is a part of a model of text and images; the
+    dtype of its stored weights), from its config alone. Raises DataError where that cannot be read."""
     try:
         config = AutoConfig.from_pretrained(
             cfg.path, trust_remote_code=False, **({"subfolder": cfg.subfolder} if cfg.subfolder else {})
         )
     except Exception as error:  # a config.json of wrong types raises errors of the library's own
         raise load_error("text_encoder.path", cfg.path, cfg.subfolder, error) from error
-    return _ENCODERS.get(config.model_type, AutoModel).__name__, getattr(config, "dtype", None) or torch.float32
+    whole = getattr(_encoder_config(config), "hidden_size", None) is not None
+    return _model_class(cfg, config).__name__ if whole else None, getattr(config, "dtype", None) or torch.float32
 
 
 def _mask_unseen(*sizes: Any, **options: Any) -> torch.Tensor:

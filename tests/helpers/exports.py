@@ -42,7 +42,10 @@ def random_checkpoint(
     """(our model with its multipliers, its parameters times `scale`); the latter are the live weights of a checkpoint,
     whose averages are half of them."""
     table = build_mup_table(config)
-    model = build_model(config.model, config.autoencoder.channels, config.text_encoder.width, config.projector)
+    text = config.text_encoder
+    model = build_model(
+        config.model, config.autoencoder.channels, text.total_width, config.projector, pooled_width=text.total_pooled
+    )
     apply_multipliers(model, table)
     random_weights(model, dtype)
     tensors = {name: p.detach().mul_(scale).clone() for name, p in model.named_parameters()}

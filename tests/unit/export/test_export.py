@@ -65,6 +65,8 @@ def exported(folder: Path, patch: pytest.MonkeyPatch, config: TrainConfig, *argu
         ("mmdit", ("model.single_depth=1",), "diffusers", r"two streams in every block, .* model\.single_depth 1"),
         ("mmdit", (*FLUX, "model.mlp=swiglu"), "diffusers", r"FluxTransf.* MLPs with GELU, .* model\.mlp swiglu"),
         ("mmdit", (*FLUX, "model.qk_norm=false"), "diffusers", r"FluxTransf.* this model has model\.qk_norm false"),
+        ("mmdit", ("text_encoder.more=[" + 4 * "{path: t5, width: 64, max_length: 8}, " + "]",), "diffusers",
+         r"have 4 text encoders at most, this model has 5 \(text_encoder\.more\)"),
         ("mmdit", (), "official", r"model\.kind mmdit goes to diffusers"),
         ("pixart", (), "official", r"model\.kind pixart goes to diffusers"),
     ],
@@ -119,11 +121,13 @@ STOCK = {
         ("dit", ("sample.sampler=ancestral",), "drops the learned variance"),
         ("dit", (*("autoencoder.path=none", "autoencoder.channels=3", "autoencoder.downsample=1"),), "model of pixels"),
         ("pixart", ("text_encoder.max_length=48",), "cuts captions at 120 tokens, not at 48"),
+        ("pixart", ("text_encoder.layers=[-2]",), "takes the last states of one text encoder"),
         ("pixart", ("data.resolution=128",), "knows latents of 32, 64, 128 rows"),
         ("pixart", ("model.micro_conditions=true", "model.pixels_per_latent=8", "model.width=48", "mup.base_width=48"),
          "knows latents of 128 rows"),
         ("pixart", ("model.learn_sigma=false", "objective.kind=rectified_flow"), "does not shift the times"),
         ("mmdit", (), "two CLIP encoders"),
+        ("mmdit", ("text_encoder.pad=true",), "StableDiffusion3Pipeline shifts the last time twice"),
     ],
 )  # fmt: skip
 def test_when_the_stock_pipeline_would_sample_wrongly(kind: str, overrides: tuple[str, ...], message: str) -> None:
