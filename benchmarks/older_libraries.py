@@ -29,6 +29,7 @@ TOLERANCE = 1e-4
 _SAMPLE = """
 import sys
 import numpy, torch
+sys.modules["torchao"] = None  # diffusers 0.35 cannot import the one of this environment
 from diffusers import DiffusionPipeline
 
 for folder in sys.argv[2:]:
@@ -55,13 +56,15 @@ def environment_of(folder: Path, *packages: str) -> Path:
 
 def export_all(folder: Path) -> list[Path]:
     """A folder of each backbone that diffusers has, of each kind of tokenizer (of bytes, WordPiece and Unigram), and of
-    other text: three encoders with pooled vectors, a language model's chat."""
+    other text: three encoders with pooled vectors, a language model's chat, an encoder by reference."""
     ensure_debug_assets()
     t5 = f"text_encoder.path={unigram_t5(folder / 't5')}"
+    minilm = ("text_encoder.path=.cache/minilm", "text_encoder.width=384")
     chat = f"path: {save('qwen3', folder / 'qwen3')}, max_length: 40, width: 64, layers: [1, 3], chat: ''"
     kinds: dict[str, tuple[str, ...]] = {
         "mmdit_bytes": (),
-        "mmdit_wordpiece": ("text_encoder.path=.cache/minilm", "text_encoder.width=384"),
+        "mmdit_wordpiece": minilm,
+        "mmdit_reference": minilm,
         "mmdit_unigram": (t5,),
         "pixart_unigram": (t5,),
         "dit": (),
@@ -71,7 +74,8 @@ def export_all(folder: Path) -> list[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name, overrides in kinds.items():
             random_checkpoint(folder / "runs" / name, config_of(name.partition("_")[0], *overrides))
-            run_export(patch, "--checkpoint", folder / "runs" / name, "--output", folder / name)
+            way = "reference" if name == "mmdit_reference" else "copy"
+            run_export(patch, "--checkpoint", folder / "runs" / name, "--output", folder / name, "--encoders", way)
     return [folder / name for name in kinds]
 
 

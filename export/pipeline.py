@@ -180,7 +180,7 @@ class MuDiTPipeline(DiffusionPipeline):
     latent_size: rows of a latent by default. pixels_per_latent: pixels per row of a latent, for size conditions.
     steps, guidance: as the model was sampled in training. guidance_channels: how many channels are guided, None for
     all. text_forms: the fields of a TextForm for each text encoder; of a single one, of which the last states are
-    taken, max_length, the most tokens per caption, and text_encoder_source (TextForm.source) will do.
+    taken, max_length, the most tokens per caption, and text_encoder_source (TextForm.source, a list) will do.
     vae_source: [path or id, subfolder, class of diffusers] of one that lies elsewhere.
     """
 
@@ -206,10 +206,10 @@ class MuDiTPipeline(DiffusionPipeline):
         max_length: int = 256,
         steps: int = 50,
         guidance: float = 4.0,
-        guidance_channels: int | None = None,
-        vae_source: list[str | None] | None = None,
-        text_encoder_source: list[str | None] | None = None,
-        text_forms: list[dict[str, Any]] | None = None,
+        guidance_channels: Any = None,  # Any, because diffusers 0.35 knows no `int | None`
+        vae_source: Any = None,
+        text_encoder_source: Any = None,
+        text_forms: Any = None,
     ) -> None:
         super().__init__()
         if vae is None and vae_source is not None:
