@@ -131,8 +131,9 @@ def against_stock(config: TrainConfig, vae: Autoencoder | None) -> Iterator[str]
             stock, clips, other = "FluxPipeline", "a CLIP encoder", "does not guide by guidance_scale"
         else:
             stock, clips, other = "StableDiffusion3Pipeline", "two CLIP encoders", "shifts the last time twice"
+        wants = "" if config.text_encoder.total_pooled else f"wants {clips} and "
         pads = all(one.pad for one in config.text_encoder.models)
-        yield f"{stock} {other if pads else f'wants {clips} and pads captions, which its transformer does not mask'}"
+        yield f"{stock} {other if pads else f'{wants}pads captions, which its transformer does not mask'}"
         return
     stock = _STOCK[model.kind]
     if config.objective.kind != "ddpm":
