@@ -35,8 +35,9 @@ def test_a_run_and_the_best_of_a_sweep() -> None:
     assert best_rate([one, other, diverged], [first, second], "adamw") == second.adamw
 
 
-def test_the_committed_race_says_what_its_runs_say() -> None:
-    stored = json.loads((ROOT / "docs" / "muon_dit.json").read_text())
+@pytest.mark.parametrize("model", ["DiT", "MMDiT"])
+def test_the_committed_race_says_what_its_runs_say(model: str) -> None:
+    stored = json.loads((ROOT / "docs" / f"muon_{model.lower()}.json").read_text())
     study = Study(**stored["study"])
     found = arms(study, stored["log2_lr"]["adamw"], stored["log2_lr"]["muon"])
     verdict = judge(study, stored["runs"], found)
@@ -44,4 +45,4 @@ def test_the_committed_race_says_what_its_runs_say() -> None:
     steps, time = (verdict[key] for key in ("fewer_steps", "less_time"))
     told = [f"{each['value']:.2f} [{each['low']:.2f}, {each['high']:.2f}]" for each in (steps, time)]
     seconds = [f"{verdict['step_s'][arm]:.3f} s" for arm in ("adamw", "muon")]
-    assert f"| DiT | {' | '.join([*told, *seconds])} |" in (ROOT / "docs" / "transfer.md").read_text()
+    assert f"| {model} | {' | '.join([*told, *seconds])} |" in (ROOT / "docs" / "transfer.md").read_text()
