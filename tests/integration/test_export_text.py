@@ -47,6 +47,7 @@ CASES: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # DPM-Solver's use of numpy
 @pytest.mark.parametrize("case", CASES)
 def test_the_folders_pipeline_encodes_as_we_do(
     case: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
