@@ -68,7 +68,7 @@ def export_all(folder: Path) -> list[Path]:
         "mmdit_unigram": (t5,),
         "pixart_unigram": (t5,),
         "dit": (),
-        "mmdit_sd3": (*sd3_overrides(save_sd3(folder / "sd3")),),
+        "mmdit_sd3": tuple(sd3_overrides(save_sd3(folder / "sd3"))),
         "mmdit_chat": (f"text_encoder={{{chat}}}",),
     }
     with pytest.MonkeyPatch.context() as patch:

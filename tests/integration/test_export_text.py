@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from data.errors import DataError
+from export.forms import MOST_TEXT_ENCODERS
+from export.pipeline import TEXT_ENCODERS, TOKENIZERS
 from tests.helpers.exports import config_of, random_checkpoint, run_export
 from tests.helpers.language_models import save, save_sd3, sd3_overrides
 from trainer.evaluate.generate import initial_noise
@@ -45,6 +47,10 @@ CASES: dict[str, Any] = {
     "mmdit, Qwen2.5-VL": lambda folder: one(folder, "qwen2_5_vl", 'chat: ""'),
     "pixart, T5Gemma": lambda folder: one(folder, "t5gemma", "prefix: 'a photograph of '", ends="bos"),
 }
+
+
+def test_what_is_refused_is_what_the_pipeline_has_no_place_for() -> None:
+    assert len(TEXT_ENCODERS) == len(TOKENIZERS) == MOST_TEXT_ENCODERS
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # DPM-Solver's use of numpy
